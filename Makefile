@@ -1,0 +1,56 @@
+# `make demo` and `make test` set everything up by themselves: Python >= 3.10, a C++17 compiler and make are enough.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.paci_rt-installed
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.hpp)
+PY_DIRS := paci_rt tests benchmarks examples tools setup.py
+DEMO_OUT ?= runs/demo
+DEMO_ARGS ?=
+
+.PHONY: help venv test demo bench lint format imports clean
+
+help:
+	@echo "make demo    train a GPT on real text with 1F1B-flush and with PACI, and compare (about 5 minutes)"
+	@echo "make test    run the tests"
+	@echo "make bench   measure the native kernels and the pipelines"
+	@echo "make lint    ruff, clang-format and mypy;  make format rewrites what they would refuse"
+	@echo "make venv    only set up $(VENV);  make clean removes what was built"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt tools/install.py $(CXX_FILES)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "could not create $(VENV): install Python >= 3.10 with its venv module (Debian, Ubuntu: python3-venv)"; exit 1; }
+	$(BIN)/python tools/install.py
+	@touch $@
+
+test: venv
+	$(BIN)/python -m pytest -m "not gpu and not multigpu" $(PYTEST_ARGS)
+
+demo: venv
+	$(BIN)/paci-rt compare --schedules 1f1b,paci --stages 2 --out $(DEMO_OUT) $(DEMO_ARGS)
+
+bench: venv
+	@mkdir -p runs
+	$(BIN)/python benchmarks/kernels.py --json runs/kernels.json
+	$(BIN)/python benchmarks/pipeline_throughput.py --json runs/pipeline_throughput.json
+
+lint: venv
+	$(BIN)/ruff check $(PY_DIRS)
+	$(BIN)/ruff format --check $(PY_DIRS)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix $(PY_DIRS)
+	$(BIN)/ruff format $(PY_DIRS)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+imports: venv
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info paci_rt/_C*.so runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

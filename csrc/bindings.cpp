@@ -1,0 +1,154 @@
+// The only Python module of the native core. Tensors arrive as addresses, element counts and dtype codes; streams as
+// integers. paci_rt/native.py is the only file that imports it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <sys/mman.h>
+
+#include <tuple>
+
+#include "accumulator.hpp"
+#include "check.hpp"
+#include "cpu_kernels.hpp"
+#include "fused_step.hpp"
+
+namespace py = pybind11;
+
+namespace paci_rt {
+namespace {
+
+// Below this, giving the interpreter away and asking for it back costs more than the work.
+constexpr std::int64_t kReleaseGilFrom = 65536;
+
+class MaybeReleaseGil {
+ public:
+  explicit MaybeReleaseGil(std::int64_t elements) {
+    if (elements >= kReleaseGilFrom) release_ = std::make_unique<py::gil_scoped_release>();
+  }
+
+ private:
+  std::unique_ptr<py::gil_scoped_release> release_;
+};
+
+DType dtype_of(int code) {
+  check_value(code >= 0 && code <= 2, "dtype code ", code, " is unknown: 0 is fp32, 1 bf16, 2 fp16");
+  return static_cast<DType>(code);
+}
+
+std::vector<Segment> segments_of(const std::vector<std::pair<std::int64_t, std::int64_t>>& pairs) {
+  std::vector<Segment> segments;
+  segments.reserve(pairs.size());
+  for (const auto& [offset, numel] : pairs) segments.push_back({offset, numel});
+  return segments;
+}
+
+using PieceTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+std::vector<Piece> pieces_of(const std::vector<PieceTuple>& tuples) {
+  std::vector<Piece> pieces;
+  pieces.reserve(tuples.size());
+  for (const auto& [offset, numel, step] : tuples) pieces.push_back({offset, numel, step});
+  return pieces;
+}
+
+std::int64_t elements_of(const std::vector<PieceTuple>& tuples) {
+  std::int64_t total = 0;
+  for (const auto& tuple : tuples) total += std::get<1>(tuple);
+  return total;
+}
+
+// Large pages spare the flat buffers most of their address translations. Advice only: what the system makes of it
+// never changes a result, so a refusal is no error.
+bool advise_huge_pages(std::uintptr_t address, std::size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t page = 4096, large_page = std::uintptr_t{2} << 20;
+  if (bytes < large_page) return false;
+  const std::uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  (void)address, (void)bytes;
+  return false;
+#endif
+}
+
+void bind_accumulator(py::module_& m) {
+  using Pairs = std::vector<std::pair<std::int64_t, std::int64_t>>;
+  py::class_<Accumulator>(m, "Accumulator")
+      .def(py::init([](const Pairs& segments, std::int64_t numel, const std::vector<std::uintptr_t>& buffers,
+                       int device) { return Accumulator(segments_of(segments), numel, buffers, device); }),
+           py::arg("segments"), py::arg("numel"), py::arg("buffers"), py::arg("device") = kCpu)
+      .def(
+          "add",
+          [](Accumulator& self, std::int64_t index, std::uintptr_t grad, int dtype, std::int64_t numel,
+             std::uintptr_t stream, int threads) {
+            const MaybeReleaseGil release(numel);
+            self.add(index, grad, dtype_of(dtype), numel, Stream{kCpu, stream}, threads);
+          },
+          py::arg("index"), py::arg("grad"), py::arg("dtype"), py::arg("numel"), py::arg("stream"), py::arg("threads"))
+      .def(
+          "seal", [](Accumulator& self, std::uintptr_t stream) { self.seal(Stream{kCpu, stream}); }, py::arg("stream"))
+      .def(
+          "consume", [](Accumulator& self, std::uintptr_t stream) { return self.consume(Stream{kCpu, stream}); },
+          py::arg("stream"))
+      .def(
+          "release", [](Accumulator& self, std::uintptr_t stream) { self.release(Stream{kCpu, stream}); },
+          py::arg("stream"))
+      .def_property_readonly("states", &Accumulator::states)
+      .def_property_readonly("front", &Accumulator::front)
+      .def_property_readonly("sum_of_squares", &Accumulator::sum_of_squares)
+      .def_property_readonly("nonfinite_count", &Accumulator::nonfinite_count)
+      .def_property_readonly("touched", &Accumulator::touched);
+}
+
+void bind_steps(py::module_& m) {
+  m.def(
+      "adamw_step",
+      [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum, std::uintptr_t exp_avg,
+         std::uintptr_t exp_avg_sq, const std::vector<PieceTuple>& pieces, double lr, double beta1, double beta2,
+         double eps, double weight_decay, double divisor, int device, std::uintptr_t stream, int threads) {
+        const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
+        const MaybeReleaseGil release(elements_of(pieces));
+        adamw_step(flat, exp_avg, exp_avg_sq, pieces_of(pieces), {lr, beta1, beta2, eps, weight_decay}, divisor,
+                   Stream{device, stream}, threads);
+      },
+      py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
+      py::arg("exp_avg_sq"), py::arg("pieces"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+      py::arg("weight_decay"), py::arg("divisor"), py::arg("device"), py::arg("stream"), py::arg("threads"));
+  m.def(
+      "sgd_step",
+      [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum,
+         std::uintptr_t momentum_buffer, const std::vector<PieceTuple>& pieces, double lr, double momentum,
+         double dampening, double weight_decay, bool nesterov, double divisor, int device, std::uintptr_t stream,
+         int threads) {
+        const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
+        const MaybeReleaseGil release(elements_of(pieces));
+        sgd_step(flat, momentum_buffer, pieces_of(pieces), {lr, momentum, dampening, weight_decay, nesterov}, divisor,
+                 Stream{device, stream}, threads);
+      },
+      py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"),
+      py::arg("momentum_buffer"), py::arg("pieces"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
+      py::arg("weight_decay"), py::arg("nesterov"), py::arg("divisor"), py::arg("device"), py::arg("stream"),
+      py::arg("threads"));
+}
+
+}  // namespace
+}  // namespace paci_rt
+
+PYBIND11_MODULE(_C, m) {
+  using namespace paci_rt;
+  m.doc() = "Native core of paci_rt. Use paci_rt.native; nothing else imports this module.";
+  m.attr("cuda") = false;
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const StateError& error) {
+      const py::object type = py::module_::import("paci_rt.errors").attr("AccumulatorStateError");
+      py::set_error(type, error.what());
+    }
+  });
+  bind_accumulator(m);
+  bind_steps(m);
+  m.def("available_isas", &available_isas);
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("select_isa", &select_isa, py::arg("name"));
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
+}

@@ -1,0 +1,46 @@
+// Optimizer steps that read a sealed accumulator and update one flat parameter group in one pass.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu_kernels.hpp"
+#include "stream.hpp"
+
+namespace paci_rt {
+
+// One parameter to be updated: its place in the flat buffers and the number of this step, from 1.
+struct Piece {
+  std::int64_t offset;
+  std::int64_t numel;
+  std::int64_t step;
+};
+
+// Addresses of flat buffers with equal offsets. `master` is the fp32 weight; `weight` the bf16/fp16 parameter, or 0
+// where the parameter is fp32 and `master` is the parameter itself.
+struct FlatWeights {
+  std::uintptr_t master;
+  std::uintptr_t weight;
+  DType dtype;
+  std::uintptr_t grad_sum;
+};
+
+struct AdamWConfig {
+  double lr, beta1, beta2, eps, weight_decay;
+};
+
+struct SGDConfig {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov;
+};
+
+// Gradients are divided by `divisor`; a negative one maximises.
+void adamw_step(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
+                const std::vector<Piece>& pieces, const AdamWConfig& config, double divisor, Stream stream,
+                int threads);
+
+// A piece of step 1 sets its momentum buffer; later ones update it.
+void sgd_step(const FlatWeights& flat, std::uintptr_t momentum_buffer, const std::vector<Piece>& pieces,
+              const SGDConfig& config, double divisor, Stream stream, int threads);
+
+}  // namespace paci_rt

@@ -1,0 +1,62 @@
+"""Bubble-free pipeline-parallel training on stock PyTorch.
+
+Importing this package touches no GPU, no NCCL and no environment variable.
+"""
+
+from __future__ import annotations
+
+from paci_rt.errors import (
+    AccumulatorStateError,
+    ActionError,
+    DriftBoundError,
+    NativeCoreError,
+    OptimizerOwnedError,
+    PaciError,
+    PeerLostError,
+    ScheduleError,
+    StageError,
+    StageFailed,
+)
+from paci_rt.hashing import params_sha256
+from paci_rt.lowering import TiedWeight
+from paci_rt.optim import SGD, AdamW
+from paci_rt.pipeline import (
+    LocalPipeline,
+    Schedule1F1B,
+    ScheduleAsync1F1B,
+    ScheduleGPipe,
+    SchedulePACI,
+    get_schedule_class,
+)
+from paci_rt.schedules import FAMILIES
+from paci_rt.stage import PipelineStage
+
+__version__ = "0.1.0"
+
+SCHEDULES = tuple(FAMILIES)
+"""Names of all schedules."""
+
+__all__ = [
+    "SCHEDULES",
+    "SGD",
+    "AccumulatorStateError",
+    "ActionError",
+    "AdamW",
+    "DriftBoundError",
+    "LocalPipeline",
+    "NativeCoreError",
+    "OptimizerOwnedError",
+    "PaciError",
+    "PeerLostError",
+    "PipelineStage",
+    "Schedule1F1B",
+    "ScheduleAsync1F1B",
+    "ScheduleError",
+    "ScheduleGPipe",
+    "SchedulePACI",
+    "StageError",
+    "StageFailed",
+    "TiedWeight",
+    "get_schedule_class",
+    "params_sha256",
+]

@@ -1,0 +1,155 @@
+"""The double-buffered gradient accumulator of one flat group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paci_rt import native
+from paci_rt.errors import AccumulatorStateError
+from paci_rt.flat import FlatGroup
+
+
+class GradAccumulator:
+    """Plain fp32 sums of gradients, one flat buffer for the window that fills and, with ``buffers=2``, one for the
+    window that the optimizer consumes meanwhile.
+
+    A buffer walks ``empty -> filling -> sealed -> consuming -> empty``; any other transition raises
+    :class:`~paci_rt.errors.AccumulatorStateError`, which names both states. The first gradient of a parameter in a
+    window overwrites what the buffer held, so no time goes into clearing. Squares and non-finite values are counted in
+    the pass that adds.
+
+    >>> accumulator.add(0, grad)              # as often as the window has micro-batches
+    >>> accumulator.seal(); accumulator.consume()
+    >>> accumulator.sealed_view(0)            # the sum, shaped like parameter 0
+    >>> accumulator.release()
+
+    Args:
+        group: the parameters.
+        buffers: 1 or 2.
+
+    Raises:
+        ValueError: ``buffers`` is neither 1 nor 2.
+    """
+
+    def __init__(self, group: FlatGroup, *, buffers: int = 1) -> None:
+        if buffers not in (1, 2):
+            raise ValueError(f"buffers={buffers}: an accumulator has 1 buffer (update in line) or 2")
+        self.group = group
+        self._tensors = [group.empty_like(torch.float32) for _ in range(buffers)]
+        self._native = native.make_accumulator(group.segments, group.numel, self._tensors)
+        self._consuming: int | None = None
+        self._device = group.device
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """State of every buffer: ``empty``, ``filling``, ``sealed`` or ``consuming``."""
+        return tuple(self._native.states)
+
+    @property
+    def state(self) -> str:
+        """State of the front buffer, the one that :meth:`add` fills."""
+        return self._native.states[self._native.front]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    def add(self, index: int, grad: Tensor, *, stream: int = 0) -> None:
+        """Add a gradient to the front buffer.
+
+        Args:
+            index: the parameter's position in the group.
+            grad: fp32, bf16 or fp16, of the parameter's shape; made contiguous if it is not.
+            stream: 0 on the CPU.
+
+        Raises:
+            AccumulatorStateError: the front buffer is sealed or being consumed.
+            ValueError: wrong index, shape, dtype, device or stream.
+        """
+        code = native.DTYPE_CODES.get(grad.dtype)
+        param = self.group.params[index]
+        if code is None or grad.layout is not torch.strided or grad.shape != param.shape or grad.device != self._device:
+            self._refuse(index, grad)
+        if not grad.is_contiguous():
+            grad = grad.contiguous()
+        assert code is not None
+        self._native.add(index, grad.data_ptr(), code, grad.numel(), stream, native.get_num_threads())
+
+    def _refuse(self, index: int, grad: Tensor) -> None:
+        name, param = self.group.names[index], self.group.params[index]
+        if grad.layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of parameter {name!r} is sparse ({grad.layout}): the accumulator holds dense sums; "
+                "build the module with sparse=False"
+            )
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"the gradient of parameter {name!r} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}"
+            )
+        if grad.device != self._device:
+            raise ValueError(f"the gradient of parameter {name!r} is on {grad.device}, the parameter on {self._device}")
+        native.dtype_code(grad.dtype, f"the gradient of parameter {name!r}")
+
+    def seal(self, *, stream: int = 0) -> None:
+        """End the window: the front buffer is sealed, parameters that got no gradient read as zero, and with two
+        buffers the other one becomes the front.
+
+        Raises:
+            AccumulatorStateError: nothing was added, or the other buffer has not been released.
+        """
+        self._native.seal(stream)
+
+    def consume(self, *, stream: int = 0) -> None:
+        """Begin to read the sealed buffer.
+
+        Raises:
+            AccumulatorStateError: no buffer is sealed.
+        """
+        self._consuming = self._native.consume(stream)
+
+    def release(self, *, stream: int = 0) -> None:
+        """End reading: the consumed buffer is empty.
+
+        Raises:
+            AccumulatorStateError: no buffer is being consumed.
+        """
+        self._native.release(stream)
+        self._consuming = None
+
+    @property
+    def sum_of_squares(self) -> float:
+        """Sum of squares of the sealed or consumed buffer, summed in double precision; not finite if an element is not.
+
+        Raises:
+            AccumulatorStateError: no buffer is sealed or being consumed; so with the next two.
+        """
+        return self._native.sum_of_squares
+
+    @property
+    def nonfinite_count(self) -> int:
+        """Infinite and NaN elements of the sealed or consumed buffer."""
+        return self._native.nonfinite_count
+
+    @property
+    def touched(self) -> tuple[bool, ...]:
+        """Which parameters got a gradient in the sealed or consumed window."""
+        return tuple(self._native.touched)
+
+    @property
+    def sealed_flat(self) -> Tensor:
+        """The flat fp32 buffer being consumed.
+
+        Raises:
+            AccumulatorStateError: outside of consume and release.
+        """
+        if self._consuming is None:
+            raise AccumulatorStateError(
+                f"no buffer is being consumed (states: {', '.join(self.states)}): read between consume() and release()"
+            )
+        return self._tensors[self._consuming]
+
+    def sealed_view(self, index: int) -> Tensor:
+        """The sum for one parameter, fp32, in its shape; valid between :meth:`consume` and :meth:`release`."""
+        return self.group.view(self.sealed_flat, index)

@@ -1,0 +1,96 @@
+"""Actions: the alphabet in which every schedule of this package is written.
+
+An action is written ``<stage><op><index>``. The same string names profiler ranges, trace events and error
+messages, and parses back::
+
+    >>> str(Action(2, Op.F, 0))
+    '2F0'
+    >>> Action.parse("1RECV_B3")
+    Action(stage=1, op=<Op.RECV_B: 'RECV_B'>, index=3)
+
+``index`` is the global running number of a micro-batch, except for ``U`` and the exchange of tied weights, where
+it is the number of the window.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+class Op(enum.Enum):
+    """What an action does. The letters are those of ``torch.distributed.pipelining``, plus ``U``."""
+
+    F = "F"  # forward
+    B = "B"  # full backward
+    I = "I"  # noqa: E741 - the field's letter for the input-gradient half of a backward
+    W = "W"  # weight-gradient half of a backward
+    U = "U"  # local optimizer update of one window
+    RECV_F = "RECV_F"
+    SEND_F = "SEND_F"
+    RECV_B = "RECV_B"
+    SEND_B = "SEND_B"
+    # A weight tied across two stages: its gradient travels to the owner, the updated weight back.
+    SEND_TG = "SEND_TG"
+    RECV_TG = "RECV_TG"
+    SEND_TW = "SEND_TW"
+    RECV_TW = "RECV_TW"
+
+
+COMPUTE_OPS = frozenset({Op.F, Op.B, Op.I, Op.W, Op.U})
+RECV_OPS = frozenset({Op.RECV_F, Op.RECV_B, Op.RECV_TG, Op.RECV_TW})
+SEND_OPS = frozenset({Op.SEND_F, Op.SEND_B, Op.SEND_TG, Op.SEND_TW})
+
+_PATTERN = re.compile(r"(\d+)(" + "|".join(sorted((op.value for op in Op), key=len, reverse=True)) + r")(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One cell of a pipeline's timetable: stage, operation, and the micro-batch (or window) it works on."""
+
+    stage: int
+    op: Op
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op.value}{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """Read an action back from its string.
+
+        Raises:
+            ValueError: ``text`` is not of the form ``<stage><op><index>``.
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            ops = " ".join(op.value for op in Op)
+            raise ValueError(f"{text!r} is no action: write <stage><op><index>, for example 2F0, with op one of {ops}")
+        return cls(int(match[1]), Op(match[2]), int(match[3]))
+
+
+def dependencies(action: Action, num_stages: int, accumulation: int) -> Iterator[Action]:
+    """Compute actions that must have ended before a compute ``action`` may start.
+
+    The order that a stage gives its own actions comes on top; this is what the mathematics asks for.
+
+    Args:
+        action: an ``F``, ``B``, ``I``, ``W`` or ``U``.
+        num_stages: number of pipeline stages ``P``.
+        accumulation: micro-batches a window, which ``U`` waits for.
+    """
+    stage, index = action.stage, action.index
+    if action.op is Op.F:
+        if stage > 0:
+            yield Action(stage - 1, Op.F, index)
+    elif action.op in (Op.B, Op.I):
+        yield Action(stage, Op.F, index)
+        if stage < num_stages - 1:
+            yield Action(stage + 1, action.op, index)
+    elif action.op is Op.W:
+        yield Action(stage, Op.I, index)
+    elif action.op is Op.U:
+        for micro_batch in range(index * accumulation, (index + 1) * accumulation):
+            yield Action(stage, Op.B, micro_batch)

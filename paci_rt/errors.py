@@ -1,0 +1,69 @@
+"""Every exception that paci_rt raises on its own account.
+
+All derive from :class:`PaciError`, so that one ``except`` clause catches them. Plain mistakes in arguments
+raise ``ValueError`` or ``TypeError`` instead, as they do across PyTorch.
+"""
+
+from __future__ import annotations
+
+
+class PaciError(Exception):
+    """Base class of the errors below."""
+
+
+class ScheduleError(PaciError, ValueError):
+    """A schedule that cannot run: the message ends in the stage x step grid with the failing cell marked."""
+
+
+class StageError(PaciError, RuntimeError):
+    """A stage's module, parameters or tensors break the runtime's contract."""
+
+
+class AccumulatorStateError(PaciError, RuntimeError):
+    """An illegal transition of a gradient accumulator; the message names both states."""
+
+
+class OptimizerOwnedError(PaciError, RuntimeError):
+    """``optimizer.step()`` was called on an optimizer whose steps belong to a schedule."""
+
+
+class DriftBoundError(PaciError, RuntimeError):
+    """A micro-batch saw more updates between forward and backward than the schedule allows."""
+
+
+class ActionError(PaciError, RuntimeError):
+    """An action failed; ``action`` is its string, for example ``"1B3"``, and ``__cause__`` the original error."""
+
+    def __init__(self, action: str, message: str) -> None:
+        super().__init__(message)
+        self.action = action
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.action, str(self))
+
+
+class PeerLostError(ActionError):
+    """The connection to a neighbouring stage broke: the cause lies with that stage, not with this one."""
+
+
+class NativeCoreError(PaciError, ImportError):
+    """The native module ``paci_rt._C`` is absent or was built for something else; the message says how to build it."""
+
+
+class StageFailed(PaciError, RuntimeError):
+    """A process of a launched run raised or died; the message is the first cause.
+
+    Attributes:
+        rank: rank of the process that failed first.
+        cause: type name of its exception, or the signal that ended it.
+        remote_traceback: the traceback text of that process, empty where it died without one.
+    """
+
+    def __init__(self, rank: int, cause: str, message: str, remote_traceback: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.cause = cause
+        self.remote_traceback = remote_traceback
+
+    def __reduce__(self) -> tuple[type, tuple[int, str, str, str]]:
+        return type(self), (self.rank, self.cause, str(self), self.remote_traceback)

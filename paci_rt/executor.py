@@ -1,0 +1,259 @@
+"""The only executor: it interprets lowered streams, whatever schedule they came from.
+
+A stream is static, so what a stage does next never depends on timing. Several stages of one process take turns:
+each runs until its next receive has no message yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from paci_rt.action import COMPUTE_OPS, RECV_OPS, Action, Op
+from paci_rt.audit import StageAudit
+from paci_rt.errors import ActionError, PaciError, ScheduleError
+from paci_rt.lowering import Channel, TiedWeight, channels
+from paci_rt.stage import PipelineStage
+from paci_rt.trace import Event
+from paci_rt.transport.base import Message, Transport
+
+
+class Updater(Protocol):
+    """The optimizer as the executor drives it; see ``paci_rt.optim.BoundOptimizer``."""
+
+    def update(self, divisor: int) -> Any: ...
+
+
+class Ties(Protocol):
+    """Exchange of weights that live on two stages; see ``paci_rt.tied.TiedExchange``."""
+
+    def gradient(self, tie: int) -> Tensor: ...
+    def add_gradient(self, tie: int, gradient: Tensor) -> None: ...
+    def weight(self, tie: int) -> Tensor: ...
+    def take_weight(self, tie: int, weight: Tensor) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Feed:
+    """What the user gave to one ``step`` or ``eval``, by micro-batch, and what comes out of it.
+
+    Attributes:
+        args: positional arguments of the first stage.
+        kwargs: keyword arguments, by stage and micro-batch.
+        losses: functions from the last stage's output to the loss.
+        training: False for a forward-only pass.
+    """
+
+    args: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
+    kwargs: Mapping[tuple[int, int], Mapping[str, Any]] = field(default_factory=dict)
+    losses: Mapping[int, Callable[[Any], Tensor]] = field(default_factory=dict)
+    training: bool = True
+    keep_outputs: bool = False
+    outputs: dict[int, Any] = field(default_factory=dict)
+    loss_values: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class StageRuntime:
+    """One stage with everything that the executor needs to run it."""
+
+    stage: PipelineStage
+    audit: StageAudit
+    updater: Updater
+    divisor: int
+    after_update: Callable[[], None] | None = None
+    ties: Ties | None = None
+    received: dict[tuple[Op, int], Message] = field(default_factory=dict)
+    outgoing: dict[tuple[Op, int], Message] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs streams of actions on the stages of this process.
+
+    Args:
+        runtimes: the stages of this process.
+        transport: how they reach their neighbours.
+        ties: weights that live on two stages.
+        explain: returns the grid around a failing action, for error messages.
+        trace: keep an :class:`~paci_rt.trace.Event` for every compute action.
+    """
+
+    def __init__(
+        self,
+        runtimes: Sequence[StageRuntime],
+        transport: Transport,
+        *,
+        ties: tuple[TiedWeight, ...] = (),
+        explain: Callable[[Action], str],
+        trace: bool = False,
+    ) -> None:
+        self.runtimes = {runtime.stage.stage_index: runtime for runtime in runtimes}
+        self.transport = transport
+        self.events: list[Event] = []
+        self.first_start_s: float | None = None
+        self.last_end_s = 0.0
+        self._ties = ties
+        self._explain = explain
+        self._trace = trace
+        self._run_op = {
+            Op.F: self._forward,
+            Op.B: self._backward,
+            Op.U: self._update,
+            Op.SEND_F: self._send,
+            Op.SEND_B: self._send,
+            Op.RECV_F: self._recv,
+            Op.RECV_B: self._recv,
+            Op.SEND_TG: self._send_tied,
+            Op.SEND_TW: self._send_tied,
+            Op.RECV_TG: self._recv_tied,
+            Op.RECV_TW: self._recv_tied,
+        }
+
+    def run(self, streams: Mapping[int, Sequence[Action]], feed: Feed) -> None:
+        """Run one stream a stage to its end.
+
+        Raises:
+            ActionError: an action failed; the original error is its cause.
+            PeerLostError: a neighbouring stage is gone.
+            ScheduleError: the streams cannot proceed.
+        """
+        self.transport.expect(_incoming(streams, self._ties, feed.training))
+        cursor = dict.fromkeys(streams, 0)
+        progressed = True
+        while progressed:
+            progressed = False
+            for stage, stream in streams.items():
+                at = cursor[stage]
+                while at < len(stream) and self._can_run(stream[at]):
+                    self._execute(stream[at], feed)
+                    at += 1
+                    progressed = True
+                cursor[stage] = at
+        stuck = [stream[cursor[stage]] for stage, stream in streams.items() if cursor[stage] < len(stream)]
+        if stuck:
+            raise ScheduleError(f"nothing can run past {', '.join(map(str, stuck))}\n{self._explain(stuck[0])}")
+
+    def leave_out(self, seconds: float) -> None:
+        """Take ``seconds`` that just passed out of the statistics' wall clock."""
+        if self.first_start_s is not None:
+            self.first_start_s += seconds
+            self.last_end_s += seconds
+
+    def _can_run(self, action: Action) -> bool:
+        if action.op not in RECV_OPS:
+            return True
+        return all(self.transport.ready(channel) for channel in channels(action, self._ties))
+
+    def _execute(self, action: Action, feed: Feed) -> None:
+        runtime = self.runtimes[action.stage]
+        version = runtime.audit.version
+        profiled = torch.autograd._profiler_enabled()
+        start = time.perf_counter()
+        try:
+            with torch.profiler.record_function(str(action)) if profiled else nullcontext():
+                self._run_op[action.op](runtime, action, feed)
+        except PaciError:
+            raise
+        except Exception as error:
+            message = f"action {action} failed: {type(error).__name__}: {error}\n{self._explain(action)}"
+            raise ActionError(str(action), message) from error
+        end = time.perf_counter()
+        if not feed.training:
+            return
+        if action.op in COMPUTE_OPS:
+            runtime.audit.compute_s += end - start
+            if self._trace:
+                self.events.append(Event(action.stage, str(action), start, end, version))
+        else:
+            runtime.audit.exposed_comm_s += end - start
+        if self.first_start_s is None:
+            self.first_start_s = start
+        self.last_end_s = end
+
+    # --- one method an operation ---
+
+    def _forward(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
+        stage, m = runtime.stage, action.index
+        if stage.is_first:
+            args = feed.args[m]
+        else:
+            message = runtime.received.pop((Op.RECV_F, m))
+            args = message.tensors
+            if feed.training:
+                for tensor, requires_grad in zip(message.tensors, message.requires_grad, strict=True):
+                    if requires_grad and tensor is not None:
+                        tensor.requires_grad_()
+        kwargs = feed.kwargs.get((stage.stage_index, m), {})
+        loss = feed.losses.get(m) if stage.is_last else None
+        if feed.training:
+            outgoing, output, loss_value = stage.forward(m, args, kwargs, loss)
+            runtime.audit.forward(m, stage.saved_bytes(m))
+        else:
+            outgoing, output, loss_value = stage.evaluate(args, kwargs, loss)
+        if outgoing is not None:
+            runtime.outgoing[Op.SEND_F, m] = outgoing
+        elif feed.keep_outputs:
+            feed.outputs[m] = output
+        if loss_value is not None:
+            feed.loss_values[m] = loss_value
+
+    def _backward(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
+        runtime.audit.backward(action)
+        gradients = () if runtime.stage.is_last else runtime.received.pop((Op.RECV_B, action.index)).tensors
+        outgoing = runtime.stage.backward(action.index, gradients)
+        if not runtime.stage.is_first:
+            runtime.outgoing[Op.SEND_B, action.index] = outgoing
+
+    def _update(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
+        done = runtime.updater.update(runtime.divisor)
+        runtime.audit.update(done.grad_norm, done.nonfinite)
+        if runtime.after_update is not None:
+            runtime.after_update()
+
+    def _send(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
+        (channel,) = channels(action)
+        self.transport.send(channel, action.index, runtime.outgoing.pop((action.op, action.index)))
+
+    def _recv(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
+        (channel,) = channels(action)
+        runtime.received[action.op, action.index] = self.transport.recv(channel, action.index)
+
+    def _send_tied(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
+        assert runtime.ties is not None
+        take = runtime.ties.gradient if action.op is Op.SEND_TG else runtime.ties.weight
+        for channel in channels(action, self._ties):
+            self.transport.send(channel, action.index, Message((take(_tie_number(channel)),), (False,)))
+
+    def _recv_tied(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
+        assert runtime.ties is not None
+        put = runtime.ties.add_gradient if action.op is Op.RECV_TG else runtime.ties.take_weight
+        for channel in channels(action, self._ties):
+            (tensor,) = self.transport.recv(channel, action.index).tensors
+            assert tensor is not None
+            put(_tie_number(channel), tensor)
+
+
+def _tie_number(channel: Channel) -> int:
+    return int(channel[0][2:])
+
+
+def _incoming(
+    streams: Mapping[int, Sequence[Action]], ties: tuple[TiedWeight, ...], training: bool
+) -> Counter[Channel]:
+    """Messages that will come because of these streams: what they receive, and a gradient for every activation that
+    they send, which may arrive only after the streams' end."""
+    counts: Counter[Channel] = Counter()
+    for stage, stream in streams.items():
+        for action in stream:
+            if action.op is Op.SEND_F and training:
+                counts["B", stage + 1, stage] += 1
+            elif action.op in RECV_OPS and action.op is not Op.RECV_B:
+                counts.update(channels(action, ties))
+    return counts

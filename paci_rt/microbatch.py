@@ -1,0 +1,45 @@
+"""Cutting a batch into micro-batches along dimension 0, and putting outputs together again.
+
+The same convention as ``torch.distributed.pipelining``: ``torch.Tensor.tensor_split``, so that a batch that does not
+divide evenly gives micro-batches whose sizes differ by one; values that are not tensors go to every micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def split(value: Any, count: int, what: str) -> list[Any]:
+    """Cut ``value`` (a tensor, or nested tuples, lists and dicts of tensors) into ``count`` parts.
+
+    Raises:
+        ValueError: a tensor has fewer rows than there are micro-batches.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() == 0 or value.shape[0] < count:
+            shape = tuple(value.shape)
+            raise ValueError(f"{what} has shape {shape}: dimension 0 cannot be cut into {count} micro-batches")
+        return list(value.tensor_split(count))
+    if isinstance(value, (tuple, list)):
+        columns = [split(item, count, f"{what}[{at}]") for at, item in enumerate(value)]
+        return [type(value)(column[part] for column in columns) for part in range(count)]
+    if isinstance(value, dict):
+        parts = {key: split(item, count, f"{what}[{key!r}]") for key, item in value.items()}
+        return [{key: part[at] for key, part in parts.items()} for at in range(count)]
+    return [value] * count
+
+
+def merge(outputs: Sequence[Any]) -> Any:
+    """Concatenate what the micro-batches returned along dimension 0; scalars are stacked."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.stack(list(outputs)) if first.dim() == 0 else torch.cat(list(outputs))
+    if isinstance(first, (tuple, list)):
+        return type(first)(merge(column) for column in zip(*outputs, strict=True))
+    if isinstance(first, dict):
+        return {key: merge([output[key] for output in outputs]) for key in first}
+    return list(outputs)

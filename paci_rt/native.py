@@ -1,0 +1,239 @@
+"""The native core as Python sees it, and the only importer of ``paci_rt._C``.
+
+Tensors cross the border as addresses, element counts and dtype codes; devices and streams as integers. Importing this
+module never fails for want of the core: the first use does, with one sentence that says how to build it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from paci_rt.errors import NativeCoreError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from paci_rt._C import Accumulator
+
+_core: ModuleType | None
+_import_error: ImportError | None
+try:
+    from paci_rt import _C as _core
+except ImportError as error:
+    _core, _import_error = None, error
+else:
+    _import_error = None
+
+CPU_DEVICE = -1
+DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_num_threads: int | None = None
+
+
+def core() -> Any:
+    """The module ``paci_rt._C``.
+
+    Raises:
+        NativeCoreError: it was not built, or was built for another Python.
+    """
+    if _core is None:
+        raise NativeCoreError(
+            f"the native core of paci_rt is not usable ({_import_error}): build it with `pip install -e .` in the "
+            "source folder, which needs a C++17 compiler"
+        ) from _import_error
+    return _core
+
+
+def info() -> dict[str, Any]:
+    """What was built and what runs: ``available``, ``error``, ``isa``, ``isas``, ``cuda``, ``threads``."""
+    if _core is None:
+        return {
+            "available": False,
+            "error": str(_import_error),
+            "isa": None,
+            "isas": [],
+            "cuda": False,
+            "threads": get_num_threads(),
+        }
+    return {
+        "available": True,
+        "error": None,
+        "isa": _core.isa(),
+        "isas": _core.available_isas(),
+        "cuda": _core.cuda,
+        "threads": get_num_threads(),
+    }
+
+
+def get_num_threads() -> int:
+    """Threads that a native kernel may use: the number set here, else ``torch.get_num_threads()`` of this moment."""
+    return _num_threads if _num_threads is not None else torch.get_num_threads()
+
+
+def set_num_threads(threads: int | None) -> None:
+    """Fix the number of threads of the native kernels; None follows ``torch.get_num_threads()`` again.
+
+    Results do not depend on it.
+
+    Raises:
+        ValueError: ``threads`` is below 1.
+    """
+    global _num_threads
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}: the native kernels need at least one")
+    _num_threads = threads
+
+
+def set_isa(name: str) -> None:
+    """Choose the instruction set of the CPU kernels: ``"auto"`` or one of ``info()["isas"]``. Results do not change.
+
+    Raises:
+        ValueError: this CPU cannot run it.
+    """
+    core().select_isa(name)
+
+
+def dtype_code(dtype: torch.dtype, what: str) -> int:
+    """Code of a dtype at the border.
+
+    Raises:
+        ValueError: not fp32, bf16 or fp16; ``what`` names the tensor in the message.
+    """
+    code = DTYPE_CODES.get(dtype)
+    if code is None:
+        raise ValueError(f"{what} has dtype {dtype}: use torch.float32, torch.bfloat16 or torch.float16")
+    return code
+
+
+def device_code(device: torch.device, what: str) -> int:
+    """Integer of a device at the border: -1 for the CPU, else the CUDA ordinal.
+
+    Raises:
+        ValueError: another kind of device, or CUDA where the core was built without it.
+    """
+    if device.type == "cpu":
+        return CPU_DEVICE
+    if device.type == "cuda" and core().cuda:
+        return device.index if device.index is not None else torch.cuda.current_device()
+    raise ValueError(f"{what} is on {device}, and this build of paci_rt works on the CPU only: move it to 'cpu'")
+
+
+def stream_handle(stream: Any) -> int:
+    """A stream as an integer: an int, or anything with ``__cuda_stream__`` (a method or a tuple, version and handle).
+
+    Raises:
+        TypeError: ``stream`` is neither.
+    """
+    if isinstance(stream, int):
+        return stream
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is None:
+        raise TypeError(f"{stream!r} is no stream: pass an integer handle or an object with __cuda_stream__")
+    pair = protocol() if callable(protocol) else protocol
+    return int(pair[1])
+
+
+def empty_flat(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A flat zeroed tensor of ``numel`` elements, aligned to 64 bytes, on large pages where the system has them."""
+    tensor = torch.empty(numel, dtype=dtype, device=device)
+    if device.type == "cpu":
+        # Before the first touch: pages that exist already are not made large.
+        core().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor.zero_()
+
+
+def make_accumulator(segments: Sequence[tuple[int, int]], numel: int, buffers: Sequence[Tensor]) -> Accumulator:
+    """A native accumulator over fp32 tensors of ``numel`` elements, which the caller keeps alive."""
+    device = device_code(buffers[0].device, "the accumulator")
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    accumulator: Accumulator = core().Accumulator(list(segments), numel, addresses, device)
+    return accumulator
+
+
+def adamw_step(
+    *,
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    pieces: list[tuple[int, int, int]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    divisor: float,
+    stream: int = 0,
+) -> None:
+    """One step of AdamW over ``pieces`` of flat fp32 buffers; ``weight`` receives the rounded result.
+
+    Args:
+        master: fp32 weights, or the fp32 parameters themselves.
+        weight: bf16 or fp16 parameters, None where the parameters are fp32.
+        grad_sum: fp32 sums of gradients, divided by ``divisor`` on the way; a negative divisor maximises.
+        exp_avg: fp32 first moments.
+        exp_avg_sq: fp32 second moments.
+        pieces: offset and length in elements and number of this step, from 1, of every parameter to update.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+        stream: 0 on the CPU.
+    """
+    core().adamw_step(
+        master=master.data_ptr(),
+        weight=0 if weight is None else weight.data_ptr(),
+        dtype=DTYPE_CODES[master.dtype if weight is None else weight.dtype],
+        grad_sum=grad_sum.data_ptr(),
+        exp_avg=exp_avg.data_ptr(),
+        exp_avg_sq=exp_avg_sq.data_ptr(),
+        pieces=pieces,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        divisor=divisor,
+        device=device_code(master.device, "the parameter group"),
+        stream=stream,
+        threads=get_num_threads(),
+    )
+
+
+def sgd_step(
+    *,
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    momentum_buffer: Tensor | None,
+    pieces: list[tuple[int, int, int]],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    divisor: float,
+    stream: int = 0,
+) -> None:
+    """One step of SGD over ``pieces`` of flat fp32 buffers; see :func:`adamw_step` for the shared arguments.
+
+    A piece whose step is 1 sets its momentum buffer to the gradient, as ``torch.optim.SGD`` does.
+    """
+    core().sgd_step(
+        master=master.data_ptr(),
+        weight=0 if weight is None else weight.data_ptr(),
+        dtype=DTYPE_CODES[master.dtype if weight is None else weight.dtype],
+        grad_sum=grad_sum.data_ptr(),
+        momentum_buffer=0 if momentum_buffer is None else momentum_buffer.data_ptr(),
+        pieces=pieces,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        divisor=divisor,
+        device=device_code(master.device, "the parameter group"),
+        stream=stream,
+        threads=get_num_threads(),
+    )

@@ -1,0 +1,373 @@
+"""The stages of one process under one schedule: feeding batches, draining, evaluating, counting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paci_rt import microbatch, schedules
+from paci_rt.action import Action
+from paci_rt.audit import StageAudit
+from paci_rt.errors import PaciError, StageError
+from paci_rt.executor import Executor, Feed, StageRuntime
+from paci_rt.lowering import Lowering, TiedWeight, format_grid, validate
+from paci_rt.optim import BoundOptimizer, bind_optimizer
+from paci_rt.schedules import Shape
+from paci_rt.stage import LossFn, PipelineStage
+from paci_rt.state import collect_state, load_state, pipeline_stats
+from paci_rt.tied import TiedExchange
+from paci_rt.trace import Event
+from paci_rt.transport import Transport
+
+
+class Pipeline:
+    """What all schedules share; use one of the subclasses or :class:`LocalPipeline`.
+
+    Args:
+        stages: the stages of this process, in order.
+        schedule: name of the schedule family.
+        n_microbatches: micro-batches that one ``step`` cuts its batch into; the window ``a`` of an asynchronous
+            schedule (``async-1f1b`` alone updates after each of them).
+        loss_fn: ``loss_fn(output, target)`` on the last stage, returning a scalar.
+        optimizers: one a stage, or None to leave gradients in ``.grad`` (flush schedules only).
+        lr_schedulers: one a stage, stepped after each local update.
+        slack: additional warm-up forwards on every stage but the last (asynchronous schedules).
+        buffers: 1 runs the update in line in one gradient buffer, 2 double-buffers; None means 1 on the CPU.
+        tied_weights: weights that live on two stages.
+        transport: how stages reach each other.
+        trace: record an event for every compute action in ``events``.
+        scale_grads: divide gradients by the number of micro-batches of the update, once, as torch does.
+
+    Raises:
+        ValueError, ScheduleError, StageError: an argument that cannot work; nothing has been changed then.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[PipelineStage],
+        schedule: str,
+        n_microbatches: int,
+        loss_fn: LossFn | None,
+        *,
+        optimizers: Sequence[torch.optim.Optimizer | None],
+        lr_schedulers: Sequence[Any] | None,
+        slack: int,
+        buffers: int | None,
+        tied_weights: Sequence[TiedWeight],
+        transport: Transport,
+        trace: bool,
+        scale_grads: bool,
+    ) -> None:
+        family = schedules.get(schedule)
+        if not isinstance(n_microbatches, int) or n_microbatches < 1:
+            raise ValueError(f"n_microbatches is {n_microbatches!r}: give an integer of at least 1")
+        if slack and not family.takes_slack:
+            raise ValueError(f"slack is {slack}: {family.name} flushes and takes no slack; leave it at 0")
+        accumulation = 1 if family.one_micro_batch_windows else n_microbatches
+        shape = Shape(num_stages=stages[0].num_stages, accumulation=accumulation, slack=slack)
+        if any(optimizer is None for optimizer in optimizers):
+            if not family.flush:
+                raise ValueError(
+                    f"optimizer is None: {family.name} updates each stage on its own while the pipeline is full, so it "
+                    "owns the optimizer; pass optimizer=paci_rt.AdamW(stage.parameters(), ...) or any torch.optim"
+                )
+            if tied_weights:
+                raise ValueError("tied_weights need optimizer=: their update is part of the schedule")
+        if loss_fn is None and stages[-1].is_last:
+            raise ValueError("loss_fn is None: the last stage needs loss_fn(output, target) to start the backward")
+        self._lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights))
+        validate(self._lowering)
+        for stage in stages:
+            stage.require_free()
+        self._loss_fn = loss_fn
+        self._n_microbatches = n_microbatches
+        self._windows_per_step = n_microbatches // accumulation
+        self._next_window = self._start_window = 0
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._bounds: list[BoundOptimizer] = []
+        self._lr_schedulers = list(lr_schedulers or ())
+        runtimes = []
+        for at, (stage, optimizer) in enumerate(zip(stages, optimizers, strict=True)):
+            divisor = accumulation if scale_grads else 1
+            runtime = self._bind(stage, optimizer, divisor, 1 if buffers is None else buffers)
+            if self._lr_schedulers:
+                runtime.after_update = self._lr_schedulers[at].step
+            runtimes.append(runtime)
+        self._executor = Executor(
+            runtimes, transport, ties=self._lowering.ties, explain=self._explain, trace=trace
+        )
+
+    def _bind(
+        self, stage: PipelineStage, optimizer: torch.optim.Optimizer | None, divisor: int, buffers: int
+    ) -> StageRuntime:
+        named = dict(stage.named_parameters())
+        ties = TiedExchange(self._lowering.ties, stage.stage_index, named) if self._lowering.ties else None
+        if ties is not None and ties.read_params and optimizer is not None:
+            named = {name: param for name, param in named.items() if param not in ties.read_params}
+            for group in optimizer.param_groups:  # the owner's stage updates these
+                group["params"] = [param for param in group["params"] if param not in ties.read_params]
+        family, shape = self._lowering.family, self._lowering.shape
+        bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush)
+        if ties is not None:
+            ties.bind(bound)
+        stage.attach(ties.accumulate if ties is not None else bound.accumulate)
+        self._bounds.append(bound)
+        return StageRuntime(
+            stage=stage,
+            audit=StageAudit(stage=stage.stage_index, drift_bound=family.drift_bound(shape, stage.stage_index)),
+            updater=bound,
+            divisor=divisor,
+            ties=ties,
+        )
+
+    # --- running ---
+
+    @property
+    def stages(self) -> list[PipelineStage]:
+        """The stages of this process."""
+        return [runtime.stage for runtime in self._executor.runtimes.values()]
+
+    @property
+    def has_first(self) -> bool:
+        """Whether this process takes the inputs."""
+        return self.stages[0].is_first
+
+    @property
+    def has_last(self) -> bool:
+        """Whether this process takes the targets and holds losses and outputs."""
+        return self.stages[-1].is_last
+
+    @property
+    def events(self) -> list[Event]:
+        """Compute actions executed so far, with ``trace=True``."""
+        return self._executor.events
+
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Tensor] | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Train on one batch, cut into ``n_microbatches`` along dimension 0.
+
+        A flush schedule returns with the pipeline empty. An asynchronous one returns with it full: the backwards of
+        the last micro-batches run in the next ``step``, or in :meth:`drain`.
+
+        Args:
+            args: the whole batch; on the first stage only.
+            target: the whole batch of targets; on the last stage only.
+            losses: cleared, then filled with one detached loss a micro-batch, on the last stage.
+            return_outputs: whether the last stage returns its outputs, put together.
+            loss_kwargs: more keyword arguments for ``loss_fn``.
+            kwargs: keyword arguments of this process's stages; tensors are cut like ``args``.
+
+        Raises:
+            ValueError: input or target missing, on a wrong stage, or too small to be cut; nothing has run then.
+            ActionError, PeerLostError, DriftBoundError: an action failed; the pipeline cannot go on.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("step() under torch.no_grad() cannot train: call eval() instead")
+        accumulation, start = self._lowering.shape.accumulation, self._start_window
+        windows = range(self._next_window, self._next_window + self._windows_per_step)
+        first = windows.start * accumulation
+        feed = self._feed(args, kwargs, target, losses, loss_kwargs, range(first, first + self._n_microbatches))
+        feed.keep_outputs = return_outputs
+        streams = {
+            stage.stage_index: [
+                action for k in windows for action in self._lowering.window(stage.stage_index, k, start)
+            ]
+            for stage in self.stages
+        }
+        self._next_window = windows.stop
+        self._run(streams, feed)
+        return self._results(feed, losses)
+
+    def drain(self) -> None:
+        """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree."""
+        start, end = self._start_window, self._next_window
+        if start < end:
+            streams = {
+                stage.stage_index: self._lowering.drain(stage.stage_index, start, end) for stage in self.stages
+            }
+            self._run(streams, Feed())
+            self._start_window = end
+        self._executor.transport.flush()
+
+    def eval(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Tensor] | None = None,
+        loss_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Forward only, without gradients, after a drain; arguments and result as for :meth:`step`.
+
+        The modules stay in their mode: call ``module.eval()`` first where that matters.
+        """
+        feed = self._feed(args, kwargs, target, losses, loss_kwargs, range(self._n_microbatches))
+        self.drain()
+        feed.training, feed.keep_outputs = False, True
+        streams = {
+            stage.stage_index: self._lowering.forward_only(stage.stage_index, 0, self._n_microbatches)
+            for stage in self.stages
+        }
+        start = time.perf_counter()
+        self._run(streams, feed)
+        self._executor.leave_out(time.perf_counter() - start)  # statistics are about training
+        return self._results(feed, losses)
+
+    def close(self) -> None:
+        """Give the stages and the optimizers back. Idempotent; the pipeline cannot be used afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        for stage, bound in zip(self.stages, self._bounds, strict=True):
+            stage.detach()
+            stage.forget()
+            bound.unbind()
+        self._executor.transport.close()
+
+    # --- looking ---
+
+    def stats(self) -> dict[str, Any]:
+        """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
+
+        Keys: ``schedule stages accumulation slack windows micro_batches wall_s compute_s utilization
+        exposed_comm_s drift max_drift drift_bound peak_in_flight memory peak_bytes``. Seconds and bytes;
+        ``utilization`` is ``compute_s / (wall_s * stages of this process)``; ``drift`` maps stage to a histogram;
+        ``memory`` maps stage to bytes of weights, masters, optimizer, accumulators, activations (peak) and total.
+        """
+        return pipeline_stats(self._lowering, self._executor, self._bounds)
+
+    def reset_stats(self) -> None:
+        """Start counting anew, for example after the first window."""
+        for runtime in self._executor.runtimes.values():
+            runtime.audit.reset()
+        self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of this process's stages. Names are the modules' own; where two stages share a name, all
+        names are prefixed by ``stages.<index>.``."""
+        pairs = [(stage, name, param) for stage in self.stages for name, param in stage.named_parameters()]
+        unique = len({name for _, name, _ in pairs}) == len(pairs)
+        for stage, name, param in pairs:
+            yield (name if unique else f"stages.{stage.stage_index}.{name}"), param
+
+    def state_dict(self) -> dict[str, Any]:
+        """Drain, then return ``{"params", "optimizer", "lr_scheduler", "windows"}``, keyed by parameter name."""
+        self.drain()
+        named = dict(self.named_parameters())
+        return collect_state(named, self.stages, self._bounds, self._lr_schedulers, self._next_window)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Drain, then take over a state of :meth:`state_dict`.
+
+        Raises:
+            ValueError: names or shapes that do not match; nothing has been changed then.
+        """
+        self.drain()
+        load_state(state, dict(self.named_parameters()), self.stages, self._bounds, self._lr_schedulers)
+        self._next_window = self._start_window = int(state["windows"])
+        for runtime in self._executor.runtimes.values():
+            runtime.audit.version = self._next_window
+
+    # --- inside ---
+
+    def _feed(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: Any,
+        losses: list[Tensor] | None,
+        loss_kwargs: dict[str, Any] | None,
+        indices: range,
+    ) -> Feed:
+        """Check what the user gave and cut it, before anything runs."""
+        self._check_usable()
+        count = len(indices)
+        first, last = self.stages[0], self.stages[-1]
+        if args and not first.is_first:
+            raise ValueError(f"inputs given to stage {first.stage_index}: only the first stage (0) takes them")
+        if first.is_first and not args and not kwargs:
+            raise ValueError("no inputs given: the first stage needs step(x)")
+        if target is not None and not last.is_last:
+            owner = last.num_stages - 1
+            raise ValueError(f"target given to stage {last.stage_index}: only the last stage ({owner}) takes targets")
+        if last.is_last and target is None:
+            raise ValueError("no target given: the last stage needs step(target=y)")
+        if losses is not None and not isinstance(losses, list):
+            raise TypeError(f"losses is a {type(losses).__name__}: give a list, which step() fills")
+        feed = Feed()
+        if first.is_first:
+            feed.args = dict(zip(indices, microbatch.split(args, count, "args"), strict=True))
+        if kwargs:
+            parts = microbatch.split(kwargs, count, "kwargs")
+            feed.kwargs = {
+                (stage.stage_index, m): part for stage in self.stages for m, part in zip(indices, parts, strict=True)
+            }
+        if last.is_last:
+            targets = microbatch.split(target, count, "target")
+            feed.losses = {
+                m: self._loss_of(part, loss_kwargs or {}) for m, part in zip(indices, targets, strict=True)
+            }
+        return feed
+
+    def _loss_of(self, target: Any, loss_kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
+        assert self._loss_fn is not None
+        loss_fn = self._loss_fn
+        return lambda output: loss_fn(output, target, **loss_kwargs)
+
+    def _run(self, streams: dict[int, list[Action]], feed: Feed) -> None:
+        self._check_usable()
+        for bound in self._bounds:
+            for group in bound.groups:
+                group.check_views()
+        # Gradients that the user left in .grad are none of this batch's: they are set aside, and come back after it.
+        params = [param for stage in self.stages for param in stage.parameters()]
+        kept = [(param, param.grad) for param in params if param.grad is not None]
+        for param, _ in kept:
+            param.grad = None
+        try:
+            self._executor.run(streams, feed)
+        except BaseException as error:
+            self._failure = error
+            raise
+        for param, grad in kept:
+            param.grad = grad if param.grad is None else grad.add_(param.grad)
+
+    def _results(self, feed: Feed, losses: list[Tensor] | None) -> Any:
+        if losses is not None and self.has_last:
+            losses.clear()
+            losses.extend(feed.loss_values[m] for m in sorted(feed.loss_values))
+        if not feed.outputs:
+            return None
+        return microbatch.merge([feed.outputs[m] for m in sorted(feed.outputs)])
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise StageError("this pipeline is closed: make a new one")
+        if self._failure is not None:
+            cause = str(self._failure).splitlines()[0] if str(self._failure) else type(self._failure).__name__
+            raise PaciError(f"this pipeline failed earlier and cannot go on: {cause}") from self._failure
+
+    def _explain(self, failing: Action) -> str:
+        """The stage x step grid around a failing action."""
+        windows = self._next_window + self._windows_per_step - self._start_window
+        shape = self._lowering.shape
+        streams = []
+        for stage in range(shape.num_stages):
+            end = self._start_window + windows
+            stream = [
+                a for k in range(self._start_window, end) for a in self._lowering.window(stage, k, self._start_window)
+            ]
+            streams.append(stream + self._lowering.drain(stage, self._start_window, end))
+        return format_grid(streams, failing)

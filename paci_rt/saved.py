@@ -1,0 +1,46 @@
+"""How many bytes a forward leaves behind for its backward, read off autograd's graph without touching it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def saved_bytes(outputs: Iterable[Tensor], also: Iterable[Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that the graphs of ``outputs`` have saved, and of the tensors in ``also``.
+
+    Storages of ``parameters`` do not count. Looking at the graph, rather than hooking into what is saved, leaves
+    autograd's check for tensors modified in place as it is.
+    """
+    ignored = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    storages: dict[int, int] = {}
+    for tensor in (*also, *_saved_tensors(outputs)):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _saved_tensors(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    pending: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        for name in dir(node):
+            if name.startswith("_saved_") or name == "saved_tensors":
+                yield from _tensors(node, name)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+
+
+def _tensors(node: Any, name: str) -> list[Tensor]:
+    try:
+        value = getattr(node, name)
+    except (RuntimeError, AttributeError):
+        return []  # modified in place since: the backward will say so
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [item for item in values if isinstance(item, Tensor)]

@@ -1,0 +1,28 @@
+"""Schedules as data: ``get("paci")`` returns the functions that turn integers into action streams."""
+
+from __future__ import annotations
+
+import difflib
+
+from paci_rt.schedules.base import ScheduleFamily, Shape
+from paci_rt.schedules.flush import GPIPE, ONE_F_ONE_B
+from paci_rt.schedules.paci import ASYNC_1F1B, PACI
+
+FAMILIES: dict[str, ScheduleFamily] = {family.name: family for family in (PACI, ONE_F_ONE_B, GPIPE, ASYNC_1F1B)}
+
+
+def get(name: str) -> ScheduleFamily:
+    """The family called ``name``, in any case.
+
+    Raises:
+        ValueError: no schedule has that name; the message suggests the nearest.
+    """
+    family = FAMILIES.get(name.lower())
+    if family is None:
+        near = difflib.get_close_matches(name.lower(), FAMILIES, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown schedule {name!r}: {hint}choose from {', '.join(FAMILIES)}")
+    return family
+
+
+__all__ = ["FAMILIES", "ScheduleFamily", "Shape", "get"]

@@ -1,0 +1,109 @@
+"""Statistics and state of a pipeline's stages, keyed by stage and by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from paci_rt.executor import Executor
+from paci_rt.lowering import Lowering
+from paci_rt.optim import BoundOptimizer
+from paci_rt.stage import PipelineStage
+
+
+def pipeline_stats(lowering: Lowering, executor: Executor, bounds: Sequence[BoundOptimizer]) -> dict[str, Any]:
+    """The dictionary that ``Pipeline.stats`` documents."""
+    audits = [runtime.audit for runtime in executor.runtimes.values()]
+    start_s = executor.first_start_s
+    wall_s = 0.0 if start_s is None else executor.last_end_s - start_s
+    compute_s = sum(audit.compute_s for audit in audits)
+    memory = {}
+    for audit, bound in zip(audits, bounds, strict=True):
+        parts = {**bound.memory, "activations": audit.peak_activation_bytes}
+        memory[audit.stage] = {**parts, "total": sum(parts.values())}
+    shape = lowering.shape
+    return {
+        "schedule": lowering.family.name,
+        "stages": shape.num_stages,
+        "accumulation": shape.accumulation,
+        "slack": shape.slack,
+        "windows": max(audit.windows for audit in audits),
+        "micro_batches": max(audit.micro_batches for audit in audits),
+        "wall_s": wall_s,
+        "compute_s": compute_s,
+        "utilization": compute_s / (wall_s * len(audits)) if wall_s > 0 else 0.0,
+        "exposed_comm_s": sum(audit.exposed_comm_s for audit in audits),
+        "drift": {audit.stage: dict(sorted(audit.drift.items())) for audit in audits},
+        "max_drift": max((drift for audit in audits for drift in audit.drift), default=0),
+        "drift_bound": max(audit.drift_bound for audit in audits),
+        "peak_in_flight": {audit.stage: audit.peak_in_flight for audit in audits},
+        "nonfinite_gradients": sum(audit.nonfinite_gradients for audit in audits),
+        "memory": memory,
+        "peak_bytes": max(part["total"] for part in memory.values()),
+    }
+
+
+def collect_state(
+    named: Mapping[str, nn.Parameter],
+    stages: Sequence[PipelineStage],
+    bounds: Sequence[BoundOptimizer],
+    lr_schedulers: Sequence[Any],
+    windows: int,
+) -> dict[str, Any]:
+    """Copies of parameters and optimizer state by the names of ``named``, which say where a stage's names collide."""
+    optimizer = {}
+    for names, bound in zip(_names_of(named, stages), bounds, strict=True):
+        for own_name, state in bound.state_by_name().items():
+            optimizer[names[own_name]] = {key: value.clone() for key, value in state.items()}
+    return {
+        "params": {name: param.detach().clone() for name, param in named.items()},
+        "optimizer": optimizer,
+        "lr_scheduler": lr_schedulers[0].state_dict() if lr_schedulers else None,
+        "windows": windows,
+    }
+
+
+def load_state(
+    state: Mapping[str, Any],
+    named: Mapping[str, nn.Parameter],
+    stages: Sequence[PipelineStage],
+    bounds: Sequence[BoundOptimizer],
+    lr_schedulers: Sequence[Any],
+) -> None:
+    """Check everything, then copy it into the parameters and the optimizers.
+
+    Raises:
+        ValueError: a name is missing or unexpected, or a shape differs.
+    """
+    params, optimizer = state["params"], state["optimizer"]
+    missing, unexpected = sorted(named.keys() - params.keys()), sorted(params.keys() - named.keys())
+    if missing or unexpected:
+        raise ValueError(f"state does not fit this pipeline: missing {missing}, unexpected {unexpected}")
+    for name, param in named.items():
+        if params[name].shape != param.shape:
+            raise ValueError(
+                f"state does not fit this pipeline: {name!r} has shape {tuple(params[name].shape)}, "
+                f"the parameter {tuple(param.shape)}"
+            )
+    for names, bound in zip(_names_of(named, stages), bounds, strict=True):
+        own = {own_name: optimizer[name] for own_name, name in names.items() if name in optimizer}
+        bound.load_state_by_name(own)
+    with torch.no_grad():
+        for name, param in named.items():
+            param.copy_(params[name])
+    if state.get("lr_scheduler") is not None:
+        for scheduler in lr_schedulers:
+            scheduler.load_state_dict(state["lr_scheduler"])
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr  # schedulers leave that to the optimizer's own state_dict
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+
+
+def _names_of(named: Mapping[str, nn.Parameter], stages: Sequence[PipelineStage]) -> list[dict[str, str]]:
+    """For each stage its modules' own parameter names and the names in ``named``."""
+    of_param = {param: name for name, param in named.items()}
+    return [{own_name: of_param[param] for own_name, param in stage.named_parameters()} for stage in stages]

@@ -1,0 +1,89 @@
+"""A weight that lives on two stages, such as GPT-2's token embedding and output head.
+
+The owner keeps the optimizer state. In every window the reader, which is the last stage, sends the sum of its
+gradients and later takes over the updated weight, at the places that :mod:`paci_rt.lowering` fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from paci_rt.accumulator import GradAccumulator
+from paci_rt.flat import FlatGroup
+from paci_rt.lowering import TiedWeight
+from paci_rt.optim import BoundOptimizer
+
+
+class TiedExchange:
+    """One stage's side of all its tied weights.
+
+    Args:
+        ties: all tied weights of the pipeline, in the same order on every stage.
+        stage: this stage's index.
+        named_params: the stage's parameters.
+
+    Raises:
+        ValueError: a name in ``ties`` is no parameter of this stage.
+    """
+
+    def __init__(self, ties: tuple[TiedWeight, ...], stage: int, named_params: Mapping[str, nn.Parameter]) -> None:
+        self._owned: dict[int, nn.Parameter] = {}
+        self._read: dict[int, nn.Parameter] = {}
+        self._accumulators: dict[nn.Parameter, GradAccumulator] = {}
+        for number, tie in enumerate(ties):
+            for at, name, params in (
+                (tie.owner_stage, tie.owner, self._owned),
+                (tie.reader_stage, tie.reader, self._read),
+            ):
+                if at == stage:
+                    if name not in named_params:
+                        raise ValueError(f"tied weight {name!r} is no parameter of stage {stage}: check its name")
+                    params[number] = named_params[name]
+        for number, param in self._read.items():
+            group = FlatGroup([(ties[number].reader, param)])
+            self._accumulators[param] = GradAccumulator(group, buffers=1)
+        self._bound: BoundOptimizer | None = None
+
+    @property
+    def read_params(self) -> set[nn.Parameter]:
+        """Parameters that follow another stage's and therefore have no optimizer state here."""
+        return set(self._read.values())
+
+    def bind(self, bound: BoundOptimizer) -> None:
+        self._bound = bound
+
+    def accumulate(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Gradient of any parameter of the stage: the reader's own sum, or the optimizer's accumulator."""
+        accumulator = self._accumulators.get(param)
+        if accumulator is not None:
+            accumulator.add(0, grad)
+        else:
+            assert self._bound is not None
+            self._bound.accumulate(param, grad)
+
+    def gradient(self, tie: int) -> Tensor:
+        """Reader: the fp32 sum of this window, and the accumulator is empty again."""
+        accumulator = self._accumulators[self._read[tie]]
+        accumulator.seal()
+        accumulator.consume()
+        total = accumulator.sealed_view(0).clone()
+        accumulator.release()
+        return total
+
+    def add_gradient(self, tie: int, gradient: Tensor) -> None:
+        """Owner: one more term of this window's sum."""
+        assert self._bound is not None
+        self._bound.accumulate(self._owned[tie], gradient)
+
+    def weight(self, tie: int) -> Tensor:
+        """Owner: a copy of the weight, since the next update may come before it has been sent."""
+        return self._owned[tie].detach().clone()
+
+    def take_weight(self, tie: int, weight: Tensor) -> None:
+        """Reader: follow the owner; the version counter stays, as for every update of the schedule's own."""
+        param = self._read[tie]
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(param):
+            param.copy_(weight)

@@ -1,0 +1,323 @@
+"""Time to accuracy: the same training under several schedules, one run after another.
+
+Runs of one seed see the same tokens in the same order, start from the same weights and make the same number of
+updates. What differs is how long a token takes, and how much it buys.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paci_rt import schedules
+from paci_rt.trace import write_perfetto
+from paci_rt.train import plots, text
+from paci_rt.train.config import TrainConfig
+from paci_rt.train.results import EvalPoint, RunResult
+
+Execute = Callable[[TrainConfig, str], RunResult]
+TIMELINE_WINDOWS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run and when it reached the target.
+
+    Attributes:
+        tokens_to_target, time_to_target_s: interpolated between validations; None where it never got there.
+    """
+
+    seed: int
+    result: RunResult
+    tokens_to_target: float | None
+    time_to_target_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All runs, in the order in which they ran; ``target_loss`` is None where no run ended with a finite loss."""
+
+    runs: tuple[Run, ...]
+    target_loss: float | None
+    automatic_target: bool
+
+    @property
+    def schedules(self) -> list[str]:
+        """Names, in the order in which they were asked for."""
+        return list(dict.fromkeys(run.result.schedule for run in self.runs))
+
+    def of(self, schedule: str) -> list[Run]:
+        """The runs of one schedule, one a seed."""
+        return [run for run in self.runs if run.result.schedule == schedule]
+
+    def time_to_target_s(self, schedule: str) -> float | None:
+        """Median over the seeds; None unless every one of them reached the target."""
+        return _median([run.time_to_target_s for run in self.of(schedule)])
+
+    def tokens_to_target(self, schedule: str) -> float | None:
+        """Median over the seeds; None unless every one of them reached the target."""
+        return _median([run.tokens_to_target for run in self.of(schedule)])
+
+    def speedups(self) -> dict[str, dict[str, float | None]]:
+        """``speedups()[a][b]``: how many times as fast as ``a`` schedule ``b`` reached the target."""
+        times = {name: self.time_to_target_s(name) for name in self.schedules}
+        return {a: {b: _ratio(times[a], times[b]) for b in times if b != a} for a in times}
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values: ``runs`` (the keys of ``train --json`` and more), ``target_loss``, ``speedup_vs``."""
+        runs = []
+        for run in self.runs:
+            reached = {"time_to_target_s": run.time_to_target_s, "tokens_to_target": run.tokens_to_target}
+            runs.append({**run.result.to_json(), "seed": run.seed, **reached})
+        return {"runs": runs, "target_loss": self.target_loss, "speedup_vs": self.speedups(), "machine": machine()}
+
+
+def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[TrainConfig]:
+    """The configs of all runs: schedules take turns within each seed, so that a busy hour hits all of them.
+
+    ``slack`` goes to the schedules that take it, and ``accumulation`` to all but those whose window is one micro-batch.
+
+    Raises:
+        ValueError: options that cannot work.
+    """
+    families = [schedules.get(name) for name in names]
+    repeated = {family.name for family in families if families.count(family) > 1}
+    if repeated:
+        raise ValueError(f"--schedules names {', '.join(sorted(repeated))} twice: name each once, and repeat by --seeds")
+    if not families:
+        raise ValueError(f"--schedules is empty: choose from {', '.join(schedules.FAMILIES)}")
+    if seeds < 1:
+        raise ValueError(f"--seeds is {seeds}: give an integer of at least 1")
+    first_seed = options.get("seed", 0)
+    configs = []
+    for seed in range(first_seed, first_seed + seeds):
+        for family in families:
+            mine = {**options, "schedule": family.name, "seed": seed}
+            if not family.takes_slack:
+                mine.pop("slack", None)
+            if family.one_micro_batch_windows:
+                mine.pop("accumulation", None)
+            configs.append(TrainConfig(**mine))
+    if any(config.eval_interval == 0 for config in configs):
+        raise ValueError("--eval-interval 0 validates at the end only, which shows no time to a target: give 1 or more")
+    return configs
+
+
+def compare(configs: Sequence[TrainConfig], *, target_loss: float | None, execute: Execute) -> Comparison:
+    """Run all configs with ``execute(config, label)`` and find out who reached the target when.
+
+    Args:
+        target_loss: nats per token over the held-back set; None takes the highest of the runs' last losses, the best
+            that every run reached.
+    """
+    seeds = {config.seed for config in configs}
+    width = max(len(config.schedule) for config in configs)
+    results = []
+    for config in configs:
+        label = config.schedule.ljust(width)
+        results.append(execute(config, f"{label} seed {config.seed}" if len(seeds) > 1 else label))
+    target = target_loss
+    if target is None:
+        last = [result.val_loss for result in results]
+        target = max(last) if all(math.isfinite(value) for value in last) else None
+    runs = []
+    for config, result in zip(configs, results, strict=True):
+        tokens, elapsed_s = first_reached(result.evals, target)
+        runs.append(Run(seed=config.seed, result=result, tokens_to_target=tokens, time_to_target_s=elapsed_s))
+    return Comparison(runs=tuple(runs), target_loss=target, automatic_target=target_loss is None)
+
+
+def first_reached(evals: Sequence[EvalPoint], target: float | None) -> tuple[float | None, float | None]:
+    """Tokens and seconds at which the loss first was ``target``, on straight lines between validations."""
+    if target is None:
+        return None, None
+    before: EvalPoint | None = None
+    for point in evals:
+        if point.val_loss <= target:
+            if before is None or not math.isfinite(before.val_loss):
+                return float(point.tokens), point.elapsed_s
+            share = (before.val_loss - target) / (before.val_loss - point.val_loss)
+            return (
+                before.tokens + share * (point.tokens - before.tokens),
+                before.elapsed_s + share * (point.elapsed_s - before.elapsed_s),
+            )
+        before = point
+    return None, None
+
+
+def summary_table(comparison: Comparison, *, markdown: bool = False) -> str:
+    """One row a schedule; medians where there are several seeds."""
+    header = ("schedule", "time to target", "tokens to target", "final loss", "tokens/s", "utilization")
+    rows = []
+    for name in comparison.schedules:
+        results = [run.result for run in comparison.of(name)]
+        tokens = comparison.tokens_to_target(name)
+        rows.append(
+            (
+                name,
+                text.seconds(comparison.time_to_target_s(name)),
+                text.NOTHING if tokens is None else f"{tokens:,.0f}",
+                text.loss(statistics.median(result.val_loss for result in results)),
+                f"{statistics.median(result.tokens_per_s for result in results):,.0f}",
+                text.share(statistics.median(result.utilization for result in results)),
+                f"{max(result.max_drift for result in results)} / {results[0].drift_bound}",
+                text.size(max(result.peak_memory_bytes for result in results)),
+            )
+        )
+    return text.table((*header, "max drift / bound", "memory"), rows, markdown=markdown)
+
+
+def verdict(comparison: Comparison) -> str:
+    """Plain sentences: which schedule reached the target first, and by how much."""
+    target = comparison.target_loss
+    if target is None:
+        diverged = {run.result.schedule for run in comparison.runs if not math.isfinite(run.result.val_loss)}
+        return f"No target: the loss of {', '.join(sorted(diverged))} ended as no finite number. Try a smaller --lr."
+    how = " (the highest of the final losses, so every run reached it)" if comparison.automatic_target else ""
+    times = {name: comparison.time_to_target_s(name) for name in comparison.schedules}
+    reached = sorted((value, name) for name, value in times.items() if value is not None)
+    sentences = []
+    if reached:
+        best_s, best = reached[0]
+        sentences.append(f"{best} reached the target loss of {target:.4f}{how} first, after {text.seconds(best_s)}.")
+        for value, name in reached[1:]:
+            ratio = f": {best} was {value / best_s:.2f} times as fast" if best_s > 0 else ""
+            sentences.append(f"{name} took {text.seconds(value)}{ratio}.")
+    else:
+        sentences.append(f"No schedule reached the target loss of {target:.4f}.")
+    for name, value in times.items():
+        if value is None and reached:
+            runs = comparison.of(name)
+            count = sum(run.time_to_target_s is not None for run in runs)
+            sentences.append(f"{name} did not reach it" + (f" in {len(runs) - count} of {len(runs)} runs." if count else "."))
+    return " ".join(sentences)
+
+
+def write_report(folder: str | Path, comparison: Comparison) -> list[Path]:
+    """Write ``report.md``, the two loss plots, ``timeline.png`` and a Perfetto trace a schedule; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / name for name in ("report.md", "loss_vs_tokens.png", "loss_vs_time.png", "timeline.png")]
+    curves = [_curve(run) for run in comparison.runs]
+    plots.loss_over_tokens(written[1], curves, target=comparison.target_loss)
+    plots.loss_over_time(written[2], curves, target=comparison.target_loss)
+    shown = [comparison.of(name)[0].result for name in comparison.schedules]
+    write_timeline(written[3], shown)
+    for result in shown:
+        written.append(folder / f"trace-{result.schedule}.json")
+        write_perfetto(written[-1], result.events)
+    written[0].write_text(_report(comparison), encoding="utf-8")
+    return written
+
+
+def write_timeline(path: str | Path, results: Sequence[RunResult]) -> None:
+    """A few windows from the middle of each run, on one time axis; needs runs with ``events``."""
+    cuts = [_middle(result) for result in results]
+    span_s = max(end_s - start_s for start_s, end_s in cuts)
+    lanes = []
+    for result, (start_s, _) in zip(results, cuts, strict=True):
+        title = f"{result.schedule}: {text.share(result.utilization)} of the time computing"
+        lanes.append(plots.Lane(title=title, events=result.events, start_s=start_s))
+    plots.timeline(path, lanes, span_s=span_s)
+
+
+def _middle(result: RunResult) -> tuple[float, float]:
+    """Start and end of some windows halfway between two validations, on the clock of the events."""
+    ends = sorted(event.end_s for event in result.events if event.stage == 0 and event.action.startswith("0U"))
+    interval, done = result.config["eval_interval"], result.steps - result.windows
+    first = done + result.windows // 2  # in local updates since the very first
+    start = first - first % interval + max(0, interval - TIMELINE_WINDOWS) // 2 - done
+    start = min(max(1, start), max(1, len(ends) - 1))
+    end = min(start + TIMELINE_WINDOWS, len(ends))
+    if end <= start:  # a run of a single window
+        return min(event.start_s for event in result.events), max(event.end_s for event in result.events)
+    return ends[start - 1], ends[end - 1]
+
+
+def _curve(run: Run) -> plots.Curve:
+    evals = run.result.evals
+    reached = None
+    if run.tokens_to_target is not None and run.time_to_target_s is not None:
+        reached = (run.tokens_to_target, run.time_to_target_s)
+    return plots.Curve(
+        label=run.result.schedule,
+        schedule=run.result.schedule,
+        tokens=[point.tokens for point in evals],
+        elapsed_s=[point.elapsed_s for point in evals],
+        val_loss=[point.val_loss for point in evals],
+        reached=reached,
+    )
+
+
+def _report(comparison: Comparison) -> str:
+    first = comparison.runs[0].result
+    config, host = first.config, machine()
+    seeds = sorted({run.seed for run in comparison.runs})
+    return f"""# {" against ".join(comparison.schedules)}
+
+{verdict(comparison)}
+
+{summary_table(comparison, markdown=True)}
+
+![loss over time](loss_vs_time.png)
+
+![loss over tokens](loss_vs_tokens.png)
+
+![what each stage did when](timeline.png)
+
+## What was run
+
+{config["model"]} in {first.stages} stages of {config["threads"]} thread(s), {first.steps} local updates of
+{config["batch_size"]} sequences of {config["seq_len"]} tokens ({first.tokens:,} tokens in all), optimizer {config["optimizer"]}, learning rate {config["lr"]:g},
+{config["dtype"]}, seeds {", ".join(map(str, seeds))}, data: {config["data"] or "the text of Python's standard library"}.
+Machine: {host["processor"]}, {host["cores"]} cores, {host["system"]}, Python {host["python"]}, torch {host["torch"]}.
+
+## What the columns mean
+
+- **time to target**: seconds of training until the loss over the held-back set first was the target, on a straight line
+  between two validations. Start-up and the validations themselves do not count, drains do.{" Medians over the seeds." if len(seeds) > 1 else ""}
+- **final loss**: nats per token over the held-back set. **tokens/s** leaves out the first window.
+- **utilization**: seconds that the stages computed over seconds of training, their mean.
+- **max drift / bound**: the most updates that any micro-batch saw between its forward and its backward, as counted,
+  and what the schedule allows.
+- **memory**: weights, gradients, optimizer and saved activations of the largest stage, at the peak.
+
+The traces open at ui.perfetto.dev: {", ".join(f"`trace-{name}.json`" for name in comparison.schedules)}.
+"""
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known and len(known) == len(values) else None
+
+
+def _ratio(mine: float | None, other: float | None) -> float | None:
+    return mine / other if mine is not None and other else None

@@ -1,0 +1,201 @@
+"""Everything that decides a training run, in one frozen dataclass: equal configs give equal parameters."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from paci_rt import schedules
+from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
+from paci_rt.transport import TRANSPORTS
+
+OPTIMIZERS = ("adamw", "sgd", "torch-adamw", "torch-sgd")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+AUTO: Any = None
+"""Default of options that are derived from the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Options of ``paci-rt train``; None means the default that is named here, and is filled in on construction.
+
+    Attributes:
+        schedule, stages, slack, buffers: as for ``paci_rt.SchedulePACI``.
+        accumulation: micro-batches a window; 4, and always 1 for ``async-1f1b``.
+        model: a name in ``paci_rt.train.gpt.MODELS``. partition: its blocks by stage; balanced by cost.
+        data: text file, folder of text files, ``.bin``, or folder with train.bin and val.bin; Python's own library.
+        steps: local updates of every stage, counted from the very first one also after ``resume``.
+        batch_size: sequences a window, whatever the accumulation. seq_len: tokens a sequence; 128 or the context.
+        optimizer: ``adamw`` and ``sgd`` are paci_rt's fused ones, ``torch-adamw`` and ``torch-sgd`` torch's own.
+        lr: peak learning rate; it warms up over ``warmup_steps`` (a twentieth of lr_steps) and falls along a cosine to
+            ``min_lr`` (a tenth of lr) at ``lr_steps`` (steps). weight_decay: of parameters with two or more dimensions.
+        dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
+            autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
+            2 bytes a parameter for every micro-batch in flight, the very weight stash that PACI does without.
+        seed: of weights and batches. device: ``cpu``, which ``auto`` means in this version.
+        eval_interval: windows between validations, 0 for one at the end only; a tenth of steps.
+        eval_batches: batches of batch_size sequences that make the held-back set.
+        out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
+        resume: such a folder to go on from, with any number of stages and any schedule.
+        transport, threads, port: how the launcher starts the stages; ``local`` runs all of them in one process.
+        trace: record every action, for a Perfetto file or a timeline.
+
+    Raises:
+        ValueError: an option that cannot work, named with the remedy.
+    """
+
+    schedule: str = "paci"
+    stages: int = 2
+    accumulation: int = AUTO
+    slack: int = 0
+    buffers: int | None = None
+    model: str = "gpt-tiny"
+    partition: tuple[int, ...] = AUTO
+    data: str | None = None
+    steps: int = 200
+    batch_size: int = 8
+    seq_len: int = AUTO
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    min_lr: float = AUTO
+    lr_steps: int = AUTO
+    warmup_steps: int = AUTO
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.9
+    dtype: str = "fp32"
+    seed: int = 0
+    device: str = "cpu"
+    eval_interval: int = AUTO
+    eval_batches: int = 4
+    out: str | None = None
+    save_interval: int = 0
+    resume: str | None = None
+    transport: str = "auto"
+    threads: int = 1
+    port: int = 0
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        family = schedules.get(self.schedule)
+        self._fill("schedule", family.name, always=True)
+        self._fill("accumulation", 1 if family.one_micro_batch_windows else 4)
+        self._fill("seq_len", min(128, self.gpt.context))
+        self._fill("lr_steps", self.steps)
+        self._check_integers()
+        self._fill("warmup_steps", self.lr_steps // 20 if self.lr_steps else 0)
+        self._fill("min_lr", self.lr / 10)
+        self._fill("eval_interval", max(1, self.steps // 10))
+        self._check_floats()
+        self._check_shape(family)
+
+    def _fill(self, name: str, default: Any, *, always: bool = False) -> None:
+        if always or getattr(self, name) is None:
+            object.__setattr__(self, name, default)
+
+    def _check_names(self) -> None:
+        _known("--model", self.model, MODELS)
+        _known("--optimizer", self.optimizer, OPTIMIZERS)
+        _known("--dtype", self.dtype, DTYPES)
+        _known("--transport", self.transport, TRANSPORTS)
+        if self.device not in ("cpu", "auto"):
+            raise ValueError(f"--device {self.device}: this version runs on the CPU only; use --device cpu")
+        if self.dtype == "bf16" and self.optimizer.startswith("torch-"):
+            raise ValueError(
+                f"--dtype bf16 with --optimizer {self.optimizer}: torch's optimizers keep no fp32 masters, so small "
+                f"updates would be rounded away; use --optimizer {self.optimizer.removeprefix('torch-')}"
+            )
+
+    def _check_integers(self) -> None:
+        positive = ("stages", "accumulation", "steps", "batch_size", "seq_len", "lr_steps", "eval_batches", "threads")
+        not_negative = ("slack", "seed", "warmup_steps", "eval_interval", "save_interval", "port")
+        for name, bound in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < bound):
+                raise ValueError(f"{_flag(name)} is {value!r}: give an integer of at least {bound}")
+        for name, most in (("seed", 2**63 - 1), ("port", 65535)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{_flag(name)} is {getattr(self, name)}: give at most {most}")
+        if self.buffers not in (None, 1, 2):
+            raise ValueError(f"--buffers is {self.buffers!r}: give 1 or 2")
+
+    def _check_floats(self) -> None:
+        for name in ("lr", "min_lr", "weight_decay", "beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{_flag(name)} is {value!r}: give a number of at least 0")
+            if name in ("beta1", "beta2", "momentum") and value >= 1:
+                raise ValueError(f"{_flag(name)} is {value!r}: give a number below 1")
+
+    def _check_shape(self, family: schedules.ScheduleFamily) -> None:
+        accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt
+        if family.one_micro_batch_windows and accumulation != 1:
+            raise ValueError(
+                f"--accumulation is {accumulation}: {family.name} updates after every micro-batch; use --accumulation 1"
+            )
+        if self.slack and not family.takes_slack:
+            raise ValueError(f"--slack is {self.slack}: {family.name} flushes and takes none; use --slack 0")
+        if self.batch_size % accumulation:
+            raise ValueError(
+                f"--batch-size {self.batch_size} cannot be cut into {accumulation} equal micro-batches; "
+                f"use a multiple of --accumulation, such as {accumulation * -(-self.batch_size // accumulation)}"
+            )
+        if seq_len > model.context:
+            raise ValueError(
+                f"--seq-len {seq_len} exceeds the {model.context} positions of {model.name}; use at most that"
+            )
+        default = default_partition(model, self.stages, seq_len=seq_len)
+        sizes = tuple(self.partition) if self.partition is not None else default
+        if len(sizes) != self.stages or sum(sizes) != model.layers or min(sizes) < 1:
+            raise ValueError(
+                f"--partition {','.join(map(str, sizes))} must give each of {self.stages} stages at least one block "
+                f"and add up to the {model.layers} of {model.name}; for example {','.join(map(str, default))}"
+            )
+        object.__setattr__(self, "partition", sizes)
+        if self.save_interval and self.out is None:
+            raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")
+
+    @property
+    def gpt(self) -> GPTConfig:
+        """The model's shape."""
+        return MODELS[self.model]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def tokens_per_window(self) -> int:
+        return self.batch_size * self.seq_len
+
+    def lr_factor(self, step: int) -> float:
+        """Learning rate of local update ``step`` (from 0) as a share of ``lr``: linear warm-up, then half a cosine."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        floor = self.min_lr / self.lr if self.lr else 0.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.lr_steps - self.warmup_steps))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON-ready values."""
+        return asdict(self)
+
+
+def _known(flag: str, value: str, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {flag} {value!r}: {hint}choose from {', '.join(choices)}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

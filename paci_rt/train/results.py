@@ -1,0 +1,164 @@
+"""What a training run found out: measured by each process, merged into one result with the keys of ``--json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from paci_rt.trace import Event
+from paci_rt.train.config import TrainConfig
+
+TRAIN_LOSS_WINDOWS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPoint:
+    """One window: ``step`` local updates and ``tokens`` since the first one, the training clock, nats per token."""
+
+    step: int
+    tokens: int
+    elapsed_s: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalPoint:
+    """One validation, after a drain: as :class:`StepPoint`, with the loss over the held-back set."""
+
+    step: int
+    tokens: int
+    elapsed_s: float
+    val_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What one process measured; it holds one stage, or all of them with the local transport.
+
+    Attributes:
+        stats: of its schedule, over all windows of this run.
+        wall_s: the training clock at the end: everything but start-up, validation forwards and saving.
+        steady_s, steady_compute_s: training clock and seconds of computing since the first window ended here.
+        steps, evals: what the last stage saw; empty elsewhere.
+        params_sha256: of the whole model; on the first process, None elsewhere.
+        events: executed actions, if they were recorded.
+    """
+
+    stats: dict[str, Any]
+    wall_s: float
+    steady_s: float
+    steady_compute_s: float
+    steps: tuple[StepPoint, ...] = ()
+    evals: tuple[EvalPoint, ...] = ()
+    params_sha256: str | None = None
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """A whole run. The first block are the keys of ``paci-rt train --json``; seconds, bytes, nats per token.
+
+    Attributes:
+        steps: local updates since the very first; tokens: what they have seen.
+        train_loss: mean over the last ten windows. val_loss: over the held-back set, at the end.
+        wall_s: training time, without start-up, validation forwards and saving.
+        tokens_per_s: without the first window of the process either (unless there is no other).
+        utilization: seconds of computing over seconds of training, mean over the stages, the same windows.
+        max_drift, peak_memory_bytes: the largest of any stage; drift_bound: what the schedule allows.
+        windows: local updates of this run, fewer than steps after a resume.
+        drift, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were no numbers.
+        curve, evals: loss over training; events: executed actions, not in the JSON.
+    """
+
+    schedule: str
+    stages: int
+    accumulation: int
+    steps: int
+    tokens: int
+    train_loss: float
+    val_loss: float
+    wall_s: float
+    tokens_per_s: float
+    utilization: float
+    max_drift: int
+    drift_bound: int
+    peak_memory_bytes: int
+    params_sha256: str
+
+    windows: int
+    exposed_comm_s: float
+    nonfinite_gradients: int
+    drift: dict[int, dict[int, int]]
+    memory: dict[int, dict[str, int]]
+    peak_in_flight: dict[int, int]
+    curve: tuple[StepPoint, ...]
+    evals: tuple[EvalPoint, ...]
+    config: dict[str, Any]
+    events: tuple[Event, ...] = field(default=(), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values; numbers that JSON does not know (a diverged loss) become None, stage numbers strings."""
+        values = asdict(self)
+        del values["events"]
+        return _plain(values)  # type: ignore[no-any-return]
+
+
+def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
+    """One result from those of all processes, in the order of their ranks."""
+    last = results[-1]  # sees the losses, and the end of the first window everywhere
+    assert last.steps
+    assert last.evals
+    assert results[0].params_sha256 is not None
+    stats = [result.stats for result in results]
+    wall_s = max(result.wall_s for result in results)
+    windows = len(last.steps)
+    if windows > 1:
+        seconds, counted = last.steady_s, windows - 1
+        utilization = sum(result.steady_compute_s / result.steady_s for result in results) / config.stages
+    else:
+        seconds, counted = wall_s, windows
+        utilization = sum(one["compute_s"] for one in stats) / (wall_s * config.stages)
+    recent = [point.loss for point in last.steps[-TRAIN_LOSS_WINDOWS:]]
+    memory = _by_stage(stats, "memory")
+    return RunResult(
+        schedule=config.schedule,
+        stages=config.stages,
+        accumulation=config.accumulation,
+        steps=config.steps,
+        tokens=config.steps * config.tokens_per_window,
+        train_loss=sum(recent) / len(recent),
+        val_loss=last.evals[-1].val_loss,
+        wall_s=wall_s,
+        tokens_per_s=counted * config.tokens_per_window / seconds,
+        utilization=utilization,
+        max_drift=max(one["max_drift"] for one in stats),
+        drift_bound=max(one["drift_bound"] for one in stats),
+        peak_memory_bytes=max(parts["total"] for parts in memory.values()),
+        params_sha256=results[0].params_sha256,
+        windows=windows,
+        exposed_comm_s=sum(one["exposed_comm_s"] for one in stats),
+        nonfinite_gradients=sum(one["nonfinite_gradients"] for one in stats),
+        drift=_by_stage(stats, "drift"),
+        memory=memory,
+        peak_in_flight=_by_stage(stats, "peak_in_flight"),
+        curve=last.steps,
+        evals=last.evals,
+        config=config.to_json(),
+        events=tuple(event for result in results for event in result.events),
+    )
+
+
+def _by_stage(stats: Sequence[dict[str, Any]], key: str) -> dict[int, Any]:
+    return dict(sorted((stage, value) for one in stats for stage, value in one[key].items()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

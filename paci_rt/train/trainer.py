@@ -1,0 +1,284 @@
+"""Train a GPT through a pipeline. Every process of a run calls :func:`train`; it reads top to bottom.
+
+Precision is a property of the parameters (``--dtype``), never of autocast: autocast makes a low-precision copy of each
+weight in every forward and autograd keeps it until the backward, which with several micro-batches in flight is the
+very weight stash that PACI does without. ``bf16`` trains bf16 parameters, and the optimizer keeps fp32 masters.
+
+Gradients are not clipped by norm: each stage updates on its own, and none ever knows the norm of the whole gradient.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import paci_rt
+from paci_rt import checkpoint
+from paci_rt.runtime import Pipeline
+from paci_rt.train.config import TrainConfig
+from paci_rt.train.data import Corpus, load_corpus
+from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
+from paci_rt.train.results import EvalPoint, StageResult, StepPoint
+
+
+class Context(Protocol):
+    """Where this process stands in the run; ``paci_rt.launch.Context`` is one."""
+
+    rank: int
+    local: bool
+
+    def report(self, obj: dict[str, Any]) -> None: ...
+
+
+def train(config: TrainConfig, ctx: Context) -> StageResult:
+    """Train stage ``ctx.rank``, or all of them where ``ctx.local``.
+
+    The process of the last stage reports each window (``kind="step"``) and each validation (``kind="eval"``).
+
+    Raises:
+        ValueError: unusable data, or a checkpoint that does not fit.
+        ActionError, PeerLostError, DriftBoundError: the pipeline failed.
+    """
+    corpus, first_step = preflight(config)
+    pipeline, lr_schedulers = build_pipeline(config, ctx)
+    # A group of our own, because the default one carries the pipeline's messages.
+    group = None if ctx.local else dist.new_group(backend="gloo")
+    ties = tied_weights(config.gpt, config.stages)
+    if config.resume is not None:
+        checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
+        set_learning_rate(lr_schedulers, config, first_step)
+    clock = TrainingClock(barrier=lambda: None if group is None else dist.barrier(group))
+    log = Log(config, ctx, pipeline, clock)
+    held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
+
+    def rest(step: int, *, validate: bool, save: bool) -> None:
+        """Empty the pipeline and stop the clock for what is not training."""
+        pipeline.drain()
+        clock.stop()
+        if validate:
+            log.evaluated(step, evaluate(pipeline, *held_back, config.batch_size))
+        if save and config.out is not None:
+            extra = {"config": config.to_json()}
+            checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group)
+
+    clock.start()
+    for step in range(first_step, config.steps):
+        validate = config.eval_interval > 0 and (step % config.eval_interval == 0 or step == first_step)
+        save = config.save_interval > 0 and step % config.save_interval == 0 and step > first_step
+        if validate or save:
+            rest(step, validate=validate, save=save)
+            clock.start()
+        x, y = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
+        losses: list[Tensor] = []
+        inputs = (x,) if pipeline.has_first else ()
+        target = y if pipeline.has_last else None
+        pipeline.step(*inputs, target=target, losses=losses, return_outputs=False)
+        log.stepped(step + 1, losses)
+    rest(config.steps, validate=True, save=True)
+
+    digest = params_sha256(config, pipeline, ctx, group)
+    result = log.result(digest)
+    pipeline.close()
+    if group is not None:
+        dist.destroy_process_group(group)
+    return result
+
+
+def preflight(config: TrainConfig) -> tuple[Corpus, int]:
+    """Open the data and look at the checkpoint to resume: all that can be wrong outside the options themselves.
+
+    Cheap, so that a launcher can call it before it starts any process.
+
+    Returns:
+        The corpus, and the local updates that the checkpoint has behind it (0 without one).
+
+    Raises:
+        ValueError: data or checkpoint cannot be used with these options.
+    """
+    corpus = load_corpus(config.data, vocab_size=config.gpt.vocab_size, seq_len=config.seq_len)
+    if config.resume is None:
+        return corpus, 0
+    index = checkpoint.read_index(config.resume)
+    saved = index["extra"].get("config")
+    if saved is None:
+        raise ValueError(f"--resume {config.resume}: this checkpoint was not written by paci-rt train")
+    for name in ("model", "dtype", "optimizer"):
+        if saved[name] != getattr(config, name):
+            raise ValueError(
+                f"--resume {config.resume} was trained with --{name} {saved[name]}, not {getattr(config, name)}; "
+                f"use --{name} {saved[name]}"
+            )
+    if config.steps <= index["windows"]:
+        raise ValueError(
+            f"--resume {config.resume} has {index['windows']} steps behind it and --steps {config.steps} counts them; "
+            "ask for more"
+        )
+    return corpus, int(index["windows"])
+
+
+def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[LambdaLR]]:
+    """The schedule with its stages and optimizers in this process, and one learning-rate scheduler a stage."""
+    here = range(config.stages) if ctx.local else (ctx.rank,)
+    modules = [
+        build_stage(
+            config.gpt, at, config.stages, seed=config.seed, dtype=config.torch_dtype, partition=config.partition
+        )
+        for at in here
+    ]
+    optimizers = [make_optimizer(config, module.named_parameters()) for module in modules]
+    lr_schedulers = [LambdaLR(optimizer, config.lr_factor) for optimizer in optimizers]
+    options: dict[str, Any] = {
+        "n_microbatches": config.accumulation,
+        "loss_fn": cross_entropy,
+        "slack": config.slack,
+        "buffers": config.buffers,
+        "tied_weights": tied_weights(config.gpt, config.stages),
+        "trace": config.trace,
+    }
+    if ctx.local:
+        options |= {"schedule": config.schedule, "optimizer": optimizers, "lr_scheduler": lr_schedulers}
+        return paci_rt.LocalPipeline(modules, **options), lr_schedulers
+    stage = paci_rt.PipelineStage(modules[0], ctx.rank, config.stages)
+    options |= {"optimizer": optimizers[0], "lr_scheduler": lr_schedulers[0]}
+    return paci_rt.get_schedule_class(config.schedule)(stage, **options), lr_schedulers
+
+
+def make_optimizer(config: TrainConfig, named: Iterator[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """Two parameter groups: weight decay on matrices and embeddings, none on biases and LayerNorms."""
+    params = [param for _, param in named]
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if config.optimizer.endswith("adamw"):
+        adamw = torch.optim.AdamW if config.optimizer == "torch-adamw" else paci_rt.AdamW
+        return adamw(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+    sgd = torch.optim.SGD if config.optimizer == "torch-sgd" else paci_rt.SGD
+    return sgd(groups, lr=config.lr, momentum=config.momentum)
+
+
+def set_learning_rate(lr_schedulers: Sequence[LambdaLR], config: TrainConfig, step: int) -> None:
+    """After a resume: the rate of the next update follows from this run's options, not from the checkpoint's."""
+    for scheduler in lr_schedulers:
+        scheduler.base_lrs = [config.lr for _ in scheduler.base_lrs]
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] = config.lr * config.lr_factor(step)
+
+
+def evaluate(pipeline: Pipeline, x: Tensor, y: Tensor, batch_size: int) -> float | None:
+    """Mean nats per token over sequences x and their targets y, int64 ``[sequences, seq]``; None off the last stage."""
+    means = []
+    for inputs, targets in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):  # [batch, seq]
+        losses: list[Tensor] = []
+        args = (inputs,) if pipeline.has_first else ()
+        pipeline.eval(*args, target=targets if pipeline.has_last else None, losses=losses)
+        if pipeline.has_last:
+            means.append(torch.stack(losses).mean())  # micro-batches are equal, see TrainConfig
+    return float(torch.stack(means).mean()) if means else None
+
+
+def params_sha256(config: TrainConfig, pipeline: Pipeline, ctx: Context, group: dist.ProcessGroup | None) -> str | None:
+    """Hash of the uncut model's parameters, which travel to rank 0 one at a time; None on the others."""
+    mine = dict(pipeline.named_parameters())
+    shapes = parameter_shapes(config.gpt)
+    if ctx.local:
+        return paci_rt.params_sha256((name, mine[name]) for name in shapes)
+    names: list[list[str]] = [[] for _ in range(config.stages)]
+    dist.all_gather_object(names, list(mine), group=group)
+    if ctx.rank > 0:
+        for name in shapes:
+            if name in mine:
+                dist.send(mine[name].detach().contiguous().view(-1).view(torch.uint8), 0, group=group)
+        return None
+
+    def in_order() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in shapes.items():
+            if name in mine:
+                yield name, mine[name]
+            else:
+                tensor = torch.empty(shape, dtype=config.torch_dtype)
+                owner = next(rank for rank, theirs in enumerate(names) if name in theirs)
+                dist.recv(tensor.view(-1).view(torch.uint8), owner, group=group)
+                yield name, tensor
+
+    return paci_rt.params_sha256(in_order())
+
+
+class TrainingClock:
+    """Seconds of training. It stands still while a run starts, validates or saves; all stages stop it together."""
+
+    def __init__(self, barrier: Callable[[], Any]) -> None:
+        self._barrier = barrier
+        self._before_s = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._barrier()
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Wait for the slowest stage, whose drain is training too, and stop."""
+        self._barrier()
+        self._before_s, self._since = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self._before_s + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+class Log:
+    """Keeps what this process saw and reports it from the last stage."""
+
+    def __init__(self, config: TrainConfig, ctx: Context, pipeline: Pipeline, clock: TrainingClock) -> None:
+        self._config, self._ctx, self._pipeline, self._clock = config, ctx, pipeline, clock
+        self._steps: list[StepPoint] = []
+        self._evals: list[EvalPoint] = []
+        self._mark: tuple[float, float, int] | None = None  # clock, seconds of computing and tokens after one window
+
+    def stepped(self, step: int, losses: list[Tensor]) -> None:
+        """``step`` windows have run; ``losses`` has one a micro-batch, on the last stage."""
+        elapsed_s, tokens = self._clock.seconds(), step * self._config.tokens_per_window
+        if self._mark is None:
+            self._mark = elapsed_s, self._pipeline.stats()["compute_s"], tokens
+        if not self._pipeline.has_last:
+            return
+        loss = float(torch.stack(losses).mean())
+        self._steps.append(StepPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, loss=loss))
+        steady_s, compute_s = self._steady()
+        rates = {"tokens_per_s": self._config.tokens_per_window / elapsed_s, "utilization": 0.0}
+        if tokens > self._mark[2]:
+            rates["tokens_per_s"] = (tokens - self._mark[2]) / steady_s
+            rates["utilization"] = compute_s / (steady_s * len(self._pipeline.stages))
+        self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates})
+
+    def evaluated(self, step: int, val_loss: float | None) -> None:
+        """The held-back set's loss after ``step`` windows, on the last stage."""
+        if val_loss is not None:
+            tokens, elapsed_s = step * self._config.tokens_per_window, self._clock.seconds()
+            self._evals.append(EvalPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, val_loss=val_loss))
+            self._ctx.report({"kind": "eval", "steps": self._config.steps, **asdict(self._evals[-1])})
+
+    def result(self, params_sha256: str | None) -> StageResult:
+        """Everything, after the clock has stopped for good."""
+        steady_s, compute_s = self._steady()
+        return StageResult(
+            stats=self._pipeline.stats(),
+            wall_s=self._clock.seconds(),
+            steady_s=steady_s,
+            steady_compute_s=compute_s,
+            steps=tuple(self._steps),
+            evals=tuple(self._evals),
+            params_sha256=params_sha256,
+            events=tuple(self._pipeline.events),
+        )
+
+    def _steady(self) -> tuple[float, float]:
+        """Training clock and seconds of computing since the first window ended here."""
+        assert self._mark is not None
+        return self._clock.seconds() - self._mark[0], self._pipeline.stats()["compute_s"] - self._mark[1]

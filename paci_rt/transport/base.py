@@ -1,0 +1,50 @@
+"""What a transport is: ordered channels between stages that carry tuples of tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from paci_rt.lowering import Channel
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Tensors on their way between two stages.
+
+    Attributes:
+        tensors: contiguous tensors; ``None`` where a gradient does not exist.
+        requires_grad: for each tensor whether the sender wants its gradient back.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    requires_grad: tuple[bool, ...]
+
+
+class Transport(Protocol):
+    """Ordered, reliable message channels between the stages of one pipeline.
+
+    Messages of a channel arrive in the order in which they were sent; ``index`` is checked on arrival.
+    """
+
+    def expect(self, counts: Counter[Channel]) -> None:
+        """Announce how many more messages this process will receive on each channel, so that receives can be
+        posted ahead of the computation that needs them."""
+
+    def send(self, channel: Channel, index: int, message: Message) -> None:
+        """Start sending and return; the transport keeps the tensors alive until they have left."""
+
+    def ready(self, channel: Channel) -> bool:
+        """Whether ``recv`` may be called: always, where it can block; in one process only once a message is there."""
+
+    def recv(self, channel: Channel, index: int) -> Message:
+        """The next message of ``channel``, whose index must be ``index``."""
+
+    def flush(self) -> None:
+        """Wait until every message sent so far has left this process."""
+
+    def close(self) -> None:
+        """Release threads and buffers. Idempotent."""

@@ -1,0 +1,111 @@
+"""The header that precedes every message: what is in it, so that shapes may change from one to the next.
+
+A control message is ``HEADER_BYTES`` of little-endian int64 followed by at most ``INLINE_BYTES`` of payload, which
+spares small tensors a message of their own. Header: sequence number, index, number of tensors, whether the payload
+is inline; then per tensor dtype code, flags (1 present, 2 requires grad), rank, and the sizes.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paci_rt.errors import StageError
+from paci_rt.transport.base import Message
+
+HEADER_BYTES = 1024
+INLINE_BYTES = 4096
+CONTROL_BYTES = HEADER_BYTES + INLINE_BYTES
+
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+)
+_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_PRESENT, _REQUIRES_GRAD = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """Shape and dtype of one tensor of a message; ``present`` is False for an absent gradient."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    present: bool
+    requires_grad: bool
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize if self.present else 0
+
+
+Meta = tuple[TensorMeta, ...]
+
+
+def describe(message: Message) -> Meta:
+    """The metadata of ``message``.
+
+    Raises:
+        StageError: a tensor has a dtype that cannot travel.
+    """
+    metas = []
+    for tensor, requires_grad in zip(message.tensors, message.requires_grad, strict=True):
+        if tensor is None:
+            metas.append(TensorMeta(torch.float32, (), False, requires_grad))
+            continue
+        if tensor.dtype not in _CODE:
+            raise StageError(f"tensors of dtype {tensor.dtype} cannot travel between stages; cast them first")
+        metas.append(TensorMeta(tensor.dtype, tuple(tensor.shape), True, requires_grad))
+    return tuple(metas)
+
+
+def pack_header(sequence: int, index: int, metas: Meta, inline: bool) -> bytes:
+    """Header bytes, not padded.
+
+    Raises:
+        StageError: more or higher-dimensional tensors than a header can describe.
+    """
+    fields = [sequence, index, len(metas), int(inline)]
+    for meta in metas:
+        flags = (_PRESENT if meta.present else 0) | (_REQUIRES_GRAD if meta.requires_grad else 0)
+        fields += [_CODE[meta.dtype], flags, len(meta.shape), *meta.shape]
+    packed = struct.pack(f"<{len(fields)}q", *fields)
+    if len(packed) > HEADER_BYTES:
+        raise StageError(
+            f"a message of {len(metas)} tensors needs a header of {len(packed)} bytes, more than {HEADER_BYTES}: "
+            "send fewer tensors between these stages, for example stacked into one"
+        )
+    return packed
+
+
+def unpack_header(raw: bytes) -> tuple[int, int, Meta, bool]:
+    """Sequence number, index, metadata and whether the payload lies inline behind the header."""
+    sequence, index, count, inline = struct.unpack_from("<4q", raw, 0)
+    at, metas = 32, []
+    for _ in range(count):
+        code, flags, rank = struct.unpack_from("<3q", raw, at)
+        shape = struct.unpack_from(f"<{rank}q", raw, at + 24)
+        at += 24 + 8 * rank
+        metas.append(TensorMeta(_DTYPES[code], tuple(shape), bool(flags & _PRESENT), bool(flags & _REQUIRES_GRAD)))
+    return sequence, index, tuple(metas), bool(inline)
+
+
+def byte_view(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor as a flat uint8 view."""
+    return tensor.view(-1).view(torch.uint8)

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pool import WorkerPool
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[WorkerPool]:
+    """Four processes with gloo groups of 2, 3 and 4 ranks."""
+    pool = WorkerPool(4)
+    yield pool
+    pool.close()

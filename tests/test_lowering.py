@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from paci_rt.action import Action, Op
+from paci_rt.errors import ScheduleError
+from paci_rt.lowering import Lowering, TiedWeight, format_grid, play_streams, validate
+from paci_rt.schedules import FAMILIES, Shape
+
+
+def lowering(name: str, stages: int, accumulation: int, slack: int = 0, tied: bool = False) -> Lowering:
+    ties = (TiedWeight(owner_stage=0, owner="a", reader_stage=stages - 1, reader="b"),) if tied else ()
+    shape = Shape(num_stages=stages, accumulation=accumulation, slack=slack)
+    return Lowering(family=FAMILIES[name], shape=shape, ties=ties)
+
+
+def streams(low: Lowering, windows: int = 3) -> list[list[Action]]:
+    return [low.stream(stage, windows) for stage in range(low.shape.num_stages)]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_schedule_runs_to_its_end(name: str, tied: bool) -> None:
+    slacks = (0, 2) if FAMILIES[name].takes_slack else (0,)
+    for stages, accumulation, slack in itertools.product((1, 2, 3, 5, 8), (1, 2, 3, 8), slacks):
+        validate(lowering(name, stages, accumulation, slack, tied and stages > 1))
+
+
+def test_a_middle_stage_receives_before_and_sends_after() -> None:
+    stream = lowering("1f1b", 3, 1).stream(1, 1)
+    assert " ".join(map(str, stream)) == "1RECV_F0 1F0 1SEND_F0 1RECV_B0 1B0 1SEND_B0 1U0"
+
+
+def test_windows_and_drain_put_together_are_the_whole_stream() -> None:
+    low = lowering("paci", 4, 3, tied=True)
+    for stage in range(4):
+        parts = [action for k in range(5) for action in low.window(stage, k, 0)] + low.drain(stage, 0, 5)
+        assert parts == low.stream(stage, 5)
+        restarted = low.window(stage, 5, 5) + low.drain(stage, 5, 6)  # after a drain the pipeline starts empty
+        assert [a.op for a in restarted] == [a.op for a in low.stream(stage, 1)]
+
+
+def test_the_failing_cell_is_marked_in_the_grid() -> None:
+    low = lowering("1f1b", 2, 2)
+    broken = streams(low)
+    at = broken[1].index(Action(1, Op.B, 0))
+    broken[1].insert(0, broken[1].pop(at))  # a backward before its forward
+    with pytest.raises(ScheduleError, match="1B0 needs 1F0") as caught:
+        play_streams(broken, low)
+    grid = str(caught.value).splitlines()
+    assert grid[1].startswith("step")
+    assert ">1B0<" in grid[3] and ">" not in grid[2]
+
+
+def test_a_deadlock_is_found_before_anything_starts() -> None:
+    low = lowering("1f1b", 2, 2)
+    broken = streams(low)
+    broken[0] = [action for action in broken[0] if str(action) != "0SEND_F1"]
+    with pytest.raises(ScheduleError, match="deadlocks.*1RECV_F1"):
+        play_streams(broken, low)
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (lambda stream: stream.insert(stream.index(Action(0, Op.U, 0)), Action(0, Op.U, 0)), "runs twice|due"),
+        (lambda stream: stream.remove(Action(0, Op.U, 0)), "updates window 1 while window 0 is due"),
+        (lambda stream: stream.insert(0, stream.pop(stream.index(Action(0, Op.U, 1)))), "needs 0B2"),
+    ],
+)
+def test_updates_out_of_place_are_refused(edit, why) -> None:  # type: ignore[no-untyped-def]
+    low = lowering("paci", 2, 2)
+    broken = streams(low)
+    edit(broken[0])
+    with pytest.raises(ScheduleError, match=why):
+        play_streams(broken, low)
+
+
+def test_bounds_are_checked_against_what_is_counted() -> None:
+    relaxed = streams(lowering("paci", 3, 1, slack=2))
+    with pytest.raises(ScheduleError, match="in flight, more than the bound 2"):
+        play_streams(relaxed, lowering("paci", 3, 1))
+
+
+def test_a_message_nobody_receives_is_an_error() -> None:
+    low = lowering("1f1b", 2, 1)
+    broken = streams(low, 1)
+    broken[0].append(Action(0, Op.SEND_F, 1))
+    with pytest.raises(ScheduleError, match="never received"):
+        play_streams(broken, low)
+
+
+def test_the_reader_of_a_tied_weight_must_be_the_last_stage() -> None:
+    shape = Shape(num_stages=3, accumulation=2)
+    tie = TiedWeight(owner_stage=0, owner="a", reader_stage=1, reader="b")
+    with pytest.raises(ScheduleError, match="last stage"):
+        Lowering(family=FAMILIES["paci"], shape=shape, ties=(tie,))
+
+
+def test_the_grid_shows_compute_actions_only() -> None:
+    low = lowering("paci", 2, 2)
+    grid = format_grid(streams(low))
+    assert "SEND" not in grid and grid.count("\n") == 2 and "0U0" in grid

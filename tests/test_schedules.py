@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from paci_rt import schedules
+from paci_rt.action import Op
+from paci_rt.schedules import FAMILIES, Shape
+
+GRID = list(itertools.product(range(1, 9), (1, 2, 3, 4, 7, 8, 16), (0, 1, 3)))
+
+
+def short(name: str, stage: int, windows: int, **shape: int) -> str:
+    stream = schedules.get(name).stream(Shape(**shape), stage, windows)
+    return " ".join(f"{action.op.value}{action.index}" for action in stream)
+
+
+def test_orders_written_out_by_hand() -> None:
+    assert short("1f1b", 0, 1, num_stages=3, accumulation=4) == "F0 F1 F2 B0 F3 B1 B2 B3 U0"
+    assert short("1f1b", 2, 1, num_stages=3, accumulation=4) == "F0 B0 F1 B1 F2 B2 F3 B3 U0"
+    assert short("1f1b", 0, 2, num_stages=4, accumulation=2) == "F0 F1 B0 B1 U0 F2 F3 B2 B3 U1"
+    assert short("gpipe", 1, 1, num_stages=3, accumulation=3) == "F0 F1 F2 B0 B1 B2 U0"
+    assert short("paci", 0, 2, num_stages=3, accumulation=2) == "F0 F1 F2 B0 F3 B1 U0 B2 B3 U1"
+    assert short("paci", 2, 2, num_stages=3, accumulation=2) == "F0 B0 F1 B1 U0 F2 B2 F3 B3 U1"
+    assert short("paci", 0, 2, num_stages=2, accumulation=2, slack=1) == "F0 F1 F2 B0 F3 B1 U0 B2 B3 U1"
+    assert short("async-1f1b", 0, 3, num_stages=2, accumulation=1) == "F0 F1 B0 U0 F2 B1 U1 B2 U2"
+
+
+def counted_drift(name: str, stage: int, shape: Shape, windows: int) -> tuple[int, int]:
+    """Largest drift and in-flight count of a stream, by walking it."""
+    version, at_forward, drift, in_flight = 0, {}, 0, 0
+    for action in schedules.get(name).stream(shape, stage, windows):
+        if action.op is Op.F:
+            at_forward[action.index] = version
+            in_flight = max(in_flight, len(at_forward))
+        elif action.op is Op.B:
+            drift = max(drift, version - at_forward.pop(action.index))
+        else:
+            version += 1
+    assert version == windows and not at_forward
+    return drift, in_flight
+
+
+@pytest.mark.parametrize(("stages", "accumulation", "slack"), GRID)
+def test_paci_drift_is_exactly_the_formula(stages: int, accumulation: int, slack: int) -> None:
+    shape = Shape(num_stages=stages, accumulation=accumulation, slack=slack)
+    windows = 4 * (stages + slack)
+    for stage in range(stages):
+        ahead = stages - 1 - stage + (slack if stage < stages - 1 else 0)
+        drift, in_flight = counted_drift("paci", stage, shape, windows)
+        assert drift == math.ceil(ahead / accumulation) == FAMILIES["paci"].drift_bound(shape, stage)
+        assert in_flight == ahead + 1 == FAMILIES["paci"].in_flight_bound(shape, stage)
+
+
+def test_drift_of_the_worked_examples() -> None:
+    for accumulation, expected in ((1, [7, 6, 5, 4, 3, 2, 1, 0]), (4, [2, 2, 2, 1, 1, 1, 1, 0])):
+        shape = Shape(num_stages=8, accumulation=accumulation)
+        assert [counted_drift("paci", stage, shape, 40)[0] for stage in range(8)] == expected
+
+
+def test_flush_schedules_never_drift_and_hold_what_they_say() -> None:
+    for stages, accumulation in itertools.product((1, 2, 5), (1, 2, 8)):
+        shape = Shape(num_stages=stages, accumulation=accumulation)
+        for stage in range(stages):
+            assert counted_drift("1f1b", stage, shape, 3) == (0, min(stages - stage, accumulation))
+            assert counted_drift("gpipe", stage, shape, 3) == (0, accumulation)
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    assert schedules.get("PACI") is FAMILIES["paci"]
+    with pytest.raises(ValueError, match="unknown schedule 'pacy'.*'paci'"):
+        schedules.get("pacy")
+
+
+@pytest.mark.parametrize("bad", [{"num_stages": 0}, {"accumulation": 0}, {"slack": -1}, {"accumulation": 2.5}])
+def test_bad_integers_are_named(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Shape(**{"num_stages": 2, "accumulation": 2, **bad})
