@@ -14,12 +14,11 @@ from collections import defaultdict
 from typing import Any
 
 from common import finish, median_spread, positive, print_table
-from pipelines import Case, Pipe
+from pipelines import PEERS, Case, Pipe
 
 from paci_rt import launch, schedules
 from paci_rt.train.gpt import MODELS
 
-TORCH = "torch-1f1b"
 Measured = dict[Case, list[dict[str, float]]]
 
 
@@ -60,7 +59,7 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
                 "emulated_ms": case.emulate_ms,
                 "message_bytes": case.message_bytes if case.emulate_ms else None,
                 "micro_batches_per_s": median_spread([micro_batches / wall for wall in walls])[0],
-                "utilization": None if case.schedule == TORCH else median_spread(busy)[0],
+                "utilization": None if case.schedule in PEERS else median_spread(busy)[0],
                 "nominal_utilization": None if nominal is None else median_spread(nominal)[0],
                 "max_drift": max(int(stage["max_drift"]) for stage in repeats[0]),
                 "peak_bytes": max(int(stage["peak_weight_and_activation_bytes"]) for stage in repeats[0]),
@@ -75,9 +74,9 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_name = {(row["schedule"], row["accumulation"]): row for row in rows}
     found = []
     for (name, accumulation), row in by_name.items():
-        for base_name in ("1f1b", TORCH):
+        for base_name in ("1f1b", *PEERS):
             base = by_name.get((base_name, accumulation))
-            if base is None or base is row or (name == TORCH):
+            if base is None or base is row or name in PEERS:
                 continue
             pairs = list(
                 zip(row["repeats"]["micro_batches_per_s"], base["repeats"]["micro_batches_per_s"], strict=True)
@@ -90,9 +89,8 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             limit = None
             if base_name == "1f1b" and not schedules.get(name.split("+")[0]).flush:
                 limit = (accumulation + row["stages"] - 1) / accumulation
-            found.append(
-                {"ratio": f"{name} / {base_name}", "accumulation": accumulation, "limit": limit, "raw": raw, "normalised": normalised}
-            )
+            entry = {"ratio": f"{name} / {base_name}", "accumulation": accumulation, "limit": limit}
+            found.append({**entry, "raw": raw, "normalised": normalised})
     return found
 
 
@@ -122,14 +120,14 @@ def asked_utilization(args: argparse.Namespace) -> dict[str, float]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=positive, default=2)
-    parser.add_argument("--accumulation", type=_list_of(positive), default=[2, 4], help="micro-batches a window, A,B,...")
+    parser.add_argument("--accumulation", type=_list_of(positive), default=[2, 4], help="micro-batches a window")
     parser.add_argument("--schedules", type=_list_of(_schedule), default=["1f1b", "paci"])
     parser.add_argument("--slack", type=_list_of(int), default=[0], help="in-flight slack of the asynchronous ones")
     parser.add_argument("--emulate-ms", type=_pair, default=None, metavar="F,B", help="sleep instead of computing")
     parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
     parser.add_argument("--peer", choices=["torch"], default=None, help="also run torch.distributed.pipelining")
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-mini")
-    parser.add_argument("--rows", type=positive, default=4, help="sequences a micro-batch")
+    parser.add_argument("--rows", type=positive, default=2, help="sequences a micro-batch")
     parser.add_argument("--seq-len", type=positive, default=128)
     parser.add_argument("--windows", type=positive, default=8, help="windows a repeat")
     parser.add_argument("--repeats", type=positive, default=5)
@@ -162,8 +160,8 @@ def _pair(text: str) -> tuple[float, float]:
 def make_cases(args: argparse.Namespace) -> list[Case]:
     cases = []
     for accumulation in args.accumulation:
-        for name in [*args.schedules, *([TORCH] if args.peer else [])]:
-            slacks = args.slack if name != TORCH and schedules.get(name).takes_slack else [0]
+        for name in [*args.schedules, *(PEERS if args.peer else ())]:
+            slacks = args.slack if name not in PEERS and schedules.get(name).takes_slack else [0]
             cases += [
                 Case(
                     schedule=name,
@@ -186,7 +184,8 @@ def main() -> None:
     what = f"model {args.model}, {args.rows} x {args.seq_len} tokens a micro-batch"
     if args.emulate_ms is not None:
         what = f"EMULATED compute: sleeps of {args.emulate_ms[0]:g} ms F and {args.emulate_ms[1]:g} ms B"
-    print(f"{args.stages} processes over gloo, one thread each; {what}; {args.repeats} repeats of {args.windows} windows")
+    how = f"{args.repeats} repeats of {args.windows} windows"
+    print(f"{args.stages} processes over gloo, one thread each; {what}; {how}")
 
     def progress(report: dict[str, Any]) -> None:
         print(f"  round {report['round']} of {args.repeats} done", flush=True)
@@ -222,14 +221,16 @@ def main() -> None:
             middle, low, high = entry[kind]
             limit = "-" if entry["limit"] is None else entry["limit"]
             name = f"{entry['ratio']} ({kind})"
-            table.append([name, entry["accumulation"], middle, f"[{low:.3f}, {high:.3f}]", "-" if ask is None else ask, limit])
+            spread = f"[{low:.3f}, {high:.3f}]"
+            table.append([name, entry["accumulation"], middle, spread, "-" if ask is None else ask, limit])
             if ask is not None and middle < ask:
                 missed.append(f"{name} at a={entry['accumulation']}: {middle:.3f} < {ask}")
     print_table(["ratio", "a", "median", "spread", "asked", "limit"], table)
     for row in rows:
         ask = asked_utilization(args).get(row["schedule"])
         if ask is not None and row["utilization"] < ask:
-            missed.append(f"utilization of {row['schedule']} at a={row['accumulation']}: {row['utilization']:.3f} < {ask}")
+            where = f"{row['schedule']} at a={row['accumulation']}"
+            missed.append(f"utilization of {where}: {row['utilization']:.3f} < {ask}")
     finish("pipeline_throughput", [*rows, *compared], missed, args.json)
 
 

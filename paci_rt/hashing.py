@@ -17,5 +17,5 @@ def params_sha256(named_params: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for _name, tensor in named_params:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

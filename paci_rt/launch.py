@@ -20,6 +20,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing import connection, resource_tracker
@@ -40,7 +41,7 @@ POLL_S = 0.5
 GRACE_S = 3.0
 """How long a failure that looks like a consequence waits for its cause."""
 LAST_WORDS_S = 0.5
-"""How long the neighbours of a dead process may say where they lost it."""
+"""How long the neighbours of a dead process may say where they stopped."""
 EXIT_S = 20.0
 """How long a process may take to leave once its work is done."""
 
@@ -246,17 +247,15 @@ class _Group:
             return
         message = first.message
         if first.died:
-            places = [f"stage {f.rank} lost it in {f.action}" for f in self.failures if f.secondary and f.action]
+            places = [f"stage {f.rank} stopped at {f.action}" for f in self.failures if f.secondary and f.action]
             message += "".join(f"; {place}" for place in places)
         raise StageFailed(first.rank, first.cause, message, first.remote_traceback)
 
     def _dismiss(self) -> None:
         """Let everybody leave: nobody may go before, since a neighbour could still be reading."""
         for child in self.children:
-            try:
+            with suppress(OSError):  # it has left already, which its exit code tells
                 child.conn.send_bytes(b"leave")
-            except OSError:
-                pass  # it has left already, which its exit code tells
         until = time.monotonic() + EXIT_S
         for child in self.children:
             child.process.join(max(0.0, until - time.monotonic()))

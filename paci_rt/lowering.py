@@ -281,7 +281,7 @@ def format_grid(
     rows: list[list[str]] = []
     mark = 0
     for stage, stream in enumerate(streams):
-        cells = []
+        cells: list[str] = []
         for at, action in enumerate(stream):
             is_failing = action == failing
             if action.op not in COMPUTE_OPS and not is_failing:

@@ -98,21 +98,17 @@ class Pipeline:
             if self._lr_schedulers:
                 runtime.after_update = self._lr_schedulers[at].step
             runtimes.append(runtime)
-        self._executor = Executor(
-            runtimes, transport, ties=self._lowering.ties, explain=self._explain, trace=trace
-        )
+        self._executor = Executor(runtimes, transport, ties=self._lowering.ties, explain=self._explain, trace=trace)
 
     def _bind(
         self, stage: PipelineStage, optimizer: torch.optim.Optimizer | None, divisor: int, buffers: int
     ) -> StageRuntime:
         named = dict(stage.named_parameters())
         ties = TiedExchange(self._lowering.ties, stage.stage_index, named) if self._lowering.ties else None
-        if ties is not None and ties.read_params and optimizer is not None:
-            named = {name: param for name, param in named.items() if param not in ties.read_params}
-            for group in optimizer.param_groups:  # the owner's stage updates these
-                group["params"] = [param for param in group["params"] if param not in ties.read_params]
+        followers = set() if ties is None else ties.read_params  # the owner's stage updates these
+        named = {name: param for name, param in named.items() if param not in followers}
         family, shape = self._lowering.family, self._lowering.shape
-        bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush)
+        bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
         if ties is not None:
             ties.bind(bound)
         stage.attach(ties.accumulate if ties is not None else bound.accumulate)
@@ -194,9 +190,7 @@ class Pipeline:
         """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree."""
         start, end = self._start_window, self._next_window
         if start < end:
-            streams = {
-                stage.stage_index: self._lowering.drain(stage.stage_index, start, end) for stage in self.stages
-            }
+            streams = {stage.stage_index: self._lowering.drain(stage.stage_index, start, end) for stage in self.stages}
             self._run(streams, Feed())
             self._start_window = end
         self._executor.transport.flush()
@@ -206,6 +200,7 @@ class Pipeline:
         *args: Any,
         target: Any = None,
         losses: list[Tensor] | None = None,
+        return_outputs: bool = True,
         loss_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -215,7 +210,7 @@ class Pipeline:
         """
         feed = self._feed(args, kwargs, target, losses, loss_kwargs, range(self._n_microbatches))
         self.drain()
-        feed.training, feed.keep_outputs = False, True
+        feed.training, feed.keep_outputs = False, return_outputs
         streams = {
             stage.stage_index: self._lowering.forward_only(stage.stage_index, 0, self._n_microbatches)
             for stage in self.stages
@@ -316,9 +311,7 @@ class Pipeline:
             }
         if last.is_last:
             targets = microbatch.split(target, count, "target")
-            feed.losses = {
-                m: self._loss_of(part, loss_kwargs or {}) for m, part in zip(indices, targets, strict=True)
-            }
+            feed.losses = {m: self._loss_of(part, loss_kwargs or {}) for m, part in zip(indices, targets, strict=True)}
         return feed
 
     def _loss_of(self, target: Any, loss_kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:

@@ -57,7 +57,7 @@ def collect_state(
     optimizer = {}
     for names, bound in zip(_names_of(named, stages), bounds, strict=True):
         for own_name, state in bound.state_by_name().items():
-            optimizer[names[own_name]] = {key: value.clone() for key, value in state.items()}
+            optimizer[names[own_name]] = state
     return {
         "params": {name: param.detach().clone() for name, param in named.items()},
         "optimizer": optimizer,
@@ -97,8 +97,6 @@ def load_state(
     if state.get("lr_scheduler") is not None:
         for scheduler in lr_schedulers:
             scheduler.load_state_dict(state["lr_scheduler"])
-            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-                group["lr"] = lr  # schedulers leave that to the optimizer's own state_dict
             for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = lr
 

@@ -19,8 +19,8 @@ from paci_rt.train.gpt import (
 
 
 def small(**changes: object) -> GPTConfig:
-    fields: dict[str, object] = dict(name="small", vocab_size=61, context=12, layers=4, heads=2, width=8, tied=False)
-    return GPTConfig(**(fields | changes))  # type: ignore[arg-type]
+    fields: dict[str, object] = {"name": "small", "vocab_size": 61, "context": 12}
+    return GPTConfig(**({"layers": 4, "heads": 2, "width": 8, "tied": False} | fields | changes))  # type: ignore[arg-type]
 
 
 def reference_logits(w: dict[str, Tensor], tokens: Tensor, layers: int, heads: int) -> Tensor:

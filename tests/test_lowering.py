@@ -47,7 +47,7 @@ def test_the_failing_cell_is_marked_in_the_grid() -> None:
     broken = streams(low)
     at = broken[1].index(Action(1, Op.B, 0))
     broken[1].insert(0, broken[1].pop(at))  # a backward before its forward
-    with pytest.raises(ScheduleError, match="1B0 needs 1F0") as caught:
+    with pytest.raises(ScheduleError, match=r"1B0 needs 1F0") as caught:
         play_streams(broken, low)
     grid = str(caught.value).splitlines()
     assert grid[1].startswith("step")
@@ -58,7 +58,7 @@ def test_a_deadlock_is_found_before_anything_starts() -> None:
     low = lowering("1f1b", 2, 2)
     broken = streams(low)
     broken[0] = [action for action in broken[0] if str(action) != "0SEND_F1"]
-    with pytest.raises(ScheduleError, match="deadlocks.*1RECV_F1"):
+    with pytest.raises(ScheduleError, match=r"deadlocks.*1RECV_F1"):
         play_streams(broken, low)
 
 

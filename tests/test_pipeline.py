@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from pool import WorkerPool
-from toy import Run, batch, loss_fn, make_optimizer, module, sha, train_local, train_rank
 from torch import Tensor, nn
+from toy import Run, batch, loss_fn, make_optimizer, module, sha, train_local, train_rank
 
 import paci_rt
 
@@ -67,7 +67,8 @@ def torch_rank(rank: int, group: Any, run: Run) -> dict[str, Any]:
     for step in range(run.windows):
         x, y = batch(run, step)
         losses: list[Tensor] = []
-        schedule.step(*((x,) if rank == 0 else ()), target=y if rank == run.stages - 1 else None, losses=losses)
+        target = y if rank == run.stages - 1 else None
+        schedule.step(*((x,) if rank == 0 else ()), target=target, losses=losses)
         optimizer.step()
         optimizer.zero_grad()
     return {"params": {f"{rank}.{name}": p.detach().clone() for name, p in submodule.named_parameters()}}
@@ -114,7 +115,13 @@ def test_distributed_equals_local_bit_for_bit(workers: WorkerPool, run: Run) -> 
 @pytest.mark.parametrize("stages", [2, 3, 5, 8])
 def test_drift_counted_in_a_run_is_the_formula(stages: int) -> None:
     for accumulation, slack in itertools.product((1, 2, 4, 7), (0, 1, 2)):
-        run = Run(schedule="paci", stages=stages, accumulation=accumulation, slack=slack, windows=4 * stages // accumulation + 4)
+        run = Run(
+            schedule="paci",
+            stages=stages,
+            accumulation=accumulation,
+            slack=slack,
+            windows=4 * stages // accumulation + 4,
+        )
         stats = train_local(run)["stats"]
         ahead = [stages - 1 - stage + (slack if stage < stages - 1 else 0) for stage in range(stages)]
         assert [max(stats["drift"][stage]) for stage in range(stages)] == [math.ceil(w / accumulation) for w in ahead]
@@ -223,7 +230,9 @@ class _Two(nn.Module):
         super().__init__()
         self.linear = nn.Linear(16, 16)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         mask = x > 0 if mask is None else mask
         return self.linear(x) * mask, mask, torch.tensor([2], dtype=torch.int64)
 
@@ -256,7 +265,9 @@ def _train_tuples(pipe: Any) -> dict[str, Tensor]:
         pipe.step(*((x,) if pipe.has_first else ()), target=y if pipe.has_last else None)
     pipe.drain()
     return {
-        f"{stage.stage_index}.{name}": p.detach().clone() for stage in pipe.stages for name, p in stage.named_parameters()
+        f"{stage.stage_index}.{name}": p.detach().clone()
+        for stage in pipe.stages
+        for name, p in stage.named_parameters()
     }
 
 
@@ -474,7 +485,9 @@ def test_stepping_the_optimizer_is_refused_with_the_reason() -> None:
     for kind in ("adamw", "torch-adamw"):
         optimizers: list[torch.optim.Optimizer] = []
 
-        def make(params: Any, kind: str = kind, made: list[torch.optim.Optimizer] = optimizers) -> torch.optim.Optimizer:
+        def make(
+            params: Any, kind: str = kind, made: list[torch.optim.Optimizer] = optimizers
+        ) -> torch.optim.Optimizer:
             made.append(make_optimizer(kind, params))
             return made[-1]
 
@@ -489,7 +502,7 @@ def test_optimizer_parameters_must_be_the_stages() -> None:
     stranger = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="parameter"):
         pipeline(optimizer=lambda params: paci_rt.SGD([*params, ("stranger", stranger.weight)], lr=0.1))
-    with pytest.raises(ValueError, match="weight|bias"):
+    with pytest.raises(ValueError, match=r"weight|bias"):
         pipeline(optimizer=lambda params: paci_rt.SGD(params[:-1], lr=0.1))
 
 

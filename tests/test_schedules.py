@@ -70,7 +70,7 @@ def test_flush_schedules_never_drift_and_hold_what_they_say() -> None:
 
 def test_unknown_names_suggest_the_nearest() -> None:
     assert schedules.get("PACI") is FAMILIES["paci"]
-    with pytest.raises(ValueError, match="unknown schedule 'pacy'.*'paci'"):
+    with pytest.raises(ValueError, match=r"unknown schedule 'pacy'.*'paci'"):
         schedules.get("pacy")
 
 

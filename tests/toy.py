@@ -69,7 +69,11 @@ def train(pipe: Any, run: Run) -> dict[str, Any]:
             pipe.eval(*args, target=y if pipe.has_last else None, losses=losses if pipe.has_last else None)
             history += [float(loss) for loss in losses]
     pipe.drain()
-    params = {f"{stage.stage_index}.{name}": p.detach().clone() for stage in pipe.stages for name, p in stage.named_parameters()}
+    params = {
+        f"{stage.stage_index}.{name}": p.detach().clone()
+        for stage in pipe.stages
+        for name, p in stage.named_parameters()
+    }
     stats = pipe.stats()
     pipe.close()
     return {"params": params, "losses": history, "stats": stats}

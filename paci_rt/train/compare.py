@@ -91,7 +91,9 @@ def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[Trai
     families = [schedules.get(name) for name in names]
     repeated = {family.name for family in families if families.count(family) > 1}
     if repeated:
-        raise ValueError(f"--schedules names {', '.join(sorted(repeated))} twice: name each once, and repeat by --seeds")
+        raise ValueError(
+            f"--schedules names {', '.join(sorted(repeated))} twice: name each once, and repeat by --seeds"
+        )
     if not families:
         raise ValueError(f"--schedules is empty: choose from {', '.join(schedules.FAMILIES)}")
     if seeds < 1:
@@ -183,26 +185,25 @@ def verdict(comparison: Comparison) -> str:
         return f"No target: the loss of {', '.join(sorted(diverged))} ended as no finite number. Try a smaller --lr."
     how = " (the highest of the final losses, so every run reached it)" if comparison.automatic_target else ""
     times = {name: comparison.time_to_target_s(name) for name in comparison.schedules}
-    reached = sorted((value, name) for name, value in times.items() if value is not None)
-    sentences = []
-    if reached:
-        best_s, best = reached[0]
-        sentences.append(f"{best} reached the target loss of {target:.4f}{how} first, after {text.seconds(best_s)}.")
-        for value, name in reached[1:]:
-            ratio = f": {best} was {value / best_s:.2f} times as fast" if best_s > 0 else ""
-            sentences.append(f"{name} took {text.seconds(value)}{ratio}.")
-    else:
-        sentences.append(f"No schedule reached the target loss of {target:.4f}.")
-    for name, value in times.items():
-        if value is None and reached:
-            runs = comparison.of(name)
-            count = sum(run.time_to_target_s is not None for run in runs)
-            sentences.append(f"{name} did not reach it" + (f" in {len(runs) - count} of {len(runs)} runs." if count else "."))
+    reached = sorted((seconds, name) for name, seconds in times.items() if seconds is not None)
+    if not reached:
+        return f"No schedule reached the target loss of {target:.4f}."
+    best_s, best = reached[0]
+    sentences = [f"{best} reached the target loss of {target:.4f}{how} first, after {text.seconds(best_s)}."]
+    for seconds, name in reached[1:]:
+        ratio = f": {best} was {seconds / best_s:.2f} times as fast" if best_s > 0 else ""
+        sentences.append(f"{name} took {text.seconds(seconds)}{ratio}.")
+    for name in (name for name, seconds in times.items() if seconds is None):
+        runs = comparison.of(name)
+        missed = sum(run.time_to_target_s is None for run in runs)
+        sentences.append(
+            f"{name} did not reach it" + ("." if missed == len(runs) else f" in {missed} of {len(runs)} runs.")
+        )
     return " ".join(sentences)
 
 
 def write_report(folder: str | Path, comparison: Comparison) -> list[Path]:
-    """Write ``report.md``, the two loss plots, ``timeline.png`` and a Perfetto trace a schedule; returns their paths."""
+    """Write ``report.md``, the loss plots, ``timeline.png`` and a Perfetto trace a schedule; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / name for name in ("report.md", "loss_vs_tokens.png", "loss_vs_time.png", "timeline.png")]
@@ -261,6 +262,8 @@ def _report(comparison: Comparison) -> str:
     first = comparison.runs[0].result
     config, host = first.config, machine()
     seeds = sorted({run.seed for run in comparison.runs})
+    data = config["data"] or "the text of Python's standard library"
+    medians = " Medians over the seeds." if len(seeds) > 1 else ""
     return f"""# {" against ".join(comparison.schedules)}
 
 {verdict(comparison)}
@@ -275,15 +278,17 @@ def _report(comparison: Comparison) -> str:
 
 ## What was run
 
-{config["model"]} in {first.stages} stages of {config["threads"]} thread(s), {first.steps} local updates of
-{config["batch_size"]} sequences of {config["seq_len"]} tokens ({first.tokens:,} tokens in all), optimizer {config["optimizer"]}, learning rate {config["lr"]:g},
-{config["dtype"]}, seeds {", ".join(map(str, seeds))}, data: {config["data"] or "the text of Python's standard library"}.
-Machine: {host["processor"]}, {host["cores"]} cores, {host["system"]}, Python {host["python"]}, torch {host["torch"]}.
+- {config["model"]} in {first.stages} stages, {config["threads"]} thread(s) each, {config["dtype"]}
+- {first.steps} local updates of {config["batch_size"]} sequences of {config["seq_len"]} tokens: {first.tokens:,} tokens
+- micro-batches per update: {_accumulations(comparison)}
+- optimizer {config["optimizer"]}, learning rate {config["lr"]:g}, seeds {", ".join(map(str, seeds))}
+- data: {data}
+- {host["processor"]}, {host["cores"]} cores, {host["system"]}, Python {host["python"]}, torch {host["torch"]}
 
 ## What the columns mean
 
-- **time to target**: seconds of training until the loss over the held-back set first was the target, on a straight line
-  between two validations. Start-up and the validations themselves do not count, drains do.{" Medians over the seeds." if len(seeds) > 1 else ""}
+- **time to target**: seconds of training until the loss over the held-back set first was the target, on a straight
+  line between two validations. Start-up and the validations themselves do not count, drains do.{medians}
 - **final loss**: nats per token over the held-back set. **tokens/s** leaves out the first window.
 - **utilization**: seconds that the stages computed over seconds of training, their mean.
 - **max drift / bound**: the most updates that any micro-batch saw between its forward and its backward, as counted,
@@ -292,6 +297,13 @@ Machine: {host["processor"]}, {host["cores"]} cores, {host["system"]}, Python {h
 
 The traces open at ui.perfetto.dev: {", ".join(f"`trace-{name}.json`" for name in comparison.schedules)}.
 """
+
+
+def _accumulations(comparison: Comparison) -> str:
+    by_schedule = {name: comparison.of(name)[0].result.accumulation for name in comparison.schedules}
+    if len(set(by_schedule.values())) == 1:
+        return str(comparison.runs[0].result.accumulation)
+    return ", ".join(f"{name} {count}" for name, count in by_schedule.items())
 
 
 def machine() -> dict[str, Any]:

@@ -121,7 +121,14 @@ def _loss(path: str | Path, curves: Sequence[Curve], target: float | None, *, by
         axis.plot(x, curve.val_loss, color=colour, label=label, linewidth=1.6, marker="o", markersize=3.5)
         if target is not None and curve.reached is not None:
             at = curve.reached[1] if by_time else curve.reached[0]
-            axis.plot([at, at], [0, target], color=colour, linewidth=1.0, linestyle=":", scaley=False)
+            axis.annotate(
+                "",
+                xy=(at, 0),
+                xycoords=("data", "axes fraction"),
+                xytext=(at, target),
+                textcoords="data",
+                arrowprops={"arrowstyle": "-", "color": colour, "linestyle": ":", "shrinkA": 0, "shrinkB": 0},
+            )
             axis.plot([at], [target], color=colour, marker="D", markersize=7, markeredgecolor="white", zorder=5)
     if target is not None:
         axis.axhline(target, color="#555555", linewidth=1.0, linestyle="--", label=f"target {target:.3f}", zorder=0)
@@ -187,4 +194,5 @@ def _timeline_legend(figure: Figure, ops: Sequence[str]) -> None:
 
     handles: list[Any] = [Patch(facecolor=ACTION_COLOURS[op], label=f"{op}  {ACTION_NAMES[op]}") for op in ops]
     handles.append(Patch(facecolor="white", edgecolor="#aaaaaa", label="idle"))
-    figure.legend(handles=handles, loc="lower left", ncols=len(handles), frameon=False, fontsize=8.5)
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.067, 0.0), "ncols": len(handles)}
+    figure.legend(handles=handles, frameon=False, fontsize=8.5, **place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 
 from paci_rt import launch
+from paci_rt.train import text
 from paci_rt.train.config import TrainConfig
-from paci_rt.train.results import RunResult, merge
+from paci_rt.train.results import RunResult, StageResult, merge
 from paci_rt.train.trainer import preflight, train
 
+MEMORY_PARTS = ("weights", "masters", "optimizer", "accumulators", "activations", "total")
 OnReport = Callable[[dict[str, Any]], None]
 
 
@@ -30,15 +33,19 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
     preflight(config)
     if launch.under_torchrun():
         check_torchrun(config)
-        results = launch.run_under_torchrun(train, (config,), threads=config.threads, on_report=on_report)
+        results = launch.run_under_torchrun(_stage, (config,), threads=config.threads, on_report=on_report)
     elif config.transport == "local" or (config.transport == "auto" and config.stages == 1):
         torch.set_num_threads(config.threads)
         results = [train(config, launch.Context(local=True, on_report=on_report))]
     else:
         results = launch.run(
-            train, config.stages, (config,), threads=config.threads, port=config.port, on_report=on_report
+            _stage, config.stages, (config,), threads=config.threads, port=config.port, on_report=on_report
         )
     return None if results is None else merge(config, results)
+
+
+def _stage(ctx: launch.Context, config: TrainConfig) -> StageResult:
+    return train(config, ctx)
 
 
 def check_torchrun(config: TrainConfig) -> None:
@@ -51,3 +58,30 @@ def check_torchrun(config: TrainConfig) -> None:
             f"torchrun started {processes} processes for {config.stages} stages: use --nproc-per-node {config.stages} "
             f"or --stages {processes}"
         )
+
+
+def report_text(result: RunResult) -> str:
+    """The end of ``paci-rt train``: results, and a row a stage with its drift as counted."""
+    perplexity = math.exp(result.val_loss) if result.val_loss < 700 else math.inf
+    rows = []
+    for stage, memory in result.memory.items():
+        counts = sorted((int(drift), count) for drift, count in result.drift[stage].items())
+        rows.append(
+            (
+                str(stage),
+                ", ".join(f"{drift}: {count:,}" for drift, count in counts),
+                str(result.peak_in_flight[stage]),
+                *(text.size(memory[part]) for part in MEMORY_PARTS),
+            )
+        )
+    header = ("stage", "micro-batches by drift", "in flight", *MEMORY_PARTS)
+    return f"""
+{result.schedule}: {result.steps} steps, {result.tokens:,} tokens, {text.seconds(result.wall_s)} of training
+  training loss    {result.train_loss:.4f}
+  validation loss  {result.val_loss:.4f} nats per token, perplexity {perplexity:.4g}
+  throughput       {result.tokens_per_s:,.0f} tokens/s at {text.share(result.utilization)} utilization
+  drift            at most {result.max_drift}, bound {result.drift_bound}
+  peak memory      {text.size(result.peak_memory_bytes)} on the largest stage
+  params_sha256    {result.params_sha256}
+
+{text.table(header, rows)}"""

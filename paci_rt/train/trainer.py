@@ -178,7 +178,7 @@ def evaluate(pipeline: Pipeline, x: Tensor, y: Tensor, batch_size: int) -> float
     for inputs, targets in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):  # [batch, seq]
         losses: list[Tensor] = []
         args = (inputs,) if pipeline.has_first else ()
-        pipeline.eval(*args, target=targets if pipeline.has_last else None, losses=losses)
+        pipeline.eval(*args, target=targets if pipeline.has_last else None, losses=losses, return_outputs=False)
         if pipeline.has_last:
             means.append(torch.stack(losses).mean())  # micro-batches are equal, see TrainConfig
     return float(torch.stack(means).mean()) if means else None

@@ -6,14 +6,14 @@ the same channel. Sender and receiver make the same guess, so both know when it 
 guessed travels on a lane of its own, and one byte releases the buffer that was posted for it.
 
 Lanes are tags: one for headers, and a regular and a spill lane for each tensor of a message.
+
+Gloo tells that a send is complete only to somebody who waits for it. So each header also says how many messages its
+sender has taken from the channel that runs the other way; those sends are complete, and their tensors let go.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import Counter, deque
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,13 +61,16 @@ class _Outgoing:
         self._peer, self._group = peer, group
         self._sequence = 0
         self._sent: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
+        self._leaving: deque[list[tuple[Work, Tensor]]] = deque()
+        self._let_go = 0
 
-    def start(self, index: int, message: Message) -> list[tuple[Work, Tensor]]:
+    def start(self, index: int, message: Message, taken: int) -> None:
+        """Start sending; ``taken`` messages of the opposite channel have arrived here."""
         metas = wire.describe(message)
         guess = self._sent[0]
         total = sum(meta.nbytes for meta in metas)
         inline = total <= wire.INLINE_BYTES
-        header = wire.pack_header(self._sequence, index, metas, inline)
+        header = wire.pack_header(self._sequence, index, taken, metas, inline)
         control = torch.empty(wire.HEADER_BYTES + (total if inline else 0), dtype=torch.uint8)
         control[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         pieces: list[tuple[int, Tensor]] = [(self._tags.header, control)]
@@ -84,7 +87,23 @@ class _Outgoing:
         pieces += [(self._tags.lane(at), torch.zeros(1, dtype=torch.uint8)) for at in _unused(metas, guess, inline)]
         self._sequence += 1
         self._sent.append(metas if not inline else ())
-        return [(dist.isend(piece, self._peer, group=self._group, tag=tag), piece) for tag, piece in pieces]
+        self._leaving.append(
+            [(dist.isend(piece, self._peer, group=self._group, tag=tag), piece) for tag, piece in pieces]
+        )
+
+    def let_go(self, taken: int) -> None:
+        """Drop the first ``taken`` messages of the channel, waiting for those that have not left."""
+        while self._leaving and self._let_go < taken:
+            for work, _piece in self._leaving.popleft():
+                work.wait()
+            self._let_go += 1
+
+    def flush(self) -> None:
+        self.let_go(self._sequence)
+
+    @property
+    def held(self) -> int:
+        return len(self._leaving)
 
 
 def _unused(metas: wire.Meta, guess: wire.Meta, inline: bool) -> list[int]:
@@ -118,7 +137,8 @@ class _Incoming:
         self._channel = channel
         self._tags = _Tags(channel[0])
         self._peer, self._group = peer, group
-        self._sequence = 0
+        self.sequence = 0
+        self.acknowledged = 0
         self._seen: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
         self._posted: deque[_Posted] = deque()
         self.expected = 0
@@ -134,16 +154,17 @@ class _Incoming:
         posted = self._posted.popleft()
         posted.control_work.wait()
         raw = posted.control.numpy()
-        sequence, arrived, metas, inline = wire.unpack_header(raw[: wire.HEADER_BYTES].tobytes())
-        if sequence != self._sequence or arrived != index:
+        sequence, arrived, taken, metas, inline = wire.unpack_header(raw[: wire.HEADER_BYTES].tobytes())
+        if sequence != self.sequence or arrived != index:
             raise ScheduleError(
                 f"channel {self._channel}: message {arrived} (sequence {sequence}) arrived where "
-                f"message {index} (sequence {self._sequence}) was due"
+                f"message {index} (sequence {self.sequence}) was due"
             )
         tensors = self._inline(posted, metas) if inline else self._payload(posted, metas)
         for at in _unused(metas, posted.guess, inline):
             posted.lanes[at][0].wait()
-        self._sequence += 1
+        self.sequence += 1
+        self.acknowledged = taken
         self._seen.append(metas if not inline else ())
         self.expected -= 1
         self.post()
@@ -161,23 +182,20 @@ class _Incoming:
         return tuple(tensors)
 
     def _payload(self, posted: _Posted, metas: wire.Meta) -> tuple[Tensor | None, ...]:
-        arriving: list[tuple[wire.TensorMeta, Work, Tensor | None]] = []
+        spilled: dict[int, tuple[Work, Tensor]] = {}
         for at, meta in enumerate(metas):
-            if meta.nbytes == 0:
-                arriving.append((meta, None, torch.empty(meta.shape, dtype=meta.dtype) if meta.present else None))
-            elif _fits(meta, posted.guess, at):
-                arriving.append((meta, *posted.lanes[at]))
-            else:
+            if meta.nbytes and not _fits(meta, posted.guess, at):
                 buffer = torch.empty(meta.nbytes, dtype=torch.uint8)
                 work = dist.irecv(buffer, self._peer, group=self._group, tag=self._tags.spill(at))
-                arriving.append((meta, work, buffer))
+                spilled[at] = work, buffer
         tensors: list[Tensor | None] = []
-        for meta, work, buffer in arriving:
-            if work is not None:
-                work.wait()
-                assert buffer is not None
-                buffer = buffer[: meta.nbytes].view(meta.dtype).view(meta.shape)
-            tensors.append(buffer)
+        for at, meta in enumerate(metas):
+            if meta.nbytes == 0:
+                tensors.append(torch.empty(meta.shape, dtype=meta.dtype) if meta.present else None)
+                continue
+            work, buffer = spilled[at] if at in spilled else posted.lanes[at]
+            work.wait()
+            tensors.append(buffer[: meta.nbytes].view(meta.dtype).view(meta.shape))
         return tuple(tensors)
 
 
@@ -210,7 +228,6 @@ class GlooTransport:
         self._group = group
         self._outgoing: dict[Channel, _Outgoing] = {}
         self._incoming: dict[Channel, _Incoming] = {}
-        self._reaper = _Reaper()
 
     def expect(self, counts: Counter[Channel]) -> None:
         for channel, count in counts.items():
@@ -219,11 +236,9 @@ class GlooTransport:
             incoming.post()
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
-        outgoing = self._outgoing.get(channel)
-        if outgoing is None:
-            outgoing = self._outgoing[channel] = _Outgoing(channel, self._rank(channel[2]), self._group)
+        opposite = self._incoming.get(_opposite(channel))
         try:
-            self._reaper.watch(outgoing.start(index, message))
+            self._sender(channel).start(index, message, 0 if opposite is None else opposite.sequence)
         except RuntimeError as error:
             raise PeerLostError(f"{channel[1]}SEND_{channel[0]}{index}", _lost(channel[2], error)) from error
 
@@ -231,18 +246,38 @@ class GlooTransport:
         return True
 
     def recv(self, channel: Channel, index: int) -> Message:
+        incoming, opposite = self._receiver(channel), self._outgoing.get(_opposite(channel))
         try:
-            return self._receiver(channel).take(index)
+            message = incoming.take(index)
+            if opposite is not None:
+                opposite.let_go(incoming.acknowledged)
+            return message
         except ScheduleError:
             raise
         except RuntimeError as error:
             raise PeerLostError(f"{channel[2]}RECV_{channel[0]}{index}", _lost(channel[1], error)) from error
 
     def flush(self) -> None:
-        self._reaper.drain()
+        for channel, outgoing in self._outgoing.items():
+            try:
+                outgoing.flush()
+            except RuntimeError as error:
+                raise PeerLostError(f"{channel[1]}SEND_{channel[0]}", _lost(channel[2], error)) from error
+
+    @property
+    def held_messages(self) -> int:
+        """Messages sent and kept alive because the other side has not yet said that it took them."""
+        return sum(outgoing.held for outgoing in self._outgoing.values())
 
     def close(self) -> None:
-        self._reaper.close()
+        self._outgoing.clear()
+        self._incoming.clear()
+
+    def _sender(self, channel: Channel) -> _Outgoing:
+        outgoing = self._outgoing.get(channel)
+        if outgoing is None:
+            outgoing = self._outgoing[channel] = _Outgoing(channel, self._rank(channel[2]), self._group)
+        return outgoing
 
     def _receiver(self, channel: Channel) -> _Incoming:
         incoming = self._incoming.get(channel)
@@ -254,54 +289,13 @@ class GlooTransport:
         return stage if self._group is None else dist.get_global_rank(self._group, stage)
 
 
+def _opposite(channel: Channel) -> Channel:
+    """The channel that answers: gradients to activations, tied weights to their gradients."""
+    kind, sender, receiver = channel
+    answers = {"F": "B", "B": "F"}.get(kind) or kind[0] + ("W" if kind[1] == "G" else "G") + kind[2:]
+    return answers, receiver, sender
+
+
 def _lost(stage: int, error: RuntimeError) -> str:
     reason = str(error).splitlines()[0]
     return f"lost the connection to stage {stage}, which failed or was ended: {reason}"
-
-
-class _Reaper(threading.Thread):
-    """Holds sent tensors until they have left, and lets go of them then.
-
-    Gloo tells that a send is complete only to somebody who waits for it, so one thread waits, in order.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(name="paci_rt-gloo-reaper", daemon=True)
-        self._inbox: queue.SimpleQueue[Sequence[tuple[Work, Tensor]] | threading.Event | None] = queue.SimpleQueue()
-        self._error: RuntimeError | None = None
-        self._closed = False
-        self.start()
-
-    def watch(self, sends: Sequence[tuple[Work, Tensor]]) -> None:
-        if self._error is not None:
-            raise self._error
-        self._inbox.put(sends)
-
-    def drain(self) -> None:
-        """Wait until everything watched so far has left."""
-        done = threading.Event()
-        self._inbox.put(done)
-        done.wait()
-        if self._error is not None:
-            raise PeerLostError("SEND", f"a send to a neighbouring stage failed: {self._error}") from self._error
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._inbox.put(None)
-
-    def run(self) -> None:
-        while (item := self._inbox.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-            else:
-                self._wait(item)
-            del item  # the queue's next get() may block: keep nothing alive meanwhile
-
-    def _wait(self, sends: Sequence[tuple[Work, Tensor]]) -> None:
-        for work, _tensor in sends:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                self._error = error
-                return

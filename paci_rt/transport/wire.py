@@ -1,8 +1,9 @@
 """The header that precedes every message: what is in it, so that shapes may change from one to the next.
 
 A control message is ``HEADER_BYTES`` of little-endian int64 followed by at most ``INLINE_BYTES`` of payload, which
-spares small tensors a message of their own. Header: sequence number, index, number of tensors, whether the payload
-is inline; then per tensor dtype code, flags (1 present, 2 requires grad), rank, and the sizes.
+spares small tensors a message of their own. Header: sequence number, index, messages taken from the opposite
+channel, number of tensors, whether the payload is inline; then per tensor dtype code, flags (1 present, 2 requires
+grad), rank, and the sizes.
 """
 
 from __future__ import annotations
@@ -75,13 +76,13 @@ def describe(message: Message) -> Meta:
     return tuple(metas)
 
 
-def pack_header(sequence: int, index: int, metas: Meta, inline: bool) -> bytes:
+def pack_header(sequence: int, index: int, taken: int, metas: Meta, inline: bool) -> bytes:
     """Header bytes, not padded.
 
     Raises:
         StageError: more or higher-dimensional tensors than a header can describe.
     """
-    fields = [sequence, index, len(metas), int(inline)]
+    fields = [sequence, index, taken, len(metas), int(inline)]
     for meta in metas:
         flags = (_PRESENT if meta.present else 0) | (_REQUIRES_GRAD if meta.requires_grad else 0)
         fields += [_CODE[meta.dtype], flags, len(meta.shape), *meta.shape]
@@ -94,16 +95,16 @@ def pack_header(sequence: int, index: int, metas: Meta, inline: bool) -> bytes:
     return packed
 
 
-def unpack_header(raw: bytes) -> tuple[int, int, Meta, bool]:
-    """Sequence number, index, metadata and whether the payload lies inline behind the header."""
-    sequence, index, count, inline = struct.unpack_from("<4q", raw, 0)
-    at, metas = 32, []
+def unpack_header(raw: bytes) -> tuple[int, int, int, Meta, bool]:
+    """Sequence number, index, messages taken, metadata and whether the payload lies inline behind the header."""
+    sequence, index, taken, count, inline = struct.unpack_from("<5q", raw, 0)
+    at, metas = 40, []
     for _ in range(count):
         code, flags, rank = struct.unpack_from("<3q", raw, at)
         shape = struct.unpack_from(f"<{rank}q", raw, at + 24)
         at += 24 + 8 * rank
         metas.append(TensorMeta(_DTYPES[code], tuple(shape), bool(flags & _PRESENT), bool(flags & _REQUIRES_GRAD)))
-    return sequence, index, tuple(metas), bool(inline)
+    return sequence, index, taken, tuple(metas), bool(inline)
 
 
 def byte_view(tensor: Tensor) -> Tensor:

@@ -1,0 +1,273 @@
+"""What this machine has: what was built, found and usable, and what to do about what is not.
+
+Nothing here starts a GPU up: GPUs are asked for through ``nvidia-smi`` and package metadata, and the libraries that
+would create a device context are not imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import paci_rt
+from paci_rt import launch, native
+from paci_rt.errors import StageFailed
+from paci_rt.train import text
+
+GLOO_TIMEOUT_S = 60.0
+NVIDIA_SMI_TIMEOUT_S = 20.0
+GPU_FIELDS = ("index", "name", "memory.total", "compute_cap", "driver_version")
+
+
+def examine(*, try_gloo: bool = True) -> dict[str, Any]:
+    """All findings, JSON-ready. ``usable``: training works here; ``advice``: what to do, by name of the finding.
+
+    Args:
+        try_gloo: start two processes and let them exchange a tensor.
+    """
+    gpus = find_gpus()
+    findings: dict[str, Any] = {
+        "paci_rt": paci_rt.__version__,
+        "native": {"version": paci_rt.__version__, **native.info()},
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
+        "gloo": _gloo(try_gloo),
+        "cuda": _cuda(gpus),
+        "nccl": _nccl(),
+        "triton": _package("triton"),
+        "cupy": _package("cupy-cuda12x", "cupy-cuda13x", "cupy"),
+        "gpus": gpus,
+        "cores": usable_cores(),
+        "memory_bytes": memory_bytes(),
+        "matplotlib": _package("matplotlib"),
+        "tqdm": _package("tqdm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+    findings["advice"] = _advice(findings)
+    findings["usable"] = findings["native"]["available"] and findings["gloo"]["available"]
+    return findings
+
+
+def report_text(findings: dict[str, Any]) -> str:
+    """The findings as a table, and what to do below it."""
+    rows = [(name, state, what) for name, state, what in _rows(findings)]
+    widths = [max(len(row[at]) for row in rows) for at in range(2)]
+    lines = [f"{name:<{widths[0]}}  {state:<{widths[1]}}  {what}".rstrip() for name, state, what in rows]
+    advice = [f"  {name}: {what}" for name, what in findings["advice"].items()]
+    verdict = "This machine can train." if findings["usable"] else "This machine cannot train yet."
+    return "\n".join([*lines, "", verdict, *(["", "What to do:", *advice] if advice else [])])
+
+
+def _rows(findings: dict[str, Any]) -> list[tuple[str, str, str]]:
+    core, gloo, cuda = findings["native"], findings["gloo"], findings["cuda"]
+    built = f"{core['version']}, {core['isa']} (of {', '.join(core['isas'])})" if core["available"] else core["error"]
+    torch_build = f"for CUDA {findings['torch']['cuda']}" if findings["torch"]["cuda"] else "for the CPU"
+    rows = [
+        ("native core", _state(core["available"]), str(built)),
+        ("torch", "ok", f"{findings['torch']['version']}, built {torch_build}"),
+        ("gloo", _state(gloo["available"]), gloo["detail"]),
+        ("cuda", _state(cuda["available"]), cuda["detail"]),
+    ]
+    for name in ("nccl", "triton", "cupy"):
+        found = findings[name]
+        rows.append((name, _state(found["available"]), found["version"] or "not installed"))
+    for gpu in findings["gpus"]:
+        memory = text.size(gpu["memory_bytes"]) if gpu["memory_bytes"] else "unknown memory"
+        detail = f"{gpu['name']}, {memory}, compute capability {gpu['compute_capability'] or 'unknown'}"
+        rows.append((f"gpu {gpu['index']}", "found", detail))
+    if not findings["gpus"]:
+        rows.append(("gpus", "none", ""))
+    rows.append(("cores", "ok", f"{findings['cores']}: room for as many stages of one thread"))
+    rows.append(("memory", "ok", text.size(findings["memory_bytes"]) if findings["memory_bytes"] else "unknown"))
+    for name, purpose in (("matplotlib", "plots of compare"), ("tqdm", "live progress bar")):
+        found = findings[name]
+        rows.append((name, _state(found["available"]), f"{found['version'] or 'not installed'} ({purpose})"))
+    rows.append(("python", "ok", f"{findings['python']} on {findings['platform']}"))
+    return rows
+
+
+def _state(available: bool) -> str:
+    return "ok" if available else "missing"
+
+
+def _advice(findings: dict[str, Any]) -> dict[str, str]:
+    advice = {}
+    if not findings["native"]["available"]:
+        advice["native core"] = (
+            "run `pip install -e .` in the source folder; it needs a C++17 compiler (Debian: apt install g++, "
+            "Fedora: dnf install gcc-c++, macOS: xcode-select --install)"
+        )
+    gloo = findings["gloo"]
+    if not gloo["available"]:
+        advice["gloo"] = "use --transport local, which needs one process only; " + (
+            "or check that processes may connect to each other on 127.0.0.1"
+            if gloo["tried"]
+            else "or install a torch that was built with torch.distributed"
+        )
+    if findings["gpus"] and findings["torch"]["cuda"] is None:
+        advice["torch"] = (
+            "there is a GPU, but this torch was built for the CPU: install a CUDA build, see "
+            "https://pytorch.org/get-started/locally"
+        )
+    if findings["gpus"] and not findings["native"]["cuda"]:
+        advice["cuda"] = "this version of paci_rt trains on the CPU only; the GPUs stay idle"
+    if not findings["gpus"]:
+        advice["gpus"] = "if this machine has one, install NVIDIA's driver, so that nvidia-smi runs; else nothing to do"
+    if findings["gpus"]:
+        for name in ("triton", "cupy"):
+            if not findings[name]["available"]:
+                major = (findings["torch"]["cuda"] or "12").split(".")[0]
+                advice[name] = f'pip install "paci-rt[cuda{major}]"'
+        if not findings["nccl"]["available"]:
+            advice["nccl"] = "it comes with torch's CUDA builds, or pip install nvidia-nccl-cu12"
+    for name, extra in (("matplotlib", "plot"), ("tqdm", "train")):
+        if not findings[name]["available"]:
+            advice[name] = f'pip install "paci-rt[{extra}]"'
+    return advice
+
+
+def _exchange(ctx: launch.Context) -> float:
+    total = torch.ones(1) * (ctx.rank + 1)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def _gloo(try_it: bool) -> dict[str, Any]:
+    """Whether stages can live in processes of their own."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        return {"available": False, "tried": False, "detail": "this torch was built without it"}
+    if not try_it:
+        return {"available": True, "tried": False, "detail": "built into torch, not tried"}
+    try:
+        results = launch.run(_exchange, 2, timeout_s=GLOO_TIMEOUT_S)
+    except (StageFailed, TimeoutError, RuntimeError, OSError) as error:
+        return {"available": False, "tried": True, "detail": str(error).splitlines()[0]}
+    if results != [3.0, 3.0]:
+        return {"available": False, "tried": True, "detail": f"two processes added 1 and 2 and got {results}"}
+    return {"available": True, "tried": True, "detail": "two processes exchanged a tensor"}
+
+
+def _cuda(gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether paci_rt could train on a GPU: core, torch, driver; and the toolkit to build the core's half."""
+    compiler = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if compiler is None and home and Path(home, "bin", "nvcc").is_file():
+        compiler = str(Path(home, "bin", "nvcc"))
+    core, build = bool(native.info()["cuda"]), torch.version.cuda is not None
+    missing = [
+        name
+        for name, found in (
+            ("the core's CUDA half", core),
+            ("a torch built for CUDA", build),
+            ("a GPU with its driver", bool(gpus)),
+        )
+        if not found
+    ]
+    return {
+        "available": not missing,
+        "core": core,
+        "torch": build,
+        "driver": gpus[0]["driver"] if gpus else None,
+        "nvcc": compiler,
+        "detail": "needs " + ", ".join(missing) if missing else f"driver {gpus[0]['driver']}",
+    }
+
+
+def _nccl() -> dict[str, Any]:
+    """The NCCL that would be loaded: its wheel, else the system's library (asked for its version only)."""
+    found = _package("nvidia-nccl-cu12", "nvidia-nccl-cu13")
+    if found["available"]:
+        return found
+    name = ctypes.util.find_library("nccl")
+    if name is None:
+        return found
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL(name).ncclGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return found
+    code = version.value  # 22703 is 2.27.3
+    text_version = f"{code // 10000}.{code // 100 % 100}.{code % 100}" if status == 0 else "of unknown version"
+    return {"available": True, "version": f"{text_version} ({name})"}
+
+
+def _package(*names: str) -> dict[str, Any]:
+    """Version of the first of these distributions that is installed, without importing it."""
+    for name in names:
+        try:
+            return {"available": True, "version": metadata.version(name)}
+        except metadata.PackageNotFoundError:
+            module = name.split("-")[0]
+            if len(names) == 1 and find_spec(module) is not None:  # not from a wheel
+                return {"available": True, "version": "unknown version"}
+    return {"available": False, "version": None}
+
+
+def find_gpus() -> list[dict[str, Any]]:
+    """NVIDIA GPUs as ``nvidia-smi`` names them; ``[]`` where there is no driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_gpus(done.stdout)
+
+
+def parse_gpus(listing: str) -> list[dict[str, Any]]:
+    """The lines of ``nvidia-smi --query-gpu=...``; fields that it does not know are None."""
+    gpus = []
+    for line in listing.splitlines():
+        cells = [None if cell.strip().startswith("[") else cell.strip() for cell in line.split(",")]
+        if len(cells) != len(GPU_FIELDS):
+            continue
+        index, name, memory_mib, capability, driver = cells
+        gpus.append(
+            {
+                "index": int(index or 0),
+                "name": name,
+                "memory_bytes": int(memory_mib) << 20 if memory_mib else None,
+                "compute_capability": capability,
+                "driver": driver,
+            }
+        )
+    return gpus
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, also inside a container with a limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = _first_line("/sys/fs/cgroup/cpu.max").split()
+    if len(limit) == 2 and limit[0].isdigit():
+        cores = min(cores, max(1, int(limit[0]) // int(limit[1])))
+    return cores
+
+
+def memory_bytes() -> int | None:
+    """Memory that this process may use, also inside a container with a limit; None where the system does not say."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+    limit = _first_line("/sys/fs/cgroup/memory.max")
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").partition("\n")[0].strip()
+    except OSError:
+        return ""

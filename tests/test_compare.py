@@ -1,0 +1,190 @@
+"""Time to accuracy: the arithmetic, the sentences, the files."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from paci_rt.trace import Event
+from paci_rt.train import compare
+from paci_rt.train.config import TrainConfig
+from paci_rt.train.results import EvalPoint, RunResult, StepPoint
+
+STEPS, INTERVAL = 8, 4
+
+
+def made_up_events(stages: int, windows: int, accumulation: int) -> tuple[Event, ...]:
+    """Every stage busy for one second a micro-batch, with an update after each window."""
+    events = []
+    for stage in range(stages):
+        for m in range(windows * accumulation):
+            events.append(Event(stage, f"{stage}F{m}", m, m + 0.3, m // accumulation))
+            events.append(Event(stage, f"{stage}B{m}", m + 0.3, m + 0.9, m // accumulation))
+            if (m + 1) % accumulation == 0:
+                events.append(Event(stage, f"{stage}U{m // accumulation}", m + 0.9, m + 0.95, m // accumulation))
+    return tuple(events)
+
+
+def made_up_result(config: TrainConfig, losses: list[float], window_s: float) -> RunResult:
+    """As if ``losses`` had been seen at steps 0, 4 and 8 and a window had taken ``window_s``."""
+    evals = tuple(
+        EvalPoint(step=step, tokens=step * 100, elapsed_s=step * window_s, val_loss=loss)
+        for step, loss in zip(range(0, STEPS + 1, INTERVAL), losses, strict=True)
+    )
+    return RunResult(
+        schedule=config.schedule,
+        stages=2,
+        accumulation=config.accumulation or 0,
+        steps=STEPS,
+        tokens=STEPS * 100,
+        train_loss=losses[-1],
+        val_loss=losses[-1],
+        wall_s=STEPS * window_s,
+        tokens_per_s=100 / window_s,
+        utilization=0.5,
+        max_drift=1 if config.schedule == "paci" else 0,
+        drift_bound=1 if config.schedule == "paci" else 0,
+        peak_memory_bytes=3 << 20,
+        params_sha256="0" * 64,
+        windows=STEPS,
+        exposed_comm_s=0.0,
+        nonfinite_gradients=0,
+        drift={0: {0: 8}, 1: {0: 8}},
+        memory={},
+        peak_in_flight={},
+        curve=(StepPoint(step=1, tokens=100, elapsed_s=window_s, loss=losses[0]),),
+        evals=evals,
+        config=config.to_json(),
+        events=made_up_events(2, STEPS, config.accumulation or 1),
+    )
+
+
+def run(losses: dict[str, list[list[float]]], target: float | None, window_s: dict[str, float]) -> compare.Comparison:
+    """A comparison with one list of losses a seed for every schedule; ``window_s`` is how long its windows take."""
+    seeds = len(next(iter(losses.values())))
+    options = {"steps": STEPS, "eval_interval": INTERVAL, "accumulation": 2, "batch_size": 4}
+    configs = compare.plan(list(losses), seeds, options)
+    seen: list[str] = []
+
+    def execute(config: TrainConfig, label: str) -> RunResult:
+        seen.append(label.strip())
+        return made_up_result(config, losses[config.schedule][config.seed], window_s[config.schedule])
+
+    comparison = compare.compare(configs, target_loss=target, execute=execute)
+    assert len(set(seen)) == len(configs)
+    return comparison
+
+
+def test_time_to_target_lies_on_a_line_between_validations():
+    points = [
+        EvalPoint(step=step, tokens=step * 10, elapsed_s=step * 2.0, val_loss=loss)
+        for step, loss in ((0, 5.0), (4, 4.0), (8, 4.5), (12, 3.0))
+    ]
+    assert compare.first_reached(points, 4.25) == pytest.approx((30.0, 6.0))
+    assert compare.first_reached(points, 4.0) == (40.0, 8.0)
+    assert compare.first_reached(points, 3.75) == pytest.approx((100.0, 20.0))
+    assert compare.first_reached(points, 5.0) == (0.0, 0.0)
+    assert compare.first_reached(points, 2.9) == (None, None)
+    assert compare.first_reached(points, None) == (None, None)
+    after_nan = [EvalPoint(step=0, tokens=0, elapsed_s=0.0, val_loss=math.nan), points[1]]
+    assert compare.first_reached(after_nan, 4.5) == (40.0, 8.0)
+
+
+def test_automatic_target_speedup_and_sentences():
+    losses = {"1f1b": [[5.0, 4.0, 3.0]], "paci": [[5.0, 4.0, 3.5]]}
+    comparison = run(losses, None, {"1f1b": 3.0, "paci": 2.0})
+    assert comparison.target_loss == 3.5
+    assert comparison.time_to_target_s("paci") == pytest.approx(16.0)
+    assert comparison.time_to_target_s("1f1b") == pytest.approx(18.0)
+    speedups = comparison.to_json()["speedup_vs"]
+    assert speedups["1f1b"]["paci"] == pytest.approx(18 / 16)
+    assert speedups["paci"]["1f1b"] == pytest.approx(16 / 18)
+    words = compare.verdict(comparison)
+    assert words.startswith("paci reached the target loss of 3.5000")
+    assert "paci was 1.12 times as fast" in words
+    table = compare.summary_table(comparison).splitlines()
+    assert [line.split()[0] for line in table[2:]] == ["1f1b", "paci"]
+    assert "1 / 1" in table[3]
+    assert "3 MiB" in table[3]
+
+
+def test_a_target_that_some_miss():
+    losses = {"paci": [[5.0, 4.0, 3.0], [5.0, 4.0, 3.4]], "gpipe": [[5.0, 4.0, 2.0], [5.0, 4.0, 3.1]]}
+    comparison = run(losses, 3.2, {"paci": 1.0, "gpipe": 1.0})
+    assert comparison.time_to_target_s("paci") is None
+    assert comparison.to_json()["speedup_vs"]["gpipe"]["paci"] is None
+    words = compare.verdict(comparison)
+    assert words.startswith("gpipe reached the target loss of 3.2000 first")
+    assert words.endswith("paci did not reach it in 1 of 2 runs.")
+    assert compare.verdict(run(losses, 1.0, {"paci": 1.0, "gpipe": 1.0})).startswith("No schedule reached")
+
+
+def test_median_over_seeds():
+    losses = {"paci": [[5.0, 3.0, 2.0], [5.0, 5.0, 3.0], [5.0, 4.0, 3.0]]}
+    comparison = run(losses, 4.0, {"paci": 1.0})
+    assert [r.time_to_target_s for r in comparison.runs] == pytest.approx([2.0, 6.0, 4.0])
+    assert comparison.time_to_target_s("paci") == pytest.approx(4.0)
+
+
+def test_a_diverged_run_leaves_no_automatic_target():
+    comparison = run({"1f1b": [[5.0, 4.0, 3.0]], "paci": [[5.0, 9.0, math.nan]]}, None, {"1f1b": 1.0, "paci": 1.0})
+    assert comparison.target_loss is None
+    assert "the loss of paci ended as no finite number" in compare.verdict(comparison)
+    assert "NaN" not in json.dumps(comparison.to_json())
+
+
+def test_plan_gives_each_schedule_what_it_takes():
+    configs = compare.plan(["PACI", "1f1b", "async-1f1b"], 2, {"accumulation": 4, "slack": 1, "seed": 5})
+    facts = [(c.schedule, c.seed, c.accumulation, c.slack, c.batch_size) for c in configs]
+    assert facts == [
+        ("paci", 5, 4, 1, 8),
+        ("1f1b", 5, 4, 0, 8),
+        ("async-1f1b", 5, 1, 1, 8),
+        ("paci", 6, 4, 1, 8),
+        ("1f1b", 6, 4, 0, 8),
+        ("async-1f1b", 6, 1, 1, 8),
+    ]
+    for names, seeds, options, words in (
+        (["paci", "PACI"], 1, {}, "names paci twice"),
+        ([], 1, {}, "is empty"),
+        (["paci"], 0, {}, "--seeds is 0"),
+        (["paci"], 1, {"eval_interval": 0}, "--eval-interval 0"),
+        (["packi"], 1, {}, "did you mean 'paci'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare.plan(names, seeds, options)
+
+
+def test_report_has_everything(tmp_path):
+    pytest.importorskip("matplotlib")
+    losses = {"1f1b": [[5.0, 4.0, 3.0], [5.0, 4.1, 3.1]], "paci": [[5.0, 4.0, 3.5], [5.0, 4.1, 3.2]]}
+    comparison = run(losses, None, {"1f1b": 3.0, "paci": 2.0})
+    written = compare.write_report(tmp_path / "new" / "folder", comparison)
+    names = [
+        "report.md",
+        "loss_vs_tokens.png",
+        "loss_vs_time.png",
+        "timeline.png",
+        "trace-1f1b.json",
+        "trace-paci.json",
+    ]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
+    report = written[0].read_text()
+    assert report.startswith("# 1f1b against paci\n\npaci reached the target loss")
+    assert compare.summary_table(comparison, markdown=True) in report
+    for name in names[1:]:
+        assert name in report
+    for picture in written[1:4]:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    events = json.loads(written[5].read_text())["traceEvents"]
+    assert {event["name"] for event in events} >= {"0F0", "1B3", "0U7"}
+
+
+def test_the_timeline_shows_windows_between_two_validations():
+    config = compare.plan(["1f1b"], 1, {"steps": STEPS, "eval_interval": INTERVAL, "batch_size": 4})[0]
+    start_s, end_s = compare._middle(made_up_result(config, [5.0, 4.0, 3.0], 1.0))
+    # windows of four seconds; validations after windows 4 and 8 of them, so 4 to 6 are shown
+    assert (start_s, end_s) == pytest.approx((4 * 4 - 0.05, 7 * 4 - 0.05))

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paci_rt
+from paci_rt.stage import PipelineStage
+
+
+def test_bad_stages_are_named() -> None:
+    with pytest.raises(ValueError, match="stage_index is 2 of num_stages 2"):
+        PipelineStage(nn.Linear(2, 2), 2, 2)
+    with pytest.raises(ValueError, match="'cuda'"):
+        PipelineStage(nn.Linear(2, 2), 0, 2, "cuda")
+    with pytest.raises(paci_rt.StageError, match="submodule is a function"):
+        PipelineStage(lambda x: x, 0, 2)  # type: ignore[arg-type]
+
+
+def test_a_stage_that_returns_no_tensor_is_named() -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, str]:
+            return x, "hidden"
+
+    with pytest.raises(paci_rt.StageError, match="returned a str at position 1"):
+        PipelineStage(Wrong(), 0, 2).forward(0, (torch.zeros(2, 2),), {})
+
+
+def test_saved_bytes_are_counted_by_hand() -> None:
+    linear = nn.Linear(8, 4)
+    stage = PipelineStage(nn.Sequential(linear, nn.Sigmoid()), 1, 3)
+    x = torch.zeros(10, 8, requires_grad=True)
+    stage.forward(0, (x,), {})
+    # The linear layer keeps its input, 10 x 8, and not a copy of its weight; sigmoid keeps its output, 10 x 4.
+    assert stage.saved_bytes(0) == 4 * (10 * 8 + 10 * 4)
+
+
+def test_saved_bytes_see_what_a_custom_function_saves() -> None:
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            squared = x * x
+            ctx.save_for_backward(squared)
+            return squared * x
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            return 3 * ctx.saved_tensors[0] * grad
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Cube.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+    stage = PipelineStage(Module(), 1, 3)
+    stage.forward(0, (torch.zeros(6, requires_grad=True),), {})
+    assert stage.saved_bytes(0) == 4 * (6 + 6)  # its input, which every stage keeps, and the square
+
+
+def test_the_output_is_not_kept_for_the_backward() -> None:
+    stage = PipelineStage(nn.Linear(4, 4), 0, 2)
+    message, output, _ = stage.forward(0, (torch.ones(3, 4),), {})
+    assert message is not None and message.tensors[0] is not None
+    address = message.tensors[0].untyped_storage().data_ptr()
+    kept = [tensor for saved in stage._in_flight.values() for tensor in saved.inputs]
+    roots = [root for saved in stage._in_flight.values() for root in saved.roots]
+    assert not kept and not any(isinstance(root, Tensor) for root in roots)
+    assert output.untyped_storage().data_ptr() == address  # handed over, not copied
+    gradients = stage.backward(0, (torch.ones(3, 4),))
+    assert gradients.tensors == ()
+    assert stage.submod.weight.grad is not None  # nobody attached: gradients stay where torch leaves them

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from pool import WorkerPool
+from torch import Tensor
+
+from paci_rt.errors import ScheduleError, StageError
+from paci_rt.transport import LocalTransport, Message, wire
+from paci_rt.transport.gloo import GlooTransport
+
+DOWN, UP = ("F", 0, 1), ("B", 1, 0)
+
+
+def message(seed: int) -> Message:
+    """Random tensors: number, shapes, dtypes, absent ones and empty ones all follow from the seed."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    tensors: list[Tensor | None] = []
+    for _ in range(rng.randint(1, 4)):
+        shape = [rng.choice((1, 2, 3, 50)) for _ in range(rng.randint(0, 3))]
+        kind = rng.choice(("none", "empty", "float32", "bfloat16", "int64", "bool", "large"))
+        if kind == "none":
+            tensors.append(None)
+        elif kind == "empty":
+            tensors.append(torch.empty(0, 3))
+        elif kind == "large":
+            tensors.append(torch.randn(rng.choice((2_000, 40_000, 300_000)), generator=generator))
+        else:
+            values = torch.randint(-9, 9, shape, generator=generator)
+            tensors.append(values.to(getattr(torch, kind)))
+    return Message(tuple(tensors), tuple(rng.random() < 0.5 for _ in tensors))
+
+
+def check(arrived: Message, sent: Message) -> None:
+    assert arrived.requires_grad == sent.requires_grad
+    for ours, theirs in zip(arrived.tensors, sent.tensors, strict=True):
+        if theirs is None:
+            assert ours is None
+        else:
+            assert ours is not None and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def exchange(rank: int, group: Any, count: int, ahead: int, sleeps: bool) -> None:
+    """Rank 0 sends, rank 1 answers, with ``ahead`` messages on their way, as in a pipeline."""
+    transport = GlooTransport(group, num_stages=2)
+    rng = random.Random(rank)
+    outgoing, incoming = (DOWN, UP) if rank == 0 else (UP, DOWN)
+    transport.expect(Counter({incoming: count}))
+    for at in range(count + ahead):
+        if sleeps:
+            time.sleep(rng.choice((0.0, 0.0, 0.001, 0.003)))
+        if rank == 0 and at < count:
+            transport.send(outgoing, at, message(at))
+        if rank == 1 and at < count:
+            check(transport.recv(incoming, at), message(at))
+            transport.send(outgoing, at, message(1000 + at))
+        if rank == 0 and at >= ahead:
+            check(transport.recv(incoming, at - ahead), message(1000 + at - ahead))
+    transport.flush()
+    transport.close()
+
+
+@pytest.mark.parametrize(("ahead", "sleeps"), [(1, False), (3, True)])
+def test_random_messages_arrive_as_they_were_sent(workers: WorkerPool, ahead: int, sleeps: bool) -> None:
+    workers.run(exchange, 2, 60, ahead, sleeps)
+
+
+def lifetimes(rank: int, group: Any) -> list[int]:
+    """How many sent messages are held: right after each send, and once the other side has answered."""
+    transport = GlooTransport(group, num_stages=2)
+    if rank == 1:
+        transport.expect(Counter({DOWN: 2}))
+        for at in range(2):
+            transport.recv(DOWN, at)
+            transport.send(UP, at, Message((torch.zeros(1),), (False,)))
+        transport.flush()
+        return []
+    transport.expect(Counter({UP: 2}))
+    held = []
+    for at in range(2):
+        transport.send(DOWN, at, Message((torch.zeros(100_000),), (True,)))
+        held.append(transport.held_messages)
+        transport.recv(UP, at)
+        held.append(transport.held_messages)
+    return held
+
+
+def test_sent_tensors_live_until_they_have_arrived_and_no_longer(workers: WorkerPool) -> None:
+    assert workers.run(lifetimes, 2)[0] == [1, 0, 1, 0]
+
+
+def wrong_index(rank: int, group: Any) -> str:
+    transport = GlooTransport(group, num_stages=2)
+    if rank == 0:
+        transport.send(DOWN, 7, Message((torch.zeros(1),), (False,)))
+        transport.flush()
+        return ""
+    transport.expect(Counter({DOWN: 1}))
+    try:
+        transport.recv(DOWN, 8)
+    except ScheduleError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_message_out_of_order_is_named(workers: WorkerPool) -> None:
+    assert "message 7 (sequence 0) arrived where message 8" in workers.run(wrong_index, 2)[1]
+    local = LocalTransport()
+    local.send(DOWN, 7, Message((), ()))
+    with pytest.raises(ScheduleError, match="message 7 arrived where 8"):
+        local.recv(DOWN, 8)
+
+
+def wrong_size(rank: int, group: Any) -> str:
+    try:
+        GlooTransport(group, num_stages=3)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_stages_and_processes_must_match(workers: WorkerPool) -> None:
+    assert workers.run(wrong_size, 2)[0].startswith("3 stages on a process group of 2")
+
+
+def test_without_torch_distributed_the_remedy_is_named() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        GlooTransport(None, num_stages=2)
+
+
+def test_headers_read_back() -> None:
+    for seed in range(50):
+        metas = wire.describe(message(seed))
+        packed = wire.pack_header(seed, 2 * seed, 3 * seed, metas, inline=seed % 2 == 0)
+        assert wire.unpack_header(packed) == (seed, 2 * seed, 3 * seed, metas, seed % 2 == 0)
+
+
+def test_what_no_header_can_describe_is_named() -> None:
+    many = Message(tuple(torch.zeros(1, 1, 1) for _ in range(30)), (False,) * 30)
+    with pytest.raises(StageError, match="30 tensors"):
+        wire.pack_header(0, 0, 0, wire.describe(many), inline=False)
+    with pytest.raises(StageError, match="float8"):
+        wire.describe(Message((torch.zeros(1).to(torch.float8_e4m3fn),), (False,)))
