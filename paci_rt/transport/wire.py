@@ -9,7 +9,8 @@ grad), rank, and the sizes.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +40,7 @@ _CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _PRESENT, _REQUIRES_GRAD = 1, 2
 
 
-@dataclass(frozen=True, slots=True)
-class TensorMeta:
+class TensorMeta(NamedTuple):
     """Shape and dtype of one tensor of a message; ``present`` is False for an absent gradient."""
 
     dtype: torch.dtype
@@ -82,17 +82,22 @@ def pack_header(sequence: int, index: int, taken: int, metas: Meta, inline: bool
     Raises:
         StageError: more or higher-dimensional tensors than a header can describe.
     """
-    fields = [sequence, index, taken, len(metas), int(inline)]
-    for meta in metas:
-        flags = (_PRESENT if meta.present else 0) | (_REQUIRES_GRAD if meta.requires_grad else 0)
-        fields += [_CODE[meta.dtype], flags, len(meta.shape), *meta.shape]
-    packed = struct.pack(f"<{len(fields)}q", *fields)
+    packed = struct.pack("<5q", sequence, index, taken, len(metas), int(inline)) + _pack_metas(metas)
     if len(packed) > HEADER_BYTES:
         raise StageError(
             f"a message of {len(metas)} tensors needs a header of {len(packed)} bytes, more than {HEADER_BYTES}: "
             "send fewer tensors between these stages, for example stacked into one"
         )
     return packed
+
+
+@lru_cache(maxsize=64)  # messages of a channel look alike
+def _pack_metas(metas: Meta) -> bytes:
+    fields: list[int] = []
+    for meta in metas:
+        flags = (_PRESENT if meta.present else 0) | (_REQUIRES_GRAD if meta.requires_grad else 0)
+        fields += [_CODE[meta.dtype], flags, len(meta.shape), *meta.shape]
+    return struct.pack(f"<{len(fields)}q", *fields)
 
 
 def unpack_header(raw: bytes) -> tuple[int, int, int, Meta, bool]:
