@@ -7,7 +7,6 @@ each runs until its next receive has no message yet.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -102,6 +101,8 @@ class Executor:
         self._ties = ties
         self._explain = explain
         self._trace = trace
+        for runtime in runtimes:
+            transport.open(_incoming(runtime.stage, ties))
         self._run_op = {
             Op.F: self._forward,
             Op.B: self._backward,
@@ -124,7 +125,6 @@ class Executor:
             PeerLostError: a neighbouring stage is gone.
             ScheduleError: the streams cannot proceed.
         """
-        self.transport.expect(_incoming(streams, self._ties, feed.training))
         cursor = dict.fromkeys(streams, 0)
         progressed = True
         while progressed:
@@ -244,16 +244,9 @@ def _tie_number(channel: Channel) -> int:
     return int(channel[0][2:])
 
 
-def _incoming(
-    streams: Mapping[int, Sequence[Action]], ties: tuple[TiedWeight, ...], training: bool
-) -> Counter[Channel]:
-    """Messages that will come because of these streams: what they receive, and a gradient for every activation that
-    they send, which may arrive only after the streams' end."""
-    counts: Counter[Channel] = Counter()
-    for stage, stream in streams.items():
-        for action in stream:
-            if action.op is Op.SEND_F and training:
-                counts["B", stage + 1, stage] += 1
-            elif action.op in RECV_OPS and action.op is not Op.RECV_B:
-                counts.update(channels(action, ties))
-    return counts
+def _incoming(stage: PipelineStage, ties: tuple[TiedWeight, ...]) -> list[Channel]:
+    """The channels on which ``stage`` receives."""
+    ops = [Op.RECV_TG, Op.RECV_TW]
+    ops += [] if stage.is_first else [Op.RECV_F]
+    ops += [] if stage.is_last else [Op.RECV_B]
+    return [channel for op in ops for channel in channels(Action(stage.stage_index, op, 0), ties)]

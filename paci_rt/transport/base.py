@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,9 +30,9 @@ class Transport(Protocol):
     Messages of a channel arrive in the order in which they were sent; ``index`` is checked on arrival.
     """
 
-    def expect(self, counts: Counter[Channel]) -> None:
-        """Announce how many more messages this process will receive on each channel, so that receives can be
-        posted ahead of the computation that needs them."""
+    def open(self, incoming: Sequence[Channel]) -> None:
+        """Get ready to receive on these channels: from now on, receives are posted ahead of the computation that
+        needs them."""
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         """Start sending and return; the transport keeps the tensors alive until they have left."""

@@ -13,8 +13,10 @@ sender has taken from the channel that runs the other way; those sends are compl
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from typing import Any
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,21 +28,29 @@ from paci_rt.transport import wire
 from paci_rt.transport.base import Message
 
 DEPTH = 2
-_TAG_BASE = 0x50000000
-_LANES = 512
+_LANES = 512  # tags a channel
 _SPILL = 256
+_CHANNELS = 32  # channels a transport
+_TRANSPORTS = 65535  # transports of a group until tags are used again
+_TAG_BASE = 1 << 30
 
 Work = Any  # torch.distributed.Work; its type is None-able in torch's stubs
 
 
 class _Tags:
-    """Tag numbers of one channel. Tags tell channels of the same pair of processes apart; gloo keeps their order."""
+    """Tag numbers of one channel. Tags tell channels of the same pair of processes apart; gloo keeps their order.
 
-    def __init__(self, kind: str) -> None:
+    Every transport has tags of its own: the receives that it has posted ahead when it is closed must not take the
+    messages of the next one.
+    """
+
+    def __init__(self, transport: int, kind: str) -> None:
         number = {"F": 0, "B": 1}.get(kind)
         if number is None:  # TG<n> and TW<n>
             number = 2 + 2 * int(kind[2:]) + (kind[1] == "W")
-        self.header = _TAG_BASE + number * _LANES
+        if number >= _CHANNELS:
+            raise ValueError(f"channel {kind}: a pipeline can tie at most {_CHANNELS // 2 - 1} weights")
+        self.header = _TAG_BASE + (transport % _TRANSPORTS * _CHANNELS + number) * _LANES
 
     def lane(self, at: int) -> int:
         return self.header + 1 + at
@@ -56,8 +66,8 @@ def _fits(meta: wire.TensorMeta, guess: wire.Meta, at: int) -> bool:
 class _Outgoing:
     """Sending end of one channel."""
 
-    def __init__(self, channel: Channel, peer: int, group: dist.ProcessGroup | None) -> None:
-        self._tags = _Tags(channel[0])
+    def __init__(self, tags: _Tags, peer: int, group: dist.ProcessGroup | None) -> None:
+        self._tags = tags
         self._peer, self._group = peer, group
         self._sequence = 0
         self._sent: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
@@ -133,24 +143,23 @@ class _Posted:
 class _Incoming:
     """Receiving end of one channel."""
 
-    def __init__(self, channel: Channel, peer: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, channel: Channel, tags: _Tags, peer: int, group: dist.ProcessGroup | None) -> None:
         self._channel = channel
-        self._tags = _Tags(channel[0])
+        self._tags = tags
         self._peer, self._group = peer, group
         self.sequence = 0
         self.acknowledged = 0
         self._seen: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
         self._posted: deque[_Posted] = deque()
-        self.expected = 0
+        self._post()
 
-    def post(self) -> None:
-        """Post receives for messages that are known to come, up to ``DEPTH`` ahead."""
-        while len(self._posted) < min(self.expected, DEPTH):
+    def _post(self) -> None:
+        """Keep receives posted ``DEPTH`` messages ahead, whether or not they will ever come."""
+        while len(self._posted) < DEPTH:
             guess = self._seen[len(self._posted)]
             self._posted.append(_Posted(self._tags, self._peer, self._group, guess))
 
     def take(self, index: int) -> Message:
-        self.post()
         posted = self._posted.popleft()
         posted.control_work.wait()
         raw = posted.control.numpy()
@@ -166,8 +175,7 @@ class _Incoming:
         self.sequence += 1
         self.acknowledged = taken
         self._seen.append(metas if not inline else ())
-        self.expected -= 1
-        self.post()
+        self._post()
         return Message(tensors, tuple(meta.requires_grad for meta in metas))
 
     def _inline(self, posted: _Posted, metas: wire.Meta) -> tuple[Tensor | None, ...]:
@@ -211,6 +219,8 @@ class GlooTransport:
             not gloo.
     """
 
+    _made: ClassVar[WeakKeyDictionary[dist.ProcessGroup, int]] = WeakKeyDictionary()
+
     def __init__(self, group: dist.ProcessGroup | None, *, num_stages: int) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError(
@@ -226,14 +236,17 @@ class GlooTransport:
                 "or pass PipelineStage(group=...) with one rank a stage"
             )
         self._group = group
+        # All processes make their pipelines in the same order, so they agree on the number without talking.
+        members = dist.group.WORLD if group is None else group
+        assert members is not None
+        self._number = self._made.get(members, 0)
+        self._made[members] = self._number + 1
         self._outgoing: dict[Channel, _Outgoing] = {}
         self._incoming: dict[Channel, _Incoming] = {}
 
-    def expect(self, counts: Counter[Channel]) -> None:
-        for channel, count in counts.items():
-            incoming = self._receiver(channel)
-            incoming.expected += count
-            incoming.post()
+    def open(self, incoming: Sequence[Channel]) -> None:
+        for channel in incoming:
+            self._receiver(channel)
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         opposite = self._incoming.get(_opposite(channel))
@@ -276,14 +289,19 @@ class GlooTransport:
     def _sender(self, channel: Channel) -> _Outgoing:
         outgoing = self._outgoing.get(channel)
         if outgoing is None:
-            outgoing = self._outgoing[channel] = _Outgoing(channel, self._rank(channel[2]), self._group)
+            outgoing = self._outgoing[channel] = _Outgoing(self._tags(channel), self._rank(channel[2]), self._group)
         return outgoing
 
     def _receiver(self, channel: Channel) -> _Incoming:
         incoming = self._incoming.get(channel)
         if incoming is None:
-            incoming = self._incoming[channel] = _Incoming(channel, self._rank(channel[1]), self._group)
+            incoming = self._incoming[channel] = _Incoming(
+                channel, self._tags(channel), self._rank(channel[1]), self._group
+            )
         return incoming
+
+    def _tags(self, channel: Channel) -> _Tags:
+        return _Tags(self._number, channel[0])
 
     def _rank(self, stage: int) -> int:
         return stage if self._group is None else dist.get_global_rank(self._group, stage)

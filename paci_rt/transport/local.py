@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
+from collections.abc import Sequence
 
 from paci_rt.errors import ScheduleError
 from paci_rt.lowering import Channel
@@ -15,7 +16,7 @@ class LocalTransport:
     def __init__(self) -> None:
         self._mailboxes: dict[Channel, deque[tuple[int, Message]]] = {}
 
-    def expect(self, counts: Counter[Channel]) -> None:
+    def open(self, incoming: Sequence[Channel]) -> None:
         """Nothing needs to be posted ahead in one process."""
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
