@@ -7,6 +7,8 @@ and the backward of a micro-batch lie exactly ``w`` other backwards, hence at mo
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paci_rt.action import Action, Op
 from paci_rt.schedules.base import ScheduleFamily, Shape
 
@@ -58,13 +60,4 @@ PACI = ScheduleFamily(
 )
 
 # Update after every backward: the same order with windows of a single micro-batch.
-ASYNC_1F1B = ScheduleFamily(
-    name="async-1f1b",
-    flush=False,
-    window=_window,
-    drain=_drain,
-    drift_bound=_drift_bound,
-    in_flight_bound=_in_flight_bound,
-    takes_slack=True,
-    one_micro_batch_windows=True,
-)
+ASYNC_1F1B = replace(PACI, name="async-1f1b", one_micro_batch_windows=True)
