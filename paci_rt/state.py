@@ -16,13 +16,16 @@ from paci_rt.stage import PipelineStage
 
 def pipeline_stats(lowering: Lowering, executor: Executor, bounds: Sequence[BoundOptimizer]) -> dict[str, Any]:
     """The dictionary that ``Pipeline.stats`` documents."""
-    audits = [runtime.audit for runtime in executor.runtimes.values()]
+    runtimes = list(executor.runtimes.values())
+    audits = [runtime.audit for runtime in runtimes]
     start_s = executor.first_start_s
     wall_s = 0.0 if start_s is None else executor.last_end_s - start_s
     compute_s = sum(audit.compute_s for audit in audits)
     memory = {}
-    for audit, bound in zip(audits, bounds, strict=True):
-        parts = {**bound.memory, "activations": audit.peak_activation_bytes}
+    for runtime, bound in zip(runtimes, bounds, strict=True):
+        audit, parts = runtime.audit, {**bound.memory, "activations": runtime.audit.peak_activation_bytes}
+        for part, held_bytes in (runtime.ties.memory if runtime.ties is not None else {}).items():
+            parts[part] += held_bytes
         memory[audit.stage] = {**parts, "total": sum(parts.values())}
     shape = lowering.shape
     return {

@@ -52,6 +52,14 @@ class TiedExchange:
         """Parameters that follow another stage's and therefore have no optimizer state here."""
         return set(self._read.values())
 
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights that follow another stage's, and of the sums of their gradients."""
+        return {
+            "weights": sum(accumulator.group.weight.nbytes for accumulator in self._accumulators.values()),
+            "accumulators": sum(accumulator.nbytes for accumulator in self._accumulators.values()),
+        }
+
     def bind(self, bound: BoundOptimizer) -> None:
         self._bound = bound
 

@@ -360,6 +360,9 @@ def test_weights_tied_across_stages(workers: WorkerPool, schedule: str, accumula
     )
     local = train_tied(pipe, windows)
     assert torch.equal(local["embedding.weight"], local["head.weight"])  # after the drain the copies agree
+    held = pipe.stats()["memory"]
+    assert held[2]["weights"] >= 4 * (11 * 8 + 11) and held[2]["accumulators"] >= 4 * (11 * 8 + 11)
+    assert held[2]["optimizer"] < 8 * 11 * 8  # the owner has the tied weight's moments
     ranks = workers.run(train_tied_rank, 3, schedule, accumulation, windows)
     same({name: p for rank in ranks for name, p in rank.items()}, local)
     if schedule == "1f1b":
