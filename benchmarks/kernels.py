@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from paci_rt import native
 from paci_rt.accumulator import GradAccumulator
 from paci_rt.flat import FlatGroup
 from paci_rt.optim import SGD, AdamW, bind_optimizer
+from paci_rt.train.machine import machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,15 +207,13 @@ def main() -> int:
         )
     ok = all(row["ok"] for row in rows)
     if options.json is not None:
-        machine = {
-            "cpu": _cpu_name(),
+        measured_on = {
+            **machine(),
             "isa": native.info()["isa"],
             "threads": options.threads,
             "huge_pages": _first_line(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
         }
-        document = {"benchmark": "kernels", "machine": machine, "options": _plain(options), "rows": rows, "ok": ok}
+        document = {"benchmark": "kernels", "machine": measured_on, "options": _plain(options), "rows": rows, "ok": ok}
         options.json.write_text(json.dumps(document, indent=2) + "\n")
     print("OK" if ok else "FAILED")
     return 0 if ok else 1
@@ -227,14 +225,6 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
 
 def _first_line(path: Path) -> str | None:
     return path.read_text().splitlines()[0] if path.exists() else None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

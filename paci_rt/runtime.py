@@ -92,12 +92,16 @@ class Pipeline:
         self._bounds: list[BoundOptimizer] = []
         self._lr_schedulers = list(lr_schedulers or ())
         runtimes = []
-        for at, (stage, optimizer) in enumerate(zip(stages, optimizers, strict=True)):
-            divisor = accumulation if scale_grads else 1
-            runtime = self._bind(stage, optimizer, divisor, 1 if buffers is None else buffers)
-            if self._lr_schedulers:
-                runtime.after_update = self._lr_schedulers[at].step
-            runtimes.append(runtime)
+        try:
+            for at, (stage, optimizer) in enumerate(zip(stages, optimizers, strict=True)):
+                divisor = accumulation if scale_grads else 1
+                runtime = self._bind(stage, optimizer, divisor, 1 if buffers is None else buffers)
+                if self._lr_schedulers:
+                    runtime.after_update = self._lr_schedulers[at].step
+                runtimes.append(runtime)
+        except BaseException:
+            self._unbind(stages)
+            raise
         self._executor = Executor(runtimes, transport, ties=self._lowering.ties, explain=self._explain, trace=trace)
 
     def _bind(
@@ -225,11 +229,15 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
-        for stage, bound in zip(self.stages, self._bounds, strict=True):
+        self._unbind(self.stages)
+        self._executor.transport.close()
+
+    def _unbind(self, stages: Sequence[PipelineStage]) -> None:
+        for stage in stages:
             stage.detach()
             stage.forget()
+        for bound in self._bounds:
             bound.unbind()
-        self._executor.transport.close()
 
     # --- looking ---
 

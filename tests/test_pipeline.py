@@ -509,6 +509,15 @@ def test_optimizer_parameters_must_be_the_stages() -> None:
         pipeline(optimizer=lambda params: paci_rt.SGD(params[:-1], lr=0.1))
 
 
+def test_a_pipeline_that_could_not_be_made_lets_go_of_what_it_took() -> None:
+    run = Run(schedule="paci", stages=2, accumulation=2)
+    modules = [module(stage, run) for stage in range(2)]
+    optimizers = [torch.optim.SGD(modules[0].parameters(), lr=0.1), torch.optim.SGD(modules[0].parameters(), lr=0.1)]
+    with pytest.raises(ValueError, match="parameter"):  # the second optimizer has the wrong stage's parameters
+        paci_rt.LocalPipeline(modules, n_microbatches=2, loss_fn=loss_fn, optimizer=optimizers)
+    optimizers[0].step()  # the user's own again
+
+
 def test_a_stage_belongs_to_one_schedule_at_a_time() -> None:
     stage = paci_rt.PipelineStage(nn.Linear(16, 5), 0, 1)
     x, y = batch(Run(schedule="paci", stages=1, accumulation=2), 0)

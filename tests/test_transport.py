@@ -128,6 +128,21 @@ def test_stages_and_processes_must_match(workers: WorkerPool) -> None:
     assert workers.run(wrong_size, 2)[0].startswith("3 stages on a process group of 2")
 
 
+def untransportable(rank: int, group: Any) -> str:
+    transport = GlooTransport(group, num_stages=2)
+    if rank == 1:
+        return ""
+    try:
+        transport.send(DOWN, 0, Message((torch.zeros(1).to(torch.float8_e4m3fn),), (False,)))
+    except StageError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_lost_peer(workers: WorkerPool) -> None:
+    assert "float8" in workers.run(untransportable, 2)[0]
+
+
 def test_without_torch_distributed_the_remedy_is_named() -> None:
     with pytest.raises(ValueError, match="init_process_group"):
         GlooTransport(None, num_stages=2)

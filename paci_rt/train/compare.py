@@ -7,20 +7,17 @@ updates. What differs is how long a token takes, and how much it buys.
 from __future__ import annotations
 
 import math
-import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from paci_rt import schedules
 from paci_rt.trace import write_perfetto
 from paci_rt.train import plots, text
 from paci_rt.train.config import TrainConfig
+from paci_rt.train.machine import machine
 from paci_rt.train.results import EvalPoint, RunResult
 
 Execute = Callable[[TrainConfig, str], RunResult]
@@ -304,26 +301,6 @@ def _accumulations(comparison: Comparison) -> str:
     if len(set(by_schedule.values())) == 1:
         return str(comparison.runs[0].result.accumulation)
     return ", ".join(f"{name} {count}" for name, count in by_schedule.items())
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _median(values: Sequence[float | None]) -> float | None:

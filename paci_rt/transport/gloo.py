@@ -14,7 +14,8 @@ sender has taken from the channel that runs the other way; those sends are compl
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci_rt.errors import PeerLostError, ScheduleError
+from paci_rt.errors import PaciError, PeerLostError, ScheduleError
 from paci_rt.lowering import Channel
 from paci_rt.transport import wire
 from paci_rt.transport.base import Message
@@ -73,6 +74,7 @@ class _Outgoing:
         self._sent: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
         self._leaving: deque[list[tuple[Work, Tensor]]] = deque()
         self._let_go = 0
+        self.last_index = 0
 
     def start(self, index: int, message: Message, taken: int) -> None:
         """Start sending; ``taken`` messages of the opposite channel have arrived here."""
@@ -96,6 +98,7 @@ class _Outgoing:
                 pieces.append((tag, wire.byte_view(tensor)))
         pieces += [(self._tags.lane(at), torch.zeros(1, dtype=torch.uint8)) for at in _unused(metas, guess, inline)]
         self._sequence += 1
+        self.last_index = index
         self._sent.append(metas if not inline else ())
         self._leaving.append(
             [(dist.isend(piece, self._peer, group=self._group, tag=tag), piece) for tag, piece in pieces]
@@ -250,32 +253,24 @@ class GlooTransport:
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         opposite = self._incoming.get(_opposite(channel))
-        try:
+        with _losing(channel[2], f"{channel[1]}SEND_{channel[0]}{index}"):
             self._sender(channel).start(index, message, 0 if opposite is None else opposite.sequence)
-        except RuntimeError as error:
-            raise PeerLostError(f"{channel[1]}SEND_{channel[0]}{index}", _lost(channel[2], error)) from error
 
     def ready(self, channel: Channel) -> bool:
         return True
 
     def recv(self, channel: Channel, index: int) -> Message:
         incoming, opposite = self._receiver(channel), self._outgoing.get(_opposite(channel))
-        try:
+        with _losing(channel[1], f"{channel[2]}RECV_{channel[0]}{index}"):
             message = incoming.take(index)
             if opposite is not None:
                 opposite.let_go(incoming.acknowledged)
-            return message
-        except ScheduleError:
-            raise
-        except RuntimeError as error:
-            raise PeerLostError(f"{channel[2]}RECV_{channel[0]}{index}", _lost(channel[1], error)) from error
+        return message
 
     def flush(self) -> None:
         for channel, outgoing in self._outgoing.items():
-            try:
+            with _losing(channel[2], f"{channel[1]}SEND_{channel[0]}{outgoing.last_index}"):
                 outgoing.flush()
-            except RuntimeError as error:
-                raise PeerLostError(f"{channel[1]}SEND_{channel[0]}", _lost(channel[2], error)) from error
 
     @property
     def held_messages(self) -> int:
@@ -314,6 +309,14 @@ def _opposite(channel: Channel) -> Channel:
     return answers, receiver, sender
 
 
-def _lost(stage: int, error: RuntimeError) -> str:
-    reason = str(error).splitlines()[0]
-    return f"lost the connection to stage {stage}, which failed or was ended: {reason}"
+@contextmanager
+def _losing(stage: int, action: str) -> Iterator[None]:
+    """Gloo's errors mean that ``stage`` is gone; our own pass as they are."""
+    try:
+        yield
+    except PaciError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        message = f"action {action} lost the connection to stage {stage}, which failed or was ended: {reason}"
+        raise PeerLostError(action, message) from error
