@@ -18,6 +18,13 @@ import enum
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Codes = npt.NDArray[np.int64]
+"""A stream of actions as integers; see :func:`encode`."""
 
 
 class Op(enum.Enum):
@@ -71,7 +78,35 @@ class Action:
         return cls(int(match[1]), Op(match[2]), int(match[3]))
 
 
-def dependencies(action: Action, num_stages: int, accumulation: int) -> Iterator[Action]:
+OPS = tuple(Op)
+_CODE_OF = {op: code for code, op in enumerate(OPS)}
+_OP_SHIFT, _STAGE_SHIFT = 40, 44
+
+
+def encode(stage: Any, op: Op, index: Any) -> Codes:
+    """Actions as int64 codes, so that schedules of millions of actions stay small and quick.
+
+    Args:
+        stage: an integer or an array of them, below 2**19.
+        op: what the actions do.
+        index: an integer or an array of them, below 2**40.
+    """
+    code = (np.asarray(stage, dtype=np.int64) << _STAGE_SHIFT) + (_CODE_OF[op] << _OP_SHIFT)
+    return np.atleast_1d(code + np.asarray(index, dtype=np.int64))
+
+
+def decode_fields(codes: Codes) -> tuple[Codes, Codes, Codes]:
+    """Stage, position of the operation in ``OPS``, and index of every code, as arrays."""
+    return codes >> _STAGE_SHIFT, (codes >> _OP_SHIFT) & 0xF, codes & ((1 << _OP_SHIFT) - 1)
+
+
+def decode(codes: Codes) -> list[Action]:
+    """The actions behind ``codes``."""
+    stages, ops, indices = (field.tolist() for field in decode_fields(codes))
+    return [Action(stage, OPS[op], index) for stage, op, index in zip(stages, ops, indices, strict=True)]
+
+
+def dependencies(action: Action, num_stages: int, accumulation: int, *, split: bool = False) -> Iterator[Action]:
     """Compute actions that must have ended before a compute ``action`` may start.
 
     The order that a stage gives its own actions comes on top; this is what the mathematics asks for.
@@ -80,6 +115,7 @@ def dependencies(action: Action, num_stages: int, accumulation: int) -> Iterator
         action: an ``F``, ``B``, ``I``, ``W`` or ``U``.
         num_stages: number of pipeline stages ``P``.
         accumulation: micro-batches a window, which ``U`` waits for.
+        split: whether backwards come as ``I`` and ``W``.
     """
     stage, index = action.stage, action.index
     if action.op is Op.F:
@@ -93,4 +129,4 @@ def dependencies(action: Action, num_stages: int, accumulation: int) -> Iterator
         yield Action(stage, Op.I, index)
     elif action.op is Op.U:
         for micro_batch in range(index * accumulation, (index + 1) * accumulation):
-            yield Action(stage, Op.B, micro_batch)
+            yield Action(stage, Op.W if split else Op.B, micro_batch)

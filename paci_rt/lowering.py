@@ -1,8 +1,9 @@
 """From a schedule's compute actions to what each stage really executes, and the proof that it runs to its end.
 
-``lower`` adds the receive before and the send after every computation that crosses a stage boundary. ``validate``
-plays all stages' lowered streams against each other, without clocks, and raises with the stage x step grid and the
-failing cell marked where a stream cannot run, breaks a dependency, or exceeds the family's own bounds.
+``Lowering`` adds the receive before and the send after every computation that crosses a stage boundary. ``validate``
+plays all ranks' lowered streams against each other, without clocks but with the transport's real capacity, and raises
+with the rank x step grid and the failing cell marked where a stream cannot run, breaks a dependency, or exceeds the
+family's own bounds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from paci_rt.action import COMPUTE_OPS, RECV_OPS, Action, Op, dependencies
+from paci_rt.action import COMPUTE_OPS, RECV_OPS, Action, Op, decode, dependencies
 from paci_rt.errors import ScheduleError
 from paci_rt.schedules.base import ScheduleFamily, Shape
 
@@ -74,27 +75,34 @@ class Lowering:
                     f"the reader must be the last stage ({last}) and the owner an earlier one"
                 )
 
-    def window(self, stage: int, k: int, start: int) -> list[Action]:
-        """Executable actions of ``stage`` in window ``k`` of a pipeline that was empty before window ``start``."""
-        return self._lower(self.family.window(self.shape, stage, k, start), start)
+    def window(self, rank: int, k: int, start: int) -> list[Action]:
+        """Executable actions of ``rank`` in window ``k`` of a pipeline that was empty before window ``start``."""
+        return self._lower(decode(self.family.windows(self.shape, rank, k, k + 1, start)), start)
 
-    def drain(self, stage: int, start: int, end: int) -> list[Action]:
+    def drain(self, rank: int, start: int, end: int) -> list[Action]:
         """What is left after window ``end - 1``: backwards, updates, and tied weights still on their way."""
-        actions = self._lower(self.family.drain(self.shape, stage, start, end), start)
-        if self._reads(stage) and end > start:
+        actions = self._lower(decode(self.family.drain(self.shape, rank, start, end)), start)
+        last = self.shape.num_stages - 1
+        if self.shape.rank_of(last) == rank and self._reads(last) and end > start:
             next_forward = end * self.shape.accumulation
             late = (k for k in range(start, end) if self._tied_arrival(k) >= next_forward)
-            actions += [Action(stage, Op.RECV_TW, k) for k in late]
+            actions += [Action(last, Op.RECV_TW, k) for k in late]
         return actions
 
-    def forward_only(self, stage: int, first: int, count: int) -> list[Action]:
-        """Evaluation: ``count`` forwards and their messages, numbered from ``first``."""
-        return self._lower([Action(stage, Op.F, m) for m in range(first, first + count)], start=None)
+    def forward_only(self, rank: int, first: int, count: int) -> list[Action]:
+        """Evaluation: ``count`` forwards of every stage of ``rank`` and their messages, numbered from ``first``.
 
-    def stream(self, stage: int, windows: int) -> list[Action]:
-        """All executable actions of ``stage`` over ``windows`` windows, drain included."""
-        actions = [action for k in range(windows) for action in self.window(stage, k, 0)]
-        return actions + self.drain(stage, 0, windows)
+        With several stages a rank, as many micro-batches as there are ranks pass through one before the next.
+        """
+        step = self.shape.ranks if self.shape.chunks > 1 else count
+        groups = (range(at, min(at + step, first + count)) for at in range(first, first + count, step))
+        forwards = [Action(stage, Op.F, m) for group in groups for stage in self.shape.stages_of(rank) for m in group]
+        return self._lower(forwards, start=None)
+
+    def stream(self, rank: int, windows: int) -> list[Action]:
+        """All executable actions of ``rank`` over ``windows`` windows, drain included."""
+        actions = [action for k in range(windows) for action in self.window(rank, k, 0)]
+        return actions + self.drain(rank, 0, windows)
 
     def _reads(self, stage: int) -> bool:
         return any(tie.reader_stage == stage for tie in self.ties)
@@ -110,7 +118,7 @@ class Lowering:
         """
         if self.family.flush:
             return (k + 1) * self.shape.accumulation
-        ahead = max(self.family.in_flight_bound(self.shape, tie.owner_stage) - 1 for tie in self.ties)
+        ahead = max(self.family.in_flight_bound(self.shape, self.shape.rank_of(tie.owner_stage)) for tie in self.ties) - 1
         return (k + 1) * self.shape.accumulation + ahead
 
     def _lower(self, compute: Iterable[Action], start: int | None) -> list[Action]:
@@ -122,14 +130,14 @@ class Lowering:
                 lowered += self._tied_weights_due(action, start)
                 if stage > 0:
                     lowered.append(Action(stage, Op.RECV_F, index))
-            elif op is Op.B and stage < last:
+            elif op in (Op.B, Op.I) and stage < last:
                 lowered.append(Action(stage, Op.RECV_B, index))
             elif op is Op.U and self._owns(stage):
                 lowered.append(Action(stage, Op.RECV_TG, index))
             lowered.append(action)
             if op is Op.F and stage < last:
                 lowered.append(Action(stage, Op.SEND_F, index))
-            elif op is Op.B and stage > 0:
+            elif op in (Op.B, Op.I) and stage > 0:
                 lowered.append(Action(stage, Op.SEND_B, index))
             elif op is Op.U and self._reads(stage):
                 lowered.append(Action(stage, Op.SEND_TG, index))
@@ -146,36 +154,40 @@ class Lowering:
         return [Action(forward.stage, Op.RECV_TW, window - 1)] if due else []
 
 
-def validate(lowering: Lowering, *, windows: int | None = None) -> None:
+def validate(lowering: Lowering, *, windows: int | None = None, capacity: int | None = None) -> None:
     """Prove that the lowered streams run to their end and keep the family's bounds.
 
     Args:
         lowering: the schedule and its integers.
         windows: windows to play; by default enough to pass warm-up and reach the steady state.
+        capacity: messages that fit into a channel before its next send waits; None where a send never waits.
 
     Raises:
-        ScheduleError: the message ends in the stage x step grid with the failing cell marked.
+        ScheduleError: the message ends in the rank x step grid with the failing cell marked.
     """
     shape = lowering.shape
     if windows is None:
-        windows = 2 + -(-2 * (shape.num_stages + shape.slack) // shape.accumulation)
-    play_streams([lowering.stream(stage, windows) for stage in range(shape.num_stages)], lowering)
+        ahead = 0 if lowering.family.flush else 2 * (shape.num_stages + shape.slack)
+        windows = 2 + -(-ahead // shape.accumulation)
+    play_streams([lowering.stream(rank, windows) for rank in range(shape.ranks)], lowering, capacity)
 
 
-def play_streams(streams: Sequence[Sequence[Action]], lowering: Lowering) -> None:
-    """Play one stream a stage against each other; see :func:`validate`."""
-    player = _Player(streams, lowering)
+def play_streams(streams: Sequence[Sequence[Action]], lowering: Lowering, capacity: int | None = None) -> None:
+    """Play one stream a rank against each other; see :func:`validate`."""
+    player = _Player(streams, lowering, capacity)
     progressed = True
     while progressed:
         progressed = False
-        for stage in range(len(streams)):
-            while player.advance(stage):
+        for rank in range(len(streams)):
+            while player.advance(rank):
                 progressed = True
     stuck = [stream[at] for stream, at in zip(streams, player.cursor, strict=True) if at < len(stream)]
     if stuck:
         blocked = ", ".join(map(str, stuck))
+        full = "" if capacity is None else f" with channels of {capacity} message{'s' if capacity > 1 else ''}"
         raise ScheduleError(
-            f"the schedule deadlocks: nothing can run past {blocked}\n{format_grid(streams, stuck[0], player.cursor)}"
+            f"the schedule deadlocks{full}: nothing can run past {blocked}\n"
+            f"{format_grid(streams, stuck[0], player.cursor)}"
         )
     for channel, queue in player.queues.items():
         if queue:
@@ -183,32 +195,41 @@ def play_streams(streams: Sequence[Sequence[Action]], lowering: Lowering) -> Non
 
 
 class _Player:
-    """Clockless execution: a receive may run once its message lies in the channel; everything else at once."""
+    """Clockless execution: a receive may run once its message lies in the channel, a send once there is room for its
+    message, everything else at once."""
 
-    def __init__(self, streams: Sequence[Sequence[Action]], lowering: Lowering) -> None:
+    def __init__(self, streams: Sequence[Sequence[Action]], lowering: Lowering, capacity: int | None) -> None:
         self.streams = streams
         self.lowering = lowering
+        self.capacity = capacity
         self.cursor = [0] * len(streams)
         self.queues: dict[Channel, deque[int]] = {}
         self.done: set[Action] = set()
-        self.in_flight: Counter[int] = Counter()
-        self.version: Counter[int] = Counter()
+        self.in_flight: Counter[int] = Counter()  # by rank
+        self.version: Counter[int] = Counter()  # by stage, as the next
         self.version_at_forward: dict[tuple[int, int], int] = {}
 
-    def advance(self, stage: int) -> bool:
-        at = self.cursor[stage]
-        if at >= len(self.streams[stage]):
+    def advance(self, rank: int) -> bool:
+        at = self.cursor[rank]
+        if at >= len(self.streams[rank]):
             return False
-        action = self.streams[stage][at]
+        action = self.streams[rank][at]
         if action.op in RECV_OPS:
             if not self._receive(action):
                 return False
         elif action.op in COMPUTE_OPS:
             self._compute(action)
-        else:
-            for channel in channels(action, self.lowering.ties):
-                self.queues.setdefault(channel, deque()).append(action.index)
-        self.cursor[stage] = at + 1
+        elif not self._send(action):
+            return False
+        self.cursor[rank] = at + 1
+        return True
+
+    def _send(self, action: Action) -> bool:
+        queues = [self.queues.setdefault(channel, deque()) for channel in channels(action, self.lowering.ties)]
+        if self.capacity is not None and any(len(queue) >= self.capacity for queue in queues):
+            return False
+        for queue in queues:
+            queue.append(action.index)
         return True
 
     def _receive(self, action: Action) -> bool:
@@ -225,23 +246,24 @@ class _Player:
     def _compute(self, action: Action) -> None:
         stage, op, index = action.stage, action.op, action.index
         shape, family = self.lowering.shape, self.lowering.family
+        rank = shape.rank_of(stage)
         if action in self.done:
             self._fail(action, "runs twice")
-        for needed in dependencies(action, shape.num_stages, shape.accumulation):
+        for needed in dependencies(action, shape.num_stages, shape.accumulation, split=family.split):
             if needed not in self.done:
                 self._fail(action, f"needs {needed}, which has not run")
         self.done.add(action)
         if op is Op.F:
-            self.in_flight[stage] += 1
+            self.in_flight[rank] += 1
             self.version_at_forward[stage, index] = self.version[stage]
-            if self.in_flight[stage] > family.in_flight_bound(shape, stage):
-                bound = family.in_flight_bound(shape, stage)
-                self._fail(action, f"makes {self.in_flight[stage]} forwards in flight, more than the bound {bound}")
-        elif op is Op.B:
-            self.in_flight[stage] -= 1
+            bound = family.in_flight_bound(shape, rank)
+            if self.in_flight[rank] > bound:
+                self._fail(action, f"makes {self.in_flight[rank]} forwards in flight, more than the bound {bound}")
+        elif op in (Op.B, Op.I):
+            self.in_flight[rank] -= 1
             drift = self.version[stage] - self.version_at_forward.pop((stage, index))
-            if drift > family.drift_bound(shape, stage):
-                bound = family.drift_bound(shape, stage)
+            bound = family.drift_bound(shape, rank)
+            if drift > bound:
                 self._fail(action, f"drifts by {drift} updates, more than the bound {bound}")
         elif op is Op.U:
             if index != self.version[stage]:
@@ -274,13 +296,13 @@ def format_grid(
     *,
     columns: int = 12,
 ) -> str:
-    """The stage x step grid around the failing cell, which stands in ``>...<``; compute actions only.
+    """The rank x step grid around the failing cell, which stands in ``>...<``; compute actions only.
 
-    A ``|`` stands before the first action that a stage has not finished, where ``cursor`` is given.
+    A ``|`` stands before the first action that a rank has not finished, where ``cursor`` is given.
     """
     rows: list[list[str]] = []
     mark = 0
-    for stage, stream in enumerate(streams):
+    for rank, stream in enumerate(streams):
         cells: list[str] = []
         for at, action in enumerate(stream):
             is_failing = action == failing
@@ -289,13 +311,13 @@ def format_grid(
             if is_failing:
                 mark = max(mark, len(cells))
             text = f">{action}<" if is_failing else str(action)
-            reached = cursor is not None and at >= cursor[stage] and not any(cell.startswith("|") for cell in cells)
+            reached = cursor is not None and at >= cursor[rank] and not any(cell.startswith("|") for cell in cells)
             cells.append("|" + text if reached else text)
         rows.append(cells)
     first = max(0, mark - columns // 2)
     width = max([5, *(len(cell) for row in rows for cell in row[first : first + columns])])
     steps = range(first, min(first + columns, max(map(len, rows), default=0)))
     lines = ["step     " + " ".join(f"{step:>{width}}" for step in steps)]
-    for stage, row in enumerate(rows):
-        lines.append(f"stage {stage:<3}" + " ".join(f"{cell:>{width}}" for cell in row[first : first + columns]))
+    for rank, row in enumerate(rows):
+        lines.append(f"rank {rank:<4}" + " ".join(f"{cell:>{width}}" for cell in row[first : first + columns]))
     return "\n".join(line.rstrip() for line in lines)

@@ -6,14 +6,14 @@ import math
 import pytest
 
 from paci_rt import schedules
-from paci_rt.action import Op
+from paci_rt.action import Op, decode
 from paci_rt.schedules import FAMILIES, Shape
 
 GRID = list(itertools.product(range(1, 9), (1, 2, 3, 4, 7, 8, 16), (0, 1, 3)))
 
 
 def short(name: str, stage: int, windows: int, **shape: int) -> str:
-    stream = schedules.get(name).stream(Shape(**shape), stage, windows)
+    stream = decode(schedules.get(name).stream(Shape(**shape), stage, windows))
     return " ".join(f"{action.op.value}{action.index}" for action in stream)
 
 
@@ -31,7 +31,7 @@ def test_orders_written_out_by_hand() -> None:
 def counted_drift(name: str, stage: int, shape: Shape, windows: int) -> tuple[int, int]:
     """Largest drift and in-flight count of a stream, by walking it."""
     version, at_forward, drift, in_flight = 0, {}, 0, 0
-    for action in schedules.get(name).stream(shape, stage, windows):
+    for action in decode(schedules.get(name).stream(shape, stage, windows)):
         if action.op is Op.F:
             at_forward[action.index] = version
             in_flight = max(in_flight, len(at_forward))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 
-from paci_rt.schedules.base import ScheduleFamily, Shape
+from paci_rt.schedules.base import ScheduleFamily, Shape, StepCosts
 from paci_rt.schedules.flush import GPIPE, ONE_F_ONE_B
 from paci_rt.schedules.paci import ASYNC_1F1B, PACI
+from paci_rt.schedules.pipedream import PIPEDREAM, PIPEDREAM_2BW
 
-FAMILIES: dict[str, ScheduleFamily] = {family.name: family for family in (PACI, ONE_F_ONE_B, GPIPE, ASYNC_1F1B)}
+FAMILIES: dict[str, ScheduleFamily] = {
+    family.name: family for family in (PACI, ONE_F_ONE_B, GPIPE, ASYNC_1F1B, PIPEDREAM, PIPEDREAM_2BW)
+}
 
 
 def get(name: str) -> ScheduleFamily:
@@ -25,4 +28,4 @@ def get(name: str) -> ScheduleFamily:
     return family
 
 
-__all__ = ["FAMILIES", "ScheduleFamily", "Shape", "get"]
+__all__ = ["FAMILIES", "ScheduleFamily", "Shape", "StepCosts", "get"]

@@ -1,11 +1,33 @@
-"""What a schedule is: a few integers in, one stream of compute actions a stage out."""
+"""What a schedule is: a few integers in, one stream of compute actions a rank out.
+
+Streams are arrays of action codes (:func:`paci_rt.action.encode`), put together with :func:`column` (one operation
+on many micro-batches), :func:`weave` (columns row by row) and :func:`join` (one after another).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from paci_rt.action import Action
+import numpy as np
+
+from paci_rt.action import OPS, Codes, Op, decode_fields, encode
+
+
+class StepCosts(NamedTuple):
+    """What a searched schedule is fitted to: times of one micro-batch, all in one unit, one value a stage or one for
+    all.
+
+    ``hop`` is the time of a message between neighbours. ``stash`` is the share of a micro-batch's activations that
+    stays between its I and its W.
+    """
+
+    forward: tuple[float, ...] = (1.0,)
+    input_grad: tuple[float, ...] = (1.0,)
+    weight_grad: tuple[float, ...] = (1.0,)
+    hop: float = 0.0
+    stash: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,42 +35,124 @@ class Shape:
     """The integers that a schedule is computed from.
 
     Attributes:
-        num_stages: pipeline stages ``P``.
+        num_stages: pipeline stages; with several chunks a rank, those of all ranks together.
         accumulation: micro-batches a window, ``a``.
         slack: warm-up forwards on top of the strict order, on every stage but the last.
+        chunks: stages a rank, ``v``; rank ``r`` runs stages ``r, r + P, r + 2P ...``.
+        costs: what a searched schedule is fitted to; the others ignore it.
     """
 
     num_stages: int
     accumulation: int
     slack: int = 0
+    chunks: int = 1
+    costs: StepCosts = field(default_factory=StepCosts)
 
     def __post_init__(self) -> None:
-        for name, least in (("num_stages", 1), ("accumulation", 1), ("slack", 0)):
+        for name, least in (("num_stages", 1), ("accumulation", 1), ("slack", 0), ("chunks", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}: give an integer of at least {least}")
+        if self.num_stages % self.chunks:
+            raise ValueError(
+                f"num_stages is {self.num_stages} and chunks {self.chunks}: every rank holds as many stages, so give "
+                "a multiple of chunks"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the pipeline, ``P``."""
+        return self.num_stages // self.chunks
+
+    def rank_of(self, stage: int) -> int:
+        """The process that runs ``stage``."""
+        return stage % self.ranks
+
+    def stages_of(self, rank: int) -> range:
+        """The stages that ``rank`` runs."""
+        return range(rank, self.num_stages, self.ranks)
+
+    def micro_batches(self, first: int, end: int) -> Codes:
+        """Micro-batches of windows ``first ... end - 1``."""
+        return np.arange(first * self.accumulation, end * self.accumulation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFamily:
     """A schedule as data.
 
-    ``window(shape, stage, k, start)`` lists what ``stage`` does from its first forward of window ``k`` up to its
-    first forward of window ``k + 1``, in a pipeline that was empty before window ``start``.
-    ``drain(shape, stage, start, end)`` lists what is then left to do after window ``end - 1``.
-    The two bounds are formulas in the integers alone; the executor counts the real values and compares.
+    ``windows(shape, rank, first, end, start)`` is what ``rank`` does from its first forward of window ``first`` up to
+    its first forward of window ``end``, in a pipeline that was empty before window ``start``.
+    ``drain(shape, rank, start, end)`` is what is then left to do after window ``end - 1``.
+    The bounds are formulas in the integers alone, by rank; the executor counts the real values and compares.
+
+    Attributes:
+        flush: the pipeline is empty at every update.
+        policies: which weights forwards and backwards may use (see ``paci_rt.policies``), the default first.
+        takes_slack, takes_chunks, takes_costs: whether those fields of the shape mean something.
+        one_micro_batch_windows: updates after every backward.
+        split: backwards come as I and W.
+        check: raises ValueError for a shape that the schedule cannot have.
     """
 
     name: str
     flush: bool
-    window: Callable[[Shape, int, int, int], list[Action]]
-    drain: Callable[[Shape, int, int, int], list[Action]]
+    windows: Callable[[Shape, int, int, int, int], Codes]
+    drain: Callable[[Shape, int, int, int], Codes]
     drift_bound: Callable[[Shape, int], int]
     in_flight_bound: Callable[[Shape, int], int]
+    policies: tuple[str, ...] = ("bounded", "recompute")
     takes_slack: bool = False
+    takes_chunks: bool = False
+    takes_costs: bool = False
     one_micro_batch_windows: bool = False
+    split: bool = False
+    check: Callable[[Shape], None] = lambda shape: None
 
-    def stream(self, shape: Shape, stage: int, windows: int) -> list[Action]:
-        """All compute actions of ``stage`` over ``windows`` windows, from an empty pipeline to an empty pipeline."""
-        actions = [action for k in range(windows) for action in self.window(shape, stage, k, 0)]
-        return actions + self.drain(shape, stage, 0, windows)
+    def stream(self, shape: Shape, rank: int, windows: int) -> Codes:
+        """All compute actions of ``rank`` over ``windows`` windows, from an empty pipeline to an empty pipeline."""
+        return join(self.windows(shape, rank, 0, windows, 0), self.drain(shape, rank, 0, windows))
+
+
+def column(op: Op, stage: Any, index: Any) -> Codes:
+    """``op`` on every micro-batch (for U: window) in ``index``."""
+    return encode(stage, op, index)
+
+
+def weave(*columns: tuple[Op, Any, Codes, Any]) -> Codes:
+    """Row by row: the first action of every column, then the second of every column, and so on.
+
+    Args:
+        columns: operation, stage (one, or one a row), index by row, and which rows have the action (True for all).
+    """
+    codes = [encode(stage, op, index) for op, stage, index, _ in columns]
+    keep = [np.broadcast_to(np.asarray(has, dtype=bool), code.shape) for code, (*_, has) in zip(codes, columns, strict=True)]
+    return np.stack(codes, axis=1)[np.stack(keep, axis=1)]
+
+
+def join(*streams: Codes) -> Codes:
+    """One stream after another."""
+    return np.concatenate(streams) if streams else np.empty(0, dtype=np.int64)
+
+
+def flush_family(
+    name: str, order: Callable[[Shape, int], Codes], in_flight_bound: Callable[[Shape, int], int], **options: Any
+) -> ScheduleFamily:
+    """A synchronous schedule from the order of one window, numbered from micro-batch 0 and without the updates,
+    which come at the end: one for each stage of the rank."""
+
+    def windows(shape: Shape, rank: int, first: int, end: int, _start: int) -> Codes:
+        updates = [column(Op.U, stage, 0) for stage in shape.stages_of(rank)]
+        pattern = join(order(shape, rank), *updates)
+        step = np.where(decode_fields(pattern)[1] == OPS.index(Op.U), 1, shape.accumulation)
+        return (pattern + np.arange(first, end)[:, None] * step).ravel()
+
+    return ScheduleFamily(
+        name=name,
+        flush=True,
+        windows=windows,
+        drain=lambda shape, rank, start, end: join(),
+        drift_bound=lambda shape, rank: 0,
+        in_flight_bound=in_flight_bound,
+        **options,
+    )

@@ -5,48 +5,32 @@ GPipe: Huang et al., arXiv 1811.06965. 1F1B with flush: Narayanan et al., arXiv 
 
 from __future__ import annotations
 
-from paci_rt.action import Action, Op
-from paci_rt.schedules.base import ScheduleFamily, Shape
+import numpy as np
+
+from paci_rt.action import Codes, Op
+from paci_rt.schedules.base import Shape, column, flush_family, join, weave
 
 
-def _flush(shape: Shape, stage: int, k: int, warm_up: int) -> list[Action]:
-    """``warm_up`` forwards, then B,F pairs while forwards remain, then the remaining backwards, then the update."""
-    first, last = k * shape.accumulation, (k + 1) * shape.accumulation
-    forwards = [Action(stage, Op.F, m) for m in range(first, last)]
-    backwards = [Action(stage, Op.B, m) for m in range(first, last)]
-    actions = forwards[:warm_up]
-    for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
-        actions += [backward, forward]
-    actions += backwards[len(forwards) - warm_up :]
-    return [*actions, Action(stage, Op.U, k)]
+def _flush(shape: Shape, stage: int, ahead: int) -> Codes:
+    """``ahead`` forwards, then B,F pairs while forwards remain, then the remaining backwards."""
+    m = np.arange(shape.accumulation)
+    paired = shape.accumulation - ahead
+    pairs = weave((Op.B, stage, m[:paired], True), (Op.F, stage, m[ahead:], True))
+    return join(column(Op.F, stage, m[:ahead]), pairs, column(Op.B, stage, m[paired:]))
 
 
-def _one_f_one_b(shape: Shape, stage: int, k: int, _start: int) -> list[Action]:
-    return _flush(shape, stage, k, min(shape.num_stages - stage, shape.accumulation))
+def _ahead_1f1b(shape: Shape, stage: int) -> int:
+    return min(shape.num_stages - stage, shape.accumulation)
 
 
-def _gpipe(shape: Shape, stage: int, k: int, _start: int) -> list[Action]:
-    return _flush(shape, stage, k, shape.accumulation)
-
-
-def _nothing(_shape: Shape, _stage: int, _start: int, _end: int) -> list[Action]:
-    return []
-
-
-ONE_F_ONE_B = ScheduleFamily(
-    name="1f1b",
-    flush=True,
-    window=_one_f_one_b,
-    drain=_nothing,
-    drift_bound=lambda shape, stage: 0,
-    in_flight_bound=lambda shape, stage: min(shape.num_stages - stage, shape.accumulation),
+GPIPE = flush_family(
+    "gpipe",
+    lambda shape, stage: _flush(shape, stage, shape.accumulation),
+    lambda shape, stage: shape.accumulation,
 )
 
-GPIPE = ScheduleFamily(
-    name="gpipe",
-    flush=True,
-    window=_gpipe,
-    drain=_nothing,
-    drift_bound=lambda shape, stage: 0,
-    in_flight_bound=lambda shape, stage: shape.accumulation,
+ONE_F_ONE_B = flush_family(
+    "1f1b",
+    lambda shape, stage: _flush(shape, stage, _ahead_1f1b(shape, stage)),
+    _ahead_1f1b,
 )

@@ -8,9 +8,10 @@ and the backward of a micro-batch lie exactly ``w`` other backwards, hence at mo
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from paci_rt.action import Action, Op
-from paci_rt.schedules.base import ScheduleFamily, Shape
+from paci_rt.action import Codes, Op
+from paci_rt.schedules.base import ScheduleFamily, Shape, weave
 
 
 def warm_up(shape: Shape, stage: int) -> int:
@@ -19,43 +20,35 @@ def warm_up(shape: Shape, stage: int) -> int:
     return ahead + shape.slack if ahead else 0
 
 
-def _backward(shape: Shape, stage: int, micro_batch: int) -> list[Action]:
-    actions = [Action(stage, Op.B, micro_batch)]
-    if (micro_batch + 1) % shape.accumulation == 0:
-        actions.append(Action(stage, Op.U, micro_batch // shape.accumulation))
-    return actions
+def _backwards(shape: Shape, stage: int, m: Codes, has: Any) -> tuple[tuple[Op, int, Codes, Any], ...]:
+    """Columns of backwards, and of the updates after those that complete a window."""
+    ends_window = (m + 1) % shape.accumulation == 0
+    return (Op.B, stage, m, has), (Op.U, stage, m // shape.accumulation, has & ends_window)
 
 
-def _window(shape: Shape, stage: int, k: int, start: int) -> list[Action]:
-    ahead = warm_up(shape, stage)
-    actions = []
-    for m in range(k * shape.accumulation, (k + 1) * shape.accumulation):
-        actions.append(Action(stage, Op.F, m))
-        if m - ahead >= start * shape.accumulation:
-            actions += _backward(shape, stage, m - ahead)
-    return actions
+def _windows(shape: Shape, stage: int, first: int, end: int, start: int) -> Codes:
+    m = shape.micro_batches(first, end)
+    back = m - warm_up(shape, stage)
+    return weave((Op.F, stage, m, True), *_backwards(shape, stage, back, back >= start * shape.accumulation))
 
 
-def _drain(shape: Shape, stage: int, start: int, end: int) -> list[Action]:
-    first = max(start * shape.accumulation, end * shape.accumulation - warm_up(shape, stage))
-    return [action for m in range(first, end * shape.accumulation) for action in _backward(shape, stage, m)]
+def _drain(shape: Shape, stage: int, start: int, end: int) -> Codes:
+    m = shape.micro_batches(start, end)
+    return weave(*_backwards(shape, stage, m, m >= end * shape.accumulation - warm_up(shape, stage)))
 
 
 def _drift_bound(shape: Shape, stage: int) -> int:
     return -(-warm_up(shape, stage) // shape.accumulation)
 
 
-def _in_flight_bound(shape: Shape, stage: int) -> int:
-    return warm_up(shape, stage) + 1
-
-
 PACI = ScheduleFamily(
     name="paci",
     flush=False,
-    window=_window,
+    windows=_windows,
     drain=_drain,
     drift_bound=_drift_bound,
-    in_flight_bound=_in_flight_bound,
+    in_flight_bound=lambda shape, stage: warm_up(shape, stage) + 1,
+    policies=("bounded", "stash", "2bw", "predict", "recompute"),
     takes_slack=True,
 )
 
