@@ -43,6 +43,7 @@ Accumulator::Accumulator(std::vector<Segment> segments, std::int64_t numel, cons
     buffer.data = reinterpret_cast<float*>(address);
     buffer.touched.assign(segments_.size(), 0);
     buffer.sums.assign(segments_.size(), {});
+    buffer.lent.assign(segments_.size(), 0);
     buffers_.push_back(std::move(buffer));
   }
 }
@@ -61,6 +62,26 @@ void Accumulator::refuse(const char* verb, State from, State to) const {
                           "this accumulator's are: ", all, ")"));
 }
 
+Accumulator::Buffer& Accumulator::fill(const char* verb, std::int64_t index) {
+  check_value(index >= 0 && index < segments(), "segment ", index, " does not exist: the group has ", segments());
+  Buffer& front = buffers_[front_];
+  if (front.state == State::empty) {
+    front.state = State::filling;
+  } else if (front.state != State::filling) {
+    refuse(verb, front.state, State::filling);
+  }
+  return front;
+}
+
+bool Accumulator::lend(std::int64_t index, Stream stream, int threads) {
+  check(stream);
+  Buffer& front = fill("add to", index);
+  const bool overwrite = !front.touched[index];
+  front.touched[index] = front.lent[index] = 1;
+  threads_ = threads;
+  return overwrite;
+}
+
 void Accumulator::add(std::int64_t index, std::uintptr_t grad, DType dtype, std::int64_t numel, Stream stream,
                       int threads) {
   check(stream);
@@ -68,14 +89,10 @@ void Accumulator::add(std::int64_t index, std::uintptr_t grad, DType dtype, std:
   const Segment& segment = segments_[index];
   check_value(numel == segment.numel, "a gradient of ", numel, " elements was given for segment ", index, " of ",
               segment.numel);
-  Buffer& front = buffers_[front_];
-  if (front.state == State::empty) {
-    front.state = State::filling;
-  } else if (front.state != State::filling) {
-    refuse("add to", front.state, State::filling);
-  }
+  Buffer& front = fill("add to", index);
   const bool overwrite = !front.touched[index];
   front.touched[index] = 1;
+  front.lent[index] = 0;
   front.sums[index] = accumulate_segment(front.data + segment.offset, reinterpret_cast<const void*>(grad), dtype, numel,
                                          overwrite, overwrite && numel_ * 4 >= kStreamFromBytes, threads);
 }
@@ -87,9 +104,11 @@ void Accumulator::seal(Stream stream) {
   const std::int64_t next = buffers_.size() == 2 ? 1 - front_ : front_;
   // The next window needs a place to go: with two buffers the other one must have been released by now.
   if (next != front_ && buffers_[next].state != State::empty) refuse("seal", buffers_[next].state, State::filling);
-  for (std::size_t i = 0; i < segments_.size(); ++i)
+  for (std::size_t i = 0; i < segments_.size(); ++i) {
+    if (front.lent[i]) front.sums[i] = measure_segment(front.data + segments_[i].offset, segments_[i].numel, threads_);
     if (!front.touched[i])
       std::memset(front.data + segments_[i].offset, 0, static_cast<std::size_t>(segments_[i].numel) * sizeof(float));
+  }
   front.state = State::sealed;
   front_ = next;
 }
@@ -118,6 +137,7 @@ void Accumulator::release(Stream stream) {
   Buffer& buffer = move("release", State::consuming, State::empty);
   buffer.touched.assign(segments_.size(), 0);
   buffer.sums.assign(segments_.size(), {});
+  buffer.lent.assign(segments_.size(), 0);
 }
 
 const Accumulator::Buffer& Accumulator::finished(const char* what) const {

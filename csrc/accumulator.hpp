@@ -34,6 +34,10 @@ class Accumulator {
   // Adds `numel` elements at `grad` to segment `index` of the front buffer.
   void add(std::int64_t index, std::uintptr_t grad, DType dtype, std::int64_t numel, Stream stream, int threads);
 
+  // For a caller that writes segment `index` of the front buffer itself, before anything else happens to the buffer.
+  // Returns whether it must overwrite what the segment holds; otherwise it adds. Its squares are taken at the seal.
+  bool lend(std::int64_t index, Stream stream, int threads);
+
   void seal(Stream stream);             // front: filling -> sealed; segments without a gradient become zero
   std::int64_t consume(Stream stream);  // sealed -> consuming; returns the buffer's number
   void release(Stream stream);          // consuming -> empty
@@ -53,10 +57,12 @@ class Accumulator {
     float* data = nullptr;
     State state = State::empty;
     std::vector<std::uint8_t> touched;
-    std::vector<SumAndCount> sums;  // of the present content of each segment
+    std::vector<SumAndCount> sums;  // of the present content of each segment that is not in `lent`
+    std::vector<std::uint8_t> lent;
   };
 
   Stream check(Stream stream) const;
+  Buffer& fill(const char* verb, std::int64_t index);
   Buffer& move(const char* verb, State from, State to);
   const Buffer& finished(const char* what) const;
   [[noreturn]] void refuse(const char* verb, State from, State to) const;
@@ -66,6 +72,7 @@ class Accumulator {
   std::vector<Buffer> buffers_;
   std::int64_t front_ = 0;
   int device_;
+  int threads_ = 1;  // of the last call that said how many
 };
 
 }  // namespace paci_rt

@@ -85,7 +85,14 @@ void bind_accumulator(py::module_& m) {
           },
           py::arg("index"), py::arg("grad"), py::arg("dtype"), py::arg("numel"), py::arg("stream"), py::arg("threads"))
       .def(
-          "seal", [](Accumulator& self, std::uintptr_t stream) { self.seal(Stream{kCpu, stream}); }, py::arg("stream"))
+          "lend",
+          [](Accumulator& self, std::int64_t index, std::uintptr_t stream, int threads) {
+            return self.lend(index, Stream{kCpu, stream}, threads);
+          },
+          py::arg("index"), py::arg("stream"), py::arg("threads"))
+      .def(
+          "seal", [](Accumulator& self, std::uintptr_t stream) { self.seal(Stream{kCpu, stream}); }, py::arg("stream"),
+          py::call_guard<py::gil_scoped_release>())
       .def(
           "consume", [](Accumulator& self, std::uintptr_t stream) { return self.consume(Stream{kCpu, stream}); },
           py::arg("stream"))

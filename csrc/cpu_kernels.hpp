@@ -62,6 +62,7 @@ struct KernelTable {
   const char* name;
   // dst[i] = (overwrite ? 0 : dst[i]) + src[i]; returns the sum of squares of the new dst. `stream` bypasses the cache.
   double (*accumulate)(float* dst, const void* src, DType dtype, std::int64_t n, bool overwrite, bool stream);
+  double (*sum_of_squares)(const float* x, std::int64_t n);  // the same sum as accumulate's, to the bit
   std::int64_t (*count_nonfinite)(const float* x, std::int64_t n);
   void (*adamw)(const AdamWRange& range, std::int64_t n, const AdamWScalars& scalars);
   void (*sgd)(const SGDRange& range, std::int64_t n, const SGDScalars& scalars);
@@ -80,5 +81,8 @@ struct SumAndCount {
 // The accumulate kernel over a whole segment, in chunks, over up to `threads` threads.
 SumAndCount accumulate_segment(float* dst, const void* src, DType dtype, std::int64_t n, bool overwrite, bool stream,
                                int threads);
+
+// Squares and non-finite elements of a segment as it stands; what accumulate_segment returns for the same content.
+SumAndCount measure_segment(const float* x, std::int64_t n, int threads);
 
 }  // namespace paci_rt

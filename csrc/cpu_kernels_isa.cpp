@@ -78,6 +78,18 @@ double accumulate(float* dst, const void* src, DType dtype, std::int64_t n, bool
   }
 }
 
+double sum_of_squares(const float* x, std::int64_t n) {
+  Sums sums;
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add_squares(sums, load(x + i));
+  if (i < n) {
+    alignas(64) float tail[kLanes] = {};
+    std::memcpy(tail, x + i, static_cast<std::size_t>(n - i) * 4);
+    add_squares(sums, load(tail));
+  }
+  return reduce(sums);
+}
+
 std::int64_t count_nonfinite(const float* x, std::int64_t n) {
   std::int64_t count = 0;
   for (std::int64_t i = 0; i < n; ++i) count += (bits_of_float(x[i]) & 0x7f800000u) == 0x7f800000u;
@@ -184,7 +196,7 @@ void sgd(const SGDRange& r, std::int64_t n, const SGDScalars& s) {
 }  // namespace
 
 extern const KernelTable PACI_RT_CONCAT(kernels_, PACI_RT_ISA);
-const KernelTable PACI_RT_CONCAT(kernels_, PACI_RT_ISA) = {PACI_RT_STRING(PACI_RT_ISA), accumulate, count_nonfinite,
-                                                           adamw, sgd};
+const KernelTable PACI_RT_CONCAT(kernels_, PACI_RT_ISA) = {PACI_RT_STRING(PACI_RT_ISA), accumulate, sum_of_squares,
+                                                           count_nonfinite, adamw, sgd};
 
 }  // namespace paci_rt

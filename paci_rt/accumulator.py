@@ -77,6 +77,19 @@ class GradAccumulator:
         assert code is not None
         self._native.add(index, grad.data_ptr(), code, grad.numel(), stream, native.get_num_threads())
 
+    def front(self, index: int, *, stream: int = 0) -> tuple[Tensor, bool]:
+        """For a caller that computes a parameter's gradient straight into the front buffer.
+
+        Returns:
+            The parameter's part of the front buffer, fp32 in its shape, and whether the caller must overwrite it (the
+            first gradient of the window) rather than add to it. It must do so before the buffer is sealed.
+
+        Raises:
+            AccumulatorStateError: the front buffer is sealed or being consumed.
+        """
+        overwrite = self._native.lend(index, stream, native.get_num_threads())
+        return self.group.view(self._tensors[self._native.front], index), overwrite
+
     def _refuse(self, index: int, grad: Tensor) -> None:
         name, param = self.group.names[index], self.group.params[index]
         if grad.layout is not torch.strided:

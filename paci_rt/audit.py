@@ -5,8 +5,32 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from paci_rt.action import Action
+from paci_rt.action import Action, Op
 from paci_rt.errors import DriftBoundError
+
+
+@dataclass(kw_only=True)
+class RankAudit:
+    """Activations of all stages of one rank together.
+
+    Attributes:
+        in_flight: forwards without their backward. held_bytes: what they, and I without their W, keep.
+    """
+
+    rank: int
+    in_flight: int = 0
+    peak_in_flight: int = 0
+    held_bytes: int = 0
+    peak_held_bytes: int = 0
+
+    def hold(self, micro_batches: int, more_bytes: int) -> None:
+        self.in_flight += micro_batches
+        self.held_bytes += more_bytes
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        self.peak_held_bytes = max(self.peak_held_bytes, self.held_bytes)
+
+    def reset(self) -> None:
+        self.peak_in_flight, self.peak_held_bytes = self.in_flight, self.held_bytes
 
 
 @dataclass(kw_only=True)
@@ -15,18 +39,26 @@ class StageAudit:
 
     Attributes:
         stage: its index.
-        drift_bound: the schedule's bound; a larger drift raises.
+        rank: what it shares with the other stages of its rank.
+        drift_bound, delay_bound: the schedule's bounds under its policy; anything larger raises.
         version: local updates applied so far.
-        drift: micro-batches by the updates that came between their forward and their backward.
-        compute_s: seconds inside F, B and U; exposed_comm_s: seconds in receives and in starting sends.
+        drift: micro-batches by how many versions their backward's weights were ahead of their forward's.
+        delay: micro-batches by how many versions the weights that their gradient changes are ahead of those that
+            their forward used.
+        compute_s: seconds inside F, B, I, W and U; exposed_comm_s: seconds in receives and in starting sends.
     """
 
     stage: int
+    rank: RankAudit
     drift_bound: int
+    delay_bound: int
     version: int = 0
     drift: Counter[int] = field(default_factory=Counter)
+    delay: Counter[int] = field(default_factory=Counter)
     in_flight: dict[int, tuple[int, int]] = field(default_factory=dict)
+    pending: dict[int, int] = field(default_factory=dict)
     peak_in_flight: int = 0
+    peak_pending: int = 0
     activation_bytes: int = 0
     peak_activation_bytes: int = 0
     compute_s: float = 0.0
@@ -36,28 +68,59 @@ class StageAudit:
     nonfinite_gradients: int = 0
     grad_norm: float = 0.0
 
-    def forward(self, micro_batch: int, saved_bytes: int) -> None:
-        self.in_flight[micro_batch] = self.version, saved_bytes
+    def forward(self, micro_batch: int, version: int, kept_bytes: int) -> None:
+        """A forward used ``version`` and keeps ``kept_bytes`` until its backward."""
+        self.in_flight[micro_batch] = version, kept_bytes
         self.peak_in_flight = max(self.peak_in_flight, len(self.in_flight))
-        self.activation_bytes += saved_bytes
-        self.peak_activation_bytes = max(self.peak_activation_bytes, self.activation_bytes)
+        self.rank.hold(1, 0)
+        self._hold(kept_bytes)
 
-    def backward(self, action: Action) -> None:
-        """Count the drift of a micro-batch before its backward.
+    def version_at_forward(self, micro_batch: int) -> int:
+        """The version that the forward of a micro-batch in flight used."""
+        return self.in_flight[micro_batch][0]
+
+    def backward(self, action: Action, version: int, window: int, full_bytes: int) -> None:
+        """Count drift and delay of a micro-batch before its backward.
+
+        Args:
+            action: the backward.
+            version: of the weights that it uses.
+            window: the micro-batch's, which is the version that its gradient will be applied to.
+            full_bytes: what it needs alive while it runs.
 
         Raises:
-            DriftBoundError: it exceeds the schedule's bound.
+            DriftBoundError: one of them exceeds the schedule's bound.
         """
-        version, saved_bytes = self.in_flight.pop(action.index)
-        drift = self.version - version
-        if drift > self.drift_bound:
-            raise DriftBoundError(
-                f"action {action}: {drift} updates since its forward, more than the bound {self.drift_bound} "
-                f"of stage {self.stage}"
-            )
-        self.drift[drift] += 1
-        self.activation_bytes -= saved_bytes
+        at_forward, kept_bytes = self.in_flight.pop(action.index)
+        for what, value, bound, counts in (
+            ("drift", version - at_forward, self.drift_bound, self.drift),
+            ("delay", window - at_forward, self.delay_bound, self.delay),
+        ):
+            if not 0 <= value <= bound:
+                raise DriftBoundError(
+                    f"action {action}: a {what} of {value} updates, while the bound of stage {self.stage} is {bound}"
+                )
+            counts[value] += 1
+        self._hold(full_bytes - kept_bytes)
+        self._hold(-full_bytes)
+        self.rank.hold(-1, 0)
+        if action.op is Op.B:
+            self.micro_batches += 1
+
+    def input_gradient(self, micro_batch: int, pending_bytes: int) -> None:
+        """An I has left ``pending_bytes`` for its W."""
+        self.pending[micro_batch] = pending_bytes
+        self.peak_pending = max(self.peak_pending, len(self.pending))
+        self._hold(pending_bytes)
+
+    def weight_gradient(self, micro_batch: int) -> None:
+        self._hold(-self.pending.pop(micro_batch))
         self.micro_batches += 1
+
+    def _hold(self, more_bytes: int) -> None:
+        self.activation_bytes += more_bytes
+        self.peak_activation_bytes = max(self.peak_activation_bytes, self.activation_bytes)
+        self.rank.hold(0, more_bytes)
 
     def update(self, grad_norm: float, nonfinite: int) -> None:
         self.version += 1
@@ -68,7 +131,9 @@ class StageAudit:
     def reset(self) -> None:
         """Forget what has been counted; keep what is true of the stage now (version, micro-batches in flight)."""
         self.drift.clear()
-        self.peak_in_flight = len(self.in_flight)
+        self.delay.clear()
+        self.rank.reset()
+        self.peak_in_flight, self.peak_pending = len(self.in_flight), len(self.pending)
         self.peak_activation_bytes = self.activation_bytes
         self.compute_s = self.exposed_comm_s = 0.0
         self.micro_batches = self.windows = self.nonfinite_gradients = 0

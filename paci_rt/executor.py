@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +28,17 @@ class Updater(Protocol):
     """The optimizer as the executor drives it; see ``paci_rt.optim.BoundOptimizer``."""
 
     def update(self, divisor: int) -> Any: ...
+
+
+class Weights(Protocol):
+    """Which version of its weights a stage computes with; see ``paci_rt.versions.StageWeights``."""
+
+    @property
+    def extra_bytes(self) -> int: ...
+    def for_forward(self, window: int, current: int, start: int) -> tuple[int, AbstractContextManager[None]]: ...
+    def for_backward(self, at_forward: int, current: int) -> tuple[int, AbstractContextManager[None]]: ...
+    def begin_update(self, current: int) -> None: ...
+    def restart(self, current: int) -> None: ...
 
 
 class Ties(Protocol):
@@ -50,12 +61,14 @@ class Feed:
         kwargs: keyword arguments, by stage and micro-batch.
         losses: functions from the last stage's output to the loss.
         training: False for a forward-only pass.
+        start_window: window before which the pipeline was last empty.
     """
 
     args: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
     kwargs: Mapping[tuple[int, int], Mapping[str, Any]] = field(default_factory=dict)
     losses: Mapping[int, Callable[[Any], Tensor]] = field(default_factory=dict)
     training: bool = True
+    start_window: int = 0
     keep_outputs: bool = False
     outputs: dict[int, Any] = field(default_factory=dict)
     loss_values: dict[int, Tensor] = field(default_factory=dict)
@@ -63,12 +76,21 @@ class Feed:
 
 @dataclass(kw_only=True)
 class StageRuntime:
-    """One stage with everything that the executor needs to run it."""
+    """One stage with everything that the executor needs to run it.
+
+    Attributes:
+        accumulation: micro-batches a window.
+        divisor: what a window's summed gradients are divided by.
+        recompute: forwards keep their arguments only and run again before the backward.
+    """
 
     stage: PipelineStage
     audit: StageAudit
     updater: Updater
+    weights: Weights
+    accumulation: int
     divisor: int
+    recompute: bool = False
     after_update: Callable[[], None] | None = None
     ties: Ties | None = None
     received: dict[tuple[Op, int], Message] = field(default_factory=dict)
@@ -105,9 +127,11 @@ class Executor:
         self._trace = trace
         for runtime in runtimes:
             transport.open(_incoming(runtime.stage, ties))
-        self._run_op = {
+        self._run_op: dict[Op, Callable[[StageRuntime, Action, Feed], int | None]] = {
             Op.F: self._forward,
             Op.B: self._backward,
+            Op.I: self._backward,
+            Op.W: self._weight_gradients,
             Op.U: self._update,
             Op.SEND_F: self._send,
             Op.SEND_B: self._send,
@@ -120,7 +144,7 @@ class Executor:
         }
 
     def run(self, streams: Mapping[int, Sequence[Action]], feed: Feed) -> None:
-        """Run one stream a stage to its end.
+        """Run one stream a rank to its end.
 
         Raises:
             ActionError: an action failed; the original error is its cause.
@@ -131,14 +155,14 @@ class Executor:
         progressed = True
         while progressed:
             progressed = False
-            for stage, stream in streams.items():
-                at = cursor[stage]
+            for rank, stream in streams.items():
+                at = cursor[rank]
                 while at < len(stream) and self._can_run(stream[at]):
                     self._execute(stream[at], feed)
                     at += 1
                     progressed = True
-                cursor[stage] = at
-        stuck = [stream[cursor[stage]] for stage, stream in streams.items() if cursor[stage] < len(stream)]
+                cursor[rank] = at
+        stuck = [stream[cursor[rank]] for rank, stream in streams.items() if cursor[rank] < len(stream)]
         if stuck:
             raise ScheduleError(f"nothing can run past {', '.join(map(str, stuck))}\n{self._explain(stuck[0])}")
 
@@ -149,18 +173,18 @@ class Executor:
             self.last_end_s += seconds
 
     def _can_run(self, action: Action) -> bool:
-        if action.op not in RECV_OPS:
+        if action.op in COMPUTE_OPS:
             return True
-        return all(self.transport.ready(channel) for channel in channels(action, self._ties))
+        possible = self.transport.ready if action.op in RECV_OPS else self.transport.has_room
+        return all(possible(channel) for channel in channels(action, self._ties))
 
     def _execute(self, action: Action, feed: Feed) -> None:
         runtime = self.runtimes[action.stage]
-        version = runtime.audit.version
         profiled = torch.autograd._profiler_enabled()
         start = time.perf_counter()
         try:
             with torch.profiler.record_function(str(action)) if profiled else nullcontext():
-                self._run_op[action.op](runtime, action, feed)
+                version = self._run_op[action.op](runtime, action, feed)
         except PaciError:
             raise
         except Exception as error:
@@ -172,6 +196,7 @@ class Executor:
         if action.op in COMPUTE_OPS:
             runtime.audit.compute_s += end - start
             if self._trace:
+                assert version is not None
                 self.events.append(Event(action.stage, str(action), start, end, version))
         else:
             runtime.audit.exposed_comm_s += end - start
@@ -179,9 +204,9 @@ class Executor:
             self.first_start_s = start
         self.last_end_s = end
 
-    # --- one method an operation ---
+    # --- one method an operation; computations return the version of the weights that they used ---
 
-    def _forward(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
+    def _forward(self, runtime: StageRuntime, action: Action, feed: Feed) -> int:
         stage, m = runtime.stage, action.index
         if stage.is_first:
             args = feed.args[m]
@@ -194,9 +219,14 @@ class Executor:
                         tensor.requires_grad_()
         kwargs = feed.kwargs.get((stage.stage_index, m), {})
         loss = feed.losses.get(m) if stage.is_last else None
+        audit = runtime.audit
+        version = audit.version
         if feed.training:
-            outgoing, output, loss_value = stage.forward(m, args, kwargs, loss)
-            runtime.audit.forward(m, stage.saved_bytes(m))
+            window = m // runtime.accumulation
+            version, context = runtime.weights.for_forward(window, audit.version, feed.start_window)
+            with context:
+                outgoing, output, loss_value = stage.forward(m, args, kwargs, loss, recompute=runtime.recompute)
+            audit.forward(m, version, stage.kept_bytes(m)[0])
         else:
             outgoing, output, loss_value = stage.evaluate(args, kwargs, loss)
         if outgoing is not None:
@@ -205,19 +235,34 @@ class Executor:
             feed.outputs[m] = output
         if loss_value is not None:
             feed.loss_values[m] = loss_value
+        return version
 
-    def _backward(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
-        runtime.audit.backward(action)
-        gradients = () if runtime.stage.is_last else runtime.received.pop((Op.RECV_B, action.index)).tensors
-        outgoing = runtime.stage.backward(action.index, gradients)
-        if not runtime.stage.is_first:
-            runtime.outgoing[Op.SEND_B, action.index] = outgoing
+    def _backward(self, runtime: StageRuntime, action: Action, feed: Feed) -> int:
+        stage, audit, m, split = runtime.stage, runtime.audit, action.index, action.op is Op.I
+        version, context = runtime.weights.for_backward(audit.version_at_forward(m), audit.version)
+        audit.backward(action, version, m // runtime.accumulation, stage.kept_bytes(m)[1])
+        gradients = () if stage.is_last else runtime.received.pop((Op.RECV_B, m)).tensors
+        with context:
+            outgoing = stage.backward(m, gradients, split=split)
+        if split:
+            audit.input_gradient(m, stage.pending_bytes(m))
+        if not stage.is_first:
+            runtime.outgoing[Op.SEND_B, m] = outgoing
+        return version
 
-    def _update(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
+    def _weight_gradients(self, runtime: StageRuntime, action: Action, feed: Feed) -> int:
+        runtime.stage.weight_gradients(action.index)
+        runtime.audit.weight_gradient(action.index)
+        return runtime.audit.version
+
+    def _update(self, runtime: StageRuntime, action: Action, feed: Feed) -> int:
+        version = runtime.audit.version
+        runtime.weights.begin_update(version)
         done = runtime.updater.update(runtime.divisor)
         runtime.audit.update(done.grad_norm, done.nonfinite)
         if runtime.after_update is not None:
             runtime.after_update()
+        return version
 
     def _send(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
         (channel,) = channels(action)

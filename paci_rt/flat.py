@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,14 @@ from paci_rt import native
 from paci_rt.errors import StageError
 
 ALIGNMENT_BYTES = 64
+
+
+class FlatHome(NamedTuple):
+    """A flat buffer in which a group's parameters can live, with their views of it and the addresses of those."""
+
+    weight: Tensor
+    views: tuple[Tensor, ...]
+    addresses: tuple[int, ...]
 
 
 class FlatGroup:
@@ -25,7 +34,6 @@ class FlatGroup:
         offsets: start of each in the flat buffers, in elements; every segment is aligned to 64 bytes.
         numels: length of each in elements.
         numel: length of the flat buffers in elements, padding included; padding is zero.
-        weight: the flat buffer, 1-D, of the parameters' dtype.
         index: ``id(parameter)`` to position.
 
     Raises:
@@ -57,16 +65,32 @@ class FlatGroup:
         self.offsets = tuple(offsets)
         self.numels = tuple(param.numel() for param in self.params)
         self.numel = end
-        self.weight = native.empty_flat(end, self.dtype, self.device)
-        for position, param in enumerate(self.params):
-            view = self.view(self.weight, position)
+        self.home = self.make_home()
+        for param, view in zip(self.params, self.home.views, strict=True):
             view.copy_(param.detach())
-            param.data = view
-        size = self.dtype.itemsize
-        self._addresses = tuple(
-            self.weight.data_ptr() + offset * size if numel else 0
+        self.move_to(self.home)
+
+    @property
+    def weight(self) -> Tensor:
+        """The flat buffer that the parameters live in."""
+        return self.home.weight
+
+    def make_home(self) -> FlatHome:
+        """Another flat buffer for the parameters, zeroed."""
+        flat, size = self.empty_like(self.dtype), self.dtype.itemsize
+        views = tuple(self.view(flat, position) for position in range(len(self.params)))
+        addresses = tuple(
+            flat.data_ptr() + offset * size if numel else 0
             for offset, numel in zip(self.offsets, self.numels, strict=True)
         )
+        return FlatHome(flat, views, addresses)
+
+    def move_to(self, home: FlatHome) -> None:
+        """Let the parameters be views of another buffer that :meth:`make_home` made. Nothing is copied, and
+        autograd's version counters stand still."""
+        self.home = home
+        for param, view in zip(self.params, home.views, strict=True):
+            param.data = view
 
     def view(self, flat: Tensor, position: int) -> Tensor:
         """The part of a flat buffer that belongs to one parameter, in the parameter's shape."""
@@ -90,7 +114,7 @@ class FlatGroup:
                 that the module was given to.
         """
         dtype = self.dtype
-        for position, (param, address) in enumerate(zip(self.params, self._addresses, strict=True)):
+        for position, (param, address) in enumerate(zip(self.params, self.home.addresses, strict=True)):
             if param.data_ptr() != address or param.dtype != dtype:
                 raise StageError(
                     f"parameter {self.names[position]!r} no longer lives in the schedule's flat buffer (now "

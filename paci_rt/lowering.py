@@ -118,7 +118,8 @@ class Lowering:
         """
         if self.family.flush:
             return (k + 1) * self.shape.accumulation
-        ahead = max(self.family.in_flight_bound(self.shape, self.shape.rank_of(tie.owner_stage)) for tie in self.ties) - 1
+        owners = {self.shape.rank_of(tie.owner_stage) for tie in self.ties}
+        ahead = max(self.family.in_flight_bound(self.shape, rank) - 1 for rank in owners)
         return (k + 1) * self.shape.accumulation + ahead
 
     def _lower(self, compute: Iterable[Action], start: int | None) -> list[Action]:

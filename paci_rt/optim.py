@@ -40,7 +40,10 @@ class BoundOptimizer(ABC):
     Attributes:
         groups: flat groups, one for each optimizer group and dtype.
         accumulators: one for each of them.
+        optimizer: the user's optimizer, None without one.
     """
+
+    optimizer: torch.optim.Optimizer | None = None
 
     def __init__(self, grouped: Sequence[NamedParams], frozen: Iterable[Tensor], buffers: int) -> None:
         self.groups = [FlatGroup(named) for named in grouped]
@@ -65,6 +68,11 @@ class BoundOptimizer(ABC):
                 "optimizer was bound to"
             )
         home[0].add(home[1], grad)
+
+    def front(self, param: nn.Parameter) -> tuple[Tensor, bool]:
+        """Where a gradient can be computed in place; see :meth:`paci_rt.accumulator.GradAccumulator.front`."""
+        accumulator, position = self._home[id(param)]
+        return accumulator.front(position)
 
     def update(self, divisor: int) -> UpdateStats:
         """End the window: seal the sums, apply ``sum / divisor``, and leave the accumulators empty.
@@ -148,6 +156,15 @@ class BoundOptimizer(ABC):
             for position, name in enumerate(group.names):
                 self._load_state_of(number, position, dict(states[name]))
 
+    def state_views(self, number: int, position: int) -> dict[str, Any]:
+        """State of the parameter at ``position`` of flat group ``number``, as the tensors that the next update
+        changes; ``{}`` before its first update."""
+        return self._state_of(number, position)
+
+    def master(self, number: int) -> Tensor | None:
+        """Flat fp32 weights behind flat group ``number``, None where the parameters are all there is."""
+        return None
+
     def _state_of(self, number: int, position: int) -> dict[str, Any]:
         return {}
 
@@ -193,7 +210,7 @@ class _Fused(BoundOptimizer):
         buffers: int,
     ) -> None:
         super().__init__(grouped, frozen, buffers)
-        self.optimizer = optimizer
+        self.optimizer: FusedOptimizer = optimizer
         self._states = [optimizer.make_state(owner, group) for owner, group in zip(owners, self.groups, strict=True)]
         optimizer.fused_states = self._states
 
@@ -205,6 +222,10 @@ class _Fused(BoundOptimizer):
             state.publish(positions)
         # torch's learning-rate schedulers look at this to warn about a scheduler that steps before the optimizer.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def master(self, number: int) -> Tensor | None:
+        self._states[number].refresh_masters()
+        return self._states[number].master
 
     def _masters_bytes(self) -> int:
         return sum(state.master.nbytes for state in self._states if state.master is not None)
@@ -230,7 +251,7 @@ class _AnyTorch(BoundOptimizer):
         self, optimizer: torch.optim.Optimizer, grouped: Sequence[NamedParams], frozen: Iterable[Tensor], buffers: int
     ) -> None:
         super().__init__(grouped, frozen, buffers)
-        self.optimizer = optimizer
+        self.optimizer: torch.optim.Optimizer = optimizer
         self._params = tuple(param for group in self.groups for param in group.params)
         self._stepping = False
         # A binding made earlier gives way: its flat buffer is left behind, so its next update raises StageError.

@@ -11,6 +11,7 @@ from torch import nn
 from paci_rt import schedules
 from paci_rt.lowering import TiedWeight
 from paci_rt.runtime import Pipeline
+from paci_rt.schedules import StepCosts
 from paci_rt.stage import LossFn, PipelineStage
 from paci_rt.transport import LocalTransport, Transport
 
@@ -21,12 +22,13 @@ class _Schedule(Pipeline):
     """A pipeline whose other stages live in other processes; torch's schedule interface.
 
     Args:
-        stage: this process's :class:`~paci_rt.PipelineStage`.
+        stage: this process's :class:`~paci_rt.PipelineStage`; for ``interleaved-1f1b`` the list of its stages.
         n_microbatches, loss_fn: as torch's.
         args_chunk_spec, kwargs_chunk_spec, output_merge_spec: must stay None; batches are cut along dimension 0.
         scale_grads: as torch's.
-        optimizer: steps with the schedule; None leaves gradients in ``.grad`` (flush schedules only).
-        lr_scheduler: any ``torch.optim.lr_scheduler``, stepped after each local update.
+        optimizer: steps with the schedule; None leaves gradients in ``.grad`` (flush schedules only). One for each
+            stage, as a list, where there are several.
+        lr_scheduler: any ``torch.optim.lr_scheduler``, stepped after each local update; likewise.
         transport: None finds one: gloo between processes, local where the pipeline has one stage.
 
     The other arguments are those of :class:`Pipeline`.
@@ -36,7 +38,7 @@ class _Schedule(Pipeline):
 
     def __init__(
         self,
-        stage: PipelineStage,
+        stage: PipelineStage | Sequence[PipelineStage],
         n_microbatches: int,
         loss_fn: LossFn | None = None,
         args_chunk_spec: None = None,
@@ -44,9 +46,11 @@ class _Schedule(Pipeline):
         output_merge_spec: None = None,
         scale_grads: bool = True,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Any = None,
         slack: int = 0,
+        policy: str | None = None,
+        costs: StepCosts | None = None,
         buffers: int | None = None,
         tied_weights: Sequence[TiedWeight] = (),
         transport: Transport | None = None,
@@ -59,28 +63,44 @@ class _Schedule(Pipeline):
         ):
             if spec is not None:
                 raise ValueError(f"{name} is not None: batches are cut along dimension 0; leave it out")
+        stages = list(stage) if isinstance(stage, Sequence) else [stage]
+        if not stages:
+            raise ValueError("stages is empty: give the stages of this rank")
         super().__init__(
-            [stage],
+            stages,
             self.name,
             n_microbatches,
             loss_fn,
-            optimizers=[optimizer],
-            lr_schedulers=None if lr_scheduler is None else [lr_scheduler],
+            optimizers=_one_each("optimizer", optimizer, stages) or [None] * len(stages),
+            lr_schedulers=_one_each("lr_scheduler", lr_scheduler, stages),
+            chunks=len(stages),
             slack=slack,
+            policy=policy,
+            costs=costs,
             buffers=buffers,
             tied_weights=tied_weights,
-            transport=_find_transport(stage) if transport is None else transport,
+            transport=_find_transport(stages) if transport is None else transport,
             trace=trace,
             scale_grads=scale_grads,
         )
 
 
-def _find_transport(stage: PipelineStage) -> Transport:
-    if stage.num_stages == 1:
+def _one_each(name: str, given: Any, stages: Sequence[PipelineStage]) -> list[Any] | None:
+    """What was given for every stage; None where nothing was."""
+    if given is None:
+        return None
+    listed = list(given) if isinstance(given, Sequence) else [given]
+    if len(listed) != len(stages):
+        raise ValueError(f"{len(listed)} {name}s for {len(stages)} stages: give one a stage")
+    return listed
+
+
+def _find_transport(stages: Sequence[PipelineStage]) -> Transport:
+    if len(stages) == stages[0].num_stages:
         return LocalTransport()
     from paci_rt.transport.gloo import GlooTransport  # imports torch.distributed
 
-    return GlooTransport(stage.group, num_stages=stage.num_stages)
+    return GlooTransport(stages[0].group, num_stages=stages[0].num_stages, chunks=len(stages))
 
 
 class SchedulePACI(_Schedule):
@@ -107,9 +127,49 @@ class ScheduleGPipe(_Schedule):
     name = "gpipe"
 
 
-_CLASSES: dict[str, type[_Schedule]] = {
-    cls.name: cls for cls in (SchedulePACI, Schedule1F1B, ScheduleGPipe, ScheduleAsync1F1B)
-}
+class ScheduleInterleaved1F1B(_Schedule):
+    """1F1B over several stages a rank, with a flush; the first argument is the list of this rank's stages."""
+
+    name = "interleaved-1f1b"
+
+
+class ScheduleZBH1(_Schedule):
+    """Zero bubble with 1F1B's memory, written by hand (ZB-H1, arXiv 2401.10241)."""
+
+    name = "zb-h1"
+
+
+class ScheduleZBH2(_Schedule):
+    """Zero bubble with about twice that memory, written by hand (ZB-H2, arXiv 2401.10241)."""
+
+    name = "zb-h2"
+
+
+class ScheduleZB1P(_Schedule):
+    """Zero bubble searched for ``costs`` under the memory of ``P`` micro-batches (arXiv 2401.10241)."""
+
+    name = "zb-1p"
+
+
+class ScheduleZB2P(_Schedule):
+    """Zero bubble searched for ``costs`` under the memory of ``2P`` micro-batches (arXiv 2401.10241)."""
+
+    name = "zb-2p"
+
+
+class SchedulePipeDream(_Schedule):
+    """Asynchronous 1F1B with weight stashing, an update after every backward (PipeDream, arXiv 1806.03377)."""
+
+    name = "pipedream"
+
+
+class SchedulePipeDream2BW(_Schedule):
+    """Asynchronous 1F1B with two weight versions, an update a window (PipeDream-2BW, arXiv 2006.09503)."""
+
+    name = "pipedream-2bw"
+
+
+_CLASSES: dict[str, type[_Schedule]] = {cls.name: cls for cls in _Schedule.__subclasses__()}
 
 
 def get_schedule_class(name: str) -> type[_Schedule]:
@@ -128,12 +188,13 @@ class LocalPipeline(Pipeline):
     run, bit for bit; only the seconds are not.
 
     Args:
-        modules: one slice a stage, first to last.
+        modules: one slice a stage, first to last; with ``chunks`` for each rank in turn, so ``chunks`` times as many.
         schedule: name of the schedule.
         n_microbatches, loss_fn: as for the schedules.
         optimizer: a function from one stage's list of ``(name, parameter)`` pairs to its optimizer, for example
             ``lambda params: paci_rt.AdamW(params, lr=3e-4)``; or a list of optimizers, one a stage; or None.
         lr_scheduler: a function from an optimizer to its learning-rate scheduler, or a list of schedulers.
+        transport: None is unbounded mailboxes in this process.
 
     The other arguments are those of :class:`Pipeline`.
     """
@@ -147,11 +208,15 @@ class LocalPipeline(Pipeline):
         loss_fn: LossFn,
         optimizer: Callable[[NamedParams], torch.optim.Optimizer] | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | Sequence[Any] | None = None,
+        chunks: int = 1,
         slack: int = 0,
+        policy: str | None = None,
+        costs: StepCosts | None = None,
         buffers: int | None = None,
         tied_weights: Sequence[TiedWeight] = (),
         trace: bool = False,
         scale_grads: bool = True,
+        transport: Transport | None = None,
     ) -> None:
         if not modules:
             raise ValueError("modules is empty: give one module a stage")
@@ -160,9 +225,7 @@ class LocalPipeline(Pipeline):
         if callable(optimizer):
             optimizers = [optimizer(list(stage.named_parameters())) for stage in stages]
         elif optimizer is not None:
-            optimizers = list(optimizer)
-            if len(optimizers) != len(stages):
-                raise ValueError(f"{len(optimizers)} optimizers for {len(stages)} stages: give one a stage")
+            optimizers = _one_each("optimizer", optimizer, stages) or []
         if callable(lr_scheduler):
             lr_scheduler = [lr_scheduler(one) for one in optimizers]
         super().__init__(
@@ -172,10 +235,13 @@ class LocalPipeline(Pipeline):
             loss_fn,
             optimizers=optimizers,
             lr_schedulers=lr_scheduler,
+            chunks=chunks,
             slack=slack,
+            policy=policy,
+            costs=costs,
             buffers=buffers,
             tied_weights=tied_weights,
-            transport=LocalTransport(),
+            transport=LocalTransport() if transport is None else transport,
             trace=trace,
             scale_grads=scale_grads,
         )

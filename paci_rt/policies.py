@@ -62,6 +62,14 @@ def versions_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int) 
     return 2 if policy == "2bw" else 1
 
 
+def bounds(policy: str, family: ScheduleFamily, shape: Shape, rank: int) -> tuple[int, int]:
+    """Largest drift and largest delay that a micro-batch can have on ``rank``."""
+    updates = family.drift_bound(shape, rank)
+    if policy == "2bw":
+        return 0, 1
+    return (0 if policy == "stash" else updates), updates
+
+
 def forward_version(policy: str, window: int, current: int, start: int) -> int:
     """Version for the forward of a micro-batch of ``window``, in a pipeline that was empty before window ``start``."""
     return max(window - 1, start) if policy == "2bw" else current

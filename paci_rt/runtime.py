@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paci_rt import microbatch, schedules
+from paci_rt import microbatch, policies, schedules
 from paci_rt.action import Action
-from paci_rt.audit import StageAudit
+from paci_rt.audit import RankAudit, StageAudit
 from paci_rt.errors import PaciError, StageError
 from paci_rt.executor import Executor, Feed, StageRuntime
 from paci_rt.lowering import Lowering, TiedWeight, format_grid, validate
 from paci_rt.optim import BoundOptimizer, bind_optimizer
-from paci_rt.schedules import Shape
+from paci_rt.schedules import Shape, StepCosts
 from paci_rt.stage import LossFn, PipelineStage
 from paci_rt.state import collect_state, load_state, pipeline_stats
 from paci_rt.tied import TiedExchange
 from paci_rt.trace import Event
 from paci_rt.transport import Transport
+from paci_rt.versions import make_weights
 
 
 class Pipeline:
@@ -35,7 +36,10 @@ class Pipeline:
         loss_fn: ``loss_fn(output, target)`` on the last stage, returning a scalar.
         optimizers: one a stage, or None to leave gradients in ``.grad`` (flush schedules only).
         lr_schedulers: one a stage, stepped after each local update.
+        chunks: stages a rank (``interleaved-1f1b``).
         slack: additional warm-up forwards on every stage but the last (asynchronous schedules).
+        policy: which weights forwards and backwards use, see :mod:`paci_rt.policies`; None is the schedule's own.
+        costs: what a searched schedule is fitted to; None means forward, I and W of equal length and no hop.
         buffers: 1 runs the update in line in one gradient buffer, 2 double-buffers; None means 1 on the CPU.
         tied_weights: weights that live on two stages.
         transport: how stages reach each other.
@@ -55,7 +59,10 @@ class Pipeline:
         *,
         optimizers: Sequence[torch.optim.Optimizer | None],
         lr_schedulers: Sequence[Any] | None,
+        chunks: int,
         slack: int,
+        policy: str | None,
+        costs: StepCosts | None,
         buffers: int | None,
         tied_weights: Sequence[TiedWeight],
         transport: Transport,
@@ -67,8 +74,18 @@ class Pipeline:
             raise ValueError(f"n_microbatches is {n_microbatches!r}: give an integer of at least 1")
         if slack and not family.takes_slack:
             raise ValueError(f"slack is {slack}: {family.name} flushes and takes no slack; leave it at 0")
+        if chunks > 1 and not family.takes_chunks:
+            raise ValueError(f"{chunks} stages a rank: {family.name} runs one; use interleaved-1f1b")
         accumulation = 1 if family.one_micro_batch_windows else n_microbatches
-        shape = Shape(num_stages=stages[0].num_stages, accumulation=accumulation, slack=slack)
+        shape = Shape(
+            num_stages=stages[0].num_stages,
+            accumulation=accumulation,
+            slack=slack,
+            chunks=chunks,
+            costs=StepCosts() if costs is None else costs,
+        )
+        family.check(shape)
+        self._policy = policies.resolve(family, shape, policy)
         if any(optimizer is None for optimizer in optimizers):
             if not family.flush:
                 raise ValueError(
@@ -80,7 +97,8 @@ class Pipeline:
         if loss_fn is None and stages[-1].is_last:
             raise ValueError("loss_fn is None: the last stage needs loss_fn(output, target) to start the backward")
         self._lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights))
-        validate(self._lowering)
+        validate(self._lowering, capacity=transport.capacity)
+        self._ranks = _ranks_here(stages, shape)
         for stage in stages:
             stage.require_free()
         self._loss_fn = loss_fn
@@ -92,10 +110,12 @@ class Pipeline:
         self._bounds: list[BoundOptimizer] = []
         self._lr_schedulers = list(lr_schedulers or ())
         runtimes = []
+        audits = {rank: RankAudit(rank=rank) for rank in self._ranks}
         try:
             for at, (stage, optimizer) in enumerate(zip(stages, optimizers, strict=True)):
                 divisor = accumulation if scale_grads else 1
-                runtime = self._bind(stage, optimizer, divisor, 1 if buffers is None else buffers)
+                rank = audits[shape.rank_of(stage.stage_index)]
+                runtime = self._bind(stage, rank, optimizer, divisor, 1 if buffers is None else buffers)
                 if self._lr_schedulers:
                     runtime.after_update = self._lr_schedulers[at].step
                 runtimes.append(runtime)
@@ -105,23 +125,33 @@ class Pipeline:
         self._executor = Executor(runtimes, transport, ties=self._lowering.ties, explain=self._explain, trace=trace)
 
     def _bind(
-        self, stage: PipelineStage, optimizer: torch.optim.Optimizer | None, divisor: int, buffers: int
+        self,
+        stage: PipelineStage,
+        rank: RankAudit,
+        optimizer: torch.optim.Optimizer | None,
+        divisor: int,
+        buffers: int,
     ) -> StageRuntime:
         named = dict(stage.named_parameters())
         ties = TiedExchange(self._lowering.ties, stage.stage_index, named) if self._lowering.ties else None
         followers = set() if ties is None else ties.read_params  # the owner's stage updates these
         named = {name: param for name, param in named.items() if param not in followers}
-        family, shape = self._lowering.family, self._lowering.shape
+        family, shape, policy = self._lowering.family, self._lowering.shape, self._policy
         bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
+        self._bounds.append(bound)
+        weights = make_weights(policy, bound, policies.versions_held(policy, family, shape, rank.rank))
         if ties is not None:
             ties.bind(bound)
-        stage.attach(ties.accumulate if ties is not None else bound.accumulate)
-        self._bounds.append(bound)
+        stage.attach(ties if ties is not None else bound)
+        drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
         return StageRuntime(
             stage=stage,
-            audit=StageAudit(stage=stage.stage_index, drift_bound=family.drift_bound(shape, stage.stage_index)),
+            audit=StageAudit(stage=stage.stage_index, rank=rank, drift_bound=drift_bound, delay_bound=delay_bound),
             updater=bound,
+            weights=weights,
+            accumulation=shape.accumulation,
             divisor=divisor,
+            recompute=policy == "recompute" and family.in_flight_bound(shape, rank.rank) > 1,
             ties=ties,
         )
 
@@ -180,11 +210,9 @@ class Pipeline:
         first = windows.start * accumulation
         feed = self._feed(args, kwargs, target, losses, loss_kwargs, range(first, first + self._n_microbatches))
         feed.keep_outputs = return_outputs
+        feed.start_window = start
         streams = {
-            stage.stage_index: [
-                action for k in windows for action in self._lowering.window(stage.stage_index, k, start)
-            ]
-            for stage in self.stages
+            rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
         }
         self._next_window = windows.stop
         self._run(streams, feed)
@@ -194,9 +222,10 @@ class Pipeline:
         """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree."""
         start, end = self._start_window, self._next_window
         if start < end:
-            streams = {stage.stage_index: self._lowering.drain(stage.stage_index, start, end) for stage in self.stages}
+            streams = {rank: self._lowering.drain(rank, start, end) for rank in self._ranks}
             self._run(streams, Feed())
             self._start_window = end
+            self._restart(end)
         self._executor.transport.flush()
 
     def eval(
@@ -215,10 +244,7 @@ class Pipeline:
         feed = self._feed(args, kwargs, target, losses, loss_kwargs, range(self._n_microbatches))
         self.drain()
         feed.training, feed.keep_outputs = False, return_outputs
-        streams = {
-            stage.stage_index: self._lowering.forward_only(stage.stage_index, 0, self._n_microbatches)
-            for stage in self.stages
-        }
+        streams = {rank: self._lowering.forward_only(rank, 0, self._n_microbatches) for rank in self._ranks}
         start = time.perf_counter()
         self._run(streams, feed)
         self._executor.leave_out(time.perf_counter() - start)  # statistics are about training
@@ -244,12 +270,14 @@ class Pipeline:
     def stats(self) -> dict[str, Any]:
         """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
 
-        Keys: ``schedule stages accumulation slack windows micro_batches wall_s compute_s utilization
-        exposed_comm_s drift max_drift drift_bound peak_in_flight memory peak_bytes``. Seconds and bytes;
-        ``utilization`` is ``compute_s / (wall_s * stages of this process)``; ``drift`` maps stage to a histogram;
-        ``memory`` maps stage to bytes of weights, masters, optimizer, accumulators, activations (peak) and total.
+        Keys: ``schedule policy stages chunks accumulation slack windows micro_batches wall_s compute_s utilization
+        exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending peak_rank_in_flight
+        memory peak_bytes``. Seconds and bytes; ``utilization`` is ``compute_s / (wall_s * ranks of this process)``;
+        ``drift`` and ``delay`` (see :mod:`paci_rt.policies`) map stage to a histogram over micro-batches;
+        ``peak_pending`` counts micro-batches between I and W; ``memory`` maps stage to bytes of weights, masters,
+        optimizer, accumulators, versions (extra weights), activations (peak) and total.
         """
-        return pipeline_stats(self._lowering, self._executor, self._bounds)
+        return pipeline_stats(self._lowering, self._policy, self._executor, self._bounds)
 
     def reset_stats(self) -> None:
         """Start counting anew, for example after the first window."""
@@ -280,8 +308,13 @@ class Pipeline:
         self.drain()
         load_state(state, dict(self.named_parameters()), self.stages, self._bounds, self._lr_schedulers)
         self._next_window = self._start_window = int(state["windows"])
+        self._restart(self._next_window)
+
+    def _restart(self, version: int) -> None:
+        """The pipeline is empty, and every stage holds ``version``."""
         for runtime in self._executor.runtimes.values():
-            runtime.audit.version = self._next_window
+            runtime.audit.version = version
+            runtime.weights.restart(version)
 
     # --- inside ---
 
@@ -361,14 +394,28 @@ class Pipeline:
             raise PaciError(f"this pipeline failed earlier and cannot go on: {cause}") from self._failure
 
     def _explain(self, failing: Action) -> str:
-        """The stage x step grid around a failing action."""
-        windows = self._next_window + self._windows_per_step - self._start_window
-        shape = self._lowering.shape
+        """The rank x step grid around a failing action."""
+        start, end = self._start_window, self._next_window + self._windows_per_step
         streams = []
-        for stage in range(shape.num_stages):
-            end = self._start_window + windows
-            stream = [
-                a for k in range(self._start_window, end) for a in self._lowering.window(stage, k, self._start_window)
-            ]
-            streams.append(stream + self._lowering.drain(stage, self._start_window, end))
+        for rank in range(self._lowering.shape.ranks):
+            stream = [action for k in range(start, end) for action in self._lowering.window(rank, k, start)]
+            streams.append(stream + self._lowering.drain(rank, start, end))
         return format_grid(streams, failing)
+
+
+def _ranks_here(stages: Sequence[PipelineStage], shape: Shape) -> list[int]:
+    """The ranks that this process runs: one, or all.
+
+    Raises:
+        ValueError: it has other stages than those of a rank.
+    """
+    indices = [stage.stage_index for stage in stages]
+    if indices == list(range(shape.num_stages)):
+        return list(range(shape.ranks))
+    rank = shape.rank_of(indices[0])
+    if indices != list(shape.stages_of(rank)):
+        raise ValueError(
+            f"this process has stages {indices} of {shape.num_stages}: with {shape.chunks} a rank, rank {rank} runs "
+            f"{list(shape.stages_of(rank))}, in that order"
+        )
+    return [rank]

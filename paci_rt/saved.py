@@ -14,12 +14,18 @@ def saved_bytes(outputs: Iterable[Tensor], also: Iterable[Tensor], parameters: I
     Storages of ``parameters`` do not count. Looking at the graph, rather than hooking into what is saved, leaves
     autograd's check for tensors modified in place as it is.
     """
-    ignored = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    return distinct_bytes((*also, *_saved_tensors(outputs)), ignoring=parameters)
+
+
+def distinct_bytes(values: Iterable[Any], *, ignoring: Iterable[Tensor] = ()) -> int:
+    """Bytes of the distinct storages of the tensors among ``values``, without those of the tensors in ``ignoring``."""
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in ignoring}
     storages: dict[int, int] = {}
-    for tensor in (*also, *_saved_tensors(outputs)):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignored:
-            storages[storage.data_ptr()] = storage.nbytes()
+    for value in values:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in ignored:
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from paci_rt.errors import StageError
-from paci_rt.saved import saved_bytes
+from paci_rt.saved import distinct_bytes, saved_bytes
+from paci_rt.split import GradSink, WeightGradient, WeightGradients
 from paci_rt.transport.base import Message
 
 # Since torch 2.7 or so a backward can start from a gradient edge, which keeps the graph but not the output's memory.
@@ -22,14 +25,40 @@ LossFn = Callable[..., Tensor]
 
 
 @dataclass(slots=True)
+class _Graph:
+    """Where a backward starts."""
+
+    roots: tuple[Any, ...]
+    which: tuple[int, ...]  # positions of the outputs that the roots belong to
+    uses: Counter[int]  # of each parameter that a linear layer splits off
+
+
+@dataclass(slots=True)
+class _Again:
+    """What it takes to run a forward once more."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    loss: Callable[[Any], Tensor] | None
+    rng_state: Tensor
+
+
+@dataclass(slots=True)
 class _InFlight:
     """What one micro-batch leaves behind between its forward and its backward."""
 
     inputs: tuple[Tensor, ...]
-    roots: tuple[Any, ...]
-    which: tuple[int, ...]  # positions of the outputs that the roots belong to
-    is_loss: bool
+    held: _Graph | _Again
+    kept_bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the first forward of a signature has shown."""
+
     saved_bytes: int
+    requires_grad: tuple[bool, ...]  # of the outputs
 
 
 class PipelineStage:
@@ -73,9 +102,10 @@ class PipelineStage:
         self.num_stages = num_stages
         self.group = group
         self._in_flight: dict[int, _InFlight] = {}
-        self._saved_bytes: dict[Any, int] = {}
+        self._pending: dict[int, list[WeightGradient]] = {}
+        self._known: dict[Any, _Known] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._in_backward = False
+        self._gradients: WeightGradients | None = None
 
     @property
     def is_first(self) -> bool:
@@ -104,24 +134,35 @@ class PipelineStage:
         if self._hooks:
             raise StageError(f"stage {self.stage_index} already belongs to a schedule: call close() on that one first")
 
-    def attach(self, accumulate: Callable[[nn.Parameter, Tensor], None]) -> None:
-        """Hand every parameter's gradient to ``accumulate`` as soon as a backward has completed it."""
+    def attach(self, sink: GradSink) -> None:
+        """Hand every parameter's gradient to ``sink`` as soon as a backward has completed it, and split the backward
+        of linear layers (see :mod:`paci_rt.split`)."""
         self.require_free()
+        gradients = self._gradients = WeightGradients(self.submod, sink)
 
         def take(param: Tensor) -> None:
-            if self._in_backward and param.grad is not None:
+            if gradients.collecting and param.grad is not None:
                 grad, param.grad = param.grad, None
-                accumulate(param, grad)  # type: ignore[arg-type]
+                sink.accumulate(param, grad)  # type: ignore[arg-type]
 
         for param in self.parameters():
             if param.requires_grad:
                 self._hooks.append(param.register_post_accumulate_grad_hook(take))
 
     def detach(self) -> None:
-        """Leave gradients in ``.grad`` again."""
+        """Leave gradients in ``.grad`` again, and the layers as they were."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._gradients is not None:
+            self._gradients.remove()
+            self._gradients = None
+
+    @property
+    def split_layers(self) -> list[str]:
+        """Names of the linear layers whose weight gradients are computed by themselves, while a schedule has the
+        stage; the gradients of all other parameters come with the input's."""
+        return [] if self._gradients is None else self._gradients.names
 
     # --- computing ---
 
@@ -131,25 +172,60 @@ class PipelineStage:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         loss: Callable[[Any], Tensor] | None = None,
+        *,
+        recompute: bool = False,
     ) -> tuple[Message | None, Any, Tensor | None]:
         """Run the slice, and on the last stage the loss, and keep what the backward will need.
+
+        Args:
+            micro_batch: its number.
+            args, kwargs: of the module.
+            loss: from the output to a scalar, on the last stage.
+            recompute: keep the arguments only; the backward runs the forward again, with the same random numbers.
 
         Returns:
             The message for the next stage (None on the last), the module's output detached, and the detached loss.
         """
-        with torch.enable_grad():
-            output, loss_value = self._compute(args, kwargs, loss)
-        outputs = self._as_tuple(output) if not self.is_last else ()
-        inputs = tuple(arg for arg in args if isinstance(arg, Tensor)) if not self.is_first else ()
-        differentiable = outputs if loss_value is None else (loss_value,)
-        which = tuple(at for at, tensor in enumerate(differentiable) if tensor.requires_grad)
-        roots = tuple(self._root(differentiable[at]) for at in which)
+        inputs = () if self.is_first else tuple(arg for arg in args if isinstance(arg, Tensor))
         key = _signature(args, kwargs)
-        if key not in self._saved_bytes:
-            self._saved_bytes[key] = saved_bytes(differentiable, inputs, self.parameters())
-        self._in_flight[micro_batch] = _InFlight(inputs, roots, which, self.is_last, self._saved_bytes[key])
-        message = None if self.is_last else _message(outputs)
+        again = _Again(args, kwargs, loss, torch.get_rng_state()) if recompute else None
+        if again is not None and key in self._known:
+            with torch.no_grad():
+                output, loss_value = self._compute(args, kwargs, loss)
+            outputs = self._differentiable(output, loss_value)
+        else:
+            outputs, output, loss_value, uses = self._build_graph(args, kwargs, loss)
+            if key not in self._known:
+                size = saved_bytes(outputs, inputs, self.parameters())
+                self._known[key] = _Known(size, tuple(tensor.requires_grad for tensor in outputs))
+            graph = self._graph(outputs, uses)
+        known = self._known[key]
+        held = graph if again is None else again
+        kept = known.saved_bytes if again is None else distinct_bytes((*args, *kwargs.values()))
+        self._in_flight[micro_batch] = _InFlight(inputs, held, kept, known.saved_bytes)
+        message = None if self.is_last else _message(outputs, known.requires_grad)
         return message, _detached(output), None if loss_value is None else loss_value.detach()
+
+    def _build_graph(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], Any, Tensor | None, Counter[int]]:
+        """A forward with autograd: what gradients start from, output, loss, and how often layers were used."""
+        counting: AbstractContextManager[Counter[int]] = nullcontext(Counter())
+        if self._gradients is not None:
+            counting = self._gradients.forward()
+        with torch.enable_grad(), counting as uses:
+            output, loss_value = self._compute(args, kwargs, loss)
+        return self._differentiable(output, loss_value), output, loss_value, uses
+
+    def _differentiable(self, output: Any, loss_value: Tensor | None) -> tuple[Tensor, ...]:
+        if loss_value is not None:
+            return (loss_value,)
+        return () if self.is_last else self._as_tuple(output)
+
+    @staticmethod
+    def _graph(outputs: tuple[Tensor, ...], uses: Counter[int]) -> _Graph:
+        which = tuple(at for at, tensor in enumerate(outputs) if tensor.requires_grad)
+        return _Graph(tuple(_root(outputs[at]) for at in which), which, uses)
 
     def evaluate(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None = None
@@ -157,48 +233,79 @@ class PipelineStage:
         """A forward that keeps nothing; otherwise as :meth:`forward`."""
         with torch.no_grad():
             output, loss_value = self._compute(args, kwargs, loss)
-        message = None if self.is_last else _message(self._as_tuple(output))
+        message = None
+        if not self.is_last:
+            outputs = self._as_tuple(output)
+            message = _message(outputs, tuple(False for _ in outputs))
         return message, _detached(output), loss_value
 
-    def backward(self, micro_batch: int, gradients: tuple[Tensor | None, ...]) -> Message:
+    def backward(self, micro_batch: int, gradients: tuple[Tensor | None, ...], *, split: bool = False) -> Message:
         """Backward of one micro-batch; parameter gradients go where :meth:`attach` said.
 
         Args:
             micro_batch: one whose forward has run.
             gradients: one for each output, None where the next stage had none; ignored on the last stage.
+            split: leave the weight gradients of linear layers to :meth:`weight_gradients`.
 
         Returns:
             The gradients of the stage's inputs, None for inputs that need none.
+
+        Raises:
+            StageError: a tensor that a weight gradient needs was modified in place; the message names the layer.
         """
         saved = self._in_flight.pop(micro_batch)
-        if saved.is_loss:
-            roots, grads = saved.roots, tuple(None for _ in saved.roots)
+        graph = saved.held if isinstance(saved.held, _Graph) else self._rebuild(saved.held)
+        if self.is_last:
+            roots, grads = graph.roots, tuple(None for _ in graph.roots)
         else:
             pairs = [
                 (root, gradients[at])
-                for root, at in zip(saved.roots, saved.which, strict=True)
+                for root, at in zip(graph.roots, graph.which, strict=True)
                 if gradients[at] is not None
             ]
             roots, grads = tuple(root for root, _ in pairs), tuple(grad for _, grad in pairs)  # type: ignore[misc]
-        if roots:
-            self._in_backward = True
-            try:
+        collecting: AbstractContextManager[list[WeightGradient]] = nullcontext([])
+        if self._gradients is not None:
+            collecting = self._gradients.backward(graph.uses, defer=split)
+        with collecting as pending:
+            if roots:
                 torch.autograd.backward(roots, grads)
-            finally:
-                self._in_backward = False
+        if split:
+            self._pending[micro_batch] = pending
         return Message(
             tuple(None if tensor.grad is None else tensor.grad.contiguous() for tensor in saved.inputs),
             tuple(False for _ in saved.inputs),
         )
 
-    def saved_bytes(self, micro_batch: int) -> int:
-        """Bytes of activations that ``micro_batch`` keeps alive until its backward, measured on the first forward
-        of its shape: every distinct storage that autograd saved except parameters, and the stage's inputs."""
-        return self._in_flight[micro_batch].saved_bytes
+    def weight_gradients(self, micro_batch: int) -> None:
+        """The half of a split backward that was left; see :meth:`backward`."""
+        pending = self._pending.pop(micro_batch)
+        if self._gradients is not None:
+            self._gradients.compute(pending)
+
+    def _rebuild(self, again: _Again) -> _Graph:
+        with torch.random.fork_rng(devices=()):
+            torch.set_rng_state(again.rng_state)
+            outputs, _, _, uses = self._build_graph(again.args, again.kwargs, again.loss)
+        return self._graph(outputs, uses)
+
+    def kept_bytes(self, micro_batch: int) -> tuple[int, int]:
+        """Bytes of activations that ``micro_batch`` keeps alive until its backward, and in its backward.
+
+        Both are measured on the first forward of its shape: every distinct storage that autograd saved except
+        parameters, and the stage's inputs. They differ where the forward is run again.
+        """
+        saved = self._in_flight[micro_batch]
+        return saved.kept_bytes, saved.full_bytes
+
+    def pending_bytes(self, micro_batch: int) -> int:
+        """Bytes that ``micro_batch`` keeps alive between its I and its W."""
+        return distinct_bytes(tensor for one in self._pending[micro_batch] for tensor in (one.x, one.grad))
 
     def forget(self) -> None:
         """Drop every micro-batch in flight, after a failure."""
         self._in_flight.clear()
+        self._pending.clear()
 
     def _compute(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
@@ -222,17 +329,14 @@ class PipelineStage:
                 )
         return outputs
 
-    @staticmethod
-    def _root(tensor: Tensor) -> Any:
-        # An edge holds the graph without the output, whose memory is free once it has been sent.
-        return get_gradient_edge(tensor) if _EDGES_AS_ROOTS else tensor
+
+def _root(tensor: Tensor) -> Any:
+    # An edge holds the graph without the output, whose memory is free once it has been sent.
+    return get_gradient_edge(tensor) if _EDGES_AS_ROOTS else tensor
 
 
-def _message(outputs: tuple[Tensor, ...]) -> Message:
-    return Message(
-        tuple(tensor.detach().contiguous() for tensor in outputs),
-        tuple(tensor.requires_grad for tensor in outputs),
-    )
+def _message(outputs: tuple[Tensor, ...], requires_grad: tuple[bool, ...]) -> Message:
+    return Message(tuple(tensor.detach().contiguous() for tensor in outputs), requires_grad)
 
 
 def _detached(output: Any) -> Any:

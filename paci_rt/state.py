@@ -14,7 +14,9 @@ from paci_rt.optim import BoundOptimizer
 from paci_rt.stage import PipelineStage
 
 
-def pipeline_stats(lowering: Lowering, executor: Executor, bounds: Sequence[BoundOptimizer]) -> dict[str, Any]:
+def pipeline_stats(
+    lowering: Lowering, policy: str, executor: Executor, bounds: Sequence[BoundOptimizer]
+) -> dict[str, Any]:
     """The dictionary that ``Pipeline.stats`` documents."""
     runtimes = list(executor.runtimes.values())
     audits = [runtime.audit for runtime in runtimes]
@@ -23,29 +25,41 @@ def pipeline_stats(lowering: Lowering, executor: Executor, bounds: Sequence[Boun
     compute_s = sum(audit.compute_s for audit in audits)
     memory = {}
     for runtime, bound in zip(runtimes, bounds, strict=True):
-        audit, parts = runtime.audit, {**bound.memory, "activations": runtime.audit.peak_activation_bytes}
+        audit = runtime.audit
+        parts = {**bound.memory, "versions": runtime.weights.extra_bytes, "activations": audit.peak_activation_bytes}
         for part, held_bytes in (runtime.ties.memory if runtime.ties is not None else {}).items():
             parts[part] += held_bytes
         memory[audit.stage] = {**parts, "total": sum(parts.values())}
     shape = lowering.shape
+    ranks = {audit.rank.rank: audit.rank for audit in audits}
     return {
         "schedule": lowering.family.name,
+        "policy": policy,
         "stages": shape.num_stages,
+        "chunks": shape.chunks,
         "accumulation": shape.accumulation,
         "slack": shape.slack,
         "windows": max(audit.windows for audit in audits),
         "micro_batches": max(audit.micro_batches for audit in audits),
         "wall_s": wall_s,
         "compute_s": compute_s,
-        "utilization": compute_s / (wall_s * len(audits)) if wall_s > 0 else 0.0,
+        "utilization": compute_s / (wall_s * len(ranks)) if wall_s > 0 else 0.0,
         "exposed_comm_s": sum(audit.exposed_comm_s for audit in audits),
         "drift": {audit.stage: dict(sorted(audit.drift.items())) for audit in audits},
         "max_drift": max((drift for audit in audits for drift in audit.drift), default=0),
         "drift_bound": max(audit.drift_bound for audit in audits),
+        "delay": {audit.stage: dict(sorted(audit.delay.items())) for audit in audits},
+        "max_delay": max((delay for audit in audits for delay in audit.delay), default=0),
         "peak_in_flight": {audit.stage: audit.peak_in_flight for audit in audits},
+        "peak_pending": {audit.stage: audit.peak_pending for audit in audits},
+        "peak_rank_in_flight": {rank.rank: rank.peak_in_flight for rank in ranks.values()},
         "nonfinite_gradients": sum(audit.nonfinite_gradients for audit in audits),
         "memory": memory,
-        "peak_bytes": max(part["total"] for part in memory.values()),
+        "peak_bytes": max(
+            rank.peak_held_bytes
+            + sum(part["total"] - part["activations"] for stage, part in memory.items() if shape.rank_of(stage) == at)
+            for at, rank in ranks.items()
+        ),
     }
 
 

@@ -72,6 +72,14 @@ class TiedExchange:
             assert self._bound is not None
             self._bound.accumulate(param, grad)
 
+    def front(self, param: nn.Parameter) -> tuple[Tensor, bool]:
+        """Where the gradient of any parameter of the stage can be computed in place."""
+        accumulator = self._accumulators.get(param)
+        if accumulator is not None:
+            return accumulator.front(0)
+        assert self._bound is not None
+        return self._bound.front(param)
+
     def gradient(self, tie: int) -> Tensor:
         """Reader: the fp32 sum of this window, and the accumulator is empty again."""
         accumulator = self._accumulators[self._read[tie]]

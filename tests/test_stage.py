@@ -32,7 +32,7 @@ def test_saved_bytes_are_counted_by_hand() -> None:
     x = torch.zeros(10, 8, requires_grad=True)
     stage.forward(0, (x,), {})
     # The linear layer keeps its input, 10 x 8, and not a copy of its weight; sigmoid keeps its output, 10 x 4.
-    assert stage.saved_bytes(0) == 4 * (10 * 8 + 10 * 4)
+    assert stage.kept_bytes(0)[0] == 4 * (10 * 8 + 10 * 4)
 
 
 def test_saved_bytes_see_what_a_custom_function_saves() -> None:
@@ -53,7 +53,7 @@ def test_saved_bytes_see_what_a_custom_function_saves() -> None:
 
     stage = PipelineStage(Module(), 1, 3)
     stage.forward(0, (torch.zeros(6, requires_grad=True),), {})
-    assert stage.saved_bytes(0) == 4 * (6 + 6)  # its input, which every stage keeps, and the square
+    assert stage.kept_bytes(0)[0] == 4 * (6 + 6)  # its input, which every stage keeps, and the square
 
 
 def test_the_output_is_not_kept_for_the_backward() -> None:
@@ -62,7 +62,7 @@ def test_the_output_is_not_kept_for_the_backward() -> None:
     assert message is not None and message.tensors[0] is not None
     address = message.tensors[0].untyped_storage().data_ptr()
     kept = [tensor for saved in stage._in_flight.values() for tensor in saved.inputs]
-    roots = [root for saved in stage._in_flight.values() for root in saved.roots]
+    roots = [root for saved in stage._in_flight.values() for root in saved.held.roots]
     assert not kept and not any(isinstance(root, Tensor) for root in roots)
     assert output.untyped_storage().data_ptr() == address  # handed over, not copied
     gradients = stage.backward(0, (torch.ones(3, 4),))

@@ -126,8 +126,9 @@ def weave(*columns: tuple[Op, Any, Codes, Any]) -> Codes:
         columns: operation, stage (one, or one a row), index by row, and which rows have the action (True for all).
     """
     codes = [encode(stage, op, index) for op, stage, index, _ in columns]
-    keep = [np.broadcast_to(np.asarray(has, dtype=bool), code.shape) for code, (*_, has) in zip(codes, columns, strict=True)]
-    return np.stack(codes, axis=1)[np.stack(keep, axis=1)]
+    keep = [np.broadcast_to(has, code.shape) for code, (*_, has) in zip(codes, columns, strict=True)]
+    woven: Codes = np.stack(codes, axis=1)[np.stack(keep, axis=1)]
+    return woven
 
 
 def join(*streams: Codes) -> Codes:

@@ -30,6 +30,10 @@ class Transport(Protocol):
     Messages of a channel arrive in the order in which they were sent; ``index`` is checked on arrival.
     """
 
+    @property
+    def capacity(self) -> int | None:
+        """Messages that fit into a channel before its next send has to wait; None where a send never waits."""
+
     def open(self, incoming: Sequence[Channel]) -> None:
         """Get ready to receive on these channels: from now on, receives are posted ahead of the computation that
         needs them."""
@@ -39,6 +43,9 @@ class Transport(Protocol):
 
     def ready(self, channel: Channel) -> bool:
         """Whether ``recv`` may be called: always, where it can block; in one process only once a message is there."""
+
+    def has_room(self, channel: Channel) -> bool:
+        """Whether ``send`` may be called: always, where it can block; in one process only once there is room."""
 
     def recv(self, channel: Channel, index: int) -> Message:
         """The next message of ``channel``, whose index must be ``index``."""

@@ -45,12 +45,15 @@ class _Tags:
     messages of the next one.
     """
 
-    def __init__(self, transport: int, kind: str) -> None:
-        number = {"F": 0, "B": 1}.get(kind)
-        if number is None:  # TG<n> and TW<n>
-            number = 2 + 2 * int(kind[2:]) + (kind[1] == "W")
+    def __init__(self, transport: int, kind: str, chunk: int, chunks: int) -> None:
+        number = 2 * chunk + (kind == "B")
+        if kind not in ("F", "B"):  # TG<n> and TW<n>
+            number = 2 * chunks + 2 * int(kind[2:]) + (kind[1] == "W")
         if number >= _CHANNELS:
-            raise ValueError(f"channel {kind}: a pipeline can tie at most {_CHANNELS // 2 - 1} weights")
+            raise ValueError(
+                f"channel {kind}: the gloo transport has room for {_CHANNELS // 2} stages a rank and tied weights, and "
+                f"there are {chunks} stages: use fewer chunks"
+            )
         self.header = _TAG_BASE + (transport % _TRANSPORTS * _CHANNELS + number) * _LANES
 
     def lane(self, at: int) -> int:
@@ -211,20 +214,22 @@ class _Incoming:
 
 
 class GlooTransport:
-    """One process a stage; stage ``i`` is rank ``i`` of ``group``.
+    """Stage ``i`` of a pipeline over ``P`` processes is on rank ``i mod P`` of ``group``.
 
     Args:
         group: a gloo process group, or None for the default group.
-        num_stages: stages of the pipeline, one for each rank of the group.
+        num_stages: stages of the pipeline.
+        chunks: stages a process.
 
     Raises:
         ValueError: ``torch.distributed`` is not initialised, the group has another size, or its CPU backend is
             not gloo.
     """
 
+    capacity = None  # gloo starts a send at once, whether or not its receive is posted
     _made: ClassVar[WeakKeyDictionary[dist.ProcessGroup, int]] = WeakKeyDictionary()
 
-    def __init__(self, group: dist.ProcessGroup | None, *, num_stages: int) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, *, num_stages: int, chunks: int = 1) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError(
                 "the gloo transport needs torch.distributed: call "
@@ -233,12 +238,13 @@ class GlooTransport:
         backend = dist.get_backend_config(group)
         if "gloo" not in backend:
             raise ValueError(f"the process group's backend is {backend!r}: the gloo transport needs a gloo group")
-        if dist.get_world_size(group) != num_stages:
+        if dist.get_world_size(group) * chunks != num_stages:
+            each = "one process a stage" if chunks == 1 else f"one process for {chunks} stages"
             raise ValueError(
-                f"{num_stages} stages on a process group of {dist.get_world_size(group)}: start one process a stage, "
-                "or pass PipelineStage(group=...) with one rank a stage"
+                f"{num_stages} stages on a process group of {dist.get_world_size(group)}: start {each}, or pass "
+                "PipelineStage(group=...) with a group of that size"
             )
-        self._group = group
+        self._group, self._ranks, self._chunks = group, num_stages // chunks, chunks
         # All processes make their pipelines in the same order, so they agree on the number without talking.
         members = dist.group.WORLD if group is None else group
         assert members is not None
@@ -257,6 +263,9 @@ class GlooTransport:
             self._sender(channel).start(index, message, 0 if opposite is None else opposite.sequence)
 
     def ready(self, channel: Channel) -> bool:
+        return True
+
+    def has_room(self, channel: Channel) -> bool:
         return True
 
     def recv(self, channel: Channel, index: int) -> Message:
@@ -296,10 +305,12 @@ class GlooTransport:
         return incoming
 
     def _tags(self, channel: Channel) -> _Tags:
-        return _Tags(self._number, channel[0])
+        kind, sender, receiver = channel
+        return _Tags(self._number, kind, min(sender, receiver) // self._ranks, self._chunks)
 
     def _rank(self, stage: int) -> int:
-        return stage if self._group is None else dist.get_global_rank(self._group, stage)
+        rank = stage % self._ranks
+        return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
 
 def _opposite(channel: Channel) -> Channel:

@@ -11,9 +11,16 @@ from paci_rt.transport.base import Message
 
 
 class LocalTransport:
-    """Mailboxes, one a channel. Tensors are shared, not copied."""
+    """Mailboxes, one a channel. Tensors are shared, not copied.
 
-    def __init__(self) -> None:
+    Args:
+        capacity: messages that fit into a mailbox, None for any number.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity is {capacity}: a channel holds at least 1 message")
+        self.capacity = capacity
         self._mailboxes: dict[Channel, deque[tuple[int, Message]]] = {}
 
     def open(self, incoming: Sequence[Channel]) -> None:
@@ -24,6 +31,9 @@ class LocalTransport:
 
     def ready(self, channel: Channel) -> bool:
         return bool(self._mailboxes.get(channel))
+
+    def has_room(self, channel: Channel) -> bool:
+        return self.capacity is None or len(self._mailboxes.get(channel, ())) < self.capacity
 
     def recv(self, channel: Channel, index: int) -> Message:
         arrived, message = self._mailboxes[channel].popleft()

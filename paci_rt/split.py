@@ -1,0 +1,330 @@
+"""Backward split: the input-gradient half I of a linear layer's backward, and the weight-gradient half W.
+
+While a stage belongs to a schedule, its linear layers (``nn.Linear``, and ``Conv1D`` as in Hugging Face's GPT-2) run
+as one autograd node each. In a backward the node returns the gradient of its input; the gradient of its weight is a
+matrix product that goes straight into the accumulator's front buffer, either at once (a full backward, B) or later (W
+after I). Whatever else a module does, parameters of other layers included, belongs to I.
+
+A layer is left to autograd, and so to I, where that is the only way to be right: inside ``torch.compile``, with a
+weight that another kind of layer uses too, with hooks on its weight, or under ``torch.autocast``.
+
+Gradients keep the bits of the unsplit backward. A matrix product that adds to its result does so too only as long as
+the BLAS goes through the summed dimension in one piece (384 rows with MKL's fp32 product on AVX-512); beyond that the
+product is taken by itself and added in a second pass. One try a shape tells which.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from paci_rt.errors import StageError
+
+
+class GradSink(Protocol):
+    """Where gradients of a stage's parameters go; ``paci_rt.optim.BoundOptimizer`` is one."""
+
+    def accumulate(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Add one gradient to the window's sum."""
+
+    def front(self, param: nn.Parameter) -> tuple[Tensor, bool]:
+        """The window's fp32 sum for a caller that writes it, and whether it must overwrite rather than add."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGradient:
+    """One layer's W, ready to be computed.
+
+    Attributes:
+        layer: whose.
+        x: input of the layer, ``[..., in]``.
+        grad: gradient of its output, ``[..., out]``.
+        versions: autograd's version counters of the two when I ran.
+    """
+
+    layer: SplitLayer
+    x: Tensor
+    grad: Tensor
+    versions: tuple[int, int]
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is the gradient in the weight's own layout."""
+        x, grad = _rows(self.x), _rows(self.grad)
+        return (x.t(), grad) if self.layer.transposed else (grad.t(), x)
+
+    def bias_gradient(self) -> Tensor:
+        """The sum of the output's gradient over all rows, ``[out]``."""
+        return _rows(self.grad).sum(0)
+
+    def check_untouched(self) -> None:
+        """Make sure that nobody wrote into the two tensors since I ran.
+
+        Raises:
+            StageError: the message names the layer.
+        """
+        if (self.x._version, self.grad._version) != self.versions:
+            what = "input" if self.x._version != self.versions[0] else "output gradient"
+            raise StageError(
+                f"the {what} of layer {self.layer.name!r} was modified in place between I and W of its micro-batch: "
+                "write into a tensor of its own instead, or use a schedule that does not split the backward"
+            )
+
+
+class SplitLayer:
+    """Stands in for ``forward`` on one linear layer of an attached stage.
+
+    Args:
+        name: the layer's name in the stage's module.
+        module: the layer.
+        gradients: the stage's collector; None in copies and pickles of the module, which compute as usual.
+    """
+
+    def __init__(self, name: str, module: nn.Module, gradients: WeightGradients | None) -> None:
+        self.name, self.gradients = name, gradients
+        self.module: Any = module
+        self.transposed = not isinstance(module, nn.Linear)  # Conv1D keeps [in, out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not self._takes_part(x):
+            return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
+        assert self.gradients is not None
+        self.gradients.count(self)
+        return _SplitLinear.apply(x, self.module.weight, self.module.bias, self)  # type: ignore[no-any-return]
+
+    def _takes_part(self, x: Tensor) -> bool:
+        gradients = self.gradients
+        return (
+            gradients is not None
+            and gradients.active
+            and torch.is_grad_enabled()
+            and isinstance(x, Tensor)
+            and x.dim() >= 2
+            and self._is_ours(self.module.weight)
+            and (self.module.bias is None or self._is_ours(self.module.bias))
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    def _is_ours(self, param: Tensor) -> bool:
+        """False for one that was replaced or frozen after the schedule took the stage."""
+        assert self.gradients is not None
+        return id(param) in self.gradients.params and (param.requires_grad or param is self.module.bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SplitLayer:
+        return SplitLayer(self.name, memo.get(id(self.module), self.module), None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SplitLayer, (self.name, self.module, None)
+
+
+class _SplitLinear(torch.autograd.Function):
+    """``y = x Wᵀ + b`` (Conv1D: ``x W + b``) whose weight gradient the stage's collector takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SplitLayer) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, weight)
+        output: Tensor = type(layer.module).forward(layer.module, x)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        layer: SplitLayer = ctx.layer
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad.matmul(weight.t() if layer.transposed else weight)
+        one = WeightGradient(layer, x, grad, (x._version, grad._version))
+        gradients = layer.gradients
+        if gradients is not None and gradients.collecting:
+            gradients.take(one)
+            return grad_x, None, None, None
+        # Somebody else's backward, such as a gradient penalty inside the loss: all gradients, as autograd wants them.
+        grad_weight = torch.mm(*one.product()) if ctx.needs_input_grad[1] else None
+        grad_bias = one.bias_gradient() if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None
+
+
+class WeightGradients:
+    """Collects the weight gradients of one stage's linear layers and computes them into the sink.
+
+    Attributes:
+        params: ids of the weights and biases that layers of this stage split off.
+        active: a forward or a backward of the stage is running.
+        collecting: a backward of the stage is running.
+    """
+
+    def __init__(self, module: nn.Module, sink: GradSink) -> None:
+        self._sink = sink
+        self._layers = list(find_layers(module))
+        self.params: dict[int, nn.Parameter] = {
+            id(param): param for _, layer in self._layers for param in layer.parameters(recurse=False)
+        }
+        self.active = self.collecting = False
+        self._uses: Counter[int] = Counter()
+        self._defer = False
+        self._pending: list[WeightGradient] = []
+        for name, layer in self._layers:
+            layer.forward = SplitLayer(name, layer, self)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers that are split."""
+        return [name for name, _ in self._layers]
+
+    def remove(self) -> None:
+        """Give the layers their own ``forward`` back."""
+        for _, layer in self._layers:
+            layer.__dict__.pop("forward", None)
+        self._layers.clear()
+
+    @contextmanager
+    def forward(self) -> Iterator[Counter[int]]:
+        """Within it, layers run split; yields how often each parameter was used, by id."""
+        self.active, self._uses = True, Counter()
+        try:
+            yield self._uses
+        finally:
+            self.active = False
+
+    @contextmanager
+    def backward(self, uses: Counter[int], *, defer: bool) -> Iterator[list[WeightGradient]]:
+        """Within it, the layers' backwards are collected; yields those left over for W, none unless ``defer``."""
+        self.active = self.collecting = True
+        self._uses, self._defer, self._pending = uses, defer, []
+        try:
+            yield self._pending
+        finally:
+            self.active = self.collecting = False
+        if not defer:
+            self.compute(self._pending)
+
+    def count(self, layer: SplitLayer) -> None:
+        """Called by a layer's forward."""
+        if not self.collecting:  # a forward inside a backward is one that checkpointing repeats
+            self._uses[id(layer.module.weight)] += 1
+            if layer.module.bias is not None:
+                self._uses[id(layer.module.bias)] += 1
+
+    def take(self, gradient: WeightGradient) -> None:
+        """Called by a layer's backward."""
+        module = gradient.layer.module
+        once = all(self._uses[id(param)] == 1 for param in (module.weight, module.bias) if param is not None)
+        if once and not self._defer:
+            self.compute([gradient])
+        else:  # autograd sums all uses of a parameter before it adds them to the window's sum, and so do we
+            self._pending.append(gradient)
+
+    @torch.no_grad()
+    def compute(self, gradients: Sequence[WeightGradient]) -> None:
+        """Add weight and bias gradients to the window's sums, in the order in which the backward met them."""
+        weights: dict[int, list[WeightGradient]] = {}
+        biases: dict[int, list[WeightGradient]] = {}
+        for gradient in gradients:
+            gradient.check_untouched()
+            module = gradient.layer.module
+            weights.setdefault(id(module.weight), []).append(gradient)
+            if module.bias is not None and module.bias.requires_grad:
+                biases.setdefault(id(module.bias), []).append(gradient)
+        for key, uses in weights.items():
+            if len(uses) == 1:
+                self._into_front(self.params[key], *uses[0].product())
+            else:
+                self._sink.accumulate(self.params[key], _sum(torch.mm(*use.product()) for use in uses))
+        for key, uses in biases.items():
+            self._sink.accumulate(self.params[key], _sum(use.bias_gradient() for use in uses))
+
+    def _into_front(self, weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
+        """``sum += left @ right``, in one pass where that gives the same bits as two."""
+        sizes = left.shape[0], left.shape[1], right.shape[1]
+        if weight.dtype is torch.float32 and _one_pass_is_exact(*sizes, torch.get_num_threads()):
+            total, overwrite = self._sink.front(weight)
+            if overwrite:
+                torch.mm(left, right, out=total)
+            else:
+                total.addmm_(left, right)
+        else:
+            self._sink.accumulate(weight, torch.mm(left, right))
+
+
+def find_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every linear layer that can be split; see the top of this file for those that cannot."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, part in module.named_modules():
+        for role, param in part.named_parameters(recurse=False):
+            owners.setdefault(id(param), []).append((part, role))
+    compiled = [part for part in module.modules() if _is_compiled(part)]
+    inside_compiled = {id(part) for outer in compiled for part in outer.modules()}
+    candidates = {
+        id(part)
+        for part in module.modules()
+        if _is_linear(part) and id(part) not in inside_compiled and not _has_hooks(part)
+    }
+    while True:  # a layer that drops out may take those with it that share a parameter
+        shared = {
+            at
+            for uses in owners.values()
+            for part, role in uses
+            for at in [id(part)]
+            if at in candidates and any(id(other) not in candidates or other_role != role for other, other_role in uses)
+        }
+        if not shared:
+            break
+        candidates -= shared
+    for name, part in module.named_modules():
+        if id(part) in candidates:
+            yield name, part
+
+
+def _is_linear(part: nn.Module) -> bool:
+    weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
+    if weight is None or weight.dim() != 2 or not weight.requires_grad or "forward" in part.__dict__:
+        return False
+    if isinstance(part, nn.Linear):
+        return type(part).forward is nn.Linear.forward and weight.dtype.is_floating_point
+    is_conv1d = type(part).__name__ == "Conv1D" and getattr(part, "nf", None) == weight.shape[1]
+    return is_conv1d and bias is not None and bias.shape == (weight.shape[1],)
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    """Whether somebody waits for the gradient of a parameter itself, which a split layer would not deliver."""
+    params = [param for param in part._parameters.values() if param is not None]
+    return any(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None) for param in params)
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    return hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    total = next(terms)
+    for term in terms:
+        total = total + term
+    return total
+
+
+@lru_cache(maxsize=4096)
+def _one_pass_is_exact(rows: int, summed: int, columns: int, _threads: int) -> bool:
+    """Whether ``c.addmm_(a, b)`` gives the bits of ``c + a @ b``: fp32, ``[rows, summed] @ [summed, columns]``."""
+    rows, columns = min(rows, 4096), min(columns, 4096)  # larger ones are worked off in blocks
+    generator = torch.Generator().manual_seed(summed)
+    left = torch.randn(summed, rows, generator=generator).t()
+    right = torch.randn(summed, columns, generator=generator)
+    start = torch.randn(rows, columns, generator=generator)
+    apart = start + torch.mm(left, right)
+    fresh = torch.mm(left, right, out=torch.empty_like(start))
+    return torch.equal(start.addmm_(left, right), apart) and torch.equal(fresh, torch.mm(left, right))
+
+
+__all__ = ["GradSink", "SplitLayer", "WeightGradient", "WeightGradients", "find_layers"]
