@@ -25,10 +25,17 @@ from paci_rt.pipeline import (
     Schedule1F1B,
     ScheduleAsync1F1B,
     ScheduleGPipe,
+    ScheduleInterleaved1F1B,
     SchedulePACI,
+    SchedulePipeDream,
+    SchedulePipeDream2BW,
+    ScheduleZB1P,
+    ScheduleZB2P,
+    ScheduleZBH1,
+    ScheduleZBH2,
     get_schedule_class,
 )
-from paci_rt.schedules import FAMILIES
+from paci_rt.schedules import FAMILIES, StepCosts
 from paci_rt.stage import PipelineStage
 
 __version__ = "0.1.0"
@@ -53,9 +60,17 @@ __all__ = [
     "ScheduleAsync1F1B",
     "ScheduleError",
     "ScheduleGPipe",
+    "ScheduleInterleaved1F1B",
     "SchedulePACI",
+    "SchedulePipeDream",
+    "SchedulePipeDream2BW",
+    "ScheduleZB1P",
+    "ScheduleZB2P",
+    "ScheduleZBH1",
+    "ScheduleZBH2",
     "StageError",
     "StageFailed",
+    "StepCosts",
     "TiedWeight",
     "get_schedule_class",
     "params_sha256",

@@ -167,6 +167,13 @@ def _integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 3,5") from None
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 10,10,5") from None
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -185,12 +192,20 @@ def _target(text: str) -> float | None:
 
 # fmt: off
 def _add_pipeline(options: _Options) -> None:
+    from paci_rt.policies import POLICIES
+
     options.add("stages", int, "P", "pipeline stages, one process each")
+    options.add("chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only; default there: 2)")
     options.add("accumulation", int, "A", "micro-batches per local update (default: 4; async-1f1b: always 1)")
     options.add("slack", int, "S", "more warm-up forwards on every stage but the last; hides link latency, costs "
-                "activations and drift; paci and async-1f1b only")
+                "activations and drift; asynchronous schedules only")
+    options.add("policy", str, "NAME", f"which weights forwards and backwards use: {', '.join(POLICIES)} (default: the "
+                "schedule's own)")
+    options.add("step_costs", _numbers, "F,I,W[,HOP]", "times of a micro-batch, in any unit, that zb-1p and zb-2p are "
+                "fitted to (default: F, I and W equal, no hop)")
     options.add("buffers", int, "N", "gradient buffers a stage: 1 updates in line, 2 double-buffers (default: 1)")
-    options.add("partition", _integers, "N,N,...", "blocks by stage, for example 3,5 (default: balanced by cost)")
+    options.add("partition", _integers, "N,N,...", "blocks by stage, for example 3,5; with --chunks by piece, "
+                "stage 0's first one first, then stage 1's first one (default: balanced by cost)")
 
 
 def _add_training(options: _Options) -> None:

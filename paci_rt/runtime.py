@@ -163,6 +163,11 @@ class Pipeline:
         return [runtime.stage for runtime in self._executor.runtimes.values()]
 
     @property
+    def ranks(self) -> list[int]:
+        """The ranks that this process runs: its own, or all of them."""
+        return list(self._ranks)
+
+    @property
     def has_first(self) -> bool:
         """Whether this process takes the inputs."""
         return self.stages[0].is_first

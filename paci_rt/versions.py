@@ -77,8 +77,9 @@ class KeptVersions(StageWeights):
             group.move_to(new)
 
     def restart(self, current: int) -> None:
-        at = self._homes[0].index(self._groups[0].home) if self._homes else 0
-        self._shift = at - current
+        if self._groups:
+            now = self._groups[0].home
+            self._shift = next(at for at, home in enumerate(self._homes[0]) if home is now) - current
 
     def _slot(self, version: int) -> int:
         return (version + self._shift) % self._held

@@ -236,7 +236,11 @@ def stage_result(stage: int, **changes: Any) -> StageResult:
         "drift_bound": 1,
         "exposed_comm_s": 0.5,
         "nonfinite_gradients": stage,
+        "policy": "bounded",
+        "max_delay": 1 - stage,
         "drift": {stage: {0: 3}},
+        "delay": {stage: {0: 3}},
+        "peak_bytes": 100 * (stage + 1),
         "memory": {stage: {"total": 100 * (stage + 1)}},
         "peak_in_flight": {stage: 2 - stage},
     }

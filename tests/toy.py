@@ -16,10 +16,12 @@ WIDTH, CLASSES = 16, 5
 @dataclass(frozen=True, kw_only=True)
 class Run:
     schedule: str
-    stages: int
+    stages: int  # pieces of the model; with chunks, there are stages // chunks ranks
     accumulation: int
     windows: int = 5
     slack: int = 0
+    chunks: int = 1
+    policy: str | None = None
     optimizer: str = "adamw"
     batch: int = 12
     buffers: int = 1
@@ -81,13 +83,15 @@ def train(pipe: Any, run: Run) -> dict[str, Any]:
 
 def train_rank(rank: int, group: Any, run: Run) -> dict[str, Any]:
     torch.manual_seed(0)
-    stage = paci_rt.PipelineStage(module(rank, run), rank, run.stages, "cpu", group=group)
+    here = range(rank, run.stages, run.stages // run.chunks)
+    stages = [paci_rt.PipelineStage(module(at, run), at, run.stages, "cpu", group=group) for at in here]
     schedule = paci_rt.get_schedule_class(run.schedule)(
-        stage,
+        stages if run.chunks > 1 else stages[0],
         run.accumulation,
         loss_fn,
-        optimizer=make_optimizer(run.optimizer, stage.parameters()),
+        optimizer=[make_optimizer(run.optimizer, stage.parameters()) for stage in stages],
         slack=run.slack,
+        policy=run.policy,
         buffers=run.buffers,
     )
     return train(schedule, run)
@@ -100,7 +104,9 @@ def train_local(run: Run, **options: Any) -> dict[str, Any]:
         n_microbatches=run.accumulation,
         loss_fn=loss_fn,
         optimizer=lambda params: make_optimizer(run.optimizer, params),
+        chunks=run.chunks,
         slack=run.slack,
+        policy=run.policy,
         buffers=run.buffers,
         **options,
     )

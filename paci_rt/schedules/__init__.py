@@ -6,11 +6,18 @@ import difflib
 
 from paci_rt.schedules.base import ScheduleFamily, Shape, StepCosts
 from paci_rt.schedules.flush import GPIPE, ONE_F_ONE_B
+from paci_rt.schedules.interleaved import INTERLEAVED_1F1B
 from paci_rt.schedules.paci import ASYNC_1F1B, PACI
 from paci_rt.schedules.pipedream import PIPEDREAM, PIPEDREAM_2BW
+from paci_rt.schedules.search import ZB_1P, ZB_2P
+from paci_rt.schedules.zero_bubble import ZB_H1, ZB_H2
 
 FAMILIES: dict[str, ScheduleFamily] = {
-    family.name: family for family in (PACI, ONE_F_ONE_B, GPIPE, ASYNC_1F1B, PIPEDREAM, PIPEDREAM_2BW)
+    family.name: family
+    for family in (
+        *(PACI, ONE_F_ONE_B, GPIPE, INTERLEAVED_1F1B, ZB_H1, ZB_H2, ZB_1P, ZB_2P),
+        *(ASYNC_1F1B, PIPEDREAM, PIPEDREAM_2BW),
+    )
 }
 
 

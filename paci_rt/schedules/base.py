@@ -6,7 +6,8 @@ on many micro-batches), :func:`weave` (columns row by row) and :func:`join` (one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,14 +21,37 @@ class StepCosts(NamedTuple):
     all.
 
     ``hop`` is the time of a message between neighbours. ``stash`` is the share of a micro-batch's activations that
-    stays between its I and its W.
+    stays between its I and its W. Its default is that of a GPT block by the memory model of the Zero Bubble paper
+    (arXiv 2401.10241): 32sbh of s(34h + 5as)b bytes, at h = 128a hidden units for ``a`` heads and s = 1024 tokens.
     """
 
     forward: tuple[float, ...] = (1.0,)
     input_grad: tuple[float, ...] = (1.0,)
     weight_grad: tuple[float, ...] = (1.0,)
     hop: float = 0.0
-    stash: float = 0.5
+    stash: float = 32 / (34 + 5 * 1024 / 128)
+
+    def per_stage(self, num_stages: int) -> StepCosts:
+        """The same with one value a stage.
+
+        Raises:
+            ValueError: a time is negative or not finite, or there are neither one nor ``num_stages`` of them.
+        """
+
+        def spread(name: str, values: Iterable[float]) -> tuple[float, ...]:
+            values = tuple(float(value) for value in values)
+            if len(values) not in (1, num_stages) or not all(0 <= value < math.inf for value in values):
+                raise ValueError(
+                    f"costs.{name} is {values!r}: give one time that is at least 0 for all stages, or one for each of "
+                    f"the {num_stages}"
+                )
+            return values * num_stages if len(values) == 1 else values
+
+        for name in ("hop", "stash"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"costs.{name} is {getattr(self, name)!r}: give a finite number that is at least 0")
+        times = {name: spread(name, getattr(self, name)) for name in ("forward", "input_grad", "weight_grad")}
+        return self._replace(**times, hop=float(self.hop), stash=float(self.stash))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from paci_rt import schedules
+from paci_rt import policies, schedules
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
 from paci_rt.transport import TRANSPORTS
 
@@ -26,7 +26,9 @@ class TrainConfig:
     """Options of ``paci-rt train``; None means the default that is named here, and is filled in on construction.
 
     Attributes:
-        schedule, stages, slack, buffers: as for ``paci_rt.SchedulePACI``.
+        schedule, slack, policy, buffers: as for ``paci_rt.SchedulePACI``.
+        stages: processes of the pipeline. chunks: pieces of the model in each; 1, and 2 for ``interleaved-1f1b``.
+        step_costs: forward, I and W of a micro-batch and a hop, in one unit, which zb-1p and zb-2p are fitted to.
         accumulation: micro-batches a window; 4, and always 1 for ``async-1f1b``.
         model: a name in ``paci_rt.train.gpt.MODELS``. partition: its blocks by stage; balanced by cost.
         data: text file, folder of text files, ``.bin``, or folder with train.bin and val.bin; Python's own library.
@@ -53,7 +55,10 @@ class TrainConfig:
     schedule: str = "paci"
     stages: int = 2
     accumulation: int = AUTO
+    chunks: int = AUTO
     slack: int = 0
+    policy: str | None = None
+    step_costs: tuple[float, ...] | None = None
     buffers: int | None = None
     model: str = "gpt-tiny"
     partition: tuple[int, ...] = AUTO
@@ -88,6 +93,7 @@ class TrainConfig:
         family = schedules.get(self.schedule)
         self._fill("schedule", family.name, always=True)
         self._fill("accumulation", 1 if family.one_micro_batch_windows else 4)
+        self._fill("chunks", 2 if family.takes_chunks else 1)
         self._fill("seq_len", min(128, self.gpt.context))
         self._fill("lr_steps", self.steps)
         self._check_integers()
@@ -115,7 +121,17 @@ class TrainConfig:
             )
 
     def _check_integers(self) -> None:
-        positive = ("stages", "accumulation", "steps", "batch_size", "seq_len", "lr_steps", "eval_batches", "threads")
+        positive = (
+            "stages",
+            "chunks",
+            "accumulation",
+            "steps",
+            "batch_size",
+            "seq_len",
+            "lr_steps",
+            "eval_batches",
+            "threads",
+        )
         not_negative = ("slack", "seed", "warmup_steps", "eval_interval", "save_interval", "port")
         for name, bound in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
             value = getattr(self, name)
@@ -152,11 +168,20 @@ class TrainConfig:
             raise ValueError(
                 f"--seq-len {seq_len} exceeds the {model.context} positions of {model.name}; use at most that"
             )
-        default = default_partition(model, self.stages, seq_len=seq_len)
+        if self.chunks > 1 and not family.takes_chunks:
+            raise ValueError(f"--chunks is {self.chunks}: {family.name} runs one piece of the model a stage; use 1")
+        pieces = self.stages * self.chunks
+        shape = schedules.Shape(num_stages=pieces, accumulation=accumulation, slack=self.slack, chunks=self.chunks)
+        family.check(shape)
+        self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
+        if self.step_costs is not None and not family.takes_costs:
+            raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
+        _ = self.search_costs  # raises where they cannot be used
+        default = default_partition(model, pieces, seq_len=seq_len)
         sizes = tuple(self.partition) if self.partition is not None else default
-        if len(sizes) != self.stages or sum(sizes) != model.layers or min(sizes) < 1:
+        if len(sizes) != pieces or sum(sizes) != model.layers or min(sizes) < 1:
             raise ValueError(
-                f"--partition {','.join(map(str, sizes))} must give each of {self.stages} stages at least one block "
+                f"--partition {','.join(map(str, sizes))} must give each of {pieces} stages at least one block "
                 f"and add up to the {model.layers} of {model.name}; for example {','.join(map(str, default))}"
             )
         object.__setattr__(self, "partition", sizes)
@@ -167,6 +192,20 @@ class TrainConfig:
     def gpt(self) -> GPTConfig:
         """The model's shape."""
         return MODELS[self.model]
+
+    @property
+    def search_costs(self) -> schedules.StepCosts | None:
+        """``step_costs`` as a searched schedule takes them; None where it is to assume equal ones."""
+        if self.step_costs is None:
+            return None
+        costs = self.step_costs
+        if len(costs) not in (3, 4) or not all(math.isfinite(cost) and cost >= 0 for cost in costs) or sum(costs) == 0:
+            raise ValueError(
+                f"--step-costs {','.join(map(str, costs))}: give the times of forward, I, W and perhaps a hop, none "
+                "negative, such as 10,10,5,0.5"
+            )
+        forward, input_grad, weight_grad, hop = (*costs, 0.0)[:4]
+        return schedules.StepCosts(forward=(forward,), input_grad=(input_grad,), weight_grad=(weight_grad,), hop=hop)
 
     @property
     def torch_dtype(self) -> torch.dtype:

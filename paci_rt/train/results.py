@@ -68,7 +68,8 @@ class RunResult:
         utilization: seconds of computing over seconds of training, mean over the stages, the same windows.
         max_drift, peak_memory_bytes: the largest of any stage; drift_bound: what the schedule allows.
         windows: local updates of this run, fewer than steps after a resume.
-        drift, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were no numbers.
+        policy, chunks: as they were run. delay, max_delay: see ``paci_rt.policies``.
+        drift, delay, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were no numbers.
         curve, evals: loss over training; events: executed actions, not in the JSON.
     """
 
@@ -87,10 +88,14 @@ class RunResult:
     peak_memory_bytes: int
     params_sha256: str
 
+    policy: str
+    chunks: int
+    max_delay: int
     windows: int
     exposed_comm_s: float
     nonfinite_gradients: int
     drift: dict[int, dict[int, int]]
+    delay: dict[int, dict[int, int]]
     memory: dict[int, dict[str, int]]
     peak_in_flight: dict[int, int]
     curve: tuple[StepPoint, ...]
@@ -135,12 +140,16 @@ def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
         utilization=utilization,
         max_drift=max(one["max_drift"] for one in stats),
         drift_bound=max(one["drift_bound"] for one in stats),
-        peak_memory_bytes=max(parts["total"] for parts in memory.values()),
+        peak_memory_bytes=max(one["peak_bytes"] for one in stats),
         params_sha256=results[0].params_sha256,
+        policy=stats[0]["policy"],
+        chunks=config.chunks,
+        max_delay=max(one["max_delay"] for one in stats),
         windows=windows,
         exposed_comm_s=sum(one["exposed_comm_s"] for one in stats),
         nonfinite_gradients=sum(one["nonfinite_gradients"] for one in stats),
         drift=_by_stage(stats, "drift"),
+        delay=_by_stage(stats, "delay"),
         memory=memory,
         peak_in_flight=_by_stage(stats, "peak_in_flight"),
         curve=last.steps,

@@ -15,7 +15,7 @@ from paci_rt.train.config import TrainConfig
 from paci_rt.train.results import RunResult, StageResult, merge
 from paci_rt.train.trainer import preflight, train
 
-MEMORY_PARTS = ("weights", "masters", "optimizer", "accumulators", "activations", "total")
+MEMORY_PARTS = ("weights", "masters", "optimizer", "accumulators", "versions", "activations", "total")
 OnReport = Callable[[dict[str, Any]], None]
 
 
@@ -74,13 +74,14 @@ def report_text(result: RunResult) -> str:
                 *(text.size(memory[part]) for part in MEMORY_PARTS),
             )
         )
+    policy = "" if result.policy == "bounded" else f" ({result.policy})"
     header = ("stage", "micro-batches by drift", "in flight", *MEMORY_PARTS)
     return f"""
-{result.schedule}: {result.steps} steps, {result.tokens:,} tokens, {text.seconds(result.wall_s)} of training
+{result.schedule}{policy}: {result.steps} steps, {result.tokens:,} tokens, {text.seconds(result.wall_s)} of training
   training loss    {result.train_loss:.4f}
   validation loss  {result.val_loss:.4f} nats per token, perplexity {perplexity:.4g}
   throughput       {result.tokens_per_s:,.0f} tokens/s at {text.share(result.utilization)} utilization
-  drift            at most {result.max_drift}, bound {result.drift_bound}
+  drift            at most {result.max_drift}, bound {result.drift_bound}; delay at most {result.max_delay}
   peak memory      {text.size(result.peak_memory_bytes)} on the largest stage
   params_sha256    {result.params_sha256}
 

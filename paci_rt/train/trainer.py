@@ -50,7 +50,7 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
     pipeline, lr_schedulers = build_pipeline(config, ctx)
     # A group of our own, because the default one carries the pipeline's messages.
     group = None if ctx.local else dist.new_group(backend="gloo")
-    ties = tied_weights(config.gpt, config.stages)
+    ties = tied_weights(config.gpt, config.stages * config.chunks)
     if config.resume is not None:
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
         set_learning_rate(lr_schedulers, config, first_step)
@@ -125,11 +125,10 @@ def preflight(config: TrainConfig) -> tuple[Corpus, int]:
 
 def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[LambdaLR]]:
     """The schedule with its stages and optimizers in this process, and one learning-rate scheduler a stage."""
-    here = range(config.stages) if ctx.local else (ctx.rank,)
+    pieces = config.stages * config.chunks
+    here = range(pieces) if ctx.local else range(ctx.rank, pieces, config.stages)
     modules = [
-        build_stage(
-            config.gpt, at, config.stages, seed=config.seed, dtype=config.torch_dtype, partition=config.partition
-        )
+        build_stage(config.gpt, at, pieces, seed=config.seed, dtype=config.torch_dtype, partition=config.partition)
         for at in here
     ]
     optimizers = [make_optimizer(config, module.named_parameters()) for module in modules]
@@ -138,16 +137,19 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         "n_microbatches": config.accumulation,
         "loss_fn": cross_entropy,
         "slack": config.slack,
+        "policy": config.policy,
+        "costs": config.search_costs,
         "buffers": config.buffers,
-        "tied_weights": tied_weights(config.gpt, config.stages),
+        "tied_weights": tied_weights(config.gpt, pieces),
         "trace": config.trace,
     }
     if ctx.local:
-        options |= {"schedule": config.schedule, "optimizer": optimizers, "lr_scheduler": lr_schedulers}
+        options |= {"schedule": config.schedule, "chunks": config.chunks}
+        options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
         return paci_rt.LocalPipeline(modules, **options), lr_schedulers
-    stage = paci_rt.PipelineStage(modules[0], ctx.rank, config.stages)
-    options |= {"optimizer": optimizers[0], "lr_scheduler": lr_schedulers[0]}
-    return paci_rt.get_schedule_class(config.schedule)(stage, **options), lr_schedulers
+    stages = [paci_rt.PipelineStage(module, at, pieces) for module, at in zip(modules, here, strict=True)]
+    options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
+    return paci_rt.get_schedule_class(config.schedule)(stages, **options), lr_schedulers
 
 
 def make_optimizer(config: TrainConfig, named: Iterator[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -254,7 +256,7 @@ class Log:
         rates = {"tokens_per_s": self._config.tokens_per_window / elapsed_s, "utilization": 0.0}
         if tokens > self._mark[2]:
             rates["tokens_per_s"] = (tokens - self._mark[2]) / steady_s
-            rates["utilization"] = compute_s / (steady_s * len(self._pipeline.stages))
+            rates["utilization"] = compute_s / (steady_s * len(self._pipeline.ranks))
         self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates})
 
     def evaluated(self, step: int, val_loss: float | None) -> None:
