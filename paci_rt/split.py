@@ -83,45 +83,52 @@ class SplitLayer:
     Args:
         name: the layer's name in the stage's module.
         module: the layer.
-        gradients: the stage's collector; None in copies and pickles of the module, which compute as usual.
+        gradients: the stage's collector.
     """
 
-    def __init__(self, name: str, module: nn.Module, gradients: WeightGradients | None) -> None:
+    def __init__(self, name: str, module: nn.Module, gradients: WeightGradients) -> None:
         self.name, self.gradients = name, gradients
         self.module: Any = module
+        self.weight: nn.Parameter = self.module.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = self.module.bias  # type: ignore[assignment]
         self.transposed = not isinstance(module, nn.Linear)  # Conv1D keeps [in, out]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not self._takes_part(x):
+        gradients = self.gradients
+        if torch.compiler.is_compiling() or not (gradients.active and self._takes_part(x)):
             return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
-        assert self.gradients is not None
-        self.gradients.count(self)
-        return _SplitLinear.apply(x, self.module.weight, self.module.bias, self)  # type: ignore[no-any-return]
+        if not gradients.collecting:  # a forward inside a backward is one that checkpointing repeats
+            gradients.used.append(self)
+        return _SplitLinear.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return]
 
     def _takes_part(self, x: Tensor) -> bool:
-        gradients = self.gradients
+        """False under no_grad, autocast and functorch, and with a parameter that was replaced or frozen meanwhile."""
+        params = self.module._parameters
         return (
-            gradients is not None
-            and gradients.active
+            params["weight"] is self.weight
+            and params["bias"] is self.bias
+            and self.weight.requires_grad
             and torch.is_grad_enabled()
-            and isinstance(x, Tensor)
             and x.dim() >= 2
-            and self._is_ours(self.module.weight)
-            and (self.module.bias is None or self._is_ours(self.module.bias))
             and not torch.is_autocast_enabled(x.device.type)
             and not torch._C._are_functorch_transforms_active()
         )
 
-    def _is_ours(self, param: Tensor) -> bool:
-        """False for one that was replaced or frozen after the schedule took the stage."""
-        assert self.gradients is not None
-        return id(param) in self.gradients.params and (param.requires_grad or param is self.module.bias)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SplitLayer:
-        return SplitLayer(self.name, memo.get(id(self.module), self.module), None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlainForward:
+        return PlainForward(memo.get(id(self.module), self.module))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SplitLayer, (self.name, self.module, None)
+        return PlainForward, (self.module,)
+
+
+class PlainForward:
+    """What takes the place of a :class:`SplitLayer` in copies and pickles of an attached module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -143,7 +150,7 @@ class _SplitLinear(torch.autograd.Function):
             grad_x = grad.matmul(weight.t() if layer.transposed else weight)
         one = WeightGradient(layer, x, grad, (x._version, grad._version))
         gradients = layer.gradients
-        if gradients is not None and gradients.collecting:
+        if gradients.collecting:
             gradients.take(one)
             return grad_x, None, None, None
         # Somebody else's backward, such as a gradient penalty inside the loss: all gradients, as autograd wants them.
@@ -156,18 +163,16 @@ class WeightGradients:
     """Collects the weight gradients of one stage's linear layers and computes them into the sink.
 
     Attributes:
-        params: ids of the weights and biases that layers of this stage split off.
         active: a forward or a backward of the stage is running.
         collecting: a backward of the stage is running.
+        used: layers in the order in which the last forward used them.
     """
 
     def __init__(self, module: nn.Module, sink: GradSink) -> None:
         self._sink = sink
         self._layers = list(find_layers(module))
-        self.params: dict[int, nn.Parameter] = {
-            id(param): param for _, layer in self._layers for param in layer.parameters(recurse=False)
-        }
         self.active = self.collecting = False
+        self.used: list[SplitLayer] = []
         self._uses: Counter[int] = Counter()
         self._defer = False
         self._pending: list[WeightGradient] = []
@@ -186,19 +191,25 @@ class WeightGradients:
         self._layers.clear()
 
     @contextmanager
-    def forward(self) -> Iterator[Counter[int]]:
-        """Within it, layers run split; yields how often each parameter was used, by id."""
-        self.active, self._uses = True, Counter()
+    def forward(self) -> Iterator[list[SplitLayer]]:
+        """Within it, layers run split; yields the layers in the order of their uses."""
+        self.active, self.used = True, []
         try:
-            yield self._uses
+            yield self.used
         finally:
             self.active = False
 
     @contextmanager
-    def backward(self, uses: Counter[int], *, defer: bool) -> Iterator[list[WeightGradient]]:
-        """Within it, the layers' backwards are collected; yields those left over for W, none unless ``defer``."""
+    def backward(self, used: list[SplitLayer], *, defer: bool) -> Iterator[list[WeightGradient]]:
+        """Within it, the layers' backwards are collected; yields those left over for W, none unless ``defer``.
+
+        Args:
+            used: what :meth:`forward` yielded for the micro-batch.
+            defer: keep everything for a W of its own.
+        """
         self.active = self.collecting = True
-        self._uses, self._defer, self._pending = uses, defer, []
+        self._uses = Counter(id(param) for layer in used for param in (layer.weight, layer.bias))
+        self._defer, self._pending = defer, []
         try:
             yield self._pending
         finally:
@@ -206,17 +217,10 @@ class WeightGradients:
         if not defer:
             self.compute(self._pending)
 
-    def count(self, layer: SplitLayer) -> None:
-        """Called by a layer's forward."""
-        if not self.collecting:  # a forward inside a backward is one that checkpointing repeats
-            self._uses[id(layer.module.weight)] += 1
-            if layer.module.bias is not None:
-                self._uses[id(layer.module.bias)] += 1
-
     def take(self, gradient: WeightGradient) -> None:
         """Called by a layer's backward."""
-        module = gradient.layer.module
-        once = all(self._uses[id(param)] == 1 for param in (module.weight, module.bias) if param is not None)
+        layer = gradient.layer
+        once = self._uses[id(layer.weight)] == 1 and (layer.bias is None or self._uses[id(layer.bias)] == 1)
         if once and not self._defer:
             self.compute([gradient])
         else:  # autograd sums all uses of a parameter before it adds them to the window's sum, and so do we
@@ -229,17 +233,20 @@ class WeightGradients:
         biases: dict[int, list[WeightGradient]] = {}
         for gradient in gradients:
             gradient.check_untouched()
-            module = gradient.layer.module
-            weights.setdefault(id(module.weight), []).append(gradient)
-            if module.bias is not None and module.bias.requires_grad:
-                biases.setdefault(id(module.bias), []).append(gradient)
-        for key, uses in weights.items():
+            layer = gradient.layer
+            weights.setdefault(id(layer.weight), []).append(gradient)
+            if layer.bias is not None and layer.bias.requires_grad:
+                biases.setdefault(id(layer.bias), []).append(gradient)
+        for uses in weights.values():
+            weight = uses[0].layer.weight
             if len(uses) == 1:
-                self._into_front(self.params[key], *uses[0].product())
+                self._into_front(weight, *uses[0].product())
             else:
-                self._sink.accumulate(self.params[key], _sum(torch.mm(*use.product()) for use in uses))
-        for key, uses in biases.items():
-            self._sink.accumulate(self.params[key], _sum(use.bias_gradient() for use in uses))
+                self._sink.accumulate(weight, _sum(torch.mm(*use.product()) for use in uses))
+        for uses in biases.values():
+            bias = uses[0].layer.bias
+            assert bias is not None
+            self._sink.accumulate(bias, _sum(use.bias_gradient() for use in uses))
 
     def _into_front(self, weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
         """``sum += left @ right``, in one pass where that gives the same bits as two."""

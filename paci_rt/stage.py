@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from paci_rt.errors import StageError
 from paci_rt.saved import distinct_bytes, saved_bytes
-from paci_rt.split import GradSink, WeightGradient, WeightGradients
+from paci_rt.split import GradSink, SplitLayer, WeightGradient, WeightGradients
 from paci_rt.transport.base import Message
 
 # Since torch 2.7 or so a backward can start from a gradient edge, which keeps the graph but not the output's memory.
@@ -30,7 +29,7 @@ class _Graph:
 
     roots: tuple[Any, ...]
     which: tuple[int, ...]  # positions of the outputs that the roots belong to
-    uses: Counter[int]  # of each parameter that a linear layer splits off
+    used: list[SplitLayer]  # linear layers, in the order of their uses
 
 
 @dataclass(slots=True)
@@ -194,11 +193,11 @@ class PipelineStage:
                 output, loss_value = self._compute(args, kwargs, loss)
             outputs = self._differentiable(output, loss_value)
         else:
-            outputs, output, loss_value, uses = self._build_graph(args, kwargs, loss)
+            outputs, output, loss_value, used = self._build_graph(args, kwargs, loss)
             if key not in self._known:
                 size = saved_bytes(outputs, inputs, self.parameters())
                 self._known[key] = _Known(size, tuple(tensor.requires_grad for tensor in outputs))
-            graph = self._graph(outputs, uses)
+            graph = self._graph(outputs, used)
         known = self._known[key]
         held = graph if again is None else again
         kept = known.saved_bytes if again is None else distinct_bytes((*args, *kwargs.values()))
@@ -208,14 +207,14 @@ class PipelineStage:
 
     def _build_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
-    ) -> tuple[tuple[Tensor, ...], Any, Tensor | None, Counter[int]]:
-        """A forward with autograd: what gradients start from, output, loss, and how often layers were used."""
-        counting: AbstractContextManager[Counter[int]] = nullcontext(Counter())
+    ) -> tuple[tuple[Tensor, ...], Any, Tensor | None, list[SplitLayer]]:
+        """A forward with autograd: what gradients start from, output, loss, and the layers that were used."""
+        counting: AbstractContextManager[list[SplitLayer]] = nullcontext([])
         if self._gradients is not None:
             counting = self._gradients.forward()
-        with torch.enable_grad(), counting as uses:
+        with torch.enable_grad(), counting as used:
             output, loss_value = self._compute(args, kwargs, loss)
-        return self._differentiable(output, loss_value), output, loss_value, uses
+        return self._differentiable(output, loss_value), output, loss_value, used
 
     def _differentiable(self, output: Any, loss_value: Tensor | None) -> tuple[Tensor, ...]:
         if loss_value is not None:
@@ -223,9 +222,9 @@ class PipelineStage:
         return () if self.is_last else self._as_tuple(output)
 
     @staticmethod
-    def _graph(outputs: tuple[Tensor, ...], uses: Counter[int]) -> _Graph:
+    def _graph(outputs: tuple[Tensor, ...], used: list[SplitLayer]) -> _Graph:
         which = tuple(at for at, tensor in enumerate(outputs) if tensor.requires_grad)
-        return _Graph(tuple(_root(outputs[at]) for at in which), which, uses)
+        return _Graph(tuple(_root(outputs[at]) for at in which), which, used)
 
     def evaluate(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None = None
@@ -266,7 +265,7 @@ class PipelineStage:
             roots, grads = tuple(root for root, _ in pairs), tuple(grad for _, grad in pairs)  # type: ignore[misc]
         collecting: AbstractContextManager[list[WeightGradient]] = nullcontext([])
         if self._gradients is not None:
-            collecting = self._gradients.backward(graph.uses, defer=split)
+            collecting = self._gradients.backward(graph.used, defer=split)
         with collecting as pending:
             if roots:
                 torch.autograd.backward(roots, grads)
@@ -286,8 +285,8 @@ class PipelineStage:
     def _rebuild(self, again: _Again) -> _Graph:
         with torch.random.fork_rng(devices=()):
             torch.set_rng_state(again.rng_state)
-            outputs, _, _, uses = self._build_graph(again.args, again.kwargs, again.loss)
-        return self._graph(outputs, uses)
+            outputs, _, _, used = self._build_graph(again.args, again.kwargs, again.loss)
+        return self._graph(outputs, used)
 
     def kept_bytes(self, micro_batch: int) -> tuple[int, int]:
         """Bytes of activations that ``micro_batch`` keeps alive until its backward, and in its backward.

@@ -7,12 +7,15 @@ import pytest
 from paci_rt.action import Action, Op
 from paci_rt.errors import ScheduleError
 from paci_rt.lowering import Lowering, TiedWeight, format_grid, play_streams, validate
-from paci_rt.schedules import FAMILIES, Shape
+from paci_rt.schedules import FAMILIES, Shape, StepCosts
 
 
-def lowering(name: str, stages: int, accumulation: int, slack: int = 0, tied: bool = False) -> Lowering:
+def lowering(
+    name: str, stages: int, accumulation: int, slack: int = 0, tied: bool = False, chunks: int = 1
+) -> Lowering:
     ties = (TiedWeight(owner_stage=0, owner="a", reader_stage=stages - 1, reader="b"),) if tied else ()
-    shape = Shape(num_stages=stages, accumulation=accumulation, slack=slack)
+    shape = Shape(num_stages=stages, accumulation=accumulation, slack=slack, chunks=chunks)
+    FAMILIES[name].check(shape)
     return Lowering(family=FAMILIES[name], shape=shape, ties=ties)
 
 
@@ -24,8 +27,41 @@ def streams(low: Lowering, windows: int = 3) -> list[list[Action]]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_schedule_runs_to_its_end(name: str, tied: bool) -> None:
     slacks = (0, 2) if FAMILIES[name].takes_slack else (0,)
-    for stages, accumulation, slack in itertools.product((1, 2, 3, 5, 8), (1, 2, 3, 8), slacks):
-        validate(lowering(name, stages, accumulation, slack, tied and stages > 1))
+    chunks = (1, 2, 3) if FAMILIES[name].takes_chunks else (1,)
+    for ranks, accumulation, slack, v in itertools.product((1, 2, 3, 5, 8), (1, 2, 3, 8), slacks, chunks):
+        if FAMILIES[name].takes_chunks:
+            accumulation *= ranks
+        validate(lowering(name, ranks * v, accumulation, slack, tied and ranks * v > 1, v))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_channels_of_one_message_are_enough_where_hops_are_short(name: str) -> None:
+    chunks = (1, 2, 4) if FAMILIES[name].takes_chunks else (1,)
+    for ranks, accumulation, v in itertools.product((1, 2, 3, 4, 8), (1, 2, 4, 24), chunks):
+        if FAMILIES[name].takes_chunks:
+            accumulation *= ranks
+        validate(lowering(name, ranks * v, accumulation, chunks=v), capacity=1)
+
+
+def test_schedules_that_run_far_ahead_need_room_for_it() -> None:
+    low = lowering("paci", 4, 4, slack=3)
+    with pytest.raises(ScheduleError, match="deadlocks with channels of 1 message"):
+        validate(low, capacity=1)
+    validate(low, capacity=2)
+    long_hops = Shape(num_stages=4, accumulation=8, costs=StepCosts(hop=3.0))
+    with pytest.raises(ScheduleError, match="deadlocks with channels of 2 messages"):
+        validate(Lowering(family=FAMILIES["zb-2p"], shape=long_hops), capacity=2)
+    validate(Lowering(family=FAMILIES["zb-2p"], shape=long_hops), capacity=4)
+
+
+def test_split_and_interleaved_backwards_send_where_they_should() -> None:
+    middle = lowering("zb-h1", 3, 1).stream(1, 1)
+    assert " ".join(map(str, middle)) == "1RECV_F0 1F0 1SEND_F0 1RECV_B0 1I0 1SEND_B0 1W0 1U0"
+    first = lowering("interleaved-1f1b", 4, 2, chunks=2).stream(0, 1)
+    assert " ".join(map(str, first)) == (
+        "0F0 0SEND_F0 0F1 0SEND_F1 2RECV_F0 2F0 2SEND_F0 2RECV_F1 2F1 2SEND_F1 "
+        "2RECV_B0 2B0 2SEND_B0 2RECV_B1 2B1 2SEND_B1 0RECV_B0 0B0 0RECV_B1 0B1 2U0 0U0"
+    )
 
 
 def test_a_middle_stage_receives_before_and_sends_after() -> None:

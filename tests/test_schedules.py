@@ -68,10 +68,33 @@ def test_flush_schedules_never_drift_and_hold_what_they_say() -> None:
             assert counted_drift("gpipe", stage, shape, 3) == (0, accumulation)
 
 
+@pytest.mark.parametrize("name", sorted(name for name, family in FAMILIES.items() if family.flush))
+def test_flush_schedules_repeat_window_by_window(name: str) -> None:
+    family = FAMILIES[name]
+    shape = Shape(num_stages=4, accumulation=4, chunks=2 if family.takes_chunks else 1)
+    for rank in range(shape.ranks):
+        one, three = (decode(family.stream(shape, rank, windows)) for windows in (1, 3))
+        assert len(three) == 3 * len(one) and decode(family.drain(shape, rank, 0, 3)) == []
+        for window in range(3):
+            part = three[window * len(one) : (window + 1) * len(one)]
+            moved = [(a.stage, a.op, a.index + (window if a.op is Op.U else 4 * window)) for a in one]
+            assert [(a.stage, a.op, a.index) for a in part] == moved
+        assert {a.op for a in one} == {Op.F, Op.U, *((Op.I, Op.W) if family.split else (Op.B,))}
+        assert [a.stage for a in one if a.op is Op.U] == list(reversed(shape.stages_of(rank)))
+
+
+def test_every_schedule_of_the_comparison_is_there() -> None:
+    expected = "gpipe 1f1b interleaved-1f1b zb-h1 zb-h2 zb-1p zb-2p async-1f1b pipedream pipedream-2bw paci"
+    assert set(FAMILIES) == set(expected.split())
+    assert all(schedules.get(name).name == name for name in FAMILIES)
+
+
 def test_unknown_names_suggest_the_nearest() -> None:
     assert schedules.get("PACI") is FAMILIES["paci"]
     with pytest.raises(ValueError, match=r"unknown schedule 'pacy'.*'paci'"):
         schedules.get("pacy")
+    with pytest.raises(ValueError, match=r"unknown schedule 'zb2p'.*'zb-2p'"):
+        schedules.get("zb2p")
 
 
 @pytest.mark.parametrize("bad", [{"num_stages": 0}, {"accumulation": 0}, {"slack": -1}, {"accumulation": 2.5}])

@@ -164,10 +164,11 @@ def flush_family(
     name: str, order: Callable[[Shape, int], Codes], in_flight_bound: Callable[[Shape, int], int], **options: Any
 ) -> ScheduleFamily:
     """A synchronous schedule from the order of one window, numbered from micro-batch 0 and without the updates,
-    which come at the end: one for each stage of the rank."""
+    which come at the end: one for each stage of the rank, the last first, as their backwards do and as a weight tied
+    between two stages of one rank needs it."""
 
     def windows(shape: Shape, rank: int, first: int, end: int, _start: int) -> Codes:
-        updates = [column(Op.U, stage, 0) for stage in shape.stages_of(rank)]
+        updates = [column(Op.U, stage, 0) for stage in reversed(shape.stages_of(rank))]
         pattern = join(order(shape, rank), *updates)
         step = np.where(decode_fields(pattern)[1] == OPS.index(Op.U), 1, shape.accumulation)
         return (pattern + np.arange(first, end)[:, None] * step).ravel()

@@ -28,8 +28,9 @@ class _Rules(NamedTuple):
     """The choices that the search tries.
 
     Attributes:
-        warm_up: forwards before the first I: as many as ``fit`` before it can start, one ``more`` than that, or a
-            number that falls ``evenly`` from the limit on the first stage to 1 on the last, which hides long hops.
+        warm_up: forwards before the first I: as many as ``fit`` before it can start, one ``more`` where time is left
+            over, or a number that falls ``evenly`` from the limit on the first stage to 1 on the last, which hides
+            long hops.
         skip: a stage that has run more than one forward ahead of the next leaves out one that it would wait for.
         fill: idle times shorter than a W take one ``never``, where they would make the longest idle time of all
             stages grow (``level``), or ``always``.
