@@ -26,7 +26,10 @@ class Case:
     Attributes:
         schedule: a schedule of paci_rt, or one of ``PEERS``: ``torch.distributed.pipelining.Schedule1F1B`` with
             ``torch.optim.AdamW`` as its tutorial writes it, or with ``fused=True``, the fastest that torch has.
-        emulate_ms: forward and backward milliseconds that a sleep takes instead of the model, or None.
+        stages, chunks: processes, and pieces of the model in each.
+        policy, costs: as for ``paci_rt.SchedulePACI``.
+        emulate_ms: milliseconds of a process for one micro-batch that a sleep takes instead of the model: forward and
+            backward, or forward, I and W; None for the real model.
         message_bytes: size of what emulated stages exchange.
         rows, seq_len: sequences a micro-batch and tokens a sequence of the real model.
     """
@@ -34,16 +37,31 @@ class Case:
     schedule: str
     stages: int
     accumulation: int
-    slack: int
-    model: str
-    rows: int
-    seq_len: int
-    emulate_ms: tuple[float, float] | None
-    message_bytes: int
+    slack: int = 0
+    chunks: int = 1
+    policy: str | None = None
+    costs: paci_rt.StepCosts | None = None
+    model: str = ""
+    rows: int = 1
+    seq_len: int = 1
+    emulate_ms: tuple[float, ...] | None = None
+    message_bytes: int = 1024
 
     @property
     def label(self) -> str:
-        return self.schedule + (f"+slack{self.slack}" if self.slack else "")
+        extras = [self.policy] if self.policy else []
+        extras += [f"slack{self.slack}"] if self.slack else []
+        return "+".join([self.schedule, *extras])
+
+    @property
+    def windows_to_steady(self) -> int:
+        """Windows until every stage has left its warm-up behind."""
+        return 1 + -(-(self.stages + self.slack) // self.accumulation)
+
+    @property
+    def pieces(self) -> int:
+        """Stages of the whole pipeline, those of all ranks."""
+        return self.stages * self.chunks
 
 
 class _Sleep(torch.autograd.Function):
@@ -71,6 +89,42 @@ class EmulatedStage(nn.Module):
         return _Sleep.apply(x, self.weight, self.forward_s, self.backward_s, self.numel)  # type: ignore[no-any-return]
 
 
+class EmulatedPipelineStage(paci_rt.PipelineStage):
+    """Sleeps before a tiny linear layer does in earnest what it is asked to: F, I and W."""
+
+    def __init__(self, times_s: tuple[float, float, float], message_bytes: int, *place: Any) -> None:
+        super().__init__(TinyLinear(max(1, message_bytes // 4)), *place)
+        self._forward_s, self._input_grad_s, self._weight_grad_s = times_s
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(self._forward_s)
+        return super().forward(*args, **kwargs)
+
+    def backward(self, *args: Any, split: bool = False) -> Any:
+        time.sleep(self._input_grad_s + (0.0 if split else self._weight_grad_s))
+        return super().backward(*args, split=split)
+
+    def _rebuild(self, again: Any) -> Any:
+        time.sleep(self._forward_s)
+        return super()._rebuild(again)
+
+    def weight_gradients(self, micro_batch: int) -> None:
+        time.sleep(self._weight_grad_s)
+        super().weight_gradients(micro_batch)
+
+
+class TinyLinear(nn.Module):
+    """A 1 x 1 linear layer on the first column of what passes."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        self.numel = numel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, :1]).expand(x.shape[0], self.numel)  # type: ignore[no-any-return]
+
+
 def _first_element(output: Tensor, _target: Tensor) -> Tensor:
     return output.view(-1)[0] * 0.0
 
@@ -85,36 +139,52 @@ class Pipe:
     def __init__(self, case: Case, rank: int, *, trace: bool = False) -> None:
         self.case, self.rank, self.trace = case, rank, trace
         self.is_first, self.is_last = rank == 0, rank == case.stages - 1
+        self.optimizer: Any = None
         if case.emulate_ms is None:
             config = MODELS[case.model]
-            module: nn.Module = build_stage(config, rank, case.stages, seed=0, dtype=torch.float32)
             shape = (case.rows * case.accumulation, case.seq_len)
             generator = torch.Generator().manual_seed(1)
             self.x = torch.randint(config.vocab_size, shape, generator=generator)
             self.y = torch.randint(config.vocab_size, shape, generator=generator)
         else:
             ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # sleeps end within microseconds
-            forward_ms, backward_ms = case.emulate_ms
-            module = EmulatedStage(forward_ms / 1e3, backward_ms / 1e3, case.message_bytes)
             self.x = torch.zeros(case.accumulation, max(1, case.message_bytes // 4))
             self.y = torch.zeros(case.accumulation, 1)
         loss_fn = cross_entropy if case.emulate_ms is None else _first_element
-        build = self._build_torch if case.schedule in PEERS else self._build_ours
-        build(module, loss_fn)
+        if case.schedule in PEERS:
+            self._build_torch(self._module(rank), loss_fn)
+        else:
+            self._build_ours(loss_fn)
 
-    def _build_ours(self, module: nn.Module, loss_fn: Any) -> None:
-        stage = paci_rt.PipelineStage(module, self.rank, self.case.stages, "cpu")
-        optimizer = paci_rt.AdamW(stage.parameters(), lr=1e-4)
-        cls = paci_rt.get_schedule_class(self.case.schedule)
+    def _module(self, piece: int) -> nn.Module:
+        case = self.case
+        if case.emulate_ms is None:
+            return build_stage(MODELS[case.model], piece, case.pieces, seed=0, dtype=torch.float32)
+        forward_ms, backward_ms = case.emulate_ms
+        return EmulatedStage(forward_ms / 1e3, backward_ms / 1e3, case.message_bytes)
+
+    def _stage(self, piece: int) -> paci_rt.PipelineStage:
+        case = self.case
+        place = (piece, case.pieces, "cpu")
+        if case.emulate_ms is None or len(case.emulate_ms) == 2:
+            return paci_rt.PipelineStage(self._module(piece), *place)
+        forward_s, input_grad_s, weight_grad_s = (ms / 1e3 / case.chunks for ms in case.emulate_ms)
+        return EmulatedPipelineStage((forward_s, input_grad_s, weight_grad_s), case.message_bytes, *place)
+
+    def _build_ours(self, loss_fn: Any) -> None:
+        case = self.case
+        stages = [self._stage(piece) for piece in range(self.rank, case.pieces, case.stages)]
+        cls = paci_rt.get_schedule_class(case.schedule)
         self.schedule: Any = cls(
-            stage,
-            self.case.accumulation,
+            stages,
+            case.accumulation,
             loss_fn,
-            optimizer=optimizer,
-            slack=self.case.slack,
+            optimizer=[paci_rt.AdamW(stage.parameters(), lr=1e-4) for stage in stages],
+            slack=case.slack,
+            policy=case.policy,
+            costs=case.costs,
             trace=self.trace,
         )
-        self.optimizer: Any = None
 
     def _build_torch(self, module: nn.Module, loss_fn: Any) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
@@ -133,11 +203,11 @@ class Pipe:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def measure(self, windows: int) -> dict[str, float]:
+    def measure(self, windows: int) -> dict[str, Any]:
         """Seconds for ``windows`` windows in the steady state, and what the stage counted meanwhile."""
         ours = self.optimizer is None
         # Until every stage has left its warm-up behind, whose waiting is not the steady state's.
-        for _ in range(1 + -(-(self.case.stages + self.case.slack) // self.case.accumulation)):
+        for _ in range(self.case.windows_to_steady):
             self.step()
         if ours:
             self.schedule.reset_stats()
@@ -154,10 +224,6 @@ class Pipe:
             "compute_s": stats.get("compute_s", float("nan")),
             "exposed_comm_s": stats.get("exposed_comm_s", float("nan")),
             "max_drift": stats.get("max_drift", 0),
-            "peak_weight_and_activation_bytes": _weights_and_activations(stats),
+            "peak_weight_and_activation_bytes": stats.get("peak_bytes", 0),
+            "stats": stats,
         }
-
-
-def _weights_and_activations(stats: dict[str, Any]) -> int:
-    parts = next(iter(stats.get("memory", {}).values()), None)
-    return 0 if parts is None else parts["total"]

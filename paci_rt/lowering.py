@@ -60,6 +60,10 @@ class Lowering:
         family: the schedule.
         shape: its integers.
         ties: weights that live on two stages.
+
+    Raises:
+        ValueError: the schedule cannot have that shape.
+        ScheduleError: a tied weight that no schedule could keep equal.
     """
 
     family: ScheduleFamily
@@ -67,6 +71,7 @@ class Lowering:
     ties: tuple[TiedWeight, ...] = ()
 
     def __post_init__(self) -> None:
+        self.family.check(self.shape)
         last = self.shape.num_stages - 1
         for tie in self.ties:
             if not 0 <= tie.owner_stage < tie.reader_stage == last:

@@ -84,8 +84,6 @@ class Pipeline:
             chunks=chunks,
             costs=StepCosts() if costs is None else costs,
         )
-        family.check(shape)
-        self._policy = policies.resolve(family, shape, policy)
         if any(optimizer is None for optimizer in optimizers):
             if not family.flush:
                 raise ValueError(
@@ -97,6 +95,12 @@ class Pipeline:
         if loss_fn is None and stages[-1].is_last:
             raise ValueError("loss_fn is None: the last stage needs loss_fn(output, target) to start the backward")
         self._lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights))
+        self._policy = policies.resolve(family, shape, policy)
+        if tied_weights and self._policy == "2bw":
+            raise ValueError(
+                "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, or "
+                "use policy 'stash' or 'bounded'"
+            )
         validate(self._lowering, capacity=transport.capacity)
         self._ranks = _ranks_here(stages, shape)
         for stage in stages:
