@@ -1,4 +1,4 @@
-"""The command ``paci-rt``: train, compare, doctor."""
+"""The command ``paci-rt``: train, compare, simulate, plan, doctor."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ Pipeline-parallel training without bubbles, on stock PyTorch.
 
   paci-rt train --stages 2 --steps 200              train a small GPT through two processes
   paci-rt compare --schedules 1f1b,paci --out DIR   which schedule reaches a loss first?
+  paci-rt simulate --schedule zb-h1 --plot zb.png   what would a schedule do? bubbles, memory, drift, a picture
+  paci-rt plan --stages 4 --memory-limit 2GiB       measure a model, choose how to cut it and which schedule to run
   paci-rt doctor                                    what was built, what is usable, what to do about the rest
 """
 
@@ -57,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: command"):
-            message = "no command given: say train, compare or doctor, or --help"
+            message = "no command given: say train, compare, simulate, plan or doctor, or --help"
         raise ValueError(message.removeprefix("argument "))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    from paci_rt import __version__
+    from paci_rt import __version__, cli_plan, cli_simulate
 
     parser = _Parser(
         prog="paci-rt",
@@ -113,10 +115,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"paci-rt {__version__}")
+    json_help = {**JSON_HELP, "simulate": cli_simulate.JSON_HELP, "plan": cli_plan.JSON_HELP}
     commands = parser.add_subparsers(metavar="command", required=True, title="commands")
     for name, summary, describe, add, run in (
         ("train", "train a GPT through a pipeline", TRAIN_DESCRIPTION, _add_train, _train),
         ("compare", "time to accuracy of several schedules", COMPARE_DESCRIPTION, _add_compare, _compare),
+        ("simulate", "what a schedule would do", cli_simulate.DESCRIPTION, cli_simulate.add, cli_simulate.run),
+        ("plan", "how to cut a model, and which schedule to run", cli_plan.DESCRIPTION, cli_plan.add, cli_plan.run),
         ("doctor", "what is usable here, and how to get the rest", DOCTOR_DESCRIPTION, _add_doctor, _doctor),
     ):
         sub = commands.add_parser(
@@ -128,7 +133,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             allow_abbrev=False,
         )
         add(sub)
-        sub.add_argument("--json", metavar="FILE", help=JSON_HELP[name])
+        sub.add_argument("--json", metavar="FILE", help=json_help[name])
         sub.set_defaults(run=run, parser=sub)
     args, unknown = parser.parse_known_args(argv)
     if unknown:

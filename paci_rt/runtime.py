@@ -98,8 +98,8 @@ class Pipeline:
         self._policy = policies.resolve(family, shape, policy)
         if tied_weights and self._policy == "2bw":
             raise ValueError(
-                "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, or "
-                "use policy 'stash' or 'bounded'"
+                "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, "
+                "or use policy 'stash' or 'bounded'"
             )
         validate(self._lowering, capacity=transport.capacity)
         self._ranks = _ranks_here(stages, shape)

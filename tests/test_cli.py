@@ -77,7 +77,7 @@ def error_of(capsys, *argv: str) -> str:
         ("compare --seeds 0", "--seeds is 0"),
         ("compare --out /proc/nowhere", "--out /proc/nowhere cannot be written"),
         ("doctor --json /proc/nowhere.json", "cannot be written"),
-        ("", "no command given: say train, compare or doctor"),
+        ("", "no command given: say train, compare, simulate, plan or doctor"),
     ],
 )
 def test_bad_values_end_in_one_line(capsys, argv, words):
@@ -91,7 +91,7 @@ def test_a_port_in_use(capsys, text_file):
     assert f"port {port} cannot be used" in line
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "doctor"])
+@pytest.mark.parametrize("command", ["train", "compare", "simulate", "plan", "doctor"])
 def test_help(capsys, command):
     for argv in (["--help"], [command, "--help"]):
         with pytest.raises(SystemExit) as caught:

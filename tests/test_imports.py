@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH_FREE = ("action", "schedules", "lowering", "simulate", "planner")
-TOP = ("cli", "train", "__main__")
+TORCH_FREE = ("action", "schedules", "policies", "lowering", "simulate", "timegrid", "planner")
+TOP = ("cli", "cli_simulate", "cli_plan", "train", "__main__")
 CONCRETE_TRANSPORTS = ("local", "gloo", "shm", "nccl")
 
 
@@ -97,11 +97,14 @@ def test_the_package_keeps_its_layers() -> None:
         ("schedules/paci.py", "import torch", "paci_rt.schedules.paci reaches torch"),
         ("lowering.py", "from paci_rt.helper import x", "paci_rt.lowering reaches torch.nn"),
         ("planner.py", "from torch import nn", "paci_rt.planner reaches torch"),
+        ("policies.py", "import torch", "paci_rt.policies reaches torch"),
+        ("simulate.py", "from paci_rt.helper import x", "paci_rt.simulate reaches torch.nn"),
         ("executor.py", "from .transport.gloo import G", "imports paci_rt.transport.gloo"),
         ("executor.py", "from paci_rt.schedules import paci", "imports paci_rt.schedules.paci"),
         ("executor.py", "from paci_rt import native", "imports paci_rt.native"),
         ("pipeline.py", "from .train import gpt", "nothing below the commands"),
         ("launch.py", "import paci_rt.cli", "nothing below the commands"),
+        ("planner.py", "from paci_rt import cli_simulate", "nothing below the commands"),
         ("train/gpt.py", "import benchmarks.kernels", "imports benchmarks"),
     ],
 )

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import pytest
 
+from paci_rt import schedules
+from paci_rt.schedules import Shape
+from paci_rt.simulate import Costs, simulate
 from paci_rt.trace import Event
 from paci_rt.train import plots
 
 pytest.importorskip("matplotlib")
 
 
-def lane(events: list[tuple[int, str, float, float]], start_s: float = 0.0) -> plots.Lane:
-    return plots.Lane(title="paci", events=[Event(*event, version=0) for event in events], start_s=start_s)
+def lane(events: list[tuple[int, str, float, float]], start_s: float = 0.0, ranks: int | None = None) -> plots.Lane:
+    timed = [Event(*event, version=3) for event in events]
+    return plots.Lane(title="paci", events=timed, start_s=start_s, ranks=ranks)
+
+
+def cells_of(axis) -> dict[tuple[int, int, int], tuple[float, ...]]:
+    """Colour by left edge, width and row of every cell."""
+    cells = {}
+    for collection in axis.collections:
+        for path in collection.get_paths():
+            box = path.get_extents()
+            place = round(box.x0), round(box.width), round(box.y0 + box.height / 2)
+            assert place not in cells
+            cells[place] = tuple(collection.get_facecolor()[0])
+    return cells
 
 
 @pytest.fixture
@@ -32,18 +48,75 @@ def test_timeline_cells(figures):
     ]
     plots.timeline("unused", [lane(events, start_s=10.0)], span_s=5.0)
     (axis,) = figures[0].axes
-    cells = {}
-    for collection in axis.collections:
-        box = collection.get_paths()[0].get_extents()
-        cells[round(box.x0), round(box.width), round(box.y0 + box.height / 2)] = collection.get_facecolor()[0]
+    cells = cells_of(axis)
     assert set(cells) == {(0, 1000, 0), (2000, 2000, 0), (3000, 10, 1), (3500, 1500, 1)}  # milliseconds
-    assert len({tuple(colour) for colour in cells.values()}) == 3  # F, B, U
-    assert tuple(cells[0, 1000, 0]) == tuple(cells[3500, 1500, 1])
-    assert [text.get_text() for text in axis.texts] == ["0", "0", "7"]  # 123 does not fit into its cell
+    assert len(set(cells.values())) == 3  # F, B, U
+    assert cells[0, 1000, 0] == cells[3500, 1500, 1]
+    # Numbers, and the version below; 123 does not fit into its cell.
+    assert [text.get_text() for text in axis.texts] == ["0", "v3", "0", "v3", "7", "v3"]
+    assert axis.texts[0].get_position()[1] < 0 < axis.texts[1].get_position()[1]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["stage 0", "stage 1"]
     assert axis.get_ylim()[0] > axis.get_ylim()[1]  # stage 0 on top
     legend = [text.get_text().split()[0] for text in figures[0].legends[0].get_texts()]
     assert legend == ["F", "B", "U", "idle"]
+
+
+def test_bubbles_are_a_band_behind_the_cells(figures):
+    plots.timeline("unused", [lane([(0, "0F0", 0.0, 1.0), (1, "1F0", 1.0, 3.0)])], span_s=4.0)
+    (axis,) = figures[0].axes
+    bands = [(patch.get_x(), patch.get_width(), patch.get_y() + patch.get_height() / 2) for patch in axis.patches]
+    assert bands == [(0, 3000, 0), (0, 3000, 1)]  # up to the end of the last action
+    assert all(patch.get_zorder() < axis.collections[0].get_zorder() for patch in axis.patches)
+    assert len({tuple(patch.get_facecolor()) for patch in axis.patches} | set(cells_of(axis).values())) == 2
+
+
+def test_updates_that_take_no_time_are_lines(figures):
+    plots.timeline("unused", [lane([(0, "0B0", 0.0, 1.0), (0, "0U0", 1.0, 1.0), (0, "0U9", 9.0, 9.0)])], span_s=2.0)
+    (axis,) = figures[0].axes
+    assert [list(line.get_xdata()) for line in axis.lines] == [[1000, 1000]]
+    assert [text.get_text().split()[0] for text in figures[0].legends[0].get_texts()] == ["B", "U", "idle"]
+
+
+def test_rows_are_ranks(figures):
+    events = [(stage, f"{stage}F0", float(stage), stage + 1.0) for stage in range(4)]
+    plots.timeline("unused", [lane(events, ranks=2)], span_s=4.0)
+    (axis,) = figures[0].axes
+    cells = cells_of(axis)
+    assert set(cells) == {(0, 1000, 0), (1000, 1000, 1), (2000, 1000, 0), (3000, 1000, 1)}
+    assert cells[0, 1000, 0] == cells[1000, 1000, 1] != cells[2000, 1000, 0] == cells[3000, 1000, 1]
+    assert sum(cells[2000, 1000, 0]) > sum(cells[0, 1000, 0])  # lighter
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["rank 0", "rank 1"]
+    assert "lighter" in figures[0].legends[0].get_texts()[-1].get_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("zb-h1", {}, ["zb-h1", "bubble rate 0.1429", "peak activations 2"]),
+        ("interleaved-1f1b", {"chunks": 2}, ["interleaved-1f1b", "bubble rate 0.2000", "peak activations 4"]),
+        ("paci", {}, ["paci", "bubble rate 0.1935", "steady utilization", "peak activations 2", "drift 1, delay 1"]),
+    ],
+)
+def test_simulated_lanes(figures, name, options, words):
+    unit = Costs(forward_s=(1.0,), input_grad_s=(1.0,), weight_grad_s=(1.0,), update_s=(0.5,))
+    shape = Shape(num_stages=2 * options.get("chunks", 1), accumulation=2, **options)
+    simulation = simulate(schedules.get(name), shape, unit, windows=2, keep_events=True)
+    shown = plots.simulated_lane(simulation)
+    for word in words:
+        assert word in shown.title
+    plots.timeline("unused", [shown], span_s=simulation.makespan_s)
+    (axis,) = figures[0].axes
+    assert sum(len(collection.get_paths()) for collection in axis.collections) == len(simulation.events)
+    assert len(axis.get_yticks()) == 2
+
+
+def test_pictures_grow_with_what_they_show():
+    few = lane([(0, f"0F{m}", float(m), m + 1.0) for m in range(10)])
+    many = lane([(0, f"0F{m}", float(m), m + 1.0) for m in range(100)])
+    assert plots.legible_width_inch([few], 10.0) == plots.LEAST_INCH
+    assert plots.LEAST_INCH < plots.legible_width_inch([many], 100.0) < plots.MOST_INCH
+    assert plots.legible_width_inch([many], 1e6) == plots.MOST_INCH
+    assert plots.legible_width_inch([lane([])], 1.0) == plots.LEAST_INCH
 
 
 def test_lanes_share_their_time_axis(figures):

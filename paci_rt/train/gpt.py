@@ -146,7 +146,7 @@ class GPTStage(nn.Module):
             x = block(x)
         if self.last:
             x = self.transformer["ln_f"](x)
-            x = F.linear(x, self.get_parameter(WTE if self.first and self.config.tied else LM_HEAD))
+            x = F.linear(x, self.get_parameter(WTE)) if self.first and self.config.tied else self.lm_head(x)
         return x
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from paci_rt.simulate import Simulation
+
 ACTION_COLOURS = {"F": "#56B4E9", "B": "#E69F00", "I": "#F0E442", "W": "#009E73", "U": "#D55E00"}
 ACTION_NAMES = {
     "F": "forward",
@@ -29,8 +31,10 @@ ACTION_NAMES = {
 }
 SCHEDULE_COLOURS = {"paci": "#D55E00", "1f1b": "#0072B2", "gpipe": "#009E73", "async-1f1b": "#CC79A7"}
 OTHER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#F0E442")
+IDLE_COLOUR = "#DDDDDD"
 DPI = 140
 POINTS_PER_INCH = 72
+LEAST_INCH, MOST_INCH = 11.0, 30.0  # width of a timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +57,34 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Lane:
-    """One schedule in a timeline: its events from ``start_s`` on, on the events' own clock."""
+    """One schedule in a timeline.
+
+    Attributes:
+        title: stands above it.
+        events: what was executed or simulated.
+        start_s: where the picture starts, on the events' own clock.
+        ranks: rows; stage ``s`` is in row ``s % ranks``, later stages of a rank in lighter colours; None: one a stage.
+    """
 
     title: str
     events: Sequence[Event]
     start_s: float
+    ranks: int | None = None
+
+    @property
+    def stages(self) -> int:
+        """Stages that did something."""
+        return 1 + max((event.stage for event in self.events), default=0)
+
+    @property
+    def rows(self) -> int:
+        return self.stages if self.ranks is None else self.ranks
 
 
-def require_matplotlib() -> None:
-    """Raise ValueError, with the remedy, where there is no matplotlib."""
+def require_matplotlib(flag: str = "--out") -> None:
+    """Raise ValueError, with the remedy, where there is no matplotlib for what ``flag`` asks for."""
     if find_spec("matplotlib") is None:
-        raise ValueError('plots need matplotlib: pip install "paci-rt[plot]", or leave --out away')
+        raise ValueError(f'plots need matplotlib: pip install "paci-rt[plot]", or leave {flag} away')
 
 
 def loss_over_tokens(path: str | Path, curves: Sequence[Curve], *, target: float | None) -> None:
@@ -76,24 +97,46 @@ def loss_over_time(path: str | Path, curves: Sequence[Curve], *, target: float |
     _loss(path, curves, target, by_time=True)
 
 
-def timeline(path: str | Path, lanes: Sequence[Lane], *, span_s: float) -> None:
-    """Write a picture of ``span_s`` seconds of every lane: rows are stages, cells actions, white is idleness.
+def simulated_lane(simulation: Simulation, *, start_s: float = 0.0) -> Lane:
+    """A simulation that kept its events, as a lane; the title says what it came to."""
+    peak = max(simulation.peak_activations.values())
+    facts = [simulation.schedule, f"bubble rate {simulation.bubble_rate:.4f}", f"peak activations {peak}"]
+    if simulation.max_drift or simulation.max_delay:
+        facts[2:2] = [f"steady utilization {simulation.steady_utilization:.4f}"]
+        facts.append(f"largest drift {simulation.max_drift}, delay {simulation.max_delay}")
+    return Lane(title="   ".join(facts), events=simulation.events, start_s=start_s, ranks=simulation.ranks)
+
+
+def timeline(path: str | Path, lanes: Sequence[Lane], *, span_s: float, width_inch: float = LEAST_INCH) -> None:
+    """Write a picture of ``span_s`` seconds of every lane: rows are ranks, cells actions, grey is idleness.
 
     All lanes share the time axis, so cells of one length took one time. Cells that are wide enough carry their
-    micro-batch's (an update: its window's) number.
+    micro-batch's (an update: its window's) number, and below it the version of the weights that they used. An update
+    that took no time is a line.
     """
-    rows = [1 + max((event.stage for event in lane.events), default=0) for lane in lanes]
-    figure = _figure(11.0, 0.9 + sum(0.75 + 0.34 * count for count in rows))
+    rows = [lane.rows for lane in lanes]
+    figure = _figure(width_inch, 0.9 + sum(0.75 + 0.34 * count for count in rows))
     axes = figure.subplots(len(lanes), 1, squeeze=False, gridspec_kw={"height_ratios": [c + 1 for c in rows]})[:, 0]
-    figure.subplots_adjust(left=0.075, right=0.985, top=0.99 - 0.42 / figure.get_figheight(), hspace=0.55)
+    left = 0.75 / width_inch
+    figure.subplots_adjust(left=left, right=1 - 0.2 / width_inch, top=0.99 - 0.42 / figure.get_figheight(), hspace=0.55)
     figure.subplots_adjust(bottom=0.85 / figure.get_figheight())
     scale, unit = (1e3, "ms") if span_s < 10 else (1.0, "s")
     used: set[str] = set()
-    for axis, lane, count in zip(axes, lanes, rows, strict=True):
-        used |= _lane(axis, lane, count, span_s, scale)
+    for axis, lane in zip(axes, lanes, strict=True):
+        used |= _lane(axis, lane, span_s, scale)
     axes[-1].set_xlabel(unit)
-    _timeline_legend(figure, [op for op in ACTION_COLOURS if op in used])
+    chunks = max(-(-lane.stages // lane.rows) for lane in lanes)
+    _timeline_legend(figure, [op for op in ACTION_COLOURS if op in used], chunks=chunks, left=left)
     _save(figure, path)
+
+
+def legible_width_inch(lanes: Sequence[Lane], span_s: float) -> float:
+    """Width of a timeline in which short cells have room for a number of two digits, within reason."""
+    durations = sorted(
+        event.end_s - event.start_s for lane in lanes for event in lane.events if "U" not in event.action
+    )
+    short_s = durations[len(durations) // 10] if durations else 0.0
+    return min(MOST_INCH, max(LEAST_INCH, span_s / short_s * 0.14 + 1.0)) if short_s else LEAST_INCH
 
 
 def _figure(width_inch: float, height_inch: float) -> Figure:
@@ -161,38 +204,72 @@ def _count(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _lane(axis: Axes, lane: Lane, stages: int, span_s: float, scale: float) -> set[str]:
+def _lane(axis: Axes, lane: Lane, span_s: float, scale: float) -> set[str]:
     """Draw one lane; returns the operations that it shows."""
-    end_s, used = lane.start_s + span_s, set()
-    width_points = axis.get_window_extent().width / DPI * POINTS_PER_INCH
+    from matplotlib.collections import PolyCollection
+    from matplotlib.patches import Rectangle
+
+    rows, chunks = lane.rows, -(-lane.stages // lane.rows)
+    points = axis.get_window_extent().width / DPI * POINTS_PER_INCH / (span_s * scale)  # in a unit of the axis
+    boxes: dict[tuple[str, int], list[list[tuple[float, float]]]] = {}
+    ends = [0.0]
     for event in lane.events:
-        left, right = max(event.start_s, lane.start_s), min(event.end_s, end_s)
-        if right <= left:
-            continue
+        left, right = max(event.start_s - lane.start_s, 0.0) * scale, min(event.end_s - lane.start_s, span_s) * scale
         action = Action.parse(event.action)
-        op = action.op.value
-        used.add(op)
-        start, width = (left - lane.start_s) * scale, (right - left) * scale
-        axis.broken_barh(
-            [(start, width)], (event.stage - 0.44, 0.88), facecolor=ACTION_COLOURS[op], edgecolor="white", linewidth=0.5
+        op, row = action.op.value, event.stage % rows
+        if right < left or (right == left and event.end_s > event.start_s):
+            continue
+        ends.append(right)
+        if right == left:
+            line: dict[str, Any] = {"color": ACTION_COLOURS[op], "linewidth": 1.6, "zorder": 4, "clip_on": False}
+            axis.plot([left, left], [row - 0.46, row + 0.46], **line)
+        else:
+            low, high = row - 0.44, row + 0.44
+            corners = [(left, low), (right, low), (right, high), (left, high)]
+            boxes.setdefault((op, event.stage // rows), []).append(corners)
+            _label(axis, (left + right) / 2, row, (right - left) * points, action.index, event.version)
+    for row in range(rows):
+        axis.add_patch(Rectangle((0, row - 0.44), max(ends), 0.88, facecolor=IDLE_COLOUR, edgecolor="none", zorder=0))
+    for (op, chunk), corners_of_all in boxes.items():
+        colour = _lighter(ACTION_COLOURS[op], chunk, chunks)
+        axis.add_collection(
+            PolyCollection(corners_of_all, facecolor=colour, edgecolor="white", linewidth=0.5, zorder=1)
         )
-        number = str(action.index)
-        if (right - left) / span_s * width_points > 5.2 * len(number) + 3:
-            axis.text(start + width / 2, event.stage, number, ha="center", va="center", fontsize=7.5, clip_on=True)
-    axis.set_ylim(stages - 0.4, -0.6)
+    axis.set_ylim(rows - 0.4, -0.6)
     axis.set_xlim(0, span_s * scale)
-    axis.set_yticks(range(stages), [f"stage {at}" for at in range(stages)])
+    axis.set_yticks(range(rows), [f"{'rank' if chunks > 1 else 'stage'} {at}" for at in range(rows)])
     axis.tick_params(axis="y", length=0)
     axis.set_title(lane.title, loc="left", fontsize=10)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    return used
+    return {op for op, _ in boxes} | ({"U"} if axis.lines else set())
 
 
-def _timeline_legend(figure: Figure, ops: Sequence[str]) -> None:
+def _label(axis: Axes, x: float, row: int, width_points: float, number: int, version: int) -> None:
+    """The number, and the version below it, in the largest letters that fit; nothing where none do."""
+    place: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True, "zorder": 3}
+    for size in (7.5, 6.0):
+        if width_points > 0.65 * size * len(str(number)) + 2:
+            with_version = width_points > 0.6 * 5.5 * len(f"v{version}") + 2
+            axis.text(x, row - 0.15 * with_version, str(number), fontsize=size, **place)
+            if with_version:
+                axis.text(x, row + 0.24, f"v{version}", fontsize=5.5, color="#222222", **place)
+            return
+
+
+def _lighter(colour: str, chunk: int, chunks: int) -> str:
+    """``colour`` mixed with white, the more the later the chunk."""
+    share = 0.6 * chunk / max(1, chunks - 1)
+    parts = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return "#" + "".join(f"{round(part + (255 - part) * share):02X}" for part in parts)
+
+
+def _timeline_legend(figure: Figure, ops: Sequence[str], *, chunks: int, left: float) -> None:
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Patch(facecolor=ACTION_COLOURS[op], label=f"{op}  {ACTION_NAMES[op]}") for op in ops]
-    handles.append(Patch(facecolor="white", edgecolor="#aaaaaa", label="idle"))
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.067, 0.0), "ncols": len(handles)}
+    handles.append(Patch(facecolor=IDLE_COLOUR, label="idle"))
+    if chunks > 1:
+        handles.append(Patch(facecolor="white", edgecolor="#AAAAAA", label="lighter: later stages of the rank"))
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (left - 0.008, 0.0), "ncols": len(handles)}
     figure.legend(handles=handles, frameon=False, fontsize=8.5, **place)
