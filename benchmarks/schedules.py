@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 from common import finish, median_spread, positive, print_table
@@ -31,6 +32,7 @@ ALL = (
     *("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "async-1f1b", "pipedream"),
     *("pipedream-2bw", "paci", "paci+stash", "paci+2bw", "paci+predict", "paci+recompute"),
 )
+NEAR_S = 2e-3  # what arrived so long ago was there for certain
 MOST_ERROR = 0.03
 PACI_TO_ZB_2P, PACI_ACTIVATIONS_TO_ZB_2P = 0.99, 0.55
 
@@ -65,51 +67,101 @@ def family_and_shape(case: Case) -> tuple[schedules.ScheduleFamily, schedules.Sh
     return family, shape
 
 
-def durations(events: list[Event], pieces: int) -> dict[Op, tuple[float, ...]]:
-    """Median seconds of each operation, by stage; operations that did not run are missing."""
+@dataclass(frozen=True, kw_only=True)
+class Took:
+    """How long operations took, by stage, in seconds.
+
+    Attributes:
+        mean_s: of each operation; those that did not run are missing. F: without predictions.
+        predict_s: what predicting weights added to a forward.
+        noise: standard deviation of F, B, I and W over their means, the median of all stages and operations.
+    """
+
+    mean_s: dict[Op, tuple[float, ...]]
+    predict_s: tuple[float, ...]
+    noise: float
+
+
+def durations(events: list[Event], pieces: int, accumulation: int) -> Took:
+    """See :class:`Took`. A forward predicts if its stage still has updates to make before its window's."""
     found: dict[tuple[Op, int], list[float]] = defaultdict(list)
+    late: dict[int, list[float]] = defaultdict(list)
     for event in events:
-        found[Action.parse(event.action).op, event.stage].append(event.end_s - event.start_s)
-    ops = {op for op, _ in found}
-    return {op: tuple(statistics.median(found[op, stage]) for stage in range(pieces)) for op in ops}
+        action, took_s = Action.parse(event.action), event.end_s - event.start_s
+        is_late = action.op is Op.F and action.index // accumulation > event.version
+        (late[event.stage] if is_late else found[action.op, event.stage]).append(took_s)
+    for stage in range(pieces):
+        if not found[Op.F, stage]:
+            found[Op.F, stage], late[stage] = late[stage], []
+    means = {key: statistics.mean(times) for key, times in found.items()}
+    spread = [statistics.pstdev(times) / means[key] for key, times in found.items() if key[0] is not Op.U]
+    return Took(
+        mean_s={op: tuple(means[op, stage] for stage in range(pieces)) for op, _ in means},
+        predict_s=tuple(
+            max(0.0, statistics.mean(late[stage]) - means[Op.F, stage]) if late[stage] else 0.0
+            for stage in range(pieces)
+        ),
+        noise=statistics.median(spread),
+    )
 
 
-def hop_seconds(events: list[Event], pieces: int) -> float:
-    """Median time from the end of a forward to the start of that of the next stage, where that one was waiting."""
-    forward = {(event.stage, event.action): event for event in events if Action.parse(event.action).op is Op.F}
-    busy_until: dict[int, float] = defaultdict(float)
-    waits = []
-    for event in sorted(events, key=lambda one: one.start_s):
-        action = Action.parse(event.action)
-        before = forward.get((event.stage - 1, str(Action(event.stage - 1, Op.F, action.index))))
-        if action.op is Op.F and before is not None and busy_until[event.stage] < before.end_s:
-            waits.append(event.start_s - before.end_s)
-        busy_until[event.stage] = event.end_s
-    assert waits, f"no stage of {pieces} ever waited for a forward"
-    return statistics.median(waits)
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What lies between actions, read off a run of 1F1B; seconds.
+
+    Attributes:
+        hop_s: median from the end of an action to the start of the next stage's that was waiting for it.
+        between_s: median from the end of an action to the start of the same stage's next one that had all it needs.
+    """
+
+    hop_s: float
+    between_s: float
 
 
-def predict(case: Case, events: list[Event], hop_s: float, windows: int) -> Simulation:
-    """What the simulator says, given how long each operation took in this run and a hop in the run of 1F1B."""
-    took = durations(events, case.pieces)
+def read_link(events: list[Event]) -> Link:
+    """See :class:`Link`. ``events`` are those of one run, of all stages."""
+    actions = [(Action.parse(event.action), event) for event in sorted(events, key=lambda one: one.start_s)]
+    ended = {action: event.end_s for action, event in actions}
+    before: dict[int, float] = {}
+    hops, gaps = [], []
+    for action, event in actions:
+        source = Action(action.stage + (-1 if action.op is Op.F else 1), action.op, action.index)
+        arrived = ended.get(source, 0.0)
+        if action.stage in before:
+            if source in ended and before[action.stage] < arrived:
+                hops.append(event.start_s - arrived)
+            elif action.op is Op.U or before[action.stage] - arrived > NEAR_S:
+                gaps.append(event.start_s - before[action.stage])
+        before[action.stage] = event.end_s
+    return Link(hop_s=statistics.median(hops), between_s=statistics.median(gaps))
+
+
+def predict(case: Case, events: list[Event], link: Link, windows: int) -> Simulation:
+    """What the simulator says, given how long each operation took in this run and what lay between in that of 1F1B."""
     family, shape = family_and_shape(case)
-    zero = tuple(0.0 for _ in range(case.pieces))
-    recomputed = case.policy == "recompute"
-    whole = took.get(Op.B, zero)
-    if recomputed:  # measured with the forward that it repeats, which the simulator adds itself
+    took = durations(events, case.pieces, shape.accumulation)
+    mean_s, zero = took.mean_s, tuple(0.0 for _ in range(case.pieces))
+    whole = mean_s.get(Op.B, zero)
+    if case.policy == "recompute":  # measured with the forward that it repeats, which the simulator adds itself
+        again = [policies.recomputes("recompute", family, shape, shape.rank_of(at)) for at in range(case.pieces)]
         whole = tuple(
-            backward - (forward if family.in_flight_bound(shape, shape.rank_of(stage)) > 1 else 0.0)
-            for stage, (backward, forward) in enumerate(zip(whole, took[Op.F], strict=True))
+            backward - forward * repeats for backward, forward, repeats in zip(whole, mean_s[Op.F], again, strict=True)
         )
     costs = Costs(
-        forward_s=took[Op.F],
-        input_grad_s=took[Op.I] if family.split else whole,
-        weight_grad_s=took[Op.W] if family.split else zero,
-        update_s=took[Op.U],
-        hop_s=hop_s,
+        forward_s=_plus(mean_s[Op.F], link.between_s),
+        input_grad_s=_plus(mean_s[Op.I] if family.split else whole, link.between_s),
+        weight_grad_s=_plus(mean_s[Op.W], link.between_s) if family.split else zero,
+        update_s=_plus(mean_s[Op.U], link.between_s),
+        predict_s=took.predict_s,
+        hop_s=max(0.0, link.hop_s - link.between_s),
+        noise=took.noise,
     )
     per_step = case.accumulation // shape.accumulation
     return simulate(family, shape, costs, windows=(2 * case.windows_to_steady + windows) * per_step, policy=case.policy)
+
+
+def _plus(seconds: tuple[float, ...], more_s: float) -> tuple[float, ...]:
+    return tuple(one + more_s for one in seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -118,11 +170,11 @@ def predict(case: Case, events: list[Event], hop_s: float, windows: int) -> Simu
 def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
     """One row a case."""
     by_case = {case: list(zip(*(measured[case] for measured in per_rank), strict=True)) for case in per_rank[0]}
-    hops: dict[int, float] = {}
-    for case, repeats in by_case.items():
-        if case.schedule == "1f1b":
-            events = [event for ranks in repeats for rank in ranks for event in rank["events"]]
-            hops[case.accumulation] = hop_seconds(events, case.pieces)
+    base = {case.accumulation: repeats for case, repeats in by_case.items() if case.schedule == "1f1b"}
+    links = {
+        accumulation: [read_link([event for rank in ranks for event in rank["events"]]) for ranks in repeats]
+        for accumulation, repeats in base.items()
+    }
     rows = []
     for case, repeats in by_case.items():
         walls = [sum(rank["wall_s"] for rank in ranks) / case.stages for ranks in repeats]
@@ -132,8 +184,8 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
             for ranks, wall in zip(repeats, walls, strict=True)
         ]
         predicted = [
-            predict(case, [event for rank in ranks for event in rank["events"]], hops[case.accumulation], windows)
-            for ranks in repeats
+            predict(case, [event for rank in ranks for event in rank["events"]], link, windows)
+            for ranks, link in zip(repeats, links[case.accumulation], strict=True)
         ]
         errors = [sim.micro_batches_per_s / rate - 1 for sim, rate in zip(predicted, rates, strict=True)]
         stats = [rank["stats"] for rank in repeats[0]]
@@ -150,7 +202,8 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
                 "prediction_error": statistics.median(errors),
                 "utilization": median_spread(busy)[0],
                 "predicted_utilization": statistics.median(sim.steady_utilization for sim in predicted),
-                "hop_ms": hops[case.accumulation] * 1e3,
+                "hop_ms": statistics.median(link.hop_s for link in links[case.accumulation]) * 1e3,
+                "between_ms": statistics.median(link.between_s for link in links[case.accumulation]) * 1e3,
                 "peak_activations": max(
                     peak / case.chunks for one in stats for peak in one["peak_rank_in_flight"].values()
                 ),

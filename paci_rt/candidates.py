@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paci_rt import policies
+from paci_rt import policies, schedules
 from paci_rt.action import OPS, Op, decode_fields
 from paci_rt.partition import Matrix, best_partition
 from paci_rt.profile_file import Profile
@@ -78,6 +78,23 @@ class Candidate:
     needs_bytes: float | None = None
     severity: tuple[int, float] = (0, 0.0)
 
+    def shape(self, ranks: int) -> Shape:
+        """Its integers on ``ranks`` devices."""
+        costs = self.step_costs or StepCosts()
+        return Shape(
+            num_stages=ranks * self.chunks,
+            accumulation=self.accumulation,
+            slack=self.slack,
+            chunks=self.chunks,
+            costs=costs,
+        )
+
+    def recomputing(self, ranks: int) -> tuple[bool, ...]:
+        """Which of its stages run their forwards twice."""
+        family, shape = schedules.get(self.schedule), self.shape(ranks)
+        by_rank = [policies.recomputes(self.policy, family, shape, rank) for rank in range(ranks)]
+        return tuple(by_rank[shape.rank_of(stage)] for stage in range(shape.num_stages))
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values."""
         values = asdict(self)
@@ -120,17 +137,12 @@ class Evaluator:
     def ranks(self) -> int:
         return len(self.speeds)
 
-    def shape(self, one: Candidate) -> Shape:
-        """The integers of ``one``."""
-        stages, costs = self.ranks * one.chunks, one.step_costs or StepCosts()
-        return Shape(num_stages=stages, accumulation=one.accumulation, slack=one.slack, chunks=one.chunks, costs=costs)
-
     def prepare(self, one: Candidate, family: ScheduleFamily) -> Candidate:
         """``one`` with its partition, or with the reason why it is rejected.
 
         A searched schedule gets the partition that no memory limit narrows down: :meth:`simulate` sees to the limits.
         """
-        shape = self.shape(one)
+        shape = one.shape(self.ranks)
         if shape.num_stages > self.profile.middle:
             why = f"{one.chunks} chunks on {self.ranks} devices need {shape.num_stages} blocks"
             return replace(one, rejected=f"{why}, the model has {self.profile.middle}", severity=(SHAPE, 0.0))
@@ -159,8 +171,7 @@ class Evaluator:
         forward, input_grad, weight_grad, update = (
             costs.per_stage(name, stages) for name in ("forward_s", "input_grad_s", "weight_grad_s", "update_s")
         )
-        if one.policy == "recompute":
-            input_grad = input_grad + forward
+        input_grad = input_grad + np.where(one.recomputing(self.ranks), forward, 0.0)
         work = forward + input_grad + weight_grad
         by_rank = [float((one.accumulation * work + update)[rank :: self.ranks].sum()) for rank in range(self.ranks)]
         window_s = max(by_rank)
@@ -178,7 +189,7 @@ class Evaluator:
             one = self._fitted(one, family)
             if one.rejected is not None:
                 return one
-        shape, costs = self.shape(one), self._costs(one)
+        shape, costs = one.shape(self.ranks), self._costs(one)
         run = simulate(family, shape, costs, windows=_windows(family, shape), policy=one.policy)
         weights = costs.per_stage("weight_bytes", shape.num_stages)
         fixed = 1 + self.profile.state_bytes_per_parameter_byte
@@ -206,8 +217,8 @@ class Evaluator:
         the memory: they depend on each other, so a few rounds may pass."""
         spans = Spans(profile=self.profile, stages=self.ranks)
         for _ in range(FITTING_ROUNDS):
-            one = replace(one, step_costs=step_costs(self._costs(one), one.policy))
-            keeps = [self._keeps(one, family, self.shape(one), rank) for rank in range(self.ranks)]
+            one = replace(one, step_costs=step_costs(self._costs(one), one.recomputing(self.ranks)))
+            keeps = [self._keeps(one, family, one.shape(self.ranks), rank) for rank in range(self.ranks)]
             needs = self._needs(one, spans, keeps)
             if all(need <= limit for need, limit in zip(needs, self.limits.memory_bytes, strict=True)):
                 break
@@ -232,7 +243,8 @@ class Evaluator:
             moments = _moments(family, shape, rank)
         else:
             moments = ((family.in_flight_bound(shape, rank), 0),)
-        return _Keeps(self._extra(one, family, shape, rank), moments, one.policy == "recompute")
+        recompute = policies.recomputes(one.policy, family, shape, rank)
+        return _Keeps(self._extra(one, family, shape, rank), moments, recompute)
 
     def _memory(self, spans: Spans, keeps: _Keeps, stage: int) -> Matrix:
         """``[i, j]``: peak bytes of ``stage`` with middle blocks ``i ... j - 1``."""
@@ -262,7 +274,7 @@ class Evaluator:
         simulation."""
         if not any(map(math.isfinite, self.limits.memory_bytes)):
             keeps = None
-        stages, again = self.ranks * one.chunks, one.policy == "recompute"
+        stages, again = self.ranks * one.chunks, one.recomputing(self.ranks)
         key = (stages, again, None if keeps is None else tuple(keeps))
         if key not in self._partitions:
             spans = Spans(profile=self.profile, stages=stages)
@@ -277,13 +289,13 @@ class Evaluator:
             self._partitions[key] = best_partition(cost_of, stages, self.profile.middle)
         return self._partitions[key]
 
-    def _time_of(self, spans: Spans, *, again: bool) -> Callable[[int], Matrix]:
-        """Seconds of one micro-batch on each stage, by what it holds; ``again``: with its forward run twice."""
+    def _time_of(self, spans: Spans, *, again: tuple[bool, ...]) -> Callable[[int], Matrix]:
+        """Seconds of one micro-batch on each stage, by what it holds; ``again``: whether its forward runs twice."""
         allowed = spans.allowed()
 
         def time_of(stage: int) -> Matrix:
             seconds = spans.total("compute_s", stage)
-            if again:
+            if again[stage]:
                 seconds = seconds + spans.total("forward_s", stage)
             return np.where(allowed, seconds / self.speeds[stage % self.ranks], np.inf)
 

@@ -6,6 +6,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from paci_rt import policies, schedules
@@ -39,6 +40,7 @@ _COSTS: tuple[tuple[str, str, float, bool, str, str, str], ...] = (
     ("--input-grad", "input_grad_s", _MS, True, "MS,...", "1", "input-gradient half of its backward"),
     ("--weight-grad", "weight_grad_s", _MS, True, "MS,...", "1", "weight-gradient half; a whole backward takes both"),
     ("--update", "update_s", _MS, True, "MS,...", "0", "local update"),
+    ("--predict", "predict_s", _MS, False, "MS,...", "0", "predicting weights and undoing it, under policy predict"),
     ("--comm", "hop_s", _MS, False, "MS", "0", "latency of a message between stages"),
     ("--bandwidth", "bandwidth_bytes_per_s", 1.0, False, "BYTES/S", "no limit", "of a link, one way, such as 25e9"),
     ("--message-bytes", "message_bytes", 1.0, False, "N,...", "0", "output of a stage"),
@@ -118,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     costs, partition = _costs(args, shape)
     if family.takes_costs:
         shape = Shape(
-            num_stages=shape.num_stages, accumulation=shape.accumulation, costs=_step_costs(costs, shape, policy)
+            num_stages=shape.num_stages,
+            accumulation=shape.accumulation,
+            costs=_step_costs(costs, family, shape, policy),
         )
         check_shape(family, shape)
     windows = _windows(args, family, shape)
@@ -243,15 +247,16 @@ def _profiled(args: argparse.Namespace, shape: Shape) -> tuple[Costs, tuple[int,
     return planner.stage_costs(profile, partition), partition
 
 
-def _step_costs(costs: Costs, shape: Shape, policy: str) -> StepCosts:
+def _step_costs(costs: Costs, family: ScheduleFamily, shape: Shape, policy: str) -> StepCosts:
     """What a searched schedule is fitted to."""
     from paci_rt import planner
 
-    spread = {
+    spread: dict[str, Any] = {
         name: tuple(costs.per_stage(name, shape.num_stages).tolist())
         for name in ("forward_s", "input_grad_s", "weight_grad_s")
     }
-    fitted = planner.step_costs(Costs(**({n: getattr(costs, n) for n in Costs.__dataclass_fields__} | spread)), policy)
+    again = [policies.recomputes(policy, family, shape, shape.rank_of(stage)) for stage in range(shape.num_stages)]
+    fitted = planner.step_costs(replace(costs, **spread), again)
     return fitted if any(costs.activation_bytes) else fitted._replace(stash=StepCosts().stash)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from paci_rt import policies
 from paci_rt.action import OPS, Codes, Op, decode, decode_fields
 from paci_rt.errors import ScheduleError
 from paci_rt.schedules.base import ScheduleFamily, Shape
@@ -83,11 +84,17 @@ class Work:
             self.costs.per_stage(name, self.shape.num_stages)
             for name in ("forward_s", "input_grad_s", "weight_grad_s", "update_s")
         )
-        again = forward if self.policy == "recompute" else np.zeros_like(forward)
+        again = np.where(self.recomputes(np.arange(self.shape.num_stages)), forward, 0.0)
         times = np.zeros((len(OPS), self.shape.num_stages))
         times[_F], times[_I], times[_W], times[_U] = forward, again + input_grad, weight_grad, update
         times[_B] = again + input_grad + weight_grad
         return times
+
+    def recomputes(self, stages: Codes) -> npt.NDArray[np.bool_]:
+        """Which of ``stages`` run their forwards again."""
+        ranks = range(self.shape.ranks)
+        by_rank = [policies.recomputes(self.policy, self.family, self.shape, rank) for rank in ranks]
+        return np.array(by_rank)[stages % self.shape.ranks]
 
     def _add(self, rank: int) -> None:
         stream, span, (stages, m) = self.streams[rank], self.span(rank), (self.shape.num_stages, self.micro_batches)
@@ -106,8 +113,13 @@ class Work:
         for mask, offset in ((forward & (stage < stages - 1), 0), (backward & (stage > 0), stages)):
             out[mask] = (stage[mask] + offset) * m + index[mask]
         need[self._out_of_order(rank, stage, op, index)] = self.never
+        predicted = np.zeros(len(stream))
+        if self.policy == "predict":
+            predict_s = self.costs.per_stage("predict_s", stages)[stage]
+            late = forward & (index // self.shape.accumulation > np.cumsum(update))  # with one stage a rank
+            predicted[late] = predict_s[late]
         factors = np.array(self.costs.micro_batch_factors)
-        duration[:] = self.times[op, stage] * np.where(update, 1.0, factors[index % len(factors)])
+        duration[:] = predicted + self.times[op, stage] * np.where(update, 1.0, factors[index % len(factors)])
         if self.costs.noise:
             # Drawn by rank, in the order of its stream, so that it does not matter how the timeline is computed.
             sigma = math.sqrt(math.log1p(self.costs.noise**2))

@@ -9,7 +9,7 @@ stash      the current version  the version its forward used      one copy a ver
            the window's
 predict    predicted weights    the current version               one scratch copy (none with fp32 masters)
 recompute  the current version  the current version, activations  none, and activations shrink to the
-                                computed anew                     stage's input
+                                computed anew                     stage's input (see :func:`recomputes`)
 ========== ==================== ================================= ==========================================
 
 A version is the number of local updates behind it. *Drift* is the version that a backward used minus the one that its
@@ -60,6 +60,11 @@ def versions_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int) 
     if policy == "stash":
         return family.drift_bound(shape, rank) + 1
     return 2 if policy == "2bw" else 1
+
+
+def recomputes(policy: str, family: ScheduleFamily, shape: Shape, rank: int) -> bool:
+    """Whether ``rank`` runs its forwards again. One that never holds more than one micro-batch would gain nothing."""
+    return policy == "recompute" and family.in_flight_bound(shape, rank) > 1
 
 
 def bounds(policy: str, family: ScheduleFamily, shape: Shape, rank: int) -> tuple[int, int]:

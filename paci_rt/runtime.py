@@ -155,7 +155,7 @@ class Pipeline:
             weights=weights,
             accumulation=shape.accumulation,
             divisor=divisor,
-            recompute=policy == "recompute" and family.in_flight_bound(shape, rank.rank) > 1,
+            recompute=policies.recomputes(policy, family, shape, rank.rank),
             ties=ties,
         )
 

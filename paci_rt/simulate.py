@@ -39,6 +39,8 @@ class Costs:
     Attributes:
         forward_s, input_grad_s, weight_grad_s: compute; an undivided backward takes both of its halves.
         update_s: one local update.
+        predict_s: putting predicted weights in place and the true ones back, for a forward under policy ``predict``
+            that runs ahead of an update.
         hop_s: latency of a message between different ranks.
         bandwidth_bytes_per_s: of every channel.
         message_bytes: output of each stage; its gradient has the same size.
@@ -58,6 +60,7 @@ class Costs:
     input_grad_s: tuple[float, ...]
     weight_grad_s: tuple[float, ...]
     update_s: tuple[float, ...] = (0.0,)
+    predict_s: tuple[float, ...] = (0.0,)
     hop_s: float = 0.0
     bandwidth_bytes_per_s: float = math.inf
     message_bytes: tuple[float, ...] = (0.0,)

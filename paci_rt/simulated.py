@@ -37,7 +37,7 @@ class Simulation:
             rank takes from its first start to its last end. Asynchronous ones: the windows that are left without those
             in which the pipeline fills and drains (``ceil((in-flight bound - 1) / a)`` at either end, the first window
             at least). A run too short to have any counts whole.
-        micro_batches_per_s: in the steady part, by the mean elapsed time of the ranks.
+        micro_batches_per_s: in the steady part of the rank that takes longest.
         steady_windows: windows in the steady part; 0 where the run was too short and counts whole.
         peak_activations: forwards whose B or I has not run, by rank; of all its chunks together.
         peak_stashes: micro-batches between their I and their W, by rank.
@@ -168,7 +168,7 @@ def _peaks(work: Work, row: _Rank) -> tuple[int, int, float]:
         return np.asarray(work.costs.per_stage(name, work.shape.num_stages)[row.stage])
 
     whole, stash = at("activation_bytes"), at("stash_bytes")
-    kept = at("input_bytes") if work.policy == "recompute" else whole
+    kept = np.where(work.recomputes(row.stage), at("input_bytes"), whole)
     held = np.cumsum(kept * forward - kept * backward + stash * halves - stash * weight_grad)
     # While a backward runs, its micro-batch's activations are all there, and nothing of it is freed.
     during = np.concatenate(([0.0], held[:-1])) + np.maximum(whole - kept, 0.0) * backward
@@ -288,11 +288,11 @@ class _Spans:
             if not self.flush:
                 elapsed[:] = self.whole[:, 1].max()
             busy, counted = self.busy, 0
-        mean_s = float(elapsed.mean())
-        if not mean_s:
+        longest_s = float(elapsed.max())
+        if not longest_s:
             return 0.0, 0.0, counted
         utilization = float(np.divide(busy, elapsed, out=np.zeros_like(busy), where=elapsed > 0).mean())
-        return min(1.0, utilization), (counted or windows) * shape.accumulation / mean_s, counted
+        return min(1.0, utilization), (counted or windows) * shape.accumulation / longest_s, counted
 
 
 def _events(stream: Codes, row: _Rank, versions: npt.NDArray[np.int64]) -> Sequence[Event]:

@@ -72,17 +72,16 @@ def stage_costs(profile: Profile, partition: Sequence[int], *, device_speeds: Se
     )
 
 
-def step_costs(costs: Costs, policy: str) -> StepCosts:
+def step_costs(costs: Costs, again: Sequence[bool]) -> StepCosts:
     """What a searched schedule is fitted to on stages of these ``costs``: seconds by stage, the mean time of a message,
-    and the share of the activations that stays after I."""
+    and the share of the activations that stays after I. ``again`` tells the stages that run their forwards twice."""
     stages = len(costs.forward_s)
     sizes = costs.per_stage("message_bytes", stages)[:-1]
     transfer_s = float(sizes.mean()) / costs.bandwidth_bytes_per_s if stages > 1 else 0.0
     activations = float(costs.per_stage("activation_bytes", stages).sum())
     stashes = float(costs.per_stage("stash_bytes", stages).sum())
-    input_grad = costs.per_stage("input_grad_s", stages)
-    if policy == "recompute":
-        input_grad = input_grad + costs.per_stage("forward_s", stages)
+    forward = costs.per_stage("forward_s", stages)
+    input_grad = costs.per_stage("input_grad_s", stages) + np.where(again, forward, 0.0)
     return StepCosts(
         forward=costs.forward_s,
         input_grad=tuple(input_grad.tolist()),

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from paci_rt import planner, schedules
+from paci_rt import planner, policies, schedules
 from paci_rt.candidates import Candidate, Evaluator, Limits
 from paci_rt.planner import BlockProfile, Profile, load_profile, parse_profile, plan, stage_costs
 from paci_rt.schedules import Shape
@@ -131,8 +131,8 @@ def test_the_cut_is_the_best_of_all_that_fit(seed):
         costs = stage_costs(profile, partition, device_speeds=speeds)
         run = simulate(family, shape, costs, policy=policy, windows=8)
         times = costs.forward_s, costs.input_grad_s, costs.weight_grad_s
-        again = 2 if policy == "recompute" else 1
-        seconds = max(again * f + i + w for f, i, w in zip(*times, strict=True))
+        twice = [policies.recomputes(policy, family, shape, rank) for rank in range(stages)]
+        seconds = max((1 + again) * f + i + w for again, f, i, w in zip(twice, *times, strict=True))
         copies = [1 + profile.state_bytes_per_parameter_byte + extra for extra in versions]
         weights = [copy * size for copy, size in zip(copies, costs.weight_bytes, strict=True)]
         return seconds, max(weight + run.peak_activation_bytes[rank] for rank, weight in enumerate(weights))

@@ -233,6 +233,10 @@ def test_peaks_in_units_and_bytes():
     again = run("paci", 4, 4, costs, windows=6, policy="recompute")
     assert list(again.peak_activation_bytes.values()) == [n * 7.0 + 93.0 for n in (4, 3, 2, 1)]
     assert again.busy_s[0] == 24 * 4.0  # a second forward each
+    assert again.busy_s[3] == 24 * 3.0  # not where a backward follows its forward at once
+    late = run("paci", 4, 4, replace(costs, predict_s=(0.5,)), windows=6, policy="predict")
+    assert late.busy_s[0] == 24 * 3.0 + 0.5 * sum(n for delay, n in late.delay[0].items() if delay)
+    assert late.busy_s[3] == 24 * 3.0
     assert run("zb-h1", 4, 8, costs, policy="recompute").busy_s[0] == 8 * 4.0
     chunks = run("interleaved-1f1b", 4, 4, replace(costs, activation_bytes=(1.0, 10.0, 100.0, 1000.0)), chunks=2)
     assert chunks.peak_activations == {0: 5, 1: 3}

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from paci_rt import schedules
 from paci_rt.planner import AS_FAST, Candidate, Plan, Prediction, Profile, stage_costs
 from paci_rt.train import text
@@ -154,7 +156,7 @@ def _seconds(profile: Profile, plan: Plan) -> list[float]:
     costs = stage_costs(profile, plan.chosen.partition, device_speeds=plan.device_speeds)
     stages, ranks = len(plan.chosen.partition), len(plan.device_speeds)
     parts = [costs.per_stage(name, stages) for name in ("forward_s", "input_grad_s", "weight_grad_s")]
-    parts += [parts[0]] if plan.chosen.policy == "recompute" else []
+    parts.append(np.where(plan.chosen.recomputing(ranks), parts[0], 0.0))
     return [float(sum(part[rank::ranks].sum() for part in parts)) for rank in range(ranks)]
 
 
