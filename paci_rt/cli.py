@@ -172,11 +172,13 @@ def _integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 3,5") from None
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _step_costs(text: str) -> Any:
+    from paci_rt.schedules import StepCosts
+
     try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 10,10,5") from None
+        return StepCosts.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -206,8 +208,9 @@ def _add_pipeline(options: _Options) -> None:
                 "activations and drift; asynchronous schedules only")
     options.add("policy", str, "NAME", f"which weights forwards and backwards use: {', '.join(POLICIES)} (default: the "
                 "schedule's own)")
-    options.add("step_costs", _numbers, "F,I,W[,HOP]", "times of a micro-batch, in any unit, that zb-1p and zb-2p are "
-                "fitted to (default: F, I and W equal, no hop)")
+    options.add("step_costs", _step_costs, "F,I,W[,HOP[,STASH]]", "times of a micro-batch, in any unit, and the share "
+                "of its activations that stays after I, which zb-1p and zb-2p are fitted to; F, I and W may be a:b:c, "
+                "one a stage (default: F, I and W equal, no hop)")
     options.add("buffers", int, "N", "gradient buffers a stage: 1 updates in line, 2 double-buffers (default: 1)")
     options.add("partition", _integers, "N,N,...", "blocks by stage, for example 3,5; with --chunks by piece, "
                 "stage 0's first one first, then stage 1's first one (default: balanced by cost)")

@@ -7,7 +7,7 @@ import pytest
 
 from paci_rt import schedules
 from paci_rt.action import Op, decode
-from paci_rt.schedules import FAMILIES, Shape
+from paci_rt.schedules import FAMILIES, Shape, StepCosts
 
 GRID = list(itertools.product(range(1, 9), (1, 2, 3, 4, 7, 8, 16), (0, 1, 3)))
 
@@ -101,3 +101,12 @@ def test_unknown_names_suggest_the_nearest() -> None:
 def test_bad_integers_are_named(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Shape(**{"num_stages": 2, "accumulation": 2, **bad})
+
+
+def test_step_costs_are_written_and_read_back() -> None:
+    costs = StepCosts((1.5,), (1.0, 2.0), (0.25,), 0.125, 0.5)
+    assert costs.text() == "1.5,1:2,0.25,0.125,0.5" and StepCosts.parse(costs.text()) == costs
+    assert StepCosts.parse("1,2,3") == StepCosts((1.0,), (2.0,), (3.0,))
+    for bad in ("", "1,2", "1,2,x", "1,2,-3", "1,2,3,4:5", "1,2,3,4,5,6", "nan,1,1"):
+        with pytest.raises(ValueError, match="is not FORWARD,I,W"):
+            StepCosts.parse(bad)

@@ -31,6 +31,34 @@ class StepCosts(NamedTuple):
     hop: float = 0.0
     stash: float = 32 / (34 + 5 * 1024 / 128)
 
+    @classmethod
+    def parse(cls, text: str) -> StepCosts:
+        """Read ``FORWARD,I,W[,HOP[,STASH]]``; each of the first three is one time, or ``a:b:c`` with one a stage.
+
+        Raises:
+            ValueError: ``text`` is not of that form, or has a time that is negative or no number.
+        """
+        parts = text.split(",")
+        try:
+            values = [tuple(float(one) for one in part.split(":")) for part in parts]
+        except ValueError:
+            values = []
+        single = all(len(one) == 1 for one in values[3:])
+        fine = all(0 <= one < math.inf for each in values for one in each)
+        if len(values) not in (3, 4, 5) or not single or not fine:
+            raise ValueError(
+                f"{text!r} is not FORWARD,I,W[,HOP[,STASH]]: give times that are not negative, the first three for all "
+                "stages or as a:b:c one a stage, such as 10,10,5:5:7,0.5"
+            )
+        forward, input_grad, weight_grad = values[:3]
+        rest = {name: one[0] for name, one in zip(("hop", "stash"), values[3:], strict=False)}
+        return cls(forward, input_grad, weight_grad, **rest)
+
+    def text(self) -> str:
+        """What :meth:`parse` reads back, to six digits."""
+        times = (":".join(f"{one:.6g}" for one in each) for each in (self.forward, self.input_grad, self.weight_grad))
+        return ",".join((*times, f"{self.hop:.6g}", f"{self.stash:.6g}"))
+
     def per_stage(self, num_stages: int) -> StepCosts:
         """The same with one value a stage.
 

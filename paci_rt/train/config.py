@@ -28,7 +28,7 @@ class TrainConfig:
     Attributes:
         schedule, slack, policy, buffers: as for ``paci_rt.SchedulePACI``.
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, and 2 for ``interleaved-1f1b``.
-        step_costs: forward, I and W of a micro-batch and a hop, in one unit, which zb-1p and zb-2p are fitted to.
+        step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
         accumulation: micro-batches a window; 4, and always 1 for ``async-1f1b``.
         model: a name in ``paci_rt.train.gpt.MODELS``. partition: its blocks by stage; balanced by cost.
         data: text file, folder of text files, ``.bin``, or folder with train.bin and val.bin; Python's own library.
@@ -58,7 +58,7 @@ class TrainConfig:
     chunks: int = AUTO
     slack: int = 0
     policy: str | None = None
-    step_costs: tuple[float, ...] | None = None
+    step_costs: schedules.StepCosts | None = None
     buffers: int | None = None
     model: str = "gpt-tiny"
     partition: tuple[int, ...] = AUTO
@@ -171,12 +171,17 @@ class TrainConfig:
         if self.chunks > 1 and not family.takes_chunks:
             raise ValueError(f"--chunks is {self.chunks}: {family.name} runs one piece of the model a stage; use 1")
         pieces = self.stages * self.chunks
-        shape = schedules.Shape(num_stages=pieces, accumulation=accumulation, slack=self.slack, chunks=self.chunks)
+        shape = schedules.Shape(
+            num_stages=pieces,
+            accumulation=accumulation,
+            slack=self.slack,
+            chunks=self.chunks,
+            costs=self.step_costs or schedules.StepCosts(),
+        )
         family.check(shape)
         self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
-        _ = self.search_costs  # raises where they cannot be used
         default = default_partition(model, pieces, seq_len=seq_len)
         sizes = tuple(self.partition) if self.partition is not None else default
         if len(sizes) != pieces or sum(sizes) != model.layers or min(sizes) < 1:
@@ -192,20 +197,6 @@ class TrainConfig:
     def gpt(self) -> GPTConfig:
         """The model's shape."""
         return MODELS[self.model]
-
-    @property
-    def search_costs(self) -> schedules.StepCosts | None:
-        """``step_costs`` as a searched schedule takes them; None where it is to assume equal ones."""
-        if self.step_costs is None:
-            return None
-        costs = self.step_costs
-        if len(costs) not in (3, 4) or not all(math.isfinite(cost) and cost >= 0 for cost in costs) or sum(costs) == 0:
-            raise ValueError(
-                f"--step-costs {','.join(map(str, costs))}: give the times of forward, I, W and perhaps a hop, none "
-                "negative, such as 10,10,5,0.5"
-            )
-        forward, input_grad, weight_grad, hop = (*costs, 0.0)[:4]
-        return schedules.StepCosts(forward=(forward,), input_grad=(input_grad,), weight_grad=(weight_grad,), hop=hop)
 
     @property
     def torch_dtype(self) -> torch.dtype:

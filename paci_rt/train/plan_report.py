@@ -58,7 +58,7 @@ def train_command(profile: Profile, chosen: Candidate) -> str | None:
     if chosen.policy != family.policies[0]:
         options.append(("--policy", chosen.policy))
     if chosen.step_costs is not None:
-        options.append(("--step-costs", _mean_step_ms(chosen.step_costs)))
+        options.append(("--step-costs", _step_ms(chosen.step_costs).text()))
     if profiled.get("dtype", "fp32") != "fp32":
         options.append(("--dtype", profiled["dtype"]))
     if profiled["threads"] != 1:
@@ -66,10 +66,14 @@ def train_command(profile: Profile, chosen: Candidate) -> str | None:
     return shlex.join(["paci-rt", "train", *(str(word) for pair in options for word in pair)])
 
 
-def _mean_step_ms(costs: schedules.StepCosts) -> str:
-    """F,I,W,HOP of the mean stage, which is all that ``--step-costs`` takes."""
-    means = [sum(values) / len(values) for values in (costs.forward, costs.input_grad, costs.weight_grad)]
-    return ",".join(f"{1e3 * value:.4g}" for value in (*means, costs.hop))
+def _step_ms(costs: schedules.StepCosts) -> schedules.StepCosts:
+    """In milliseconds, with one value for all stages where they do not differ."""
+
+    def ms(values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(1e3 * value for value in (values if len(set(values)) > 1 else values[:1]))
+
+    forward, input_grad, weight_grad = (ms(each) for each in costs[:3])
+    return schedules.StepCosts(forward, input_grad, weight_grad, 1e3 * costs.hop, costs.stash)
 
 
 # ------------------------------------------------------------------------------------------------------------- profile
@@ -262,10 +266,6 @@ def _command_text(profile: Profile, chosen: Candidate, command: str | None) -> s
         notes.append(
             f"This machine has {cores} core{'s' if cores > 1 else ''} for {needed} threads of stages, so a run here is "
             "slower than predicted."
-        )
-    if chosen.step_costs is not None:
-        notes.append(
-            "--step-costs has the mean of all stages, while the prediction is for a search with each stage's own."
         )
     if profile.profiled.get("machine") not in (None, machine()):
         notes.append("The profile comes from another machine.")
