@@ -1,4 +1,4 @@
-"""Draws what 1F1B-flush and PACI really do: an executed run of each, sleeps in place of the kernels.
+"""Draws what 1F1B-flush, ZB-2p and PACI really do: an executed run of each, sleeps in place of the kernels.
 
 python benchmarks/timelines.py --stages 4 --accumulation 4 --out docs/timelines.png
 """
@@ -14,7 +14,7 @@ from paci_rt import launch
 from paci_rt.trace import Event
 from paci_rt.train import plots
 
-FORWARD_MS, BACKWARD_MS = 10.0, 20.0
+FORWARD_MS, INPUT_GRAD_MS, WEIGHT_GRAD_MS = 10.0, 10.0, 10.0
 WINDOWS_SHOWN = 3
 
 
@@ -32,12 +32,7 @@ def lane(name: str, title: str, args: argparse.Namespace) -> plots.Lane:
         schedule=name,
         stages=args.stages,
         accumulation=args.accumulation,
-        slack=0,
-        model="",
-        rows=1,
-        seq_len=1,
-        emulate_ms=(FORWARD_MS, BACKWARD_MS),
-        message_bytes=1024,
+        emulate_ms=(FORWARD_MS, INPUT_GRAD_MS, WEIGHT_GRAD_MS),
     )
     events = [event for events in launch.run(run, args.stages, (case,)) for event in events]
     # From the moment the first stage starts its fourth window.
@@ -53,11 +48,16 @@ def main() -> None:
     args = parser.parse_args()
     lanes = [
         lane("1f1b", "1F1B with a flush before every update", args),
+        lane("zb-2p", "ZB-2p: weight gradients fill the bubbles, with a flush before every update", args),
         lane("paci", "PACI: local updates, no flush", args),
     ]
-    flushed_s = (args.accumulation + args.stages - 1) * (FORWARD_MS + BACKWARD_MS) / 1e3
+    times_ms = (FORWARD_MS, INPUT_GRAD_MS, WEIGHT_GRAD_MS)
+    flushed_s = (args.accumulation + args.stages - 1) * sum(times_ms) / 1e3
     plots.timeline(args.out, lanes, span_s=(WINDOWS_SHOWN - 0.5) * flushed_s)
-    print(f"wrote {args.out}: executed over gloo, sleeps of {FORWARD_MS:g} ms F and {BACKWARD_MS:g} ms B for kernels")
+    print(
+        f"wrote {args.out}: executed over gloo, sleeps of {FORWARD_MS:g} ms F, {INPUT_GRAD_MS:g} ms I and "
+        f"{WEIGHT_GRAD_MS:g} ms W in place of the kernels"
+    )
 
 
 if __name__ == "__main__":
