@@ -35,6 +35,18 @@ def positive(text: str) -> int:
     return value
 
 
+def list_of(convert: Any) -> Any:
+    """An argparse type: values with commas between them."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [convert(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
 def finish(benchmark: str, rows: list[dict[str, Any]], missed: Sequence[str], json_path: str | None) -> None:
     """Write the JSON, print what fell short, end with OK or FAILED and the exit code."""
     if json_path:

@@ -13,7 +13,7 @@ import argparse
 from collections import defaultdict
 from typing import Any
 
-from common import finish, median_spread, positive, print_table
+from common import finish, list_of, median_spread, positive, print_table
 from pipelines import PEERS, Case, Pipe
 
 from paci_rt import launch, schedules
@@ -120,9 +120,9 @@ def asked_utilization(args: argparse.Namespace) -> dict[str, float]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=positive, default=2)
-    parser.add_argument("--accumulation", type=_list_of(positive), default=[2, 4], help="micro-batches a window")
-    parser.add_argument("--schedules", type=_list_of(_schedule), default=["1f1b", "paci"])
-    parser.add_argument("--slack", type=_list_of(int), default=[0], help="in-flight slack of the asynchronous ones")
+    parser.add_argument("--accumulation", type=list_of(positive), default=[2, 4], help="micro-batches a window")
+    parser.add_argument("--schedules", type=list_of(_schedule), default=["1f1b", "paci"])
+    parser.add_argument("--slack", type=list_of(int), default=[0], help="in-flight slack of the asynchronous ones")
     parser.add_argument("--emulate-ms", type=_pair, default=None, metavar="F,B", help="sleep instead of computing")
     parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
     parser.add_argument("--peer", choices=["torch"], default=None, help="also run torch.distributed.pipelining")
@@ -133,16 +133,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--json", default=None)
     return parser.parse_args()
-
-
-def _list_of(convert: Any) -> Any:
-    def parse(text: str) -> list[Any]:
-        try:
-            return [convert(part) for part in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse
 
 
 def _schedule(text: str) -> str:

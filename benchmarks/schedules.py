@@ -16,7 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from common import finish, median_spread, positive, print_table
+from common import finish, list_of, median_spread, positive, print_table
 from pipelines import Case, Pipe
 
 import paci_rt
@@ -281,8 +281,8 @@ def report(rows: list[dict[str, Any]]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=positive, default=2)
-    parser.add_argument("--accumulation", type=_list_of(positive), default=[4], help="micro-batches a window")
-    parser.add_argument("--schedules", type=_list_of(_schedule), default=list(ALL), help="NAME or NAME+POLICY, ...")
+    parser.add_argument("--accumulation", type=list_of(positive), default=[4], help="micro-batches a window")
+    parser.add_argument("--schedules", type=list_of(_schedule), default=list(ALL), help="NAME or NAME+POLICY, ...")
     parser.add_argument("--chunks", type=positive, default=2, help="pieces of the model a stage, for interleaved-1f1b")
     parser.add_argument("--emulate-ms", type=_times, default=None, metavar="F,I,W", help="sleep instead of computing")
     parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
@@ -293,16 +293,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--json", default=None)
     return parser.parse_args()
-
-
-def _list_of(convert: Any) -> Any:
-    def parse(text: str) -> list[Any]:
-        try:
-            return [convert(part) for part in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse
 
 
 def _schedule(text: str) -> str:
