@@ -99,8 +99,7 @@ SumAndCount accumulate_segment(float* dst, const void* src, DType dtype, std::in
 
 SumAndCount measure_segment(const float* x, std::int64_t n, int threads) {
   const auto sum_of_squares = kernels().sum_of_squares;
-  return in_chunks(x, n, threads,
-                   [&](std::int64_t at, std::int64_t count) { return sum_of_squares(x + at, count); });
+  return in_chunks(x, n, threads, [&](std::int64_t at, std::int64_t count) { return sum_of_squares(x + at, count); });
 }
 
 }  // namespace paci_rt

@@ -196,7 +196,7 @@ void sgd(const SGDRange& r, std::int64_t n, const SGDScalars& s) {
 }  // namespace
 
 extern const KernelTable PACI_RT_CONCAT(kernels_, PACI_RT_ISA);
-const KernelTable PACI_RT_CONCAT(kernels_, PACI_RT_ISA) = {PACI_RT_STRING(PACI_RT_ISA), accumulate, sum_of_squares,
-                                                           count_nonfinite, adamw, sgd};
+const KernelTable PACI_RT_CONCAT(kernels_, PACI_RT_ISA) = {
+    PACI_RT_STRING(PACI_RT_ISA), accumulate, sum_of_squares, count_nonfinite, adamw, sgd};
 
 }  // namespace paci_rt
