@@ -165,6 +165,13 @@ std::int64_t Accumulator::nonfinite_count() const {
   return total;
 }
 
+std::vector<bool> Accumulator::front_touched() const {
+  const Buffer& front = buffers_[front_];
+  if (front.state != State::empty && front.state != State::filling)
+    throw StateError(concat("the front buffer is ", name_of(front.state), ": it has no window in the making"));
+  return {front.touched.begin(), front.touched.end()};
+}
+
 std::vector<bool> Accumulator::touched() const {
   const Buffer& buffer = finished("which segments got a gradient");
   return {buffer.touched.begin(), buffer.touched.end()};

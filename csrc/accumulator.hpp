@@ -45,6 +45,9 @@ class Accumulator {
   std::vector<std::string> states() const;
   std::int64_t front() const { return front_; }
 
+  // Of the front buffer, as far as its window has come.
+  std::vector<bool> front_touched() const;
+
   // Of the buffer that is sealed or being consumed; throw StateError when there is none.
   double sum_of_squares() const;
   std::int64_t nonfinite_count() const;

@@ -43,4 +43,24 @@ void adamw_step(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t 
 void sgd_step(const FlatWeights& flat, std::uintptr_t momentum_buffer, const std::vector<Piece>& pieces,
               const SGDConfig& config, double divisor, Stream stream, int threads);
 
+// Where the next `repeats` steps would bring the weights, were all of them to see the same gradients: those of a window
+// that is still being summed up, of which `divisor` micro-batches are in. Nothing changes but the weights themselves:
+// `kept` receives fp32 ones as they were; bf16/fp16 ones have their masters.
+//
+// A piece that is not `known` has no gradient in the sum yet and goes on as its momentum does: AdamW sees the mean of
+// past gradients, exp_avg / (1 - beta1^n) after n steps, SGD (1 - momentum) / (1 - dampening) of its buffer. `step` is
+// the number of the first of the steps.
+struct Ahead {
+  std::vector<Piece> pieces;
+  std::vector<std::uint8_t> known;  // one for each piece
+  std::int64_t repeats;
+  std::uintptr_t kept;
+};
+
+void adamw_ahead(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq, const Ahead& ahead,
+                 const AdamWConfig& config, double divisor, Stream stream, int threads);
+
+void sgd_ahead(const FlatWeights& flat, std::uintptr_t momentum_buffer, const Ahead& ahead, const SGDConfig& config,
+               double divisor, Stream stream, int threads);
+
 }  // namespace paci_rt

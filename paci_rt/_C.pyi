@@ -16,6 +16,8 @@ class Accumulator:
     @property
     def nonfinite_count(self) -> int: ...
     @property
+    def front_touched(self) -> list[bool]: ...
+    @property
     def touched(self) -> list[bool]: ...
 
 def adamw_step(
@@ -45,6 +47,47 @@ def sgd_step(
     grad_sum: int,
     momentum_buffer: int,
     pieces: list[tuple[int, int, int]],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    divisor: float,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
+def adamw_ahead(
+    *,
+    master: int,
+    weight: int,
+    dtype: int,
+    grad_sum: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    kept: int,
+    pieces: list[tuple[int, int, int, bool]],
+    repeats: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    divisor: float,
+    device: int,
+    stream: int,
+    threads: int,
+) -> None: ...
+def sgd_ahead(
+    *,
+    master: int,
+    weight: int,
+    dtype: int,
+    grad_sum: int,
+    momentum_buffer: int,
+    kept: int,
+    pieces: list[tuple[int, int, int, bool]],
+    repeats: int,
     lr: float,
     momentum: float,
     dampening: float,

@@ -90,6 +90,21 @@ class GradAccumulator:
         overwrite = self._native.lend(index, stream, native.get_num_threads())
         return self.group.view(self._tensors[self._native.front], index), overwrite
 
+    @property
+    def front_flat(self) -> Tensor:
+        """The flat fp32 buffer of the window in the making. Parts of parameters that :attr:`front_touched` does not
+        have hold anything."""
+        return self._tensors[self._native.front]
+
+    @property
+    def front_touched(self) -> tuple[bool, ...]:
+        """Which parameters have a gradient in the window in the making.
+
+        Raises:
+            AccumulatorStateError: the front buffer is sealed or being consumed.
+        """
+        return tuple(self._native.front_touched)
+
     def _refuse(self, index: int, grad: Tensor) -> None:
         name, param = self.group.names[index], self.group.params[index]
         if grad.layout is not torch.strided:

@@ -164,6 +164,11 @@ class _Options:
         flag = "--" + name.replace("_", "-")
         self._group.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
+    def switch(self, name: str, text: str) -> None:
+        """``--name`` and ``--no-name``."""
+        action = argparse.BooleanOptionalAction
+        self._group.add_argument(f"--{name}", action=action, default=argparse.SUPPRESS, help=text)
+
 
 def _integers(text: str) -> tuple[int, ...]:
     try:
@@ -208,6 +213,8 @@ def _add_pipeline(options: _Options) -> None:
                 "activations and drift; asynchronous schedules only")
     options.add("policy", str, "NAME", f"which weights forwards and backwards use: {', '.join(POLICIES)} (default: the "
                 "schedule's own)")
+    options.switch("lookahead", "run forwards that come before an update of theirs at the weights that the gradients "
+                   "seen so far would make; asynchronous schedules with adamw or sgd (default: no)")
     options.add("step_costs", _step_costs, "F,I,W[,HOP[,STASH]]", "times of a micro-batch, in any unit, and the share "
                 "of its activations that stays after I, which zb-1p and zb-2p are fitted to; F, I and W may be a:b:c, "
                 "one a stage (default: F, I and W equal, no hop)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -155,6 +155,31 @@ class FusedOptimizer(torch.optim.Optimizer):
     def apply(self, state: FusedState, grad_sum: Tensor, positions: list[int], divisor: int) -> None:
         """Update the parameters at ``positions`` with the gradients ``grad_sum / divisor``, flat and fp32."""
 
+    @abstractmethod
+    def ahead(
+        self,
+        state: FusedState,
+        grad_sum: Tensor,
+        known: Sequence[bool],
+        divisor: int,
+        repeats: int,
+        kept: Tensor | None,
+    ) -> list[int]:
+        """Put the weights where the next ``repeats`` updates would bring them, were all of them to see the gradients
+        ``grad_sum / divisor``; state and masters stay.
+
+        Args:
+            state: of one flat group.
+            grad_sum: flat fp32 sums of a window in the making.
+            known: for each parameter whether the sum has a gradient of it; without one its momentum has to do, and a
+                parameter that was never updated stays.
+            divisor: micro-batches in the sum.
+            kept: flat fp32, receives the weights as they were; None where there are masters.
+
+        Returns:
+            Positions of the parameters that were put ahead.
+        """
+
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
         """Not for callers: the schedule takes the steps.
 
@@ -263,6 +288,37 @@ class AdamW(FusedOptimizer):
             divisor=-divisor if options["maximize"] else divisor,
         )
 
+    def ahead(
+        self,
+        state: FusedState,
+        grad_sum: Tensor,
+        known: Sequence[bool],
+        divisor: int,
+        repeats: int,
+        kept: Tensor | None,
+    ) -> list[int]:
+        """As :meth:`apply`, ``repeats`` times, on copies of the moments."""
+        group, options, steps = state.group, state.param_group, state.steps
+        assert steps is not None
+        counts = [int(count) for count in steps.tolist()]
+        moved = [position for position, count in enumerate(counts) if known[position] or count]
+        native.adamw_ahead(
+            master=group.weight if state.master is None else state.master,
+            weight=None if state.master is None else group.weight,
+            grad_sum=grad_sum,
+            exp_avg=state.flat["exp_avg"],
+            exp_avg_sq=state.flat["exp_avg_sq"],
+            kept=kept,
+            pieces=[(group.offsets[i], group.numels[i], counts[i] + 1, known[i]) for i in moved],
+            repeats=repeats,
+            lr=float(options["lr"]),
+            betas=(float(options["betas"][0]), float(options["betas"][1])),
+            eps=float(options["eps"]),
+            weight_decay=float(options["weight_decay"]),
+            divisor=-divisor if options["maximize"] else divisor,
+        )
+        return moved
+
 
 class SGD(FusedOptimizer):
     """``torch.optim.SGD`` as one native pass over flat parameters; see :class:`AdamW`.
@@ -330,3 +386,33 @@ class SGD(FusedOptimizer):
             nesterov=bool(options["nesterov"]),
             divisor=-divisor if options["maximize"] else divisor,
         )
+
+    def ahead(
+        self,
+        state: FusedState,
+        grad_sum: Tensor,
+        known: Sequence[bool],
+        divisor: int,
+        repeats: int,
+        kept: Tensor | None,
+    ) -> list[int]:
+        """As :meth:`apply`, ``repeats`` times, on a copy of the momentum."""
+        group, options = state.group, state.param_group
+        updated = [state.has_state(position) for position in range(len(group.params))]
+        moved = [position for position, before in enumerate(updated) if known[position] or before]
+        native.sgd_ahead(
+            master=group.weight if state.master is None else state.master,
+            weight=None if state.master is None else group.weight,
+            grad_sum=grad_sum,
+            momentum_buffer=state.flat["momentum_buffer"],
+            kept=kept,
+            pieces=[(group.offsets[i], group.numels[i], 2 if updated[i] else 1, known[i]) for i in moved],
+            repeats=repeats,
+            lr=float(options["lr"]),
+            momentum=float(options["momentum"]),
+            dampening=float(options["dampening"]),
+            weight_decay=float(options["weight_decay"]),
+            nesterov=bool(options["nesterov"]),
+            divisor=-divisor if options["maximize"] else divisor,
+        )
+        return moved

@@ -237,3 +237,91 @@ def sgd_step(
         stream=stream,
         threads=get_num_threads(),
     )
+
+
+def adamw_ahead(
+    *,
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    kept: Tensor | None,
+    pieces: list[tuple[int, int, int, bool]],
+    repeats: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    divisor: float,
+    stream: int = 0,
+) -> None:
+    """Put the weights where ``repeats`` steps of AdamW with the gradients ``grad_sum / divisor`` would bring them.
+
+    Moments and masters stay. See :func:`adamw_step` for the shared arguments.
+
+    Args:
+        kept: fp32, receives fp32 parameters as they were; None where ``weight`` has masters.
+        pieces: offset and length in elements, number of the next step, and whether ``grad_sum`` holds a gradient
+            already; without one, the mean of past gradients stands in for it.
+        repeats: steps to look ahead, at least 1.
+    """
+    core().adamw_ahead(
+        master=master.data_ptr(),
+        weight=0 if weight is None else weight.data_ptr(),
+        dtype=DTYPE_CODES[master.dtype if weight is None else weight.dtype],
+        grad_sum=grad_sum.data_ptr(),
+        exp_avg=exp_avg.data_ptr(),
+        exp_avg_sq=exp_avg_sq.data_ptr(),
+        kept=0 if kept is None else kept.data_ptr(),
+        pieces=pieces,
+        repeats=repeats,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        divisor=divisor,
+        device=device_code(master.device, "the parameter group"),
+        stream=stream,
+        threads=get_num_threads(),
+    )
+
+
+def sgd_ahead(
+    *,
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    momentum_buffer: Tensor,
+    kept: Tensor | None,
+    pieces: list[tuple[int, int, int, bool]],
+    repeats: int,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    divisor: float,
+    stream: int = 0,
+) -> None:
+    """Put the weights where ``repeats`` steps of SGD with momentum would bring them; see :func:`adamw_ahead`."""
+    core().sgd_ahead(
+        master=master.data_ptr(),
+        weight=0 if weight is None else weight.data_ptr(),
+        dtype=DTYPE_CODES[master.dtype if weight is None else weight.dtype],
+        grad_sum=grad_sum.data_ptr(),
+        momentum_buffer=momentum_buffer.data_ptr(),
+        kept=0 if kept is None else kept.data_ptr(),
+        pieces=pieces,
+        repeats=repeats,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        divisor=divisor,
+        device=device_code(master.device, "the parameter group"),
+        stream=stream,
+        threads=get_num_threads(),
+    )

@@ -165,6 +165,10 @@ class BoundOptimizer(ABC):
         """Flat fp32 weights behind flat group ``number``, None where the parameters are all there is."""
         return None
 
+    def ahead(self, number: int, divisor: int, repeats: int, kept: Tensor | None) -> list[int]:
+        """Only paci_rt's own optimizers can be asked for steps that they do not take."""
+        raise NotImplementedError(type(self.optimizer).__name__)
+
     def _state_of(self, number: int, position: int) -> dict[str, Any]:
         return {}
 
@@ -226,6 +230,14 @@ class _Fused(BoundOptimizer):
     def master(self, number: int) -> Tensor | None:
         self._states[number].refresh_masters()
         return self._states[number].master
+
+    def ahead(self, number: int, divisor: int, repeats: int, kept: Tensor | None) -> list[int]:
+        """Put the weights of flat group ``number`` where its next updates would bring them; see
+        :meth:`paci_rt.fused.FusedOptimizer.ahead`."""
+        accumulator = self.accumulators[number]
+        known = accumulator.front_touched
+        self._states[number].refresh_masters()
+        return self.optimizer.ahead(self._states[number], accumulator.front_flat, known, divisor, repeats, kept)
 
     def _masters_bytes(self) -> int:
         return sum(state.master.nbytes for state in self._states if state.master is not None)

@@ -39,6 +39,8 @@ class Pipeline:
         chunks: stages a rank (``interleaved-1f1b``).
         slack: additional warm-up forwards on every stage but the last (asynchronous schedules).
         policy: which weights forwards and backwards use, see :mod:`paci_rt.policies`; None is the schedule's own.
+        lookahead: run forwards that come before an update of theirs at the weights that the gradients seen so far
+            would make of the present ones (asynchronous schedules; :mod:`paci_rt.lookahead`).
         costs: what a searched schedule is fitted to; None means forward, I and W of equal length and no hop.
         buffers: 1 runs the update in line in one gradient buffer, 2 double-buffers; None means 1 on the CPU.
         tied_weights: weights that live on two stages.
@@ -62,6 +64,7 @@ class Pipeline:
         chunks: int,
         slack: int,
         policy: str | None,
+        lookahead: bool,
         costs: StepCosts | None,
         buffers: int | None,
         tied_weights: Sequence[TiedWeight],
@@ -96,6 +99,9 @@ class Pipeline:
             raise ValueError("loss_fn is None: the last stage needs loss_fn(output, target) to start the backward")
         self._lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights))
         self._policy = policies.resolve(family, shape, policy)
+        if lookahead and family.flush:
+            raise ValueError(f"lookahead=True: {family.name} flushes, so no forward runs early; leave it out")
+        self._lookahead = lookahead
         if tied_weights and self._policy == "2bw":
             raise ValueError(
                 "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, "
@@ -143,7 +149,8 @@ class Pipeline:
         family, shape, policy = self._lowering.family, self._lowering.shape, self._policy
         bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
         self._bounds.append(bound)
-        weights = make_weights(policy, bound, policies.versions_held(policy, family, shape, rank.rank))
+        held = policies.versions_held(policy, family, shape, rank.rank)
+        weights = make_weights(policy, bound, held, lookahead=self._lookahead)
         if ties is not None:
             ties.bind(bound)
         stage.attach(ties if ties is not None else bound)
@@ -281,10 +288,11 @@ class Pipeline:
 
         Keys: ``schedule policy stages chunks accumulation slack windows micro_batches wall_s compute_s utilization
         exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending peak_rank_in_flight
-        memory peak_bytes``. Seconds and bytes; ``utilization`` is ``compute_s / (wall_s * ranks of this process)``;
-        ``drift`` and ``delay`` (see :mod:`paci_rt.policies`) map stage to a histogram over micro-batches;
-        ``peak_pending`` counts micro-batches between I and W; ``memory`` maps stage to bytes of weights, masters,
-        optimizer, accumulators, versions (extra weights), activations (peak) and total.
+        lookahead_s lookahead_forwards memory peak_bytes``. Seconds and bytes; ``utilization`` is
+        ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (see :mod:`paci_rt.policies`) map
+        stage to a histogram over micro-batches; ``peak_pending`` counts micro-batches between I and W;
+        ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of
+        weights, masters, optimizer, accumulators, versions (extra weights), activations (peak) and total.
         """
         return pipeline_stats(self._lowering, self._policy, self._executor, self._bounds)
 
@@ -292,6 +300,7 @@ class Pipeline:
         """Start counting anew, for example after the first window."""
         for runtime in self._executor.runtimes.values():
             runtime.audit.reset()
+            runtime.weights.reset_stats()
         self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -13,14 +13,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from paci_rt import policies
 from paci_rt.flat import FlatGroup, FlatHome
+from paci_rt.lookahead import LookAhead
 from paci_rt.optim import BoundOptimizer
 from paci_rt.predict import Predictor
 
 
 class StageWeights:
-    """Policies ``bounded`` and ``recompute``: there is one version, the current one."""
+    """Policies ``bounded`` and ``recompute``: there is one version, the current one.
+
+    Attributes:
+        extra_bytes: of whole weights besides the current ones.
+        ahead_s, ahead_forwards: seconds spent on look-ahead, and forwards that ran ahead.
+    """
 
     extra_bytes = 0
+    ahead_s, ahead_forwards = 0.0, 0
 
     def for_forward(self, window: int, current: int, start: int) -> tuple[int, AbstractContextManager[None]]:
         """Version for the forward of a micro-batch of ``window``, and a context in which the parameters have it.
@@ -41,6 +48,9 @@ class StageWeights:
 
     def restart(self, current: int) -> None:
         """The parameters hold version ``current`` now, and no other version is of any use."""
+
+    def reset_stats(self) -> None:
+        """Count seconds and forwards of look-ahead anew."""
 
 
 class KeptVersions(StageWeights):
@@ -115,12 +125,53 @@ class PredictedWeights(StageWeights):
         return current, nullcontext() if ahead <= 0 else self._predictor.ahead(ahead)
 
 
-def make_weights(policy: str, bound: BoundOptimizer, held: int) -> StageWeights:
+class AheadWeights(StageWeights):
+    """Window look-ahead over policy ``bounded`` or ``recompute``; see :mod:`paci_rt.lookahead`.
+
+    Args:
+        bound: the stage's optimizer, whose accumulators hold what is known of the coming updates.
+    """
+
+    def __init__(self, bound: BoundOptimizer) -> None:
+        self._look_ahead = LookAhead(bound)
+        self.extra_bytes = self._look_ahead.nbytes
+        self._micro_batches = 0  # of the window in the making
+
+    def for_forward(self, window: int, current: int, start: int) -> tuple[int, AbstractContextManager[None]]:
+        ahead = window - current
+        context = nullcontext() if ahead <= 0 else self._look_ahead.ahead(ahead, self._micro_batches)
+        return current, context
+
+    @property
+    def ahead_s(self) -> float:  # type: ignore[override]
+        return self._look_ahead.seconds
+
+    @property
+    def ahead_forwards(self) -> int:  # type: ignore[override]
+        return self._look_ahead.forwards
+
+    def reset_stats(self) -> None:
+        self._look_ahead.seconds, self._look_ahead.forwards = 0.0, 0
+
+    def for_backward(self, at_forward: int, current: int) -> tuple[int, AbstractContextManager[None]]:
+        self._micro_batches += 1
+        return current, nullcontext()
+
+    def begin_update(self, current: int) -> None:
+        self._micro_batches = 0
+
+
+def make_weights(policy: str, bound: BoundOptimizer, held: int, *, lookahead: bool = False) -> StageWeights:
     """The weights of a stage under ``policy``, which keeps ``held`` versions.
 
     Raises:
-        ValueError: ``predict`` with an optimizer that has no momentum to go by.
+        ValueError: ``predict`` or look-ahead with an optimizer that has no momentum to go by, or look-ahead under a
+            policy whose forwards do not use the current weights.
     """
+    if lookahead:
+        if policy not in ("bounded", "recompute"):
+            raise ValueError(f"lookahead=True under policy {policy!r}: look-ahead needs 'bounded' or 'recompute'")
+        return AheadWeights(bound)
     if policy in ("stash", "2bw"):
         return KeptVersions(policy, bound.groups, held)
     return PredictedWeights(bound) if policy == "predict" else StageWeights()

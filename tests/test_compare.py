@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from paci_rt.schedules import StepCosts
 from paci_rt.trace import Event
 from paci_rt.train import compare
 from paci_rt.train.config import TrainConfig
@@ -137,6 +138,19 @@ def test_a_diverged_run_leaves_no_automatic_target():
     assert comparison.target_loss is None
     assert "the loss of paci ended as no finite number" in compare.verdict(comparison)
     assert "NaN" not in json.dumps(comparison.to_json())
+
+
+def test_options_go_to_the_schedules_that_can_have_them() -> None:
+    names = ["paci", "1f1b", "interleaved-1f1b", "zb-1p"]
+    options = {"accumulation": 4, "policy": "recompute", "lookahead": True, "chunks": 3}
+    options |= {"step_costs": StepCosts(hop=0.5), "slack": 1, "stages": 2}
+    configs = {config.schedule: config for config in compare.plan(names, 1, options)}
+    assert {name for name, config in configs.items() if config.lookahead} == {"paci"}
+    assert {name: config.chunks for name, config in configs.items() if config.chunks > 1} == {"interleaved-1f1b": 3}
+    assert [name for name, config in configs.items() if config.step_costs] == ["zb-1p"]
+    assert {config.policy for config in configs.values()} == {"recompute"}
+    (pipedream,) = compare.plan(["pipedream"], 1, {"policy": "recompute"})
+    assert pipedream.policy == "stash"
 
 
 def test_plan_gives_each_schedule_what_it_takes():

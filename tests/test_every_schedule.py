@@ -38,6 +38,9 @@ DISTRIBUTED = [
     ),
     Run(schedule="async-1f1b", stages=4, accumulation=3, policy="predict", optimizer="torch-adamw"),
     Run(schedule="zb-h2", stages=3, accumulation=6, policy="recompute"),
+    Run(schedule="paci", stages=3, accumulation=3, lookahead=True, eval_every=2),
+    Run(schedule="paci", stages=4, accumulation=2, lookahead=True, optimizer="sgd", slack=1),
+    Run(schedule="paci", stages=3, accumulation=4, lookahead=True, policy="recompute"),
     Run(schedule="interleaved-1f1b", stages=4, accumulation=2, chunks=2, policy="recompute"),
 ]
 

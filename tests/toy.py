@@ -22,6 +22,7 @@ class Run:
     slack: int = 0
     chunks: int = 1
     policy: str | None = None
+    lookahead: bool = False
     optimizer: str = "adamw"
     batch: int = 12
     buffers: int = 1
@@ -92,6 +93,7 @@ def train_rank(rank: int, group: Any, run: Run) -> dict[str, Any]:
         optimizer=[make_optimizer(run.optimizer, stage.parameters()) for stage in stages],
         slack=run.slack,
         policy=run.policy,
+        lookahead=run.lookahead,
         buffers=run.buffers,
     )
     return train(schedule, run)
@@ -107,6 +109,7 @@ def train_local(run: Run, **options: Any) -> dict[str, Any]:
         chunks=run.chunks,
         slack=run.slack,
         policy=run.policy,
+        lookahead=run.lookahead,
         buffers=run.buffers,
         **options,
     )

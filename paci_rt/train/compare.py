@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from paci_rt import schedules
+from paci_rt.policies import POLICIES
 from paci_rt.trace import write_perfetto
 from paci_rt.train import plots, text
 from paci_rt.train.config import TrainConfig
@@ -80,7 +81,8 @@ class Comparison:
 def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[TrainConfig]:
     """The configs of all runs: schedules take turns within each seed, so that a busy hour hits all of them.
 
-    ``slack`` goes to the schedules that take it, and ``accumulation`` to all but those whose window is one micro-batch.
+    ``slack``, ``chunks``, ``step_costs``, ``lookahead`` and ``policy`` go to the schedules that can have them, and
+    ``accumulation`` to all but those whose window is one micro-batch.
 
     Raises:
         ValueError: options that cannot work.
@@ -100,10 +102,16 @@ def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[Trai
     for seed in range(first_seed, first_seed + seeds):
         for family in families:
             mine = {**options, "schedule": family.name, "seed": seed}
-            if not family.takes_slack:
-                mine.pop("slack", None)
-            if family.one_micro_batch_windows:
-                mine.pop("accumulation", None)
+            for name, can_have in (
+                ("slack", family.takes_slack),
+                ("chunks", family.takes_chunks),
+                ("step_costs", family.takes_costs),
+                ("lookahead", not family.flush),
+                ("policy", options.get("policy") not in POLICIES or options["policy"] in family.policies),
+                ("accumulation", not family.one_micro_batch_windows),
+            ):
+                if not can_have:
+                    mine.pop(name, None)
             configs.append(TrainConfig(**mine))
     if any(config.eval_interval == 0 for config in configs):
         raise ValueError("--eval-interval 0 validates at the end only, which shows no time to a target: give 1 or more")

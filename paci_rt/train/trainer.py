@@ -138,6 +138,7 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         "loss_fn": cross_entropy,
         "slack": config.slack,
         "policy": config.policy,
+        "lookahead": config.lookahead,
         "costs": config.step_costs,
         "buffers": config.buffers,
         "tied_weights": tied_weights(config.gpt, pieces),

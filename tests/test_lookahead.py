@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paci_rt
+from paci_rt.action import Op
+from paci_rt.lookahead import LookAhead
+from paci_rt.optim import BoundOptimizer, bind_optimizer
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda params: paci_rt.AdamW(params, lr=0.01, betas=(0.8, 0.95), weight_decay=0.1),
+    "adamw, high beta1 share": lambda params: paci_rt.AdamW(params, lr=0.01, betas=(0.3, 0.9)),
+    "adamw, maximize": lambda params: paci_rt.AdamW(params, lr=0.01, maximize=True),
+    "sgd": lambda params: paci_rt.SGD(params, lr=0.01, momentum=0.9, weight_decay=0.1),
+    "sgd, nesterov": lambda params: paci_rt.SGD(params, lr=0.01, momentum=0.9, nesterov=True),
+    "sgd, dampening": lambda params: paci_rt.SGD(params, lr=0.01, momentum=0.9, dampening=0.5),
+}
+SHAPES = ((40, 70), (3,), (2500,))  # blocks, tails and a tiny one
+
+
+def build(kind: str, dtype: torch.dtype, updates: int) -> BoundOptimizer:
+    """A bound optimizer with ``updates`` updates behind it; equal arguments give equal ones."""
+    generator = torch.Generator().manual_seed(1)
+    params = {
+        str(at): nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for at, shape in enumerate(SHAPES)
+    }
+    bound = bind_optimizer(OPTIMIZERS[kind](params.values()), params)
+    for number in range(updates):
+        for param in bound.groups[0].params:
+            bound.accumulate(param, gradient(param, 100 + number))
+        bound.update(1)
+    return bound
+
+
+def gradient(param: Tensor, seed: int) -> Tensor:
+    return torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).to(param.dtype)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("updates", [0, 3])
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_ahead_are_the_bits_of_the_updates_themselves(kind: str, dtype: torch.dtype, updates: int, ahead: int) -> None:
+    bound, twin = build(kind, dtype, updates), build(kind, dtype, updates)
+    group, count = bound.groups[0], 3
+    for seed in range(count):
+        for param in group.params:
+            bound.accumulate(param, gradient(param, seed))
+    for _ in range(ahead):  # the twin takes the steps for real
+        for seed in range(count):
+            for param in twin.groups[0].params:
+                twin.accumulate(param, gradient(param, seed))
+        twin.update(count)
+    before, state = group.weight.clone(), copy.deepcopy(bound.state_by_name())
+    with LookAhead(bound).ahead(ahead, count):
+        assert torch.equal(group.weight, twin.groups[0].weight)
+        assert not torch.equal(group.weight, before)
+    assert torch.equal(group.weight, before)
+    for name, entry in bound.state_by_name().items():
+        assert all(torch.equal(value, state[name][key]) for key, value in entry.items())
+    master = bound.master(0)
+    assert (master is None) == (dtype is torch.float32)
+    bound.update(count)  # and the real update is not disturbed
+    fresh = build(kind, dtype, updates)
+    for seed in range(count):
+        for param in fresh.groups[0].params:
+            fresh.accumulate(param, gradient(param, seed))
+    fresh.update(count)
+    assert torch.equal(group.weight, fresh.groups[0].weight)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_without_a_gradient_momentum_goes_on(kind: str) -> None:
+    bound, twin = build(kind, torch.float32, 3), build(kind, torch.float32, 3)
+    group = bound.groups[0]
+    known = group.params[0]
+    bound.accumulate(known, gradient(known, 7))
+    options = bound.optimizer.param_groups[0]  # type: ignore[union-attr]
+    for position, param in enumerate(twin.groups[0].params):
+        if position == 0:
+            twin.accumulate(param, gradient(param, 7))
+            continue
+        state = twin.state_views(0, position)
+        if "exp_avg" in state:  # the mean of past gradients, as the moment has it
+            stand_in = state["exp_avg"] / (1 - options["betas"][0] ** 3)
+        else:  # the gradient under which the buffer would stay what it is; its weight decay is in it already
+            stand_in = state["momentum_buffer"] * ((1 - options["momentum"]) / (1 - options["dampening"]))
+            stand_in = stand_in - options["weight_decay"] * param.detach()
+        twin.accumulate(param, -stand_in if options["maximize"] else stand_in)
+    twin.update(1)
+    with LookAhead(bound).ahead(1, 1):
+        # The stand-in is made in another order of operations: a few units in the last place of fp32.
+        torch.testing.assert_close(group.weight, twin.groups[0].weight, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_that_was_never_updated_stays() -> None:
+    bound = build("adamw", torch.float32, 0)
+    group = bound.groups[0]
+    bound.accumulate(group.params[1], gradient(group.params[1], 0))
+    before = [param.detach().clone() for param in group.params]
+    with LookAhead(bound).ahead(2, 1):
+        assert [torch.equal(param, old) for param, old in zip(group.params, before, strict=True)] == [True, False, True]
+    assert all(torch.equal(param, old) for param, old in zip(group.params, before, strict=True))
+
+
+class Shift(nn.Module):
+    """Remembers the weight at which every forward ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.at: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.at.append(self.weight.detach().clone())
+        return x * self.weight
+
+
+def make(modules: list[nn.Module], a: int, **options: Any) -> paci_rt.LocalPipeline:
+    defaults: dict[str, Any] = {"optimizer": lambda params: paci_rt.SGD([p for _, p in params], lr=0.1, momentum=0.5)}
+    return paci_rt.LocalPipeline(
+        modules, n_microbatches=a, loss_fn=lambda y, t: (y * t).sum(), **{"lookahead": True, **defaults, **options}
+    )
+
+
+@pytest.mark.parametrize(("stages", "a"), [(3, 4), (4, 3), (4, 1)])
+def test_exactly_the_early_forwards_look_ahead(stages: int, a: int) -> None:
+    modules: list[nn.Module] = [Shift() for _ in range(stages)]
+    pipe = make(modules, a)
+    early: list[int] = []
+    plain_forward = pipe._executor._run_op[Op.F]
+
+    def watch(runtime: Any, action: Any, feed: Any) -> Any:
+        module, weight = modules[action.stage], modules[action.stage].weight.detach().clone()
+        result = plain_forward(runtime, action, feed)
+        ahead = action.index // a - result
+        assert torch.equal(module.weight, weight)  # the backward and the update see the true weights
+        something_known = action.index > stages - 1 - action.stage  # a backward has run here
+        assert (not torch.equal(module.at[-1], weight)) == (ahead > 0 and something_known)
+        early.append(ahead)
+        return result
+
+    pipe._executor._run_op[Op.F] = watch  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        # Never a gradient of zero, so that being ahead shows.
+        pipe.step(torch.rand(a, 4, generator=generator) + 1, target=torch.rand(a, 4, generator=generator) + 1)
+    stats = pipe.stats()
+    ahead = sum(1 for value in early if value > 0)
+    assert stats["lookahead_forwards"] == ahead > 0 and stats["lookahead_s"] > 0
+    assert {memory["versions"] for memory in stats["memory"].values()} == {stats["memory"][0]["weights"]}
+    pipe.reset_stats()
+    assert pipe.stats()["lookahead_forwards"] == 0
+    pipe.close()
+
+
+def test_bad_combinations_are_told() -> None:
+    def modules() -> list[nn.Module]:
+        return [Shift(), Shift()]
+
+    with pytest.raises(ValueError, match="1f1b flushes"):
+        make(modules(), 2, schedule="1f1b")
+    with pytest.raises(ValueError, match="under policy 'stash'"):
+        make(modules(), 2, policy="stash")
+    with pytest.raises(ValueError, match="cannot use Adam"):
+        make(modules(), 2, optimizer=lambda params: torch.optim.Adam([p for _, p in params]))
+    with pytest.raises(ValueError, match="SGD without momentum"):
+        make(modules(), 2, optimizer=lambda params: paci_rt.SGD([p for _, p in params], lr=0.1))
