@@ -138,50 +138,44 @@ void bind_steps(py::module_& m) {
       py::arg("threads"));
 }
 
-using AheadTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, bool>;
-
-Ahead ahead_of(const std::vector<AheadTuple>& tuples, std::int64_t repeats, std::uintptr_t kept) {
-  Ahead ahead{{}, {}, repeats, kept};
-  for (const auto& [offset, numel, step, known] : tuples) {
-    ahead.pieces.push_back({offset, numel, step});
-    ahead.known.push_back(known ? 1 : 0);
-  }
-  return ahead;
+Ahead ahead_of(const std::vector<PieceTuple>& pieces, const std::vector<bool>& known, std::int64_t repeats,
+               std::uintptr_t kept) {
+  return {pieces_of(pieces), {known.begin(), known.end()}, repeats, kept};
 }
 
 void bind_ahead(py::module_& m) {
   m.def(
       "adamw_ahead",
       [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum, std::uintptr_t exp_avg,
-         std::uintptr_t exp_avg_sq, std::uintptr_t kept, const std::vector<AheadTuple>& pieces, std::int64_t repeats,
-         double lr, double beta1, double beta2, double eps, double weight_decay, double divisor, int device,
-         std::uintptr_t stream, int threads) {
+         std::uintptr_t exp_avg_sq, const std::vector<PieceTuple>& pieces, const std::vector<bool>& known,
+         std::int64_t repeats, std::uintptr_t kept, double lr, double beta1, double beta2, double eps,
+         double weight_decay, double divisor, int device, std::uintptr_t stream, int threads) {
         const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
-        const Ahead ahead = ahead_of(pieces, repeats, kept);
+        const Ahead ahead = ahead_of(pieces, known, repeats, kept);
         const py::gil_scoped_release release;
         adamw_ahead(flat, exp_avg, exp_avg_sq, ahead, {lr, beta1, beta2, eps, weight_decay}, divisor,
                     Stream{device, stream}, threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
-      py::arg("exp_avg_sq"), py::arg("kept"), py::arg("pieces"), py::arg("repeats"), py::arg("lr"), py::arg("beta1"),
-      py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("divisor"), py::arg("device"),
-      py::arg("stream"), py::arg("threads"));
+      py::arg("exp_avg_sq"), py::arg("pieces"), py::arg("known"), py::arg("repeats"), py::arg("kept"), py::arg("lr"),
+      py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("divisor"),
+      py::arg("device"), py::arg("stream"), py::arg("threads"));
   m.def(
       "sgd_ahead",
       [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum,
-         std::uintptr_t momentum_buffer, std::uintptr_t kept, const std::vector<AheadTuple>& pieces,
-         std::int64_t repeats, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
-         double divisor, int device, std::uintptr_t stream, int threads) {
+         std::uintptr_t momentum_buffer, const std::vector<PieceTuple>& pieces, const std::vector<bool>& known,
+         std::int64_t repeats, std::uintptr_t kept, double lr, double momentum, double dampening, double weight_decay,
+         bool nesterov, double divisor, int device, std::uintptr_t stream, int threads) {
         const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
-        const Ahead ahead = ahead_of(pieces, repeats, kept);
+        const Ahead ahead = ahead_of(pieces, known, repeats, kept);
         const py::gil_scoped_release release;
         sgd_ahead(flat, momentum_buffer, ahead, {lr, momentum, dampening, weight_decay, nesterov}, divisor,
                   Stream{device, stream}, threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"),
-      py::arg("momentum_buffer"), py::arg("kept"), py::arg("pieces"), py::arg("repeats"), py::arg("lr"),
-      py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"), py::arg("divisor"),
-      py::arg("device"), py::arg("stream"), py::arg("threads"));
+      py::arg("momentum_buffer"), py::arg("pieces"), py::arg("known"), py::arg("repeats"), py::arg("kept"),
+      py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
+      py::arg("divisor"), py::arg("device"), py::arg("stream"), py::arg("threads"));
 }
 
 }  // namespace

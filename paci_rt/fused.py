@@ -19,123 +19,13 @@ from torch.optim.optimizer import ParamsT
 from paci_rt import native
 from paci_rt.errors import OptimizerOwnedError
 from paci_rt.flat import FlatGroup
+from paci_rt.fused_state import FusedState
 
 OWNED_MESSAGE = (
     "the schedule owns the optimizer step: schedule.step() and schedule.drain() update every stage as soon as a window "
     "of micro-batches is complete, so remove the call of optimizer.step(). Learning-rate schedulers go to the "
     "schedule as lr_scheduler=..."
 )
-
-
-class FusedState:
-    """State of a fused optimizer for one flat group: flat fp32 buffers and, for low precision, fp32 masters.
-
-    Attributes:
-        group: the parameters.
-        param_group: the optimizer's group that they belong to; hyper-parameters are read from it at each update.
-        flat: flat fp32 buffers by state name.
-        master: fp32 weights of bf16/fp16 parameters, None where parameters are fp32 themselves.
-        steps: updates that each parameter has had, one number a parameter; None where torch keeps no ``step``.
-    """
-
-    def __init__(
-        self,
-        optimizer: FusedOptimizer,
-        param_group: dict[str, Any],
-        group: FlatGroup,
-        names: tuple[str, ...],
-        *,
-        counts_steps: bool,
-    ) -> None:
-        self.group, self.param_group, self._optimizer = group, param_group, optimizer
-        self.flat = {name: group.empty_like(torch.float32) for name in names}
-        self.master: Tensor | None = None
-        if group.dtype is not torch.float32:
-            self.master = group.empty_like(torch.float32)
-            self.master.copy_(group.weight)
-        self.steps = torch.zeros(len(group.params)) if counts_steps else None
-        self._versions = self._param_versions()
-        for position, param in enumerate(group.params):
-            self.adopt(position, optimizer.state.get(param) or {})
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the state without the masters."""
-        return sum(flat.nbytes for flat in self.flat.values()) + (0 if self.steps is None else self.steps.nbytes)
-
-    def has_state(self, position: int) -> bool:
-        """Whether a parameter has been updated, or was given a state."""
-        return bool(self._optimizer.state.get(self.group.params[position]))
-
-    def views(self, position: int) -> dict[str, Any]:
-        """One parameter's state under torch's names, as views of the flat buffers."""
-        views: dict[str, Any] = {}
-        if self.steps is not None:
-            views["step"] = self.steps[position]
-        views.update({name: self.group.view(flat, position) for name, flat in self.flat.items()})
-        if self.master is not None:
-            views["master"] = self.group.view(self.master, position)
-        return views
-
-    def adopt(self, position: int, entry: dict[str, Any]) -> None:
-        """Replace one parameter's state by the values of ``entry``; an empty one resets it.
-
-        A missing ``master`` keeps the master that the parameter implies, so that states of plain torch optimizers
-        can be loaded.
-
-        Raises:
-            ValueError: a name is missing or unknown, or a shape differs.
-        """
-        name, param = self.group.names[position], self.group.params[position]
-        views = self.views(position)
-        given = {key: value for key, value in entry.items() if value is not None}
-        if not given:
-            for view in views.values():
-                view.zero_()
-            if self.master is not None:
-                views["master"].copy_(param.detach())
-            self._optimizer.state.pop(param, None)
-            return
-        missing, unexpected = views.keys() - given.keys() - {"master"}, given.keys() - views.keys() - {"master"}
-        if missing or unexpected:
-            raise ValueError(
-                f"optimizer state of {name!r} has {sorted(given)}, but {type(self._optimizer).__name__} keeps "
-                f"{sorted(views)}: it was saved by another optimizer"
-            )
-        for key, view in views.items():
-            value = torch.as_tensor(given[key]) if key in given else param.detach()
-            if value.shape != view.shape:
-                raise ValueError(
-                    f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, expected {tuple(view.shape)}"
-                )
-            view.copy_(value)
-        self._optimizer.state[param] = views
-
-    def publish(self, positions: list[int]) -> None:
-        """Make the state of parameters that were just updated visible in ``optimizer.state``."""
-        if not self.flat and self.master is None:
-            return
-        for position in positions:
-            if not self.has_state(position):
-                self._optimizer.state[self.group.params[position]] = self.views(position)
-
-    def refresh_masters(self) -> None:
-        """Follow weights that the user changed in place since the last update, for example by ``load_state_dict``.
-
-        Only elements whose master no longer rounds to the weight are replaced, so nothing is lost where nothing
-        changed. Changes through ``param.data`` are not seen.
-        """
-        if self.master is None:
-            return
-        versions = self._param_versions()
-        if versions != self._versions:
-            weight = self.group.weight
-            changed = self.master.to(weight.dtype) != weight
-            self.master.copy_(torch.where(changed, weight.float(), self.master))
-            self._versions = versions
-
-    def _param_versions(self) -> list[int]:
-        return [param._version for param in self.group.params]
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -156,6 +46,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Update the parameters at ``positions`` with the gradients ``grad_sum / divisor``, flat and fp32."""
 
     @abstractmethod
+    def updates_of(self, state: FusedState) -> list[int]:
+        """Updates that each parameter has had, as far as its next one depends on their number."""
+
+    @abstractmethod
+    def run(
+        self,
+        state: FusedState,
+        grad_sum: Tensor,
+        divisor: int,
+        pieces: list[tuple[int, int, int]],
+        ahead: native.Ahead | None = None,
+    ) -> None:
+        """The native pass; ``pieces`` and ``ahead`` as there."""
+
     def ahead(
         self,
         state: FusedState,
@@ -174,11 +78,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             known: for each parameter whether the sum has a gradient of it; without one its momentum has to do, and a
                 parameter that was never updated stays.
             divisor: micro-batches in the sum.
+            repeats: updates.
             kept: flat fp32, receives the weights as they were; None where there are masters.
 
         Returns:
             Positions of the parameters that were put ahead.
         """
+        group, updates = state.group, self.updates_of(state)
+        moved = [position for position, count in enumerate(updates) if known[position] or count]
+        pieces = [(group.offsets[i], group.numels[i], updates[i] + 1) for i in moved]
+        self.run(state, grad_sum, divisor, pieces, native.Ahead([known[i] for i in moved], repeats, kept))
+        return moved
 
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
         """Not for callers: the schedule takes the steps.
@@ -267,57 +177,44 @@ class AdamW(FusedOptimizer):
 
     def apply(self, state: FusedState, grad_sum: Tensor, positions: list[int], divisor: int) -> None:
         """Update the parameters at ``positions``; the others keep weights, moments and step count."""
-        group, options, steps = state.group, state.param_group, state.steps
+        group, steps = state.group, state.steps
         assert steps is not None
         if len(positions) == len(group.params):
             steps += 1
         else:
             steps[positions] += 1
-        counts = steps.tolist()
+        counts = self.updates_of(state)
+        self.run(state, grad_sum, divisor, [(group.offsets[i], group.numels[i], counts[i]) for i in positions])
+
+    def updates_of(self, state: FusedState) -> list[int]:
+        """All of them: the corrections for bias depend on it."""
+        assert state.steps is not None
+        return [int(count) for count in state.steps.tolist()]
+
+    def run(
+        self,
+        state: FusedState,
+        grad_sum: Tensor,
+        divisor: int,
+        pieces: list[tuple[int, int, int]],
+        ahead: native.Ahead | None = None,
+    ) -> None:
+        """One pass over weights, gradients and both moments."""
+        group, options = state.group, state.param_group
         native.adamw_step(
             master=group.weight if state.master is None else state.master,
             weight=None if state.master is None else group.weight,
             grad_sum=grad_sum,
             exp_avg=state.flat["exp_avg"],
             exp_avg_sq=state.flat["exp_avg_sq"],
-            pieces=[(group.offsets[i], group.numels[i], int(counts[i])) for i in positions],
+            pieces=pieces,
             lr=float(options["lr"]),
             betas=(float(options["betas"][0]), float(options["betas"][1])),
             eps=float(options["eps"]),
             weight_decay=float(options["weight_decay"]),
             divisor=-divisor if options["maximize"] else divisor,
+            ahead=ahead,
         )
-
-    def ahead(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        known: Sequence[bool],
-        divisor: int,
-        repeats: int,
-        kept: Tensor | None,
-    ) -> list[int]:
-        """As :meth:`apply`, ``repeats`` times, on copies of the moments."""
-        group, options, steps = state.group, state.param_group, state.steps
-        assert steps is not None
-        counts = [int(count) for count in steps.tolist()]
-        moved = [position for position, count in enumerate(counts) if known[position] or count]
-        native.adamw_ahead(
-            master=group.weight if state.master is None else state.master,
-            weight=None if state.master is None else group.weight,
-            grad_sum=grad_sum,
-            exp_avg=state.flat["exp_avg"],
-            exp_avg_sq=state.flat["exp_avg_sq"],
-            kept=kept,
-            pieces=[(group.offsets[i], group.numels[i], counts[i] + 1, known[i]) for i in moved],
-            repeats=repeats,
-            lr=float(options["lr"]),
-            betas=(float(options["betas"][0]), float(options["betas"][1])),
-            eps=float(options["eps"]),
-            weight_decay=float(options["weight_decay"]),
-            divisor=-divisor if options["maximize"] else divisor,
-        )
-        return moved
 
 
 class SGD(FusedOptimizer):
@@ -366,6 +263,26 @@ class SGD(FusedOptimizer):
 
     def apply(self, state: FusedState, grad_sum: Tensor, positions: list[int], divisor: int) -> None:
         """Update the parameters at ``positions``; the others keep weights and momentum."""
+        group, updates = state.group, self.updates_of(state)
+        self.run(state, grad_sum, divisor, [(group.offsets[i], group.numels[i], updates[i] + 1) for i in positions])
+
+    def updates_of(self, state: FusedState) -> list[int]:
+        """Whether there was one: the first sets the momentum buffer."""
+        return [int(state.has_state(position)) for position in range(len(state.group.params))]
+
+    def run(
+        self,
+        state: FusedState,
+        grad_sum: Tensor,
+        divisor: int,
+        pieces: list[tuple[int, int, int]],
+        ahead: native.Ahead | None = None,
+    ) -> None:
+        """One pass over weights, gradients and the momentum buffer.
+
+        Raises:
+            ValueError: there is momentum, but there was none when the schedule took the optimizer.
+        """
         group, options = state.group, state.param_group
         momentum = float(options["momentum"])
         if momentum != 0 and "momentum_buffer" not in state.flat:
@@ -378,41 +295,12 @@ class SGD(FusedOptimizer):
             weight=None if state.master is None else group.weight,
             grad_sum=grad_sum,
             momentum_buffer=state.flat.get("momentum_buffer"),
-            pieces=[(group.offsets[i], group.numels[i], 2 if state.has_state(i) else 1) for i in positions],
+            pieces=pieces,
             lr=float(options["lr"]),
             momentum=momentum,
             dampening=float(options["dampening"]),
             weight_decay=float(options["weight_decay"]),
             nesterov=bool(options["nesterov"]),
             divisor=-divisor if options["maximize"] else divisor,
+            ahead=ahead,
         )
-
-    def ahead(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        known: Sequence[bool],
-        divisor: int,
-        repeats: int,
-        kept: Tensor | None,
-    ) -> list[int]:
-        """As :meth:`apply`, ``repeats`` times, on a copy of the momentum."""
-        group, options = state.group, state.param_group
-        updated = [state.has_state(position) for position in range(len(group.params))]
-        moved = [position for position, before in enumerate(updated) if known[position] or before]
-        native.sgd_ahead(
-            master=group.weight if state.master is None else state.master,
-            weight=None if state.master is None else group.weight,
-            grad_sum=grad_sum,
-            momentum_buffer=state.flat["momentum_buffer"],
-            kept=kept,
-            pieces=[(group.offsets[i], group.numels[i], 2 if updated[i] else 1, known[i]) for i in moved],
-            repeats=repeats,
-            lr=float(options["lr"]),
-            momentum=float(options["momentum"]),
-            dampening=float(options["dampening"]),
-            weight_decay=float(options["weight_decay"]),
-            nesterov=bool(options["nesterov"]),
-            divisor=-divisor if options["maximize"] else divisor,
-        )
-        return moved

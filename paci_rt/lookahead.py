@@ -15,8 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from paci_rt.fused import SGD, FusedOptimizer
-from paci_rt.optim import BoundOptimizer
+from paci_rt.optim import SGD, BoundOptimizer, FusedBound
 
 
 class LookAhead:
@@ -34,7 +33,7 @@ class LookAhead:
     def __init__(self, bound: BoundOptimizer) -> None:
         optimizer = bound.optimizer
         still = isinstance(optimizer, SGD) and any(group["momentum"] == 0 for group in optimizer.param_groups)
-        if not isinstance(optimizer, FusedOptimizer) or still:
+        if not isinstance(bound, FusedBound) or still:
             name = type(optimizer).__name__ + (" without momentum" if still else "")
             raise ValueError(
                 f"lookahead=True cannot use {name}: give paci_rt.AdamW, or paci_rt.SGD with momentum above 0"

@@ -109,6 +109,14 @@ class Lowering:
         actions = [action for k in range(windows) for action in self.window(rank, k, 0)]
         return actions + self.drain(rank, 0, windows)
 
+    def grid(self, failing: Action, start: int, end: int) -> str:
+        """The rank x step grid of windows ``start ... end - 1`` and their drain, around a failing action."""
+        streams = []
+        for rank in range(self.shape.ranks):
+            stream = [action for k in range(start, end) for action in self.window(rank, k, start)]
+            streams.append(stream + self.drain(rank, start, end))
+        return format_grid(streams, failing)
+
     def _reads(self, stage: int) -> bool:
         return any(tie.reader_stage == stage for tie in self.ties)
 

@@ -7,7 +7,7 @@ module never fails for want of the core: the first use does, with one sentence t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,6 +154,25 @@ def make_accumulator(segments: Sequence[tuple[int, int]], numel: int, buffers: S
     return accumulator
 
 
+class Ahead(NamedTuple):
+    """Makes a step one that only the weights take, several times over, on copies of the optimizer's state.
+
+    Attributes:
+        known: for each piece whether the sum has a gradient of it; without one its momentum stands in.
+        repeats: steps to look ahead, at least 1.
+        kept: flat fp32, receives fp32 weights as they were; None for bf16 and fp16 ones, which have masters.
+    """
+
+    known: list[bool]
+    repeats: int
+    kept: Tensor | None
+
+    def arguments(self) -> dict[str, Any]:
+        """As the core takes them."""
+        kept = 0 if self.kept is None else self.kept.data_ptr()
+        return {"known": self.known, "repeats": self.repeats, "kept": kept}
+
+
 def adamw_step(
     *,
     master: Tensor,
@@ -168,6 +187,7 @@ def adamw_step(
     weight_decay: float,
     divisor: float,
     stream: int = 0,
+    ahead: Ahead | None = None,
 ) -> None:
     """One step of AdamW over ``pieces`` of flat fp32 buffers; ``weight`` receives the rounded result.
 
@@ -180,25 +200,24 @@ def adamw_step(
         pieces: offset and length in elements and number of this step, from 1, of every parameter to update.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
         stream: 0 on the CPU.
+        ahead: look ahead instead; the mean of past gradients stands in for unknown ones.
     """
-    core().adamw_step(
-        master=master.data_ptr(),
-        weight=0 if weight is None else weight.data_ptr(),
-        dtype=DTYPE_CODES[master.dtype if weight is None else weight.dtype],
-        grad_sum=grad_sum.data_ptr(),
-        exp_avg=exp_avg.data_ptr(),
-        exp_avg_sq=exp_avg_sq.data_ptr(),
-        pieces=pieces,
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=eps,
-        weight_decay=weight_decay,
-        divisor=divisor,
-        device=device_code(master.device, "the parameter group"),
-        stream=stream,
-        threads=get_num_threads(),
-    )
+    arguments: dict[str, Any] = {
+        **_flat_arguments(master, weight, grad_sum, stream),
+        "exp_avg": exp_avg.data_ptr(),
+        "exp_avg_sq": exp_avg_sq.data_ptr(),
+        "pieces": pieces,
+        "lr": lr,
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "divisor": divisor,
+    }
+    if ahead is None:
+        core().adamw_step(**arguments)
+    else:
+        core().adamw_ahead(**arguments, **ahead.arguments())
 
 
 def sgd_step(
@@ -215,113 +234,38 @@ def sgd_step(
     nesterov: bool,
     divisor: float,
     stream: int = 0,
+    ahead: Ahead | None = None,
 ) -> None:
     """One step of SGD over ``pieces`` of flat fp32 buffers; see :func:`adamw_step` for the shared arguments.
 
-    A piece whose step is 1 sets its momentum buffer to the gradient, as ``torch.optim.SGD`` does.
+    A piece whose step is 1 sets its momentum buffer to the gradient, as ``torch.optim.SGD`` does. Looking ahead, the
+    gradient under which the buffer would stay what it is stands in for unknown ones.
     """
-    core().sgd_step(
-        master=master.data_ptr(),
-        weight=0 if weight is None else weight.data_ptr(),
-        dtype=DTYPE_CODES[master.dtype if weight is None else weight.dtype],
-        grad_sum=grad_sum.data_ptr(),
-        momentum_buffer=0 if momentum_buffer is None else momentum_buffer.data_ptr(),
-        pieces=pieces,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        divisor=divisor,
-        device=device_code(master.device, "the parameter group"),
-        stream=stream,
-        threads=get_num_threads(),
-    )
+    arguments: dict[str, Any] = {
+        **_flat_arguments(master, weight, grad_sum, stream),
+        "momentum_buffer": 0 if momentum_buffer is None else momentum_buffer.data_ptr(),
+        "pieces": pieces,
+        "lr": lr,
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "divisor": divisor,
+    }
+    if ahead is None:
+        core().sgd_step(**arguments)
+    else:
+        core().sgd_ahead(**arguments, **ahead.arguments())
 
 
-def adamw_ahead(
-    *,
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    kept: Tensor | None,
-    pieces: list[tuple[int, int, int, bool]],
-    repeats: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    divisor: float,
-    stream: int = 0,
-) -> None:
-    """Put the weights where ``repeats`` steps of AdamW with the gradients ``grad_sum / divisor`` would bring them.
-
-    Moments and masters stay. See :func:`adamw_step` for the shared arguments.
-
-    Args:
-        kept: fp32, receives fp32 parameters as they were; None where ``weight`` has masters.
-        pieces: offset and length in elements, number of the next step, and whether ``grad_sum`` holds a gradient
-            already; without one, the mean of past gradients stands in for it.
-        repeats: steps to look ahead, at least 1.
-    """
-    core().adamw_ahead(
-        master=master.data_ptr(),
-        weight=0 if weight is None else weight.data_ptr(),
-        dtype=DTYPE_CODES[master.dtype if weight is None else weight.dtype],
-        grad_sum=grad_sum.data_ptr(),
-        exp_avg=exp_avg.data_ptr(),
-        exp_avg_sq=exp_avg_sq.data_ptr(),
-        kept=0 if kept is None else kept.data_ptr(),
-        pieces=pieces,
-        repeats=repeats,
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=eps,
-        weight_decay=weight_decay,
-        divisor=divisor,
-        device=device_code(master.device, "the parameter group"),
-        stream=stream,
-        threads=get_num_threads(),
-    )
-
-
-def sgd_ahead(
-    *,
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    momentum_buffer: Tensor,
-    kept: Tensor | None,
-    pieces: list[tuple[int, int, int, bool]],
-    repeats: int,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    divisor: float,
-    stream: int = 0,
-) -> None:
-    """Put the weights where ``repeats`` steps of SGD with momentum would bring them; see :func:`adamw_ahead`."""
-    core().sgd_ahead(
-        master=master.data_ptr(),
-        weight=0 if weight is None else weight.data_ptr(),
-        dtype=DTYPE_CODES[master.dtype if weight is None else weight.dtype],
-        grad_sum=grad_sum.data_ptr(),
-        momentum_buffer=momentum_buffer.data_ptr(),
-        kept=0 if kept is None else kept.data_ptr(),
-        pieces=pieces,
-        repeats=repeats,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        divisor=divisor,
-        device=device_code(master.device, "the parameter group"),
-        stream=stream,
-        threads=get_num_threads(),
-    )
+def _flat_arguments(master: Tensor, weight: Tensor | None, grad_sum: Tensor, stream: int) -> dict[str, Any]:
+    """What all steps over a flat group are told."""
+    return {
+        "master": master.data_ptr(),
+        "weight": 0 if weight is None else weight.data_ptr(),
+        "dtype": DTYPE_CODES[master.dtype if weight is None else weight.dtype],
+        "grad_sum": grad_sum.data_ptr(),
+        "device": device_code(master.device, "the parameter group"),
+        "stream": stream,
+        "threads": get_num_threads(),
+    }

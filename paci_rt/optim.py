@@ -15,7 +15,7 @@ from paci_rt.errors import OptimizerOwnedError
 from paci_rt.flat import FlatGroup
 from paci_rt.fused import OWNED_MESSAGE, SGD, AdamW, FusedOptimizer
 
-__all__ = ["SGD", "AdamW", "BoundOptimizer", "UpdateStats", "bind_optimizer"]
+__all__ = ["SGD", "AdamW", "BoundOptimizer", "FusedBound", "UpdateStats", "bind_optimizer"]
 
 _GUARD = "_paci_rt_guard"
 NamedParams = list[tuple[str, nn.Parameter]]
@@ -165,10 +165,6 @@ class BoundOptimizer(ABC):
         """Flat fp32 weights behind flat group ``number``, None where the parameters are all there is."""
         return None
 
-    def ahead(self, number: int, divisor: int, repeats: int, kept: Tensor | None) -> list[int]:
-        """Only paci_rt's own optimizers can be asked for steps that they do not take."""
-        raise NotImplementedError(type(self.optimizer).__name__)
-
     def _state_of(self, number: int, position: int) -> dict[str, Any]:
         return {}
 
@@ -202,7 +198,7 @@ class _GradsOnly(BoundOptimizer):
         pass
 
 
-class _Fused(BoundOptimizer):
+class FusedBound(BoundOptimizer):
     """One of this package's optimizers, which read the sealed buffer themselves."""
 
     def __init__(
@@ -361,7 +357,7 @@ def bind_optimizer(
             grouped.append(named)
             owners.append(param_group)
     if isinstance(optimizer, FusedOptimizer):
-        return _Fused(optimizer, grouped, owners, frozen, buffers)
+        return FusedBound(optimizer, grouped, owners, frozen, buffers)
     return _AnyTorch(optimizer, grouped, frozen, buffers)
 
 

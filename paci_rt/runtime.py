@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from paci_rt.action import Action
 from paci_rt.audit import RankAudit, StageAudit
 from paci_rt.errors import PaciError, StageError
 from paci_rt.executor import Executor, Feed, StageRuntime
-from paci_rt.lowering import Lowering, TiedWeight, format_grid, validate
+from paci_rt.feed import cut_batch
+from paci_rt.lowering import Lowering, TiedWeight, validate
 from paci_rt.optim import BoundOptimizer, bind_optimizer
 from paci_rt.schedules import Shape, StepCosts
 from paci_rt.stage import LossFn, PipelineStage
@@ -224,7 +226,10 @@ class Pipeline:
         accumulation, start = self._lowering.shape.accumulation, self._start_window
         windows = range(self._next_window, self._next_window + self._windows_per_step)
         first = windows.start * accumulation
-        feed = self._feed(args, kwargs, target, losses, loss_kwargs, range(first, first + self._n_microbatches))
+        self._check_usable()
+        loss_fn = self._bind_loss(loss_kwargs)
+        indices = range(first, first + self._n_microbatches)
+        feed = cut_batch(self.stages, args, kwargs, target, losses, loss_fn, indices)
         feed.keep_outputs = return_outputs
         feed.start_window = start
         streams = {
@@ -257,7 +262,9 @@ class Pipeline:
 
         The modules stay in their mode: call ``module.eval()`` first where that matters.
         """
-        feed = self._feed(args, kwargs, target, losses, loss_kwargs, range(self._n_microbatches))
+        self._check_usable()
+        indices = range(self._n_microbatches)
+        feed = cut_batch(self.stages, args, kwargs, target, losses, self._bind_loss(loss_kwargs), indices)
         self.drain()
         feed.training, feed.keep_outputs = False, return_outputs
         streams = {rank: self._lowering.forward_only(rank, 0, self._n_microbatches) for rank in self._ranks}
@@ -336,47 +343,8 @@ class Pipeline:
 
     # --- inside ---
 
-    def _feed(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        target: Any,
-        losses: list[Tensor] | None,
-        loss_kwargs: dict[str, Any] | None,
-        indices: range,
-    ) -> Feed:
-        """Check what the user gave and cut it, before anything runs."""
-        self._check_usable()
-        count = len(indices)
-        first, last = self.stages[0], self.stages[-1]
-        if args and not first.is_first:
-            raise ValueError(f"inputs given to stage {first.stage_index}: only the first stage (0) takes them")
-        if first.is_first and not args and not kwargs:
-            raise ValueError("no inputs given: the first stage needs step(x)")
-        if target is not None and not last.is_last:
-            owner = last.num_stages - 1
-            raise ValueError(f"target given to stage {last.stage_index}: only the last stage ({owner}) takes targets")
-        if last.is_last and target is None:
-            raise ValueError("no target given: the last stage needs step(target=y)")
-        if losses is not None and not isinstance(losses, list):
-            raise TypeError(f"losses is a {type(losses).__name__}: give a list, which step() fills")
-        feed = Feed()
-        if first.is_first:
-            feed.args = dict(zip(indices, microbatch.split(args, count, "args"), strict=True))
-        if kwargs:
-            parts = microbatch.split(kwargs, count, "kwargs")
-            feed.kwargs = {
-                (stage.stage_index, m): part for stage in self.stages for m, part in zip(indices, parts, strict=True)
-            }
-        if last.is_last:
-            targets = microbatch.split(target, count, "target")
-            feed.losses = {m: self._loss_of(part, loss_kwargs or {}) for m, part in zip(indices, targets, strict=True)}
-        return feed
-
-    def _loss_of(self, target: Any, loss_kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
-        assert self._loss_fn is not None
-        loss_fn = self._loss_fn
-        return lambda output: loss_fn(output, target, **loss_kwargs)
+    def _bind_loss(self, loss_kwargs: dict[str, Any] | None) -> LossFn | None:
+        return None if self._loss_fn is None else partial(self._loss_fn, **(loss_kwargs or {}))
 
     def _run(self, streams: dict[int, list[Action]], feed: Feed) -> None:
         self._check_usable()
@@ -413,12 +381,8 @@ class Pipeline:
 
     def _explain(self, failing: Action) -> str:
         """The rank x step grid around a failing action."""
-        start, end = self._start_window, self._next_window + self._windows_per_step
-        streams = []
-        for rank in range(self._lowering.shape.ranks):
-            stream = [action for k in range(start, end) for action in self._lowering.window(rank, k, start)]
-            streams.append(stream + self._lowering.drain(rank, start, end))
-        return format_grid(streams, failing)
+        end = self._next_window + self._windows_per_step
+        return self._lowering.grid(failing, self._start_window, end)
 
 
 def _ranks_here(stages: Sequence[PipelineStage], shape: Shape) -> list[int]:

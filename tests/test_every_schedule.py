@@ -3,6 +3,7 @@ buffer is so small that a run gets stuck."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -45,11 +46,27 @@ DISTRIBUTED = [
 ]
 
 
+GRID = [
+    Run(schedule=schedule, stages=stages, accumulation=accumulation, optimizer=optimizer)
+    for (stages, accumulation), optimizer in zip(
+        [(p, a) for p in (2, 3, 4) for a in (1, 2, p, p + 3)], itertools.cycle(["adamw", "torch-adamw"]), strict=False
+    )
+    for schedule in ("paci", "1f1b")
+] + [
+    Run(schedule="paci", stages=3, accumulation=2, slack=1, optimizer="sgd"),
+    Run(schedule="paci", stages=4, accumulation=5, slack=3, buffers=2),
+    Run(schedule="async-1f1b", stages=3, accumulation=4),
+    Run(schedule="gpipe", stages=2, accumulation=3, optimizer="torch-sgd"),
+    Run(schedule="paci", stages=3, accumulation=4, wide=True, windows=7, eval_every=3),
+    Run(schedule="1f1b", stages=2, accumulation=4, wide=True, windows=7, eval_every=2, optimizer="torch-adamw"),
+]
+
+
 def name_of(run: Run) -> str:
     return f"{run.schedule}-{run.stages}-{run.accumulation}-{run.chunks}-{run.policy or ''}-{run.optimizer}"
 
 
-@pytest.mark.parametrize("run", DISTRIBUTED, ids=name_of)
+@pytest.mark.parametrize("run", DISTRIBUTED + GRID, ids=name_of)
 def test_distributed_equals_local_bit_for_bit(workers: WorkerPool, run: Run) -> None:
     ranks, local = workers.run(train_rank, run.stages // run.chunks, run), train_local(run)
     params: dict[str, Tensor] = {}

@@ -1,0 +1,124 @@
+"""The state of a native optimizer: flat fp32 buffers that torch sees as views under its own names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from paci_rt.flat import FlatGroup
+
+if TYPE_CHECKING:
+    from paci_rt.fused import FusedOptimizer
+
+
+class FusedState:
+    """State of a fused optimizer for one flat group: flat fp32 buffers and, for low precision, fp32 masters.
+
+    Attributes:
+        group: the parameters.
+        param_group: the optimizer's group that they belong to; hyper-parameters are read from it at each update.
+        flat: flat fp32 buffers by state name.
+        master: fp32 weights of bf16/fp16 parameters, None where parameters are fp32 themselves.
+        steps: updates that each parameter has had, one number a parameter; None where torch keeps no ``step``.
+    """
+
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        param_group: dict[str, Any],
+        group: FlatGroup,
+        names: tuple[str, ...],
+        *,
+        counts_steps: bool,
+    ) -> None:
+        self.group, self.param_group, self._optimizer = group, param_group, optimizer
+        self.flat = {name: group.empty_like(torch.float32) for name in names}
+        self.master: Tensor | None = None
+        if group.dtype is not torch.float32:
+            self.master = group.empty_like(torch.float32)
+            self.master.copy_(group.weight)
+        self.steps = torch.zeros(len(group.params)) if counts_steps else None
+        self._versions = self._param_versions()
+        for position, param in enumerate(group.params):
+            self.adopt(position, optimizer.state.get(param) or {})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state without the masters."""
+        return sum(flat.nbytes for flat in self.flat.values()) + (0 if self.steps is None else self.steps.nbytes)
+
+    def has_state(self, position: int) -> bool:
+        """Whether a parameter has been updated, or was given a state."""
+        return bool(self._optimizer.state.get(self.group.params[position]))
+
+    def views(self, position: int) -> dict[str, Any]:
+        """One parameter's state under torch's names, as views of the flat buffers."""
+        views: dict[str, Any] = {}
+        if self.steps is not None:
+            views["step"] = self.steps[position]
+        views.update({name: self.group.view(flat, position) for name, flat in self.flat.items()})
+        if self.master is not None:
+            views["master"] = self.group.view(self.master, position)
+        return views
+
+    def adopt(self, position: int, entry: dict[str, Any]) -> None:
+        """Replace one parameter's state by the values of ``entry``; an empty one resets it.
+
+        A missing ``master`` keeps the master that the parameter implies, so that states of plain torch optimizers
+        can be loaded.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a shape differs.
+        """
+        name, param = self.group.names[position], self.group.params[position]
+        views = self.views(position)
+        given = {key: value for key, value in entry.items() if value is not None}
+        if not given:
+            for view in views.values():
+                view.zero_()
+            if self.master is not None:
+                views["master"].copy_(param.detach())
+            self._optimizer.state.pop(param, None)
+            return
+        missing, unexpected = views.keys() - given.keys() - {"master"}, given.keys() - views.keys() - {"master"}
+        if missing or unexpected:
+            raise ValueError(
+                f"optimizer state of {name!r} has {sorted(given)}, but {type(self._optimizer).__name__} keeps "
+                f"{sorted(views)}: it was saved by another optimizer"
+            )
+        for key, view in views.items():
+            value = torch.as_tensor(given[key]) if key in given else param.detach()
+            if value.shape != view.shape:
+                raise ValueError(
+                    f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, expected {tuple(view.shape)}"
+                )
+            view.copy_(value)
+        self._optimizer.state[param] = views
+
+    def publish(self, positions: list[int]) -> None:
+        """Make the state of parameters that were just updated visible in ``optimizer.state``."""
+        if not self.flat and self.master is None:
+            return
+        for position in positions:
+            if not self.has_state(position):
+                self._optimizer.state[self.group.params[position]] = self.views(position)
+
+    def refresh_masters(self) -> None:
+        """Follow weights that the user changed in place since the last update, for example by ``load_state_dict``.
+
+        Only elements whose master no longer rounds to the weight are replaced, so nothing is lost where nothing
+        changed. Changes through ``param.data`` are not seen.
+        """
+        if self.master is None:
+            return
+        versions = self._param_versions()
+        if versions != self._versions:
+            weight = self.group.weight
+            changed = self.master.to(weight.dtype) != weight
+            self.master.copy_(torch.where(changed, weight.float(), self.master))
+            self._versions = versions
+
+    def _param_versions(self) -> list[int]:
+        return [param._version for param in self.group.params]
