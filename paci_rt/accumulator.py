@@ -39,6 +39,7 @@ class GradAccumulator:
         self._tensors = [group.empty_like(torch.float32) for _ in range(buffers)]
         self._native = native.make_accumulator(group.segments, group.numel, self._tensors)
         self._consuming: int | None = None
+        self._before: tuple[Tensor, tuple[bool, ...]] | None = None
         self._device = group.device
 
     @property
@@ -90,20 +91,24 @@ class GradAccumulator:
         overwrite = self._native.lend(index, stream, native.get_num_threads())
         return self.group.view(self._tensors[self._native.front], index), overwrite
 
-    @property
-    def front_flat(self) -> Tensor:
-        """The flat fp32 buffer of the window in the making. Parts of parameters that :attr:`front_touched` does not
-        have hold anything."""
-        return self._tensors[self._native.front]
+    def sums(self, *, before: bool = False) -> tuple[Tensor, tuple[bool, ...]]:
+        """What is known of a coming update: flat fp32 sums, and which parameters have one; other parts hold anything.
 
-    @property
-    def front_touched(self) -> tuple[bool, ...]:
-        """Which parameters have a gradient in the window in the making.
+        Args:
+            before: take the window before instead of the one in the making. Its sums are there until the first
+                gradient of a new window overwrites them; before the first window nothing has any.
 
         Raises:
             AccumulatorStateError: the front buffer is sealed or being consumed.
         """
-        return tuple(self._native.front_touched)
+        touched = tuple(self._native.front_touched)
+        if before:
+            return self._before or (self._tensors[self._native.front], (False,) * len(touched))
+        return self._tensors[self._native.front], touched
+
+    def forget(self) -> None:
+        """The window before says nothing about the next one, for example after a checkpoint was loaded."""
+        self._before = None
 
     def _refuse(self, index: int, grad: Tensor) -> None:
         name, param = self.group.names[index], self.group.params[index]
@@ -143,8 +148,9 @@ class GradAccumulator:
         Raises:
             AccumulatorStateError: no buffer is being consumed.
         """
+        before = None if self._consuming is None else (self._tensors[self._consuming], self.touched)
         self._native.release(stream)
-        self._consuming = None
+        self._consuming, self._before = None, before
 
     @property
     def sum_of_squares(self) -> float:

@@ -54,7 +54,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self,
         state: FusedState,
         grad_sum: Tensor,
-        divisor: int,
+        divisor: float,
         pieces: list[tuple[int, int, int]],
         ahead: native.Ahead | None = None,
     ) -> None:
@@ -65,7 +65,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state: FusedState,
         grad_sum: Tensor,
         known: Sequence[bool],
-        divisor: int,
+        divisor: float,
         repeats: int,
         kept: Tensor | None,
     ) -> list[int]:
@@ -74,10 +74,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             state: of one flat group.
-            grad_sum: flat fp32 sums of a window in the making.
+            grad_sum: flat fp32 sums of a window.
             known: for each parameter whether the sum has a gradient of it; without one its momentum has to do, and a
                 parameter that was never updated stays.
-            divisor: micro-batches in the sum.
+            divisor: what the sum is divided by, micro-batches in it where gradients are scaled.
             repeats: updates.
             kept: flat fp32, receives the weights as they were; None where there are masters.
 
@@ -195,7 +195,7 @@ class AdamW(FusedOptimizer):
         self,
         state: FusedState,
         grad_sum: Tensor,
-        divisor: int,
+        divisor: float,
         pieces: list[tuple[int, int, int]],
         ahead: native.Ahead | None = None,
     ) -> None:
@@ -274,7 +274,7 @@ class SGD(FusedOptimizer):
         self,
         state: FusedState,
         grad_sum: Tensor,
-        divisor: int,
+        divisor: float,
         pieces: list[tuple[int, int, int]],
         ahead: native.Ahead | None = None,
     ) -> None:

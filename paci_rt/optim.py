@@ -227,13 +227,12 @@ class FusedBound(BoundOptimizer):
         self._states[number].refresh_masters()
         return self._states[number].master
 
-    def ahead(self, number: int, divisor: int, repeats: int, kept: Tensor | None) -> list[int]:
-        """Put the weights of flat group ``number`` where its next updates would bring them; see
-        :meth:`paci_rt.fused.FusedOptimizer.ahead`."""
-        accumulator = self.accumulators[number]
-        known = accumulator.front_touched
+    def ahead(self, number: int, divisor: float, repeats: int, kept: Tensor | None, *, before: bool) -> list[int]:
+        """Put the weights of flat group ``number`` where its next updates would bring them, by the gradients of the
+        window in the making, or of the one before; see :meth:`paci_rt.fused.FusedOptimizer.ahead`."""
+        grad_sum, known = self.accumulators[number].sums(before=before)
         self._states[number].refresh_masters()
-        return self.optimizer.ahead(self._states[number], accumulator.front_flat, known, divisor, repeats, kept)
+        return self.optimizer.ahead(self._states[number], grad_sum, known, divisor, repeats, kept)
 
     def _masters_bytes(self) -> int:
         return sum(state.master.nbytes for state in self._states if state.master is not None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paci_rt.optim import SGD, AdamW, BoundOptimizer
+from paci_rt.true_weights import TrueWeights
 
 _ADAM = (AdamW, torch.optim.Adam, torch.optim.AdamW)
 _SGD = (SGD, torch.optim.SGD)
@@ -42,15 +43,12 @@ class Predictor:
             )
         assert optimizer is not None
         self._bound, self._optimizer = bound, optimizer
-        self._scratch = [
-            torch.empty_like(group.weight) if bound.master(number) is None else None
-            for number, group in enumerate(bound.groups)
-        ]
+        self._true = TrueWeights(bound)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the scratch copies."""
-        return sum(scratch.nbytes for scratch in self._scratch if scratch is not None)
+        return self._true.nbytes
 
     @contextmanager
     def ahead(self, updates: int) -> Iterator[None]:
@@ -58,9 +56,9 @@ class Predictor:
         options = {id(param): group for group in self._optimizer.param_groups for param in group["params"]}
         with torch.no_grad():
             for number, group in enumerate(self._bound.groups):
-                scratch = self._scratch[number]
-                if scratch is not None:
-                    scratch.copy_(group.weight)
+                kept = self._true.kept[number]
+                if kept is not None:
+                    kept.copy_(group.weight)
                 for position, param in enumerate(group.params):
                     state = self._bound.state_views(number, position)
                     if state:  # parameters that were never updated stay where they are
@@ -70,11 +68,8 @@ class Predictor:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for number, group in enumerate(self._bound.groups):
-                    true = self._bound.master(number) if self._scratch[number] is None else self._scratch[number]
-                    assert true is not None
-                    group.weight.copy_(true)
+            for number in range(len(self._bound.groups)):
+                self._true.restore(number)
 
     def _direction(self, state: dict[str, Any], options: dict[str, Any], param: Tensor) -> Tensor:
         """One update of ``param`` as momentum alone would make it, fp32 or the parameter's dtype."""

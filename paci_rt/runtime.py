@@ -152,7 +152,9 @@ class Pipeline:
         bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
         self._bounds.append(bound)
         held = policies.versions_held(policy, family, shape, rank.rank)
-        weights = make_weights(policy, bound, held, lookahead=self._lookahead)
+        weights = make_weights(
+            policy, bound, held, lookahead=self._lookahead, accumulation=shape.accumulation, divisor=divisor
+        )
         if ties is not None:
             ties.bind(bound)
         stage.attach(ties if ties is not None else bound)

@@ -130,10 +130,11 @@ class AheadWeights(StageWeights):
 
     Args:
         bound: the stage's optimizer, whose accumulators hold what is known of the coming updates.
+        accumulation, divisor: as for :class:`~paci_rt.lookahead.LookAhead`.
     """
 
-    def __init__(self, bound: BoundOptimizer) -> None:
-        self._look_ahead = LookAhead(bound)
+    def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float) -> None:
+        self._look_ahead = LookAhead(bound, accumulation=accumulation, divisor=divisor)
         self.extra_bytes = self._look_ahead.nbytes
         self._micro_batches = 0  # of the window in the making
 
@@ -160,9 +161,15 @@ class AheadWeights(StageWeights):
     def begin_update(self, current: int) -> None:
         self._micro_batches = 0
 
+    def restart(self, current: int) -> None:
+        self._look_ahead.restart()
 
-def make_weights(policy: str, bound: BoundOptimizer, held: int, *, lookahead: bool = False) -> StageWeights:
-    """The weights of a stage under ``policy``, which keeps ``held`` versions.
+
+def make_weights(
+    policy: str, bound: BoundOptimizer, held: int, *, lookahead: bool, accumulation: int, divisor: float
+) -> StageWeights:
+    """The weights of a stage under ``policy``, which keeps ``held`` versions; windows have ``accumulation``
+    micro-batches, whose sum is divided by ``divisor``.
 
     Raises:
         ValueError: ``predict`` or look-ahead with an optimizer that has no momentum to go by, or look-ahead under a
@@ -171,7 +178,7 @@ def make_weights(policy: str, bound: BoundOptimizer, held: int, *, lookahead: bo
     if lookahead:
         if policy not in ("bounded", "recompute"):
             raise ValueError(f"lookahead=True under policy {policy!r}: look-ahead needs 'bounded' or 'recompute'")
-        return AheadWeights(bound)
+        return AheadWeights(bound, accumulation=accumulation, divisor=divisor)
     if policy in ("stash", "2bw"):
         return KeptVersions(policy, bound.groups, held)
     return PredictedWeights(bound) if policy == "predict" else StageWeights()

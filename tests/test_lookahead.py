@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
+from paci_rt.accumulator import GradAccumulator
 from paci_rt.action import Op
 from paci_rt.lookahead import LookAhead
 from paci_rt.optim import BoundOptimizer, bind_optimizer
@@ -57,7 +58,7 @@ def test_ahead_are_the_bits_of_the_updates_themselves(kind: str, dtype: torch.dt
                 twin.accumulate(param, gradient(param, seed))
         twin.update(count)
     before, state = group.weight.clone(), copy.deepcopy(bound.state_by_name())
-    with LookAhead(bound).ahead(ahead, count):
+    with LookAhead(bound, accumulation=count, divisor=count).ahead(ahead, count):
         assert torch.equal(group.weight, twin.groups[0].weight)
         assert not torch.equal(group.weight, before)
     assert torch.equal(group.weight, before)
@@ -93,7 +94,7 @@ def test_without_a_gradient_momentum_goes_on(kind: str) -> None:
             stand_in = stand_in - options["weight_decay"] * param.detach()
         twin.accumulate(param, -stand_in if options["maximize"] else stand_in)
     twin.update(1)
-    with LookAhead(bound).ahead(1, 1):
+    with LookAhead(bound, accumulation=1, divisor=1).ahead(1, 1):
         # The stand-in is made in another order of operations: a few units in the last place of fp32.
         torch.testing.assert_close(group.weight, twin.groups[0].weight, rtol=1e-6, atol=1e-7)
 
@@ -103,7 +104,7 @@ def test_a_parameter_that_was_never_updated_stays() -> None:
     group = bound.groups[0]
     bound.accumulate(group.params[1], gradient(group.params[1], 0))
     before = [param.detach().clone() for param in group.params]
-    with LookAhead(bound).ahead(2, 1):
+    with LookAhead(bound, accumulation=1, divisor=1).ahead(2, 1):
         assert [torch.equal(param, old) for param, old in zip(group.params, before, strict=True)] == [True, False, True]
     assert all(torch.equal(param, old) for param, old in zip(group.params, before, strict=True))
 
@@ -171,3 +172,57 @@ def test_bad_combinations_are_told() -> None:
         make(modules(), 2, optimizer=lambda params: torch.optim.Adam([p for _, p in params]))
     with pytest.raises(ValueError, match="SGD without momentum"):
         make(modules(), 2, optimizer=lambda params: paci_rt.SGD([p for _, p in params], lr=0.1))
+
+
+def test_until_a_gradient_comes_the_window_before_has_to_do() -> None:
+    bound, twin = build("adamw", torch.float32, 1), build("adamw", torch.float32, 1)
+    look_ahead = LookAhead(bound, accumulation=2, divisor=2)
+    for one in (bound, twin):
+        for seed in (0, 1):
+            for param in one.groups[0].params:
+                one.accumulate(param, gradient(param, seed))
+        one.update(2)
+    for seed in (0, 1):  # the twin sees the same window once more
+        for param in twin.groups[0].params:
+            twin.accumulate(param, gradient(param, seed))
+    twin.update(2)
+    with look_ahead.ahead(1, 0):
+        assert torch.equal(bound.groups[0].weight, twin.groups[0].weight)
+    look_ahead.restart()  # from here on only momentum is left
+    with look_ahead.ahead(1, 0):
+        assert not torch.equal(bound.groups[0].weight, twin.groups[0].weight)
+
+
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_sums_of_the_window_before_stay_until_they_are_overwritten(buffers: int) -> None:
+    bound = build("sgd", torch.float32, 0)
+    accumulator = GradAccumulator(bound.groups[0], buffers=buffers)
+    first = [gradient(param, 0) for param in bound.groups[0].params]
+    assert not any(accumulator.sums(before=True)[1])
+    for position, grad in enumerate(first[:2]):
+        accumulator.add(position, grad)
+    accumulator.seal()
+    accumulator.consume()
+    accumulator.release()
+    flat, known = accumulator.sums(before=True)
+    assert known == (True, True, False)
+    assert all(torch.equal(bound.groups[0].view(flat, at), first[at]) for at in (0, 1))
+    assert not any(accumulator.sums()[1])
+    accumulator.forget()
+    assert not any(accumulator.sums(before=True)[1])
+
+
+def test_unscaled_gradients_look_ahead_as_they_update() -> None:
+    # Half of a window of the same gradient says all there is to know: scaled or not, the early forward of the next
+    # window then runs where the update brings the weights.
+    for scale_grads in (True, False):
+        modules: list[nn.Module] = [Shift(), Shift(), Shift()]
+        pipe = make(modules, 4, scale_grads=scale_grads)
+        for _ in range(3):
+            pipe.step(torch.ones(4, 4), target=torch.ones(4, 4))
+        pipe.drain()
+        first = modules[0]
+        assert isinstance(first, Shift)
+        assert torch.equal(first.at[4], first.at[5])  # 2 early forwards, by one and by two gradients of a window
+        assert torch.equal(first.at[5], first.at[6])  # and the first one after the update that they foresaw
+        pipe.close()

@@ -1,0 +1,117 @@
+"""What updates take: stage costs measured here, played by the simulator for the schedule of each method."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from replay.case import Method
+from replay.run import make_optimizer
+from replay.tasks import make_task
+
+import paci_rt
+from paci_rt import schedules
+from paci_rt.action import Action, Op
+from paci_rt.simulate import Costs, simulate
+from paci_rt.trace import Event
+
+WINDOWS, LEFT_OUT = 6, 2  # measured, and run before to warm up
+
+
+def measure_costs(task_name: str, *, layers: int | None, stages: int, accumulation: int) -> Costs:
+    """Seconds of F, I, W, U and of a look-ahead, by stage, one thread, each the median over ``WINDOWS`` windows.
+
+    No hop: what links cost is another question (``benchmarks/comm_overlap.py``).
+    """
+    split = _medians(_trace(task_name, layers, stages, accumulation, Method(schedule="zb-h1")), accumulation)
+    ahead = _medians(_trace(task_name, layers, stages, accumulation, Method(lookahead=True)), accumulation)
+
+    def of(op: Op) -> tuple[float, ...]:
+        return tuple(split[op, False, stage] for stage in range(stages))
+
+    extra = []
+    for stage in range(stages):
+        early, timely = ahead.get((Op.F, True, stage)), ahead.get((Op.F, False, stage))
+        base = split[Op.F, False, stage] if timely is None else timely
+        extra.append(0.0 if early is None else max(0.0, early - base))
+    return Costs(
+        forward_s=of(Op.F),
+        input_grad_s=of(Op.I),
+        weight_grad_s=of(Op.W),
+        update_s=of(Op.U),
+        predict_s=tuple(extra),
+    )
+
+
+def _trace(task_name: str, layers: int | None, stages: int, accumulation: int, method: Method) -> list[Event]:
+    task = make_task(task_name, layers=layers)
+    torch.set_num_threads(1)
+    pipeline = paci_rt.LocalPipeline(
+        task.build(stages, seed=0),
+        schedule=method.schedule,
+        lookahead=method.lookahead,
+        n_microbatches=accumulation,
+        loss_fn=task.loss,
+        optimizer=lambda named: make_optimizer(task, method, 1e-3, named),
+        trace=True,
+    )
+    for update in range(LEFT_OUT + WINDOWS):
+        x, y = task.batch(update, 0)
+        pipeline.step(x, target=y, return_outputs=False)
+        if update + 1 == LEFT_OUT:
+            pipeline.events.clear()
+    return list(pipeline.events)
+
+
+def _medians(events: list[Event], accumulation: int) -> dict[tuple[Op, bool, int], float]:
+    """Median seconds by operation, whether it is a forward that runs early, and stage."""
+    found: dict[tuple[Op, bool, int], list[float]] = defaultdict(list)
+    for event in events:
+        action = Action.parse(event.action)
+        early = action.op is Op.F and action.index // accumulation > event.version
+        found[action.op, early, event.stage].append(event.end_s - event.start_s)
+    return {key: statistics.median(times) for key, times in found.items()}
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Seconds from the start of training to the end of each update, by schedule.
+
+    Args:
+        costs: of every stage.
+        stages, accumulation: of the pipeline.
+        updates: as far as anybody will ask.
+    """
+
+    costs: Costs
+    stages: int
+    accumulation: int
+    updates: int
+    _ends: dict[tuple[str, bool], list[float]] = field(default_factory=dict)
+
+    def seconds(self, method: Method, updates: float) -> float:
+        """When ``updates`` updates of every stage are done, on straight lines between whole ones."""
+        flushed = min(float(method.flush_updates), updates)
+        total = self._at("1f1b", False, flushed) if flushed else 0.0
+        return total + (self._at(method.schedule, method.lookahead, updates - flushed) if updates > flushed else 0.0)
+
+    def _at(self, schedule: str, lookahead: bool, updates: float) -> float:
+        ends = self._ends.get((schedule, lookahead))
+        if ends is None:
+            ends = self._ends[schedule, lookahead] = self._play(schedule, lookahead)
+        whole = int(updates)
+        before, after = (0.0, *ends)[whole], (0.0, *ends)[min(whole + 1, len(ends))]
+        return before + (updates - whole) * (after - before)
+
+    def _play(self, schedule: str, lookahead: bool) -> list[float]:
+        family = schedules.get(schedule)
+        costs = self.costs
+        step = schedules.StepCosts()
+        if family.takes_costs:
+            step = schedules.StepCosts(costs.forward_s, costs.input_grad_s, costs.weight_grad_s)
+        shape = schedules.Shape(num_stages=self.stages, accumulation=self.accumulation, costs=step)
+        # Look-ahead costs where prediction does: in forwards that run ahead of an update.
+        policy = "predict" if lookahead else None
+        return list(simulate(family, shape, self.costs, windows=self.updates, policy=policy).window_end_s)
