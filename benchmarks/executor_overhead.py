@@ -10,10 +10,10 @@ import time
 from typing import Any
 
 import torch
-from common import finish, median_spread, positive, print_table
 from torch import Tensor, nn
 
 import paci_rt
+from common import finish, median_spread, positive, print_table
 from paci_rt.lowering import Lowering
 from paci_rt.schedules import Shape, get
 

@@ -14,10 +14,9 @@ from collections import defaultdict
 from typing import Any
 
 from common import finish, list_of, median_spread, positive, print_table
-from pipelines import PEERS, Case, Pipe
-
 from paci_rt import launch, schedules
 from paci_rt.train.gpt import MODELS
+from pipelines import PEERS, Case, Pipe
 
 Measured = dict[Case, list[dict[str, float]]]
 

@@ -16,15 +16,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from common import finish, list_of, median_spread, positive, print_table
-from pipelines import Case, Pipe
-
 import paci_rt
+from common import finish, list_of, median_spread, positive, print_table
 from paci_rt import launch, policies, schedules
 from paci_rt.action import Action, Op
 from paci_rt.simulate import Costs, Simulation, simulate
 from paci_rt.trace import Event
 from paci_rt.train.gpt import MODELS
+from pipelines import Case, Pipe
 
 Measured = dict[Case, list[dict[str, Any]]]
 

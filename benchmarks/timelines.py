@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 
 from common import positive
-from pipelines import Case, Pipe
-
 from paci_rt import launch
 from paci_rt.trace import Event
 from paci_rt.train import plots
+from pipelines import Case, Pipe
 
 FORWARD_MS, INPUT_GRAD_MS, WEIGHT_GRAD_MS = 10.0, 10.0, 10.0
 WINDOWS_SHOWN = 3

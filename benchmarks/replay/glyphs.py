@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from replay.draws import seeded
 from torch import Tensor
+
+from replay.draws import seeded
 
 CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 SIZE = 28  # pixels

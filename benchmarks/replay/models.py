@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from replay.draws import seeded
 from torch import Tensor, nn
 
 from paci_rt.train.gpt import MLP, GPTConfig
+from replay.draws import seeded
 
 ROTARY_BASE = 10_000.0
 

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from replay.case import METHODS, Case, Method
-from replay.rivals import RIVALS, RivalOptions, delay_scaled_rate, pipemare_rate
-from replay.tasks import Task, make_task
-from replay.variants import replaced
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import paci_rt
+from replay.case import METHODS, Case, Method
+from replay.rivals import RIVALS, RivalOptions, delay_scaled_rate, pipemare_rate
+from replay.tasks import Task, make_task
+from replay.variants import replaced
 
 POINTS = 40  # measurements along a run
 WEIGHT_DECAY, BETA2, MOMENTUM = 0.1, 0.95, 0.9

@@ -5,17 +5,20 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from replay.case import Method
-from replay.run import make_optimizer
-from replay.tasks import make_task
 
 import paci_rt
 from paci_rt import schedules
 from paci_rt.action import Action, Op
 from paci_rt.simulate import Costs, simulate
 from paci_rt.trace import Event
+from replay.case import METHODS, Method
+from replay.overhead import updates_to
+from replay.report import Table
+from replay.run import make_optimizer
+from replay.tasks import make_task
 
 WINDOWS, LEFT_OUT = 6, 2  # measured, and run before to warm up
 
@@ -91,13 +94,8 @@ class Clock:
     updates: int
     _ends: dict[tuple[str, bool], list[float]] = field(default_factory=dict)
 
-    def seconds(self, method: Method, updates: float) -> float:
+    def seconds(self, schedule: str, updates: float, *, lookahead: bool = False) -> float:
         """When ``updates`` updates of every stage are done, on straight lines between whole ones."""
-        flushed = min(float(method.flush_updates), updates)
-        total = self._at("1f1b", False, flushed) if flushed else 0.0
-        return total + (self._at(method.schedule, method.lookahead, updates - flushed) if updates > flushed else 0.0)
-
-    def _at(self, schedule: str, lookahead: bool, updates: float) -> float:
         ends = self._ends.get((schedule, lookahead))
         if ends is None:
             ends = self._ends[schedule, lookahead] = self._play(schedule, lookahead)
@@ -114,4 +112,77 @@ class Clock:
         shape = schedules.Shape(num_stages=self.stages, accumulation=self.accumulation, costs=step)
         # Look-ahead costs where prediction does: in forwards that run ahead of an update.
         policy = "predict" if lookahead else None
-        return list(simulate(family, shape, self.costs, windows=self.updates, policy=policy).window_end_s)
+        return list(simulate(family, shape, costs, windows=self.updates, policy=policy).window_end_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeRow:
+    """How many times as fast a method gets down to each threshold as a flush schedule does.
+
+    Attributes:
+        throughput: updates a second over the flush schedule's.
+        speedups: early, middle, late; mean over the seeds.
+        short: whether a run never came down to a threshold, so that its speedups are upper bounds.
+    """
+
+    study: str
+    method: str
+    over: str
+    throughput: float
+    speedups: tuple[float, ...]
+    short: bool
+
+    @property
+    def cells(self) -> list[str]:
+        """As in the table."""
+        sign = "< " if self.short else ""
+        speedups = [f"{sign}{speedup:.2f}" for speedup in self.speedups]
+        return [self.method, self.over, f"{self.throughput:.2f}", *speedups]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "study": self.study,
+            "method": self.method,
+            "over": self.over,
+            "throughput_ratio": self.throughput,
+            "time_to_accuracy_ratio": list(self.speedups),
+            "upper_bounds": self.short,
+        }
+
+
+FLUSH_SCHEDULES = ("1f1b", "zb-h1", "zb-2p")
+
+
+def time_rows(table: Table, costs: Costs, accumulation: int) -> list[TimeRow]:
+    """PACI with and without look-ahead over each of FLUSH_SCHEDULES, which all make the same updates."""
+    study, flush = table.study, table.row("flush")
+    clock = Clock(costs=costs, stages=study.stages, accumulation=accumulation, updates=study.updates)
+    rows: list[TimeRow] = []
+    for method in ("paci", "look-ahead"):
+        mine = table.row(method, accumulation)
+        if flush is None or mine is None:
+            continue
+        lookahead = METHODS[method].lookahead
+        end_s = clock.seconds("paci", study.updates, lookahead=lookahead)
+        for schedule in FLUSH_SCHEDULES:
+            speedups = []
+            for overhead in mine.overheads:
+                ratios = []
+                for run in flush.runs:
+                    needed = updates_to(run.curve, overhead.threshold)
+                    if needed is None or run.case.seed not in overhead.ratios:
+                        continue
+                    own = min(float(study.updates), needed * overhead.ratios[run.case.seed])
+                    ratios.append(clock.seconds(schedule, needed) / clock.seconds("paci", own, lookahead=lookahead))
+                speedups.append(statistics.fmean(ratios))
+            rows.append(
+                TimeRow(
+                    study=study.name,
+                    method=method,
+                    over=schedule,
+                    throughput=clock.seconds(schedule, study.updates) / end_s,
+                    speedups=tuple(speedups),
+                    short=any(overhead.short for overhead in mine.overheads),
+                )
+            )
+    return rows

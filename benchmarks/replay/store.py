@@ -10,10 +10,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from replay.case import Case
-from replay.run import Run, run
 
 from paci_rt import native
+from replay.case import Case
+from replay.run import Run, run
 
 
 class Store:
@@ -98,8 +98,7 @@ def _one_thread() -> None:
 def _line(result: Run, done: int, total: int, elapsed_s: float) -> str:
     case = result.case
     end = "diverged" if result.diverged else f"loss {result.curve[-1][1]:.3f}"
-    left_s = elapsed_s / done * (total - done)
-    return (
-        f"[{done}/{total}, {left_s / 60:.0f} min left] {case.task} P={case.stages} a={case.accumulation} "
-        f"{case.method} lr={case.lr:g} seed={case.seed}: {end} after {result.curve[-1][0]} updates, {result.seconds:.0f} s"
-    )
+    minutes = elapsed_s / done * (total - done) / 60
+    what = f"{case.task} P={case.stages} a={case.accumulation} {case.method} lr={case.lr:g} seed={case.seed}"
+    updates = result.curve[-1][0]
+    return f"[{done}/{total}, {minutes:.0f} min left] {what}: {end} after {updates} updates, {result.seconds:.0f} s"

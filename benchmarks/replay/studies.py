@@ -1,14 +1,15 @@
-"""The questions that a convergence benchmark answers, with rates and thresholds that were fixed before any run.
+"""The questions that a convergence benchmark answers, with rates and rules that were fixed before any run.
 
-A method's learning rate is its own best of ``rates``. All of them are run with the first seed, the best one then with
-the others; the main study runs all seeds at all rates.
+A method's learning rate is its own best of the study's ``rates``, by the final loss of the first seed (of all seeds
+where the study says so); the other seeds are then run at that rate.
 
-Thresholds are the losses of a pilot, 1F1B-flush at the middle rate with a seed that no study uses (99), after a
-quarter, half and nine tenths of its updates, rounded up to a twentieth of a nat.
+Thresholds are the losses of a pilot, the flush baseline of the same optimizer at the study's middle rate with a seed
+that no study uses, after a quarter, half and four fifths of its updates, rounded up to a twentieth of a nat.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from replay.run import Run
 from replay.store import Store
 
 PILOT_SEED = 99
+PILOT_SHARES = (0.25, 0.5, 0.8)
 RATE_FACTORS = {"lion": 0.2, "sgd": 100.0}
 """What other optimizers' rates are, over AdamW's."""
 
@@ -32,8 +34,7 @@ class Study:
             on it but for rounding.
         rates: learning rates of AdamW; other optimizers' follow from RATE_FACTORS.
         all_seeds: run every rate with every seed.
-        task, layers, stages, updates, warmup, shape: as for ``replay.case.Case``.
-        thresholds: early, middle and late loss, nats; empty where the loss is only compared at the end.
+        task, layers, stages, updates, warmup, shape, dtype, device: as for ``replay.case.Case``.
     """
 
     name: str
@@ -48,7 +49,8 @@ class Study:
     updates: int
     warmup: int
     shape: str = "cosine"
-    thresholds: tuple[float, ...]
+    dtype: str = "fp32"
+    device: str = "cpu"
 
     def case(self, method: str, accumulation: int, rate: float, seed: int) -> Case:
         """One run of the study; ``rate`` is one of its rates."""
@@ -63,6 +65,8 @@ class Study:
             updates=self.updates,
             warmup=self.warmup,
             shape=self.shape,
+            dtype=self.dtype,
+            device=self.device,
         )
 
     def rows(self) -> Iterator[tuple[str, int]]:
@@ -70,6 +74,20 @@ class Study:
         for method, accumulations in self.cells:
             for accumulation in accumulations:
                 yield method, accumulation
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The flush methods that others of the study are compared with."""
+        return tuple(dict.fromkeys(baseline_of(method) for method, _ in self.cells))
+
+    def pilot(self, baseline: str) -> Case:
+        """The run that sets the thresholds of all methods compared with ``baseline``."""
+        return self.case(baseline, dict(self.cells)[baseline][0], self.rates[len(self.rates) // 2], PILOT_SEED)
+
+    def thresholds(self, store: Store, baseline: str) -> tuple[float, ...] | None:
+        """Early, middle and late loss, nats; None until the pilot is done."""
+        found = store.of([self.pilot(baseline)])
+        return thresholds_of(found[0]) if found else None
 
     def search(self) -> list[Case]:
         """The runs by which every row finds its learning rate."""
@@ -100,8 +118,15 @@ class Study:
 
 def baseline_of(method: str) -> str:
     """The flush method that a method's tokens are compared with: of the same optimizer, if that is paci_rt's."""
-    optimizer = METHODS[method].optimizer
-    if method.startswith("error feedback muon"):
-        return "flush muon"
+    optimizer = METHODS[method].optimizer.removeprefix("error-feedback-")
     name = f"flush {optimizer}"
     return name if name in METHODS else "flush"
+
+
+def thresholds_of(pilot: Run) -> tuple[float, ...]:
+    """Losses after PILOT_SHARES of a run's updates, rounded up to a twentieth of a nat."""
+    found = []
+    for share in PILOT_SHARES:
+        at = max(update for update, _ in pilot.curve if update <= share * pilot.case.updates)
+        found.append(math.ceil(dict(pilot.curve)[at] * 20 - 1e-9) / 20)
+    return tuple(found)
