@@ -67,7 +67,9 @@ METHODS: dict[str, Method] = {
     "flush 30 then paci": replace(PACI, flush_updates=30),
     "flush 30 then look-ahead": replace(AHEAD, flush_updates=30),
     "flush beta1 0.95": replace(FLUSH, beta1=0.95),
+    "paci beta1 0.95": replace(PACI, beta1=0.95),
     "look-ahead beta1 0.95": replace(AHEAD, beta1=0.95),
+    "look-ahead beta1 0.98": replace(AHEAD, beta1=0.98),
     # Look-ahead made cheaper, or otherwise: replay.variants.
     "look-ahead every 2nd": replace(AHEAD, variant="every 2nd"),
     "look-ahead every 4th": replace(AHEAD, variant="every 4th"),

@@ -102,8 +102,9 @@ STUDIES: dict[str, Study] = {
             question="And where several updates come before a backward?",
             task="gpt-nano",
             cells=(
-                ("flush", (8,)),
-                *((name, (4,)) for name in ("paci", "look-ahead", "look-ahead momentum first", "look-ahead damped")),
+                *(("flush", (8,)), ("flush beta1 0.95", (8,)), ("paci", (4,)), ("paci beta1 0.95", (4,))),
+                *((name, (4,)) for name in ("look-ahead", "look-ahead beta1 0.95", "look-ahead beta1 0.98")),
+                *((name, (4,)) for name in ("look-ahead momentum first", "look-ahead damped", "look-ahead blended")),
             ),
             rates=(1e-3,),
             seeds=(0, 1),

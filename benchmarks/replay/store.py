@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import time
@@ -75,7 +76,7 @@ def complete(store: Store, cases: Sequence[Case], *, jobs: int, deadline_s: floa
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=context, initializer=_one_thread) as pool:
         queue = iter(todo)
-        running = {pool.submit(run, case) for case, _ in zip(queue, range(jobs), strict=False)}
+        running = {pool.submit(run, case) for case in itertools.islice(queue, jobs)}
         done = 0
         while running:
             finished = next(as_completed(running))
