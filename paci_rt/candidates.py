@@ -26,11 +26,13 @@ class Limits:
     Attributes:
         memory_bytes: by device.
         drift, delay: largest that any micro-batch may have, in updates (see ``paci_rt.policies``).
+        bare_delay: in place of ``delay`` where early forwards do not look ahead.
     """
 
     memory_bytes: tuple[float, ...]
     drift: int | None = None
     delay: int | None = None
+    bare_delay: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Candidate:
 
     Attributes:
         schedule, policy: names. accumulation: micro-batches an update. slack, chunks: as in ``schedules.Shape``.
+        lookahead: early forwards look ahead (``paci_rt.lookahead``).
         partition: middle blocks of each stage, None where no cut keeps the limits.
         step_costs: what a searched schedule was fitted to, in seconds; None for the others.
         predicted: None where it was not simulated.
@@ -69,6 +72,7 @@ class Candidate:
     schedule: str
     policy: str
     accumulation: int
+    lookahead: bool = False
     slack: int = 0
     chunks: int = 1
     partition: tuple[int, ...] | None = None
@@ -108,6 +112,7 @@ class Candidate:
     def label(self) -> str:
         """The options that make it, in words."""
         parts = [f"{self.schedule} with accumulation {self.accumulation}", f"policy {self.policy}"]
+        parts += ["look-ahead"] if self.lookahead else []
         parts += [f"slack {self.slack}"] if self.slack else []
         parts += [f"{self.chunks} chunks"] if self.chunks > 1 else []
         return ", ".join(parts)
@@ -190,7 +195,9 @@ class Evaluator:
             if one.rejected is not None:
                 return one
         shape, costs = one.shape(self.ranks), self._costs(one)
-        run = simulate(family, shape, costs, windows=_windows(family, shape), policy=one.policy)
+        run = simulate(
+            family, shape, costs, windows=_windows(family, shape), policy=one.policy, lookahead=one.lookahead
+        )
         weights = costs.per_stage("weight_bytes", shape.num_stages)
         fixed = 1 + self.profile.state_bytes_per_parameter_byte
         copies = [fixed + self._extra(one, family, shape, rank) for rank in range(self.ranks)]
@@ -234,9 +241,9 @@ class Evaluator:
 
     def _extra(self, one: Candidate, family: ScheduleFamily, shape: Shape, rank: int) -> int:
         """Copies of its weights that ``rank`` holds besides the current ones."""
-        if one.policy == "predict":
-            return 0 if self.profile.has_masters else 1
-        return policies.versions_held(one.policy, family, shape, rank) - 1
+        if self.profile.has_masters and (one.lookahead or one.policy == "predict"):
+            return 0  # masters bring the weights back
+        return policies.copies_held(one.policy, family, shape, rank, one.lookahead)
 
     def _keeps(self, one: Candidate, family: ScheduleFamily, shape: Shape, rank: int) -> _Keeps:
         if family.split and one.chunks == 1:
@@ -311,10 +318,12 @@ class Evaluator:
         found = [policies.bounds(one.policy, family, shape, rank) for rank in range(self.ranks)]
         for what, values, limit in (
             ("drift", [drift for drift, _ in found], self.limits.drift),
-            ("delay", [delay for _, delay in found], self.limits.delay),
+            ("delay", [delay for _, delay in found], self.limits.delay if one.lookahead else self.limits.bare_delay),
         ):
             if limit is not None and max(values) > limit:
                 why = f"{what} {max(values)}, {max(values) - limit} over the limit of {limit}"
+                if what == "delay" and self.limits.delay != self.limits.bare_delay and not one.lookahead:
+                    why += " without look-ahead"
                 return replace(one, rejected=why, severity=(VERSIONS, max(values) - limit))
         return None
 

@@ -214,7 +214,7 @@ def _add_pipeline(options: _Options) -> None:
     options.add("policy", str, "NAME", f"which weights forwards and backwards use: {', '.join(POLICIES)} (default: the "
                 "schedule's own)")
     options.switch("lookahead", "run forwards that come before an update of theirs at the weights that the gradients "
-                   "seen so far would make; asynchronous schedules with adamw or sgd (default: no)")
+                   "seen so far would make; asynchronous schedules with paci_rt's own optimizers (default: paci does)")
     options.add("step_costs", _step_costs, "F,I,W[,HOP[,STASH]]", "times of a micro-batch, in any unit, and the share "
                 "of its activations that stays after I, which zb-1p and zb-2p are fitted to; F, I and W may be a:b:c, "
                 "one a stage (default: F, I and W equal, no hop)")

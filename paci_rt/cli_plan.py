@@ -57,6 +57,15 @@ def _list_of(kind: Callable[[str], Any], what: str) -> Callable[[str], tuple[Any
     return parse
 
 
+def _delay_limit(text: str) -> int | str | None:
+    if text in ("none", planner.MEASURED):
+        return None if text == "none" else text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither none nor a number of updates") from None
+
+
 def _milliseconds(text: str) -> float:
     try:
         value = float(text)
@@ -94,6 +103,8 @@ def add(parser: argparse.ArgumentParser) -> None:
            "of --rows (default: --rows times 1, 2, 4 ... up to twice the stages)")
     option(group, "--schedules", names, "NAME,...", f"from {', '.join(FAMILIES)} (default: all)")
     option(group, "--policies", names, "NAME,...", f"from {', '.join(POLICIES)} (default: all that a schedule takes)")
+    group.add_argument("--lookahead", action=argparse.BooleanOptionalAction, help="early forwards look ahead (default: "
+                       "as the schedule does; paci does)")
     option(group, "--slack", integers, "S,S,...", "more warm-up forwards, for schedules that take slack (default: 0,1)",
            (0, 1))
     option(group, "--chunks", integers, "V,V,...", "stages a device, for schedules that take chunks (default: 2)", (2,))
@@ -101,7 +112,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     option(group, "--memory-limit", _list_of(size, "sizes"), "SIZE[,SIZE...]", "of every device, or of each in order, "
            "such as 8GiB")
     option(group, "--drift-limit", int, "N", "updates that may come between a micro-batch's forward and backward")
-    option(group, "--delay-limit", int, "N", "updates by which a gradient may come late")
+    option(group, "--delay-limit", _delay_limit, "N", "updates by which a gradient may come late, or none "
+           "for no limit (default: what is known to be worth its time, 1 with look-ahead and 0 without)", planner.MEASURED)
     option(group, "--device-speeds", _list_of(float, "numbers such as 1,1,0.5"), "X,X,...", "of each device in order, "
            "1 being the one that was profiled (default: all 1)")
     option(group, "--hop-ms", _milliseconds, "MS", "latency of messages between stages (default: the profile's, or 0)")
@@ -144,6 +156,7 @@ def _plan(args: argparse.Namespace, profile: Profile) -> planner.Plan:
         memory_limit_bytes=args.memory_limit,
         drift_limit=args.drift_limit,
         delay_limit=args.delay_limit,
+        lookahead=args.lookahead,
         device_speeds=args.device_speeds,
         schedules=args.schedules,
         policies=args.policies,

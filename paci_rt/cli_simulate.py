@@ -40,7 +40,7 @@ _COSTS: tuple[tuple[str, str, float, bool, str, str, str], ...] = (
     ("--input-grad", "input_grad_s", _MS, True, "MS,...", "1", "input-gradient half of its backward"),
     ("--weight-grad", "weight_grad_s", _MS, True, "MS,...", "1", "weight-gradient half; a whole backward takes both"),
     ("--update", "update_s", _MS, True, "MS,...", "0", "local update"),
-    ("--predict", "predict_s", _MS, False, "MS,...", "0", "predicting weights and undoing it, under policy predict"),
+    ("--predict", "predict_s", _MS, False, "MS,...", "0", "running a forward ahead: look-ahead, policy predict"),
     ("--comm", "hop_s", _MS, False, "MS", "0", "latency of a message between stages"),
     ("--bandwidth", "bandwidth_bytes_per_s", 1.0, False, "BYTES/S", "no limit", "of a link, one way, such as 25e9"),
     ("--message-bytes", "message_bytes", 1.0, False, "N,...", "0", "output of a stage"),
@@ -71,6 +71,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     option(group, "--slack", int, "S", "more warm-up forwards on every stage but the last", 0)
     option(group, "--chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only; default there: 2)")
     option(group, "--policy", str, "NAME", f"{', '.join(policies.POLICIES)} (default: the schedule's own)")
+    group.add_argument(
+        "--lookahead",
+        action=argparse.BooleanOptionalAction,
+        help="early forwards look ahead, which takes --predict (default: as the schedule does; paci does)",
+    )
     group = parser.add_argument_group("costs")
     for flag, field, _, _, metavar, default, meaning in _COSTS:
         option(group, flag, _number if field in _SINGLE else _numbers, metavar, f"{meaning} (default: {default})")
@@ -132,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
 
         plots.require_matplotlib("--plot")
     shown = args.grid or args.plot is not None or args.trace is not None
-    found = simulate(family, shape, costs, windows=windows, policy=policy, keep_events=shown)
+    found = simulate(family, shape, costs, windows=windows, policy=policy, lookahead=args.lookahead, keep_events=shown)
     _write(args, found, partition)
     print(report_text(found))
     if args.grid:

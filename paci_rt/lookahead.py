@@ -25,6 +25,15 @@ def can_look_ahead(bound: BoundOptimizer) -> bool:
     return isinstance(bound, FusedBound) and not still
 
 
+def require_look_ahead(bound: BoundOptimizer) -> None:
+    """Raise ValueError, with the remedy, for an optimizer that cannot be asked for steps that it does not take."""
+    if not can_look_ahead(bound):
+        name = type(bound.optimizer).__name__ + (" without momentum" if isinstance(bound, FusedBound) else "")
+        raise ValueError(
+            f"lookahead=True cannot use {name}: give one of paci_rt's own optimizers, SGD with momentum above 0"
+        )
+
+
 class LookAhead:
     """Puts a stage's weights ahead for the time of a forward.
 
@@ -40,11 +49,8 @@ class LookAhead:
     """
 
     def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float) -> None:
-        if not can_look_ahead(bound) or not isinstance(bound, FusedBound):
-            name = type(bound.optimizer).__name__ + (" without momentum" if isinstance(bound, FusedBound) else "")
-            raise ValueError(
-                f"lookahead=True cannot use {name}: give one of paci_rt's own optimizers, SGD with momentum above 0"
-            )
+        require_look_ahead(bound)
+        assert isinstance(bound, FusedBound)
         self._bound, self._true = bound, TrueWeights(bound)
         self._accumulation, self._share = accumulation, divisor / accumulation
         self.seconds, self.forwards = 0.0, 0

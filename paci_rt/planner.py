@@ -37,6 +37,11 @@ __all__ = [
     "step_costs",
 ]
 
+MEASURED = "measured"
+MEASURED_DELAY_LIMITS = {True: 1, False: 0}
+"""Delay, in updates, up to which an asynchronous update is worth nearly as much as a synchronous one, with look-ahead
+and without: ``docs/convergence.md``. One update takes at least P - 1 micro-batches (and the slack)."""
+
 AS_FAST = 0.01
 """Throughputs within this share of the best count as equal: a simulation is no more exact than that."""
 
@@ -82,7 +87,8 @@ def plan(
     accumulations: Sequence[int],
     memory_limit_bytes: float | Sequence[float] | None = None,
     drift_limit: int | None = None,
-    delay_limit: int | None = None,
+    delay_limit: int | str | None = MEASURED,
+    lookahead: bool | None = None,
     device_speeds: Sequence[float] | None = None,
     schedules: Sequence[str] | None = None,
     policies: Sequence[str] | None = None,
@@ -99,7 +105,9 @@ def plan(
         stages: devices, one process each.
         accumulations: micro-batches an update, to choose from.
         memory_limit_bytes: of every device, or of each.
-        drift_limit, delay_limit: largest allowed, in updates.
+        drift_limit, delay_limit: largest allowed, in updates; None is no limit. ``"measured"`` is the delay up to which
+            updates are known to be worth their time (MEASURED_DELAY_LIMITS): 1 with look-ahead, 0 without.
+        lookahead: whether early forwards look ahead, for schedules and policies that can; None as the schedule does.
         device_speeds: of each device, 1 being the one that was profiled.
         schedules, policies: names to choose from; all by default.
         slacks: to choose from, for schedules that take slack.
@@ -110,13 +118,24 @@ def plan(
     """
     _check_choices(profile, stages, accumulations, slacks, chunks)
     for name, limit in (("drift limit", drift_limit), ("delay limit", delay_limit)):
-        if limit is not None and limit < 0:
+        if isinstance(limit, str) and (limit != MEASURED or limit is drift_limit):
+            raise ValueError(f"{name} is {limit!r}: give a number of updates, at least 0")
+        if isinstance(limit, int) and limit < 0:
             raise ValueError(f"{name} is {limit}: give a number of updates, at least 0")
+    if isinstance(delay_limit, str):
+        delay_limits = MEASURED_DELAY_LIMITS
+    else:
+        delay_limits = {True: delay_limit, False: delay_limit}
     speeds = device_speeds_of(device_speeds, stages)
-    limits = Limits(memory_bytes=_memory_limits(memory_limit_bytes, stages), drift=drift_limit, delay=delay_limit)
+    limits = Limits(
+        memory_bytes=_memory_limits(memory_limit_bytes, stages),
+        drift=drift_limit,
+        delay=delay_limits[True],
+        bare_delay=delay_limits[False],
+    )
     evaluator = Evaluator(profile=profile, speeds=speeds, limits=limits)
     fitting, rejected = [], []
-    for group in _groups(schedules, policies, accumulations, slacks, chunks):
+    for group in _groups(schedules, policies, accumulations, slacks, chunks, lookahead):
         fit, misses = _evaluate(group, evaluator)
         fitting += fit
         rejected += misses
@@ -167,6 +186,7 @@ def _groups(
     accumulations: Sequence[int],
     slacks: Sequence[int],
     chunks: Sequence[int],
+    lookahead: bool | None,
 ) -> Iterator[list[Candidate]]:
     """Candidates by schedule and policy; each group competes within itself first."""
     chosen = [families.get(name) for name in (families.FAMILIES if schedules is None else schedules)]
@@ -179,8 +199,11 @@ def _groups(
             if policies is not None and policy not in policies:
                 continue
             found = True
+            ahead = lookahead is not False and consistency.looks_ahead(takes, policy, None)
             yield [
-                Candidate(schedule=family, policy=policy, accumulation=count, slack=slack, chunks=pieces)
+                Candidate(
+                    schedule=family, policy=policy, accumulation=count, lookahead=ahead, slack=slack, chunks=pieces
+                )
                 for count, slack, pieces in itertools.product(
                     _accumulations(takes, accumulations),
                     dict.fromkeys(slacks) if takes.takes_slack else (0,),
@@ -256,4 +279,5 @@ def _nothing_fits(rejected: list[Candidate]) -> str:
             f"device, by {nearest.label} ({nearest.rejected}); raise the memory limit, use more stages, or profile "
             "smaller micro-batches"
         )
-    return f"no schedule fits: the nearest is {nearest.label} ({nearest.rejected})"
+    remedy = "; a higher delay limit, or none, lets it run" if (nearest.rejected or "").startswith("delay") else ""
+    return f"no schedule fits: the nearest is {nearest.label} ({nearest.rejected}){remedy}"

@@ -38,8 +38,11 @@ class Work:
     the end, which can never run, stands for "at the end" to the last rank.
     """
 
-    def __init__(self, family: ScheduleFamily, shape: Shape, costs: Costs, windows: int, policy: str) -> None:
+    def __init__(
+        self, family: ScheduleFamily, shape: Shape, costs: Costs, windows: int, policy: str, lookahead: bool
+    ) -> None:
         self.family, self.shape, self.costs, self.windows, self.policy = family, shape, costs, windows, policy
+        self.lookahead = lookahead
         self.micro_batches = windows * shape.accumulation
         self.streams: list[Codes] = [family.stream(shape, rank, windows) for rank in range(shape.ranks)]
         self.offsets = np.concatenate(([0], np.cumsum([len(stream) for stream in self.streams])))
@@ -114,7 +117,7 @@ class Work:
             out[mask] = (stage[mask] + offset) * m + index[mask]
         need[self._out_of_order(rank, stage, op, index)] = self.never
         predicted = np.zeros(len(stream))
-        if self.policy == "predict":
+        if self.lookahead or self.policy == "predict":
             predict_s = self.costs.per_stage("predict_s", stages)[stage]
             late = forward & (index // self.shape.accumulation > np.cumsum(update))  # with one stage a rank
             predicted[late] = predict_s[late]

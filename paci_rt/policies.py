@@ -26,6 +26,8 @@ import difflib
 from paci_rt.schedules.base import ScheduleFamily, Shape
 
 POLICIES = ("bounded", "stash", "2bw", "predict", "recompute")
+AHEAD_POLICIES = ("bounded", "recompute")
+"""Under which forwards can look ahead (:mod:`paci_rt.lookahead`): those whose forwards use the current weights."""
 
 
 def resolve(family: ScheduleFamily, shape: Shape, policy: str | None) -> str:
@@ -55,11 +57,34 @@ def resolve(family: ScheduleFamily, shape: Shape, policy: str | None) -> str:
     return policy
 
 
+def looks_ahead(family: ScheduleFamily, policy: str, asked: bool | None) -> bool:
+    """Whether early forwards run at the weights to come; None is what the schedule does of its own.
+
+    Raises:
+        ValueError: it was asked for where no forward is early, or where the policy has weights of its own for it.
+    """
+    if asked is None:
+        return family.looks_ahead and policy in AHEAD_POLICIES
+    if asked and family.flush:
+        raise ValueError(f"look-ahead under {family.name}: it flushes, so no forward runs early; leave it out")
+    if asked and policy not in AHEAD_POLICIES:
+        raise ValueError(f"look-ahead under policy {policy!r}: it needs policy {' or '.join(AHEAD_POLICIES)}")
+    return asked
+
+
 def versions_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int) -> int:
     """Whole versions of its weights that ``rank`` keeps, the current one among them."""
     if policy == "stash":
         return family.drift_bound(shape, rank) + 1
     return 2 if policy == "2bw" else 1
+
+
+def copies_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int, lookahead: bool) -> int:
+    """Copies of its fp32 weights that ``rank`` keeps besides the current ones: further versions, or a scratch copy where
+    forwards that come early run at other weights."""
+    if lookahead or policy == "predict":
+        return int(family.drift_bound(shape, rank) > 0)
+    return versions_held(policy, family, shape, rank) - 1
 
 
 def recomputes(policy: str, family: ScheduleFamily, shape: Shape, rank: int) -> bool:

@@ -16,6 +16,7 @@ from paci_rt.audit import RankAudit, StageAudit
 from paci_rt.errors import PaciError, StageError
 from paci_rt.executor import Executor, Feed, StageRuntime
 from paci_rt.feed import cut_batch
+from paci_rt.lookahead import can_look_ahead, require_look_ahead
 from paci_rt.lowering import Lowering, TiedWeight, validate
 from paci_rt.optim import BoundOptimizer, bind_optimizer
 from paci_rt.schedules import Shape, StepCosts
@@ -24,7 +25,7 @@ from paci_rt.state import collect_state, load_state, pipeline_stats
 from paci_rt.tied import TiedExchange
 from paci_rt.trace import Event
 from paci_rt.transport import Transport
-from paci_rt.versions import make_weights
+from paci_rt.versions import AheadWeights, StageWeights, make_weights
 
 
 class Pipeline:
@@ -42,7 +43,8 @@ class Pipeline:
         slack: additional warm-up forwards on every stage but the last (asynchronous schedules).
         policy: which weights forwards and backwards use, see :mod:`paci_rt.policies`; None is the schedule's own.
         lookahead: run forwards that come before an update of theirs at the weights that the gradients seen so far
-            would make of the present ones (asynchronous schedules; :mod:`paci_rt.lookahead`).
+            would make of the present ones (asynchronous schedules; :mod:`paci_rt.lookahead`). None does so under
+            ``paci`` with policy ``bounded`` or ``recompute``, where the optimizer can.
         costs: what a searched schedule is fitted to; None means forward, I and W of equal length and no hop.
         buffers: 1 runs the update in line in one gradient buffer, 2 double-buffers; None means 1 on the CPU.
         tied_weights: weights that live on two stages.
@@ -66,7 +68,7 @@ class Pipeline:
         chunks: int,
         slack: int,
         policy: str | None,
-        lookahead: bool,
+        lookahead: bool | None,
         costs: StepCosts | None,
         buffers: int | None,
         tied_weights: Sequence[TiedWeight],
@@ -101,9 +103,7 @@ class Pipeline:
             raise ValueError("loss_fn is None: the last stage needs loss_fn(output, target) to start the backward")
         self._lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights))
         self._policy = policies.resolve(family, shape, policy)
-        if lookahead and family.flush:
-            raise ValueError(f"lookahead=True: {family.name} flushes, so no forward runs early; leave it out")
-        self._lookahead = lookahead
+        self._lookahead = policies.looks_ahead(family, self._policy, lookahead)
         if tied_weights and self._policy == "2bw":
             raise ValueError(
                 "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, "
@@ -128,6 +128,8 @@ class Pipeline:
                 divisor = accumulation if scale_grads else 1
                 rank = audits[shape.rank_of(stage.stage_index)]
                 runtime = self._bind(stage, rank, optimizer, divisor, 1 if buffers is None else buffers)
+                if lookahead:
+                    require_look_ahead(self._bounds[-1])
                 if self._lr_schedulers:
                     runtime.after_update = self._lr_schedulers[at].step
                 runtimes.append(runtime)
@@ -152,13 +154,15 @@ class Pipeline:
         bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
         self._bounds.append(bound)
         held = policies.versions_held(policy, family, shape, rank.rank)
-        weights = make_weights(
-            policy, bound, held, lookahead=self._lookahead, accumulation=shape.accumulation, divisor=divisor
-        )
+        drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
+        updates = family.drift_bound(shape, rank.rank)
+        if self._lookahead and updates and can_look_ahead(bound):
+            weights: StageWeights = AheadWeights(bound, accumulation=shape.accumulation, divisor=divisor)
+        else:
+            weights = make_weights(policy, bound, held, early=updates > 0)
         if ties is not None:
             ties.bind(bound)
         stage.attach(ties if ties is not None else bound)
-        drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
         return StageRuntime(
             stage=stage,
             audit=StageAudit(stage=stage.stage_index, rank=rank, drift_bound=drift_bound, delay_bound=delay_bound),

@@ -39,8 +39,8 @@ class Costs:
     Attributes:
         forward_s, input_grad_s, weight_grad_s: compute; an undivided backward takes both of its halves.
         update_s: one local update.
-        predict_s: putting predicted weights in place and the true ones back, for a forward under policy ``predict``
-            that runs ahead of an update.
+        predict_s: putting weights to come in place and the true ones back, for a forward that runs ahead of an update
+            under policy ``predict`` or with look-ahead.
         hop_s: latency of a message between different ranks.
         bandwidth_bytes_per_s: of every channel.
         message_bytes: output of each stage; its gradient has the same size.
@@ -128,6 +128,7 @@ def simulate(
     *,
     windows: int = 1,
     policy: str | None = None,
+    lookahead: bool | None = None,
     keep_events: bool = False,
 ) -> Simulation:
     """Play ``windows`` windows of a schedule, from an empty pipeline to an empty one.
@@ -141,6 +142,7 @@ def simulate(
         costs: what each action takes.
         windows: updates of every stage.
         policy: which weights forwards and backwards use; by default the schedule's own (``paci_rt.policies``).
+        lookahead: whether early forwards look ahead (``paci_rt.lookahead``); by default as the schedule does.
         keep_events: fill ``Simulation.events``, a Python object for every action.
 
     Raises:
@@ -151,10 +153,11 @@ def simulate(
         raise ValueError(f"windows is {windows!r}: give an integer of at least 1")
     check_shape(family, shape)
     policy = policies.resolve(family, shape, policy)
+    ahead = policies.looks_ahead(family, policy, lookahead)
     for field in fields(costs):
         if field.name != "micro_batch_factors" and isinstance(getattr(costs, field.name), tuple):
             costs.per_stage(field.name, shape.num_stages)
-    work = Work(family, shape, costs, windows, policy)
+    work = Work(family, shape, costs, windows, policy, ahead)
     stuck = play(work)
     if len(stuck):
         names = ", ".join(map(str, decode(stuck[:_SHOWN_STUCK])))

@@ -44,8 +44,8 @@ class Simulation:
         peak_activation_bytes: activations and stashes together, by rank. Under ``recompute`` a micro-batch holds its
             ``input_bytes``, and its ``activation_bytes`` while its B or I runs.
         weight_versions: whole versions of its weights that a rank holds, the current one among them.
-        extra_weight_bytes: what versions besides the current one take, by rank; one scratch copy for ``predict``,
-            which fp32 masters make unnecessary.
+        extra_weight_bytes: what versions besides the current one take, by rank; one scratch copy for ``predict``
+            and look-ahead where forwards are early, which fp32 masters make unnecessary.
         drift: micro-batches by drift, by rank: version at the backward minus version at the forward.
         delay: micro-batches by delay, by rank: version that the gradient is applied to minus version at the forward.
         max_drift: largest of all.
@@ -126,7 +126,7 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
     utilization, per_s, steady_windows = spans.steady()
     held = [policies.versions_held(work.policy, family, shape, rank) for rank in ranks]
     weight_bytes = work.costs.per_stage("weight_bytes", shape.num_stages)
-    copies = [1 if work.policy == "predict" else count - 1 for count in held]
+    copies = [policies.copies_held(work.policy, family, shape, rank, work.lookahead) for rank in ranks]
     return Simulation(
         schedule=family.name,
         policy=work.policy,

@@ -165,20 +165,15 @@ class AheadWeights(StageWeights):
         self._look_ahead.restart()
 
 
-def make_weights(
-    policy: str, bound: BoundOptimizer, held: int, *, lookahead: bool, accumulation: int, divisor: float
-) -> StageWeights:
-    """The weights of a stage under ``policy``, which keeps ``held`` versions; windows have ``accumulation``
-    micro-batches, whose sum is divided by ``divisor``.
+def make_weights(policy: str, bound: BoundOptimizer, held: int, *, early: bool) -> StageWeights:
+    """The weights of a stage under ``policy``, which keeps ``held`` versions.
+
+    Args:
+        early: whether any forward of the stage comes before an update of its micro-batch's.
 
     Raises:
-        ValueError: ``predict`` or look-ahead with an optimizer that has no momentum to go by, or look-ahead under a
-            policy whose forwards do not use the current weights.
+        ValueError: ``predict`` with an optimizer that has no momentum to go by.
     """
-    if lookahead:
-        if policy not in ("bounded", "recompute"):
-            raise ValueError(f"lookahead=True under policy {policy!r}: look-ahead needs 'bounded' or 'recompute'")
-        return AheadWeights(bound, accumulation=accumulation, divisor=divisor)
     if policy in ("stash", "2bw"):
         return KeptVersions(policy, bound.groups, held)
-    return PredictedWeights(bound) if policy == "predict" else StageWeights()
+    return PredictedWeights(bound) if policy == "predict" and early else StageWeights()

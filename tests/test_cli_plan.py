@@ -72,6 +72,7 @@ def test_measure_plan_and_write(capsys):
 
 def test_the_plan_explains_itself(capsys, stored):
     argv = ["plan", "--profile", stored, "--stages", "4", "--memory-limit", "6MiB,80MiB,80MiB,80MiB"]
+    argv += ["--delay-limit", "none", "--no-lookahead"]
     assert cli.main([*argv, "--drift-limit", "1", "--hop-ms", "0.5", "--bandwidth", "1GB", "--batch-size", "1,8"]) == 0
     out = capsys.readouterr().out
     assert "h.0 (and 7 like it)" in out
@@ -89,6 +90,7 @@ def test_the_plan_explains_itself(capsys, stored):
 def test_train_takes_the_command_of_every_schedule(capsys, stored, name):
     for policy in schedules.get(name).policies:
         argv = ["plan", "--profile", stored, "--stages", "2", "--schedules", name, "--policies", policy]
+        argv += ["--delay-limit", "none"]
         assert cli.main([*argv, "--slack", "0,2", "--hop-ms", "20", "--json", "plan.json"]) == 0
         found = json.loads(Path("plan.json").read_text())
         config = train_config(found["command"])

@@ -124,7 +124,9 @@ def test_the_cut_is_the_best_of_all_that_fit(seed):
     name, policy = (("paci", "bounded"), ("zb-h1", "bounded"), ("paci", "stash"), ("gpipe", "recompute"))[seed % 4]
     family, accumulation = schedules.get(name), int(rng.integers(1, 5))
     shape = Shape(num_stages=stages, accumulation=accumulation)
-    versions = [family.drift_bound(shape, rank) if policy == "stash" else 0 for rank in range(stages)]
+    early = [family.drift_bound(shape, rank) for rank in range(stages)]
+    # Versions of stash; the scratch copy of a PACI that looks ahead where forwards are early.
+    versions = early if policy == "stash" else [int(name == "paci" and count > 0) for count in early]
 
     def outcome(partition: tuple[int, ...]) -> tuple[float, float]:
         """Seconds of the dearest stage and bytes of the fullest."""
@@ -142,7 +144,7 @@ def test_the_cut_is_the_best_of_all_that_fit(seed):
     fastest = min(seconds for seconds, size in outcomes.values() if size <= limit)
     found = plan(
         profile, stages=stages, accumulations=[accumulation], memory_limit_bytes=limit, device_speeds=speeds,
-        schedules=[name], policies=[policy], slacks=[0],
+        schedules=[name], policies=[policy], slacks=[0], delay_limit=None,
     ).chosen  # fmt: skip
     assert outcomes[found.partition][0] == pytest.approx(fastest, rel=1e-9)
     assert outcomes[found.partition][1] <= limit
@@ -151,7 +153,7 @@ def test_the_cut_is_the_best_of_all_that_fit(seed):
     with pytest.raises(ValueError, match="the least that any needs is") as caught:
         plan(
             profile, stages=stages, accumulations=[accumulation], memory_limit_bytes=least * 0.999,
-            device_speeds=speeds, schedules=[name], policies=[policy], slacks=[0],
+            device_speeds=speeds, schedules=[name], policies=[policy], slacks=[0], delay_limit=None,
         )  # fmt: skip
     assert f"needs {least / 2**20:,.1f} MiB" in str(caught.value)
 
@@ -161,7 +163,7 @@ def test_every_schedule_and_policy_is_planned_within_its_bounds(name):
     """Simulated, each keeps below its analytic bound of throughput and its bounds of drift and delay."""
     family = schedules.get(name)
     for accumulation in (1,) if family.one_micro_batch_windows else (4, 8):
-        found = plan(model(8, hop_s=1e-4), stages=4, accumulations=[accumulation], schedules=[name])
+        found = plan(model(8, hop_s=1e-4), stages=4, accumulations=[accumulation], schedules=[name], delay_limit=None)
         assert {one.schedule for one in found.candidates} == {name}
         simulated = [one for one in found.candidates if one.predicted]
         assert {one.policy for one in simulated} | {one.policy for one in found.candidates if one.rejected} == set(
@@ -220,13 +222,22 @@ def test_the_plan_is_the_least_demanding_of_the_fastest():
 
 def test_limits_of_drift_and_delay():
     options = {"stages": 4, "accumulations": [1, 4], "schedules": ["paci", "1f1b"]}
-    assert plan(model(8), **options).chosen.schedule == "paci"
-    consistent = plan(model(8), **options, drift_limit=0)
+    chosen = plan(model(8), **options).chosen
+    assert (chosen.schedule, chosen.accumulation, chosen.lookahead) == ("paci", 4, True)
+    assert plan(model(8), **options, lookahead=False).chosen.schedule == "1f1b"
+    assert plan(model(8), **options, lookahead=False, delay_limit=1).chosen.schedule == "paci"
+    fastest = plan(model(8), **options, delay_limit=None, policies=["bounded"], slacks=[0])
+    assert max(one.predicted.delay for one in fastest.candidates) == 3
+    consistent = plan(model(8), **options, drift_limit=0, delay_limit=None)
     assert consistent.chosen.predicted.drift == 0
     assert (consistent.chosen.schedule, consistent.chosen.policy) == ("paci", "stash")
     reasons = {one.rejected for one in consistent.candidates if one.policy == "bounded" and one.schedule == "paci"}
     assert "drift 3, 3 over the limit of 0" in reasons
     assert plan(model(8), **options, drift_limit=0, delay_limit=0).chosen.schedule == "1f1b"
+    measured = {one.rejected for one in plan(model(8), **options).candidates}
+    assert {"delay 3, 2 over the limit of 1", "delay 1, 1 over the limit of 0 without look-ahead"} <= measured
+    with pytest.raises(ValueError, match="a higher delay limit, or none, lets it run"):
+        plan(model(8), **{**options, "schedules": ["async-1f1b"]})
 
 
 def test_slack_is_worth_its_memory_where_links_are_slow():
@@ -246,13 +257,25 @@ def test_a_slow_device_gets_less():
     assert found.partition == (7, 1)
 
 
-def test_masters_stand_in_for_the_copy_that_prediction_needs():
-    def peak(profile: Profile) -> int:
-        options = {"schedules": ["paci"], "policies": ["predict"], "slacks": [0]}
-        return plan(profile, stages=2, accumulations=[2], **options).chosen.predicted.peak_memory_bytes[0]
+@pytest.mark.parametrize("policy", ["predict", "bounded"])
+def test_masters_stand_in_for_the_copy_that_running_ahead_needs(policy):
+    def peak(profile: Profile, **more) -> tuple[int, ...]:
+        options = {"schedules": ["paci"], "policies": [policy], "slacks": [0], "delay_limit": 1, **more}
+        found = plan(profile, stages=2, accumulations=[2], **options).chosen
+        assert found.lookahead == (policy == "bounded" and "lookahead" not in more)
+        return found.predicted.peak_memory_bytes
 
-    weights = sum(stage_costs(model(8), (4, 4)).weight_bytes[:1])
-    assert peak(model(8)) - peak(model(8, has_masters=True)) == weights
+    weights = stage_costs(model(8), (4, 4)).weight_bytes
+    with_copy, without = peak(model(8)), peak(model(8, has_masters=True))
+    assert (with_copy[0] - without[0], with_copy[1] - without[1]) == (weights[0], 0)  # none on the last stage
+    if policy == "bounded":
+        assert peak(model(8), lookahead=False) == without
+
+
+def test_look_ahead_costs_by_the_bytes_that_it_moves():
+    for masters, share in ((False, 32 / 28), (True, 24 / 30)):
+        costs = stage_costs(model(8, has_masters=masters), (2, 2, 2, 2))
+        assert costs.predict_s == pytest.approx([share * update for update in costs.update_s])
 
 
 def test_candidates_that_cannot_win_are_not_simulated(monkeypatch):

@@ -36,7 +36,7 @@ UNEVEN = Costs(
 
 
 def run(name: str, stages: int, m: int, costs: Costs = UNIT, **options) -> Simulation:
-    of_run = {key: options.pop(key) for key in ("windows", "policy", "keep_events") if key in options}
+    of_run = {key: options.pop(key) for key in ("windows", "policy", "lookahead", "keep_events") if key in options}
     family = schedules.get(name)
     if family.takes_costs:
         options["costs"] = StepCosts(costs.forward_s, costs.input_grad_s, costs.weight_grad_s, costs.hop_s)
@@ -173,7 +173,7 @@ def test_versions_of_every_asynchronous_schedule():
     for policy, held in (("stash", [3, 3, 3, 2, 2, 2, 2, 1]), ("predict", [1] * p)):
         simulation = run("paci", p, 4, costs, windows=12, policy=policy)
         assert list(simulation.weight_versions.values()) == held
-        extra = [count - 1 for count in held] if policy == "stash" else [1] * p
+        extra = [count - 1 for count in held] if policy == "stash" else [1] * (p - 1) + [0]
         assert list(simulation.extra_weight_bytes.values()) == [10.0 * (r + 1) * n for r, n in enumerate(extra)]
         assert (simulation.max_drift, simulation.max_delay) == ((0, 2) if policy == "stash" else (2, 2))
 
@@ -234,9 +234,15 @@ def test_peaks_in_units_and_bytes():
     assert list(again.peak_activation_bytes.values()) == [n * 7.0 + 93.0 for n in (4, 3, 2, 1)]
     assert again.busy_s[0] == 24 * 4.0  # a second forward each
     assert again.busy_s[3] == 24 * 3.0  # not where a backward follows its forward at once
-    late = run("paci", 4, 4, replace(costs, predict_s=(0.5,)), windows=6, policy="predict")
-    assert late.busy_s[0] == 24 * 3.0 + 0.5 * sum(n for delay, n in late.delay[0].items() if delay)
-    assert late.busy_s[3] == 24 * 3.0
+    for options in ({"policy": "predict"}, {}, {"lookahead": True}):  # paci looks ahead of its own
+        late = run("paci", 4, 4, replace(costs, predict_s=(0.5,)), windows=6, **options)
+        assert late.busy_s[0] == 24 * 3.0 + 0.5 * sum(n for delay, n in late.delay[0].items() if delay)
+        assert late.busy_s[3] == 24 * 3.0
+    plain = run("paci", 4, 4, replace(costs, predict_s=(0.5,), weight_bytes=(8.0,)), windows=6, lookahead=False)
+    assert plain.busy_s[0] == 24 * 3.0
+    assert list(plain.extra_weight_bytes.values()) == [0.0] * 4
+    with pytest.raises(ValueError, match="look-ahead under 1f1b: it flushes"):
+        run("1f1b", 4, 4, lookahead=True)
     assert run("zb-h1", 4, 8, costs, policy="recompute").busy_s[0] == 8 * 4.0
     chunks = run("interleaved-1f1b", 4, 4, replace(costs, activation_bytes=(1.0, 10.0, 100.0, 1000.0)), chunks=2)
     assert chunks.peak_activations == {0: 5, 1: 3}
@@ -318,7 +324,7 @@ def test_both_ways_to_play_are_equal_to_the_bit(name, options, windows, costs):
     shape, family = Shape(num_stages=4, **options), schedules.get(name)
     starts = []
     for way in (play.play_one_by_one, play.play_all_at_once):
-        work = play.Work(family, shape, costs, windows, family.policies[0])
+        work = play.Work(family, shape, costs, windows, family.policies[0], False)
         assert len(way(work)) == 0
         starts.append(work.start)
     assert starts[0][-2] > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -76,7 +77,7 @@ def complete(store: Store, cases: Sequence[Case], *, jobs: int, deadline_s: floa
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=context, initializer=_one_thread) as pool:
         queue = iter(todo)
-        running = {pool.submit(run, case) for case in itertools.islice(queue, jobs)}
+        running = {pool.submit(_run, case) for case in itertools.islice(queue, jobs)}
         done = 0
         while running:
             finished = next(as_completed(running))
@@ -87,8 +88,19 @@ def complete(store: Store, cases: Sequence[Case], *, jobs: int, deadline_s: floa
             print(_line(result, done, len(todo), time.monotonic() - start), flush=True)
             following = next(queue, None) if until is None or time.monotonic() < until else None
             if following is not None:
-                running.add(pool.submit(run, following))
+                running.add(pool.submit(_run, following))
     return not store.missing(cases)
+
+
+def _run(case: Case) -> Run:
+    """``run``, given up when whoever asked for it is gone."""
+    parent = os.getppid()
+
+    def look(_update: int, _loss: float) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return run(case, on_point=look)
 
 
 def _one_thread() -> None:

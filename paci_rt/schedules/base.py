@@ -144,6 +144,7 @@ class ScheduleFamily:
         takes_slack, takes_chunks, takes_costs: whether those fields of the shape mean something.
         one_micro_batch_windows: updates after every backward.
         split: backwards come as I and W.
+        looks_ahead: early forwards run at the weights to come (see ``paci_rt.lookahead``), unless told otherwise.
         check: raises ValueError for a shape that the schedule cannot have.
     """
 
@@ -159,6 +160,7 @@ class ScheduleFamily:
     takes_costs: bool = False
     one_micro_batch_windows: bool = False
     split: bool = False
+    looks_ahead: bool = False
     check: Callable[[Shape], None] = lambda shape: None
 
     def stream(self, shape: Shape, rank: int, windows: int) -> Codes:

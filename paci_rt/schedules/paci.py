@@ -50,7 +50,8 @@ PACI = ScheduleFamily(
     in_flight_bound=lambda shape, stage: warm_up(shape, stage) + 1,
     policies=("bounded", "stash", "2bw", "predict", "recompute"),
     takes_slack=True,
+    looks_ahead=True,
 )
 
 # Update after every backward: the same order with windows of a single micro-batch.
-ASYNC_1F1B = replace(PACI, name="async-1f1b", one_micro_batch_windows=True)
+ASYNC_1F1B = replace(PACI, name="async-1f1b", one_micro_batch_windows=True, looks_ahead=False)

@@ -26,7 +26,8 @@ class TrainConfig:
     """Options of ``paci-rt train``; None means the default that is named here, and is filled in on construction.
 
     Attributes:
-        schedule, slack, policy, lookahead, buffers: as for ``paci_rt.SchedulePACI``.
+        schedule, slack, policy, buffers: as for ``paci_rt.SchedulePACI``. lookahead: as there; where the schedule does so
+            of its own and the optimizer can.
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, and 2 for ``interleaved-1f1b``.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
         accumulation: micro-batches a window; 4, and always 1 for ``async-1f1b``.
@@ -58,7 +59,7 @@ class TrainConfig:
     chunks: int = AUTO
     slack: int = 0
     policy: str | None = None
-    lookahead: bool = False
+    lookahead: bool = AUTO
     step_costs: schedules.StepCosts | None = None
     buffers: int | None = None
     model: str = "gpt-tiny"
@@ -181,13 +182,7 @@ class TrainConfig:
         )
         family.check(shape)
         self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
-        if self.lookahead and family.flush:
-            raise ValueError(f"--lookahead: {family.name} flushes, so no forward runs early; leave it out")
-        if self.lookahead and self.optimizer.startswith("torch-"):
-            raise ValueError(
-                f"--lookahead with --optimizer {self.optimizer}: only paci_rt's own optimizers tell where they are "
-                f"going; use --optimizer {self.optimizer.removeprefix('torch-')}"
-            )
+        self._check_lookahead(family)
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
         default = default_partition(model, pieces, seq_len=seq_len)
@@ -200,6 +195,18 @@ class TrainConfig:
         object.__setattr__(self, "partition", sizes)
         if self.save_interval and self.out is None:
             raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")
+
+    def _check_lookahead(self, family: schedules.ScheduleFamily) -> None:
+        still = self.optimizer == "sgd" and self.momentum == 0
+        if self.lookahead and self.optimizer.startswith("torch-"):
+            raise ValueError(
+                f"--lookahead with --optimizer {self.optimizer}: only paci_rt's own optimizers tell where they are "
+                f"going; use --optimizer {self.optimizer.removeprefix('torch-')}"
+            )
+        if self.lookahead and still:
+            raise ValueError("--lookahead with --momentum 0: nothing tells where sgd is going; use a momentum above 0")
+        ahead = policies.looks_ahead(family, self.policy or "", self.lookahead)
+        self._fill("lookahead", ahead and not self.optimizer.startswith("torch-") and not still)
 
     @property
     def gpt(self) -> GPTConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from paci_rt import schedules
+from paci_rt import policies, schedules
 from paci_rt.planner import AS_FAST, Candidate, Plan, Prediction, Profile, stage_costs
 from paci_rt.train import text
 from paci_rt.train.gpt import MODELS
@@ -57,13 +57,16 @@ def train_command(profile: Profile, chosen: Candidate) -> str | None:
         options.append(("--chunks", chosen.chunks))
     if chosen.policy != family.policies[0]:
         options.append(("--policy", chosen.policy))
+    words = ["paci-rt", "train"]
+    if chosen.lookahead != policies.looks_ahead(family, chosen.policy, None):
+        words.append("--lookahead" if chosen.lookahead else "--no-lookahead")
     if chosen.step_costs is not None:
         options.append(("--step-costs", _step_ms(chosen.step_costs).text()))
     if profiled.get("dtype", "fp32") != "fp32":
         options.append(("--dtype", profiled["dtype"]))
     if profiled["threads"] != 1:
         options.append(("--threads", profiled["threads"]))
-    return shlex.join(["paci-rt", "train", *(str(word) for pair in options for word in pair)])
+    return shlex.join([*words, *(str(word) for pair in options for word in pair)])
 
 
 def _step_ms(costs: schedules.StepCosts) -> schedules.StepCosts:
@@ -149,6 +152,7 @@ def _plan_text(profile: Profile, plan: Plan) -> str:
 def _options(one: Candidate) -> str:
     """Policy, slack and chunks, as far as the schedule has a choice."""
     parts = [f"policy {one.policy}"]
+    parts += ["look-ahead"] if one.lookahead else []
     parts += [f"slack {one.slack}"] if schedules.get(one.schedule).takes_slack else []
     parts += [f"{one.chunks} chunks a device"] if one.chunks > 1 else []
     return ", ".join(parts)
@@ -222,7 +226,7 @@ def _row(profile: Profile, one: Candidate, chosen: Candidate) -> tuple[str, ...]
         name += f" x{one.chunks}"
     return (
         name + (" (plan)" if one is chosen else ""),
-        one.policy,
+        one.policy + (", look-ahead" if one.lookahead else ""),
         str(one.slack) if schedules.get(one.schedule).takes_slack else text.NOTHING,
         str(one.accumulation),
         str(one.accumulation * profile.profiled["rows"]),
