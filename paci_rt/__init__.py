@@ -19,7 +19,7 @@ from paci_rt.errors import (
 )
 from paci_rt.hashing import params_sha256
 from paci_rt.lowering import TiedWeight
-from paci_rt.optim import SGD, AdamW, Lion, NAdam
+from paci_rt.optim import SGD, AdamW, Lion, Muon, NAdam
 from paci_rt.pipeline import (
     LocalPipeline,
     Schedule1F1B,
@@ -52,6 +52,7 @@ __all__ = [
     "DriftBoundError",
     "Lion",
     "LocalPipeline",
+    "Muon",
     "NAdam",
     "NativeCoreError",
     "OptimizerOwnedError",

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy import make_muon
 
 import paci_rt
 from paci_rt.accumulator import GradAccumulator
@@ -21,6 +22,8 @@ OPTIMIZERS: dict[str, Any] = {
     "nadam, maximize": lambda params: paci_rt.NAdam(params, lr=0.01, betas=(0.4, 0.95), maximize=True),
     "lion": lambda params: paci_rt.Lion(params, lr=0.01, weight_decay=0.1),
     "lion, maximize": lambda params: paci_rt.Lion(params, lr=0.01, betas=(0.5, 0.8), maximize=True),
+    "muon": lambda params: make_muon(params, weight_decay=0.1),
+    "muon, maximize": lambda params: make_muon(params, nesterov=False, momentum=0.8, maximize=True),
     "sgd": lambda params: paci_rt.SGD(params, lr=0.01, momentum=0.9, weight_decay=0.1),
     "sgd, nesterov": lambda params: paci_rt.SGD(params, lr=0.01, momentum=0.9, nesterov=True),
     "sgd, dampening": lambda params: paci_rt.SGD(params, lr=0.01, momentum=0.9, dampening=0.5),

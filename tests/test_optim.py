@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy import make_muon
 
 import paci_rt
 from paci_rt.errors import OptimizerOwnedError, StageError
-from paci_rt.optim import SGD, AdamW, BoundOptimizer, Lion, NAdam, bind_optimizer
+from paci_rt.optim import SGD, AdamW, BoundOptimizer, Lion, Muon, NAdam, bind_optimizer
 
 STEPS = 12
 
@@ -92,6 +93,7 @@ LOW_PRECISION = [
     (NAdam, {"lr": 1e-2}),
     (SGD, {"lr": 0.05, "momentum": 0.9}),
     (Lion, {"lr": 1e-3}),
+    (make_muon, {"lr": 1e-2}),
 ]
 
 
@@ -116,7 +118,7 @@ def test_fp32_matches_torch_in_double(ours: type, theirs: type, options: dict[st
 
 @pytest.mark.parametrize(("ours", "options"), LOW_PRECISION)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_parameters_follow_fp32_masters(ours: type, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_low_precision_parameters_follow_fp32_masters(ours: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
     module = make_module(dtype)
     full = copy.deepcopy(module).float()
     windows = random_windows(module, 4)
@@ -146,7 +148,7 @@ def test_masters_follow_weights_that_the_user_loads() -> None:
         assert torch.equal(optimizer.state[param]["master"], master)
 
 
-@pytest.mark.parametrize("ours", [AdamW, NAdam, Lion, momentum_sgd])
+@pytest.mark.parametrize("ours", [AdamW, NAdam, Lion, make_muon, momentum_sgd])
 def test_parameters_without_gradient_are_skipped(ours: Any) -> None:
     module = make_module()
     params = list(module.parameters())
@@ -246,8 +248,8 @@ def test_no_optimizer_leaves_mean_gradients() -> None:
         bind(None, module)
 
 
-@pytest.mark.parametrize("cls", [AdamW, torch.optim.AdamW])
-def test_backward_of_an_older_forward_runs_on_the_new_weights(cls: type) -> None:
+@pytest.mark.parametrize("cls", [AdamW, Lion, make_muon, torch.optim.AdamW])
+def test_backward_of_an_older_forward_runs_on_the_new_weights(cls: Any) -> None:
     module = make_module()
     params = list(module.parameters())
     bound = bind(cls(params, lr=0.1), module)
@@ -265,8 +267,8 @@ def test_backward_of_an_older_forward_runs_on_the_new_weights(cls: type) -> None
         loss.backward()
 
 
-@pytest.mark.parametrize("cls", [AdamW, NAdam, SGD, Lion, torch.optim.AdamW, torch.optim.Adagrad])
-def test_stepping_oneself_is_refused(cls: type) -> None:
+@pytest.mark.parametrize("cls", [AdamW, NAdam, SGD, Lion, make_muon, torch.optim.AdamW, torch.optim.Adagrad])
+def test_stepping_oneself_is_refused(cls: Any) -> None:
     module = make_module()
     optimizer = cls(module.parameters())
     bound = bind(optimizer, module)
@@ -333,7 +335,7 @@ def test_groups_have_their_own_options_and_dtypes_their_own_buffers() -> None:
     ("make", "dtype", "way"),
     [
         (make, dtype, way)
-        for make in (AdamW, NAdam, Lion, momentum_sgd, SGD, torch.optim.AdamW)
+        for make in (AdamW, NAdam, Lion, make_muon, momentum_sgd, SGD, torch.optim.AdamW)
         for dtype in (torch.float32, torch.bfloat16)
         for way in ("by_name", "before_binding", "after_binding")
         # What torch's own load_state_dict does with bf16 parameters is not ours to test.
@@ -503,5 +505,5 @@ def test_options_out_of_range(make: Any, message: str) -> None:
 
 
 def test_native_optimizers_are_public() -> None:
-    for cls in (AdamW, NAdam, SGD, Lion):
+    for cls in (AdamW, NAdam, SGD, Lion, Muon):
         assert getattr(paci_rt, cls.__name__) is cls
