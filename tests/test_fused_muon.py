@@ -63,7 +63,7 @@ def test_matrices_match_torch_in_double(options: dict[str, Any], micro_batches: 
     for param, target, old in zip(params, reference.parameters(), before, strict=True):
         # A step moves a weight by up to lr * 0.2 sqrt(max) in each direction, within the bound, and rounds it as AdamW.
         step = lr * 0.2 * max(param.shape) ** 0.5 * min(param.shape) ** 0.5 * 1.2
-        bound = STEPS * (16 * 2.0**-24 + DIRECTION_BOUND * step / float(target.norm()))
+        bound = STEPS * (16 * 2.0**-24 + DIRECTION_BOUND * step / float(target.detach().norm()))
         assert not torch.equal(old, target)
         assert distance(param, target) <= bound
         assert set(optimizer.state[param]) == set(peer.state[target]) == {"momentum_buffer"}
