@@ -17,7 +17,8 @@ inline constexpr std::int64_t kChunk = 16384;  // elements; the unit of work of 
 
 inline constexpr std::int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// One step of AdamW over one range with one step count. All scalars are derived in double precision by the caller.
+// One step of AdamW or NAdam over one range with one step count. All scalars are derived in double precision by the
+// caller.
 struct AdamWScalars {
   float divisor;        // the sum of gradients is divided by this; negative to maximise
   float decay;          // 1 - lr * weight_decay
@@ -27,7 +28,8 @@ struct AdamWScalars {
   float one_minus_b2;   //
   float inv_bias2sqrt;  // 1 / sqrt(1 - beta2^step)
   float eps;            //
-  float step_size;      // lr / (1 - beta1^step)
+  float step_size;      // lr / (1 - beta1^step), or NAdam's factor of the first moment
+  float fresh_size;     // NAdam's factor of the gradient itself; 0: it moves the weight through the first moment alone
 };
 
 struct SGDScalars {
@@ -40,6 +42,16 @@ struct SGDScalars {
   bool first;  // the momentum buffer holds nothing yet and is set to the gradient
 };
 
+struct LionScalars {
+  float divisor;
+  float decay;         // 1 - lr * weight_decay
+  float lr;            //
+  float beta1;         // the direction takes this share of the momentum
+  float one_minus_b1;  // and this share of the gradient
+  float beta2;         // the momentum keeps this share
+  float one_minus_b2;  //
+};
+
 // Pointers are to the first element of the range. `low` is the bf16/fp16 parameter, null where the parameter is fp32.
 struct AdamWRange {
   float* weight;
@@ -50,12 +62,12 @@ struct AdamWRange {
   float* exp_avg_sq;
 };
 
-struct SGDRange {
+struct MomentumRange {
   float* weight;
   void* low;
   DType low_dtype;
   const float* grad_sum;
-  float* momentum_buffer;
+  float* momentum;
 };
 
 struct KernelTable {
@@ -65,7 +77,8 @@ struct KernelTable {
   double (*sum_of_squares)(const float* x, std::int64_t n);  // the same sum as accumulate's, to the bit
   std::int64_t (*count_nonfinite)(const float* x, std::int64_t n);
   void (*adamw)(const AdamWRange& range, std::int64_t n, const AdamWScalars& scalars);
-  void (*sgd)(const SGDRange& range, std::int64_t n, const SGDScalars& scalars);
+  void (*sgd)(const MomentumRange& range, std::int64_t n, const SGDScalars& scalars);
+  void (*lion)(const MomentumRange& range, std::int64_t n, const LionScalars& scalars);
 };
 
 // The table in use: the best one this CPU runs, unless select_isa chose another.

@@ -126,27 +126,35 @@ bool exact_reciprocal(float divisor) {
 }
 
 // torch.optim.AdamW's order of operations. `low_weight`: torch's lerp, for a share of the gradient below one half.
-template <bool multiply, bool low_weight>
+// `fresh`: NAdam, whose gradient also moves the weight directly.
+template <bool multiply, bool low_weight, bool fresh>
 void adamw_block(float* __restrict w, const float* __restrict sum, float* __restrict m, float* __restrict v,
                  std::int64_t n, const AdamWScalars& s) {
   const float scale = multiply ? 1.0f / s.divisor : s.divisor;
   const float decay = s.decay, b1 = s.beta1, c1 = s.one_minus_b1, b2 = s.beta2, c2 = s.one_minus_b2;
-  const float inv_bias = s.inv_bias2sqrt, eps = s.eps, step = -s.step_size;
+  const float inv_bias = s.inv_bias2sqrt, eps = s.eps, step = -s.step_size, fresh_step = -s.fresh_size;
   for (std::int64_t i = 0; i < n; ++i) {
     const float g = multiply ? sum[i] * scale : sum[i] / scale;
     const float mi = low_weight ? m[i] + c1 * (g - m[i]) : g - (g - m[i]) * b1;
     const float vi = v[i] * b2 + (c2 * g) * g;
     const float denominator = std::sqrt(vi) * inv_bias + eps;
-    w[i] = w[i] * decay + (step * mi) / denominator;
+    float move = step * mi;
+    if constexpr (fresh) move = move + fresh_step * g;
+    w[i] = w[i] * decay + move / denominator;
     m[i] = mi;
     v[i] = vi;
   }
 }
 
+template <bool multiply>
+auto adamw_block_for(const AdamWScalars& s) {
+  const bool low_weight = s.one_minus_b1 < 0.5f;
+  if (s.fresh_size != 0.0f) return low_weight ? adamw_block<multiply, true, true> : adamw_block<multiply, false, true>;
+  return low_weight ? adamw_block<multiply, true, false> : adamw_block<multiply, false, false>;
+}
+
 void adamw(const AdamWRange& r, std::int64_t n, const AdamWScalars& s) {
-  const bool multiply = exact_reciprocal(s.divisor), low_weight = s.one_minus_b1 < 0.5f;
-  auto* block = multiply ? (low_weight ? adamw_block<true, true> : adamw_block<true, false>)
-                         : (low_weight ? adamw_block<false, true> : adamw_block<false, false>);
+  auto* block = exact_reciprocal(s.divisor) ? adamw_block_for<true>(s) : adamw_block_for<false>(s);
   if (r.low == nullptr) return block(r.weight, r.grad_sum, r.exp_avg, r.exp_avg_sq, n, s);
   for (std::int64_t i = 0; i < n; i += kBlock) {
     const std::int64_t count = n - i < kBlock ? n - i : kBlock;
@@ -183,12 +191,36 @@ auto sgd_block_for(const SGDScalars& s) {
   return s.first ? sgd_block<multiply, Momentum::first> : sgd_block<multiply, Momentum::plain>;
 }
 
-void sgd(const SGDRange& r, std::int64_t n, const SGDScalars& s) {
+void sgd(const MomentumRange& r, std::int64_t n, const SGDScalars& s) {
   auto* block = exact_reciprocal(s.divisor) ? sgd_block_for<true>(s) : sgd_block_for<false>(s);
   const bool has_buffer = s.momentum != 0.0f;
   for (std::int64_t i = 0; i < n; i += kBlock) {
     const std::int64_t count = n - i < kBlock ? n - i : kBlock;
-    block(r.weight + i, r.grad_sum + i, has_buffer ? r.momentum_buffer + i : nullptr, count, s);
+    block(r.weight + i, r.grad_sum + i, has_buffer ? r.momentum + i : nullptr, count, s);
+    if (r.low != nullptr) round_to(r.low, r.low_dtype, i, r.weight + i, count);
+  }
+}
+
+template <bool multiply>
+void lion_block(float* __restrict w, const float* __restrict sum, float* __restrict m, std::int64_t n,
+                const LionScalars& s) {
+  const float scale = multiply ? 1.0f / s.divisor : s.divisor;
+  const float decay = s.decay, lr = -s.lr, b1 = s.beta1, c1 = s.one_minus_b1, b2 = s.beta2, c2 = s.one_minus_b2;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float g = multiply ? sum[i] * scale : sum[i] / scale;
+    const float direction = m[i] * b1 + c1 * g;
+    // Zero has no sign, and neither has NaN, which must not be hidden.
+    const float sign = direction > 0.0f ? 1.0f : (direction < 0.0f ? -1.0f : direction);
+    w[i] = w[i] * decay + lr * sign;
+    m[i] = m[i] * b2 + c2 * g;
+  }
+}
+
+void lion(const MomentumRange& r, std::int64_t n, const LionScalars& s) {
+  auto* block = exact_reciprocal(s.divisor) ? lion_block<true> : lion_block<false>;
+  for (std::int64_t i = 0; i < n; i += kBlock) {
+    const std::int64_t count = n - i < kBlock ? n - i : kBlock;
+    block(r.weight + i, r.grad_sum + i, r.momentum + i, count, s);
     if (r.low != nullptr) round_to(r.low, r.low_dtype, i, r.weight + i, count);
   }
 }
@@ -197,6 +229,6 @@ void sgd(const SGDRange& r, std::int64_t n, const SGDScalars& s) {
 
 extern const KernelTable PACI_RT_CONCAT(kernels_, PACI_RT_ISA);
 const KernelTable PACI_RT_CONCAT(kernels_, PACI_RT_ISA) = {
-    PACI_RT_STRING(PACI_RT_ISA), accumulate, sum_of_squares, count_nonfinite, adamw, sgd};
+    PACI_RT_STRING(PACI_RT_ISA), accumulate, sum_of_squares, count_nonfinite, adamw, sgd, lion};
 
 }  // namespace paci_rt

@@ -34,6 +34,11 @@ T* at(std::uintptr_t base, std::int64_t offset) {
   return base == 0 ? nullptr : reinterpret_cast<T*>(base) + offset;
 }
 
+MomentumRange momentum_range(const FlatWeights& flat, std::uintptr_t momentum, std::int64_t offset) {
+  return {at<float>(flat.master, offset), at<std::uint16_t>(flat.weight, offset), flat.dtype,
+          at<const float>(flat.grad_sum, offset), at<float>(momentum, offset)};
+}
+
 template <typename Body>
 void for_each_task(const std::vector<Task>& tasks, int threads, const Body& body) {
   if (threads <= 1) {
@@ -44,7 +49,8 @@ void for_each_task(const std::vector<Task>& tasks, int threads, const Body& body
                [&](std::int64_t i) { body(tasks[static_cast<std::size_t>(i)]); });
 }
 
-AdamWScalars adamw_scalars(const AdamWConfig& config, double divisor, std::int64_t number) {
+// `at` is the step's place in `config.step_sizes`.
+AdamWScalars adamw_scalars(const AdamWConfig& config, double divisor, std::int64_t number, std::size_t at) {
   const double step = static_cast<double>(number);
   AdamWScalars s;
   s.divisor = static_cast<float>(divisor);
@@ -55,8 +61,33 @@ AdamWScalars adamw_scalars(const AdamWConfig& config, double divisor, std::int64
   s.one_minus_b2 = static_cast<float>(1.0 - config.beta2);
   s.inv_bias2sqrt = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(config.beta2, step)));
   s.eps = static_cast<float>(config.eps);
-  s.step_size = static_cast<float>(config.lr / (1.0 - std::pow(config.beta1, step)));
+  const bool nesterov = !config.step_sizes.empty();
+  s.step_size =
+      static_cast<float>(nesterov ? config.step_sizes[at].mean : config.lr / (1.0 - std::pow(config.beta1, step)));
+  s.fresh_size = static_cast<float>(nesterov ? config.step_sizes[at].fresh : 0.0);
   return s;
+}
+
+void check_step_sizes(const AdamWConfig& config, std::size_t steps) {
+  check_value(config.step_sizes.empty() || config.step_sizes.size() == steps, config.step_sizes.size(),
+              " step sizes were given for ", steps, " steps");
+}
+
+LionScalars lion_scalars(const LionConfig& config, double divisor) {
+  return {static_cast<float>(divisor),
+          static_cast<float>(1.0 - config.lr * config.weight_decay),
+          static_cast<float>(config.lr),
+          static_cast<float>(config.beta1),
+          static_cast<float>(1.0 - config.beta1),
+          static_cast<float>(config.beta2),
+          static_cast<float>(1.0 - config.beta2)};
+}
+
+void check_ahead(const FlatWeights& flat, const Ahead& ahead, double divisor) {
+  check_value(divisor != 0.0, "gradients cannot be divided by 0");
+  check_value(ahead.repeats >= 1, "looking ahead by ", ahead.repeats, " steps makes no sense: at least 1");
+  check_value(flat.weight != 0 || ahead.kept != 0, "fp32 weights need a buffer that keeps them");
+  check_value(ahead.known.size() == ahead.pieces.size(), "one flag for each piece is needed");
 }
 
 constexpr std::int64_t kAheadBlock = 1024;  // elements whose copies of weight and state stay in the first-level cache
@@ -65,9 +96,6 @@ constexpr std::int64_t kAheadBlock = 1024;  // elements whose copies of weight a
 // the weights. `guess(piece, offset, count, block)` fills in gradients that are not known.
 template <typename Guess, typename Steps>
 void for_each_ahead(const FlatWeights& flat, const Ahead& ahead, int threads, const Guess& guess, const Steps& steps) {
-  check_value(ahead.repeats >= 1, "looking ahead by ", ahead.repeats, " steps makes no sense: at least 1");
-  check_value(flat.weight != 0 || ahead.kept != 0, "fp32 weights need a buffer that keeps them");
-  check_value(ahead.known.size() == ahead.pieces.size(), "one flag for each piece is needed");
   for_each_task(cut(ahead.pieces), threads, [&](const Task& task) {
     alignas(64) float weight[kAheadBlock], guessed[kAheadBlock];
     for (std::int64_t done = 0; done < task.numel; done += kAheadBlock) {
@@ -96,12 +124,14 @@ void for_each_ahead(const FlatWeights& flat, const Ahead& ahead, int threads, co
 void adamw_ahead(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq, const Ahead& ahead,
                  const AdamWConfig& config, double divisor, Stream stream, int threads) {
   stream.require_supported();
-  check_value(divisor != 0.0, "gradients cannot be divided by 0");
+  check_ahead(flat, ahead, divisor);
+  check_step_sizes(config, ahead.pieces.size() * static_cast<std::size_t>(ahead.repeats));
   const KernelTable& table = kernels();
   std::vector<AdamWScalars> scalars;  // of each piece and each step
   for (std::size_t p = 0; p < ahead.pieces.size(); ++p)
     for (std::int64_t repeat = 0; repeat < ahead.repeats; ++repeat)
-      scalars.push_back(adamw_scalars(config, ahead.known[p] ? divisor : 1.0, ahead.pieces[p].step + repeat));
+      scalars.push_back(
+          adamw_scalars(config, ahead.known[p] ? divisor : 1.0, ahead.pieces[p].step + repeat, scalars.size()));
   const auto guess = [&](const Piece& piece, std::int64_t offset, std::int64_t count, float* grad) {
     // The moments hold gradients that were divided, and negated to maximise, already.
     const float unbias = static_cast<float>(1.0 / (1.0 - std::pow(config.beta1, static_cast<double>(piece.step - 1))));
@@ -127,7 +157,7 @@ void adamw_ahead(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t
 void sgd_ahead(const FlatWeights& flat, std::uintptr_t momentum_buffer, const Ahead& ahead, const SGDConfig& config,
                double divisor, Stream stream, int threads) {
   stream.require_supported();
-  check_value(divisor != 0.0, "gradients cannot be divided by 0");
+  check_ahead(flat, ahead, divisor);
   check_value(config.momentum != 0.0 && momentum_buffer != 0, "looking ahead with SGD needs momentum and its buffer");
   const KernelTable& table = kernels();
   const float share = static_cast<float>((1.0 - config.momentum) / (1.0 - config.dampening));
@@ -148,8 +178,29 @@ void sgd_ahead(const FlatWeights& flat, std::uintptr_t momentum_buffer, const Ah
                                static_cast<float>(1.0 - config.dampening),
                                config.nesterov,
                                piece.step + repeat == 1};
-      const SGDRange range{weight, repeat + 1 == ahead.repeats ? low : nullptr, flat.dtype, grad, buffer};
+      const MomentumRange range{weight, repeat + 1 == ahead.repeats ? low : nullptr, flat.dtype, grad, buffer};
       table.sgd(range, count, scalars);
+    }
+  };
+  for_each_ahead(flat, ahead, threads, guess, steps);
+}
+
+void lion_ahead(const FlatWeights& flat, std::uintptr_t exp_avg, const Ahead& ahead, const LionConfig& config,
+                double divisor, Stream stream, int threads) {
+  stream.require_supported();
+  check_ahead(flat, ahead, divisor);
+  const KernelTable& table = kernels();
+  const LionScalars known_scalars = lion_scalars(config, divisor), guess_scalars = lion_scalars(config, 1.0);
+  const auto guess = [&](const Piece&, std::int64_t offset, std::int64_t count, float* grad) {
+    std::memcpy(grad, at<const float>(exp_avg, offset), static_cast<std::size_t>(count) * sizeof(float));
+  };
+  const auto steps = [&](const Piece&, bool known, std::int64_t offset, std::int64_t count, float* weight,
+                         std::uint16_t* low, const float* grad) {
+    alignas(64) float momentum[kAheadBlock];
+    std::memcpy(momentum, at<const float>(exp_avg, offset), static_cast<std::size_t>(count) * sizeof(float));
+    for (std::int64_t repeat = 0; repeat < ahead.repeats; ++repeat) {
+      const MomentumRange range{weight, repeat + 1 == ahead.repeats ? low : nullptr, flat.dtype, grad, momentum};
+      table.lion(range, count, known ? known_scalars : guess_scalars);
     }
   };
   for_each_ahead(flat, ahead, threads, guess, steps);
@@ -160,11 +211,12 @@ void adamw_step(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t 
                 int threads) {
   stream.require_supported();
   check_value(divisor != 0.0, "gradients cannot be divided by 0");
+  check_step_sizes(config, pieces.size());
   const KernelTable& table = kernels();
   const std::vector<Task> tasks = cut(pieces);
   std::vector<AdamWScalars> scalars;
   scalars.reserve(pieces.size());
-  for (const Piece& piece : pieces) scalars.push_back(adamw_scalars(config, divisor, piece.step));
+  for (const Piece& piece : pieces) scalars.push_back(adamw_scalars(config, divisor, piece.step, scalars.size()));
   for_each_task(tasks, threads, [&](const Task& task) {
     const AdamWRange range{at<float>(flat.master, task.offset),
                            at<std::uint16_t>(flat.weight, task.offset),
@@ -194,10 +246,18 @@ void sgd_step(const FlatWeights& flat, std::uintptr_t momentum_buffer, const std
   for_each_task(tasks, threads, [&](const Task& task) {
     SGDScalars mine = scalars;
     mine.first = pieces[task.piece].step == 1;
-    const SGDRange range{at<float>(flat.master, task.offset), at<std::uint16_t>(flat.weight, task.offset), flat.dtype,
-                         at<const float>(flat.grad_sum, task.offset), at<float>(momentum_buffer, task.offset)};
-    table.sgd(range, task.numel, mine);
+    table.sgd(momentum_range(flat, momentum_buffer, task.offset), task.numel, mine);
   });
+}
+
+void lion_step(const FlatWeights& flat, std::uintptr_t exp_avg, const std::vector<Piece>& pieces,
+               const LionConfig& config, double divisor, Stream stream, int threads) {
+  stream.require_supported();
+  check_value(divisor != 0.0, "gradients cannot be divided by 0");
+  const KernelTable& table = kernels();
+  const LionScalars scalars = lion_scalars(config, divisor);
+  for_each_task(cut(pieces), threads,
+                [&](const Task& task) { table.lion(momentum_range(flat, exp_avg, task.offset), task.numel, scalars); });
 }
 
 }  // namespace paci_rt

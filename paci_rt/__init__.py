@@ -19,7 +19,7 @@ from paci_rt.errors import (
 )
 from paci_rt.hashing import params_sha256
 from paci_rt.lowering import TiedWeight
-from paci_rt.optim import SGD, AdamW
+from paci_rt.optim import SGD, AdamW, Lion, Muon, NAdam
 from paci_rt.pipeline import (
     LocalPipeline,
     Schedule1F1B,
@@ -50,7 +50,10 @@ __all__ = [
     "ActionError",
     "AdamW",
     "DriftBoundError",
+    "Lion",
     "LocalPipeline",
+    "Muon",
+    "NAdam",
     "NativeCoreError",
     "OptimizerOwnedError",
     "PaciError",

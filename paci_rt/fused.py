@@ -1,4 +1,4 @@
-"""AdamW and SGD that update flat parameter groups straight from a sealed accumulator, in one native pass.
+"""Optimizers that update flat parameter groups straight from a sealed accumulator: what all of them share.
 
 They are ordinary ``torch.optim.Optimizer`` objects as far as parameter groups, learning-rate schedulers and
 ``state_dict`` go, but a schedule takes their steps. State lives in flat fp32 buffers; ``optimizer.state`` holds views
@@ -42,23 +42,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """State buffers for one flat group."""
 
     @abstractmethod
-    def apply(self, state: FusedState, grad_sum: Tensor, positions: list[int], divisor: int) -> None:
-        """Update the parameters at ``positions`` with the gradients ``grad_sum / divisor``, flat and fp32."""
-
-    @abstractmethod
-    def updates_of(self, state: FusedState) -> list[int]:
-        """Updates that each parameter has had, as far as its next one depends on their number."""
-
-    @abstractmethod
     def run(
         self,
         state: FusedState,
         grad_sum: Tensor,
         divisor: float,
-        pieces: list[tuple[int, int, int]],
+        positions: list[int],
         ahead: native.Ahead | None = None,
     ) -> None:
-        """The native pass; ``pieces`` and ``ahead`` as there."""
+        """Update the parameters at ``positions`` with the gradients ``grad_sum / divisor``, flat and fp32, or put them
+        ahead; their step counts stay."""
+
+    def apply(self, state: FusedState, grad_sum: Tensor, positions: list[int], divisor: int) -> None:
+        """Update the parameters at ``positions``; the others keep weights and state."""
+        self.run(state, grad_sum, divisor, positions)
+        state.count(positions)
 
     def ahead(
         self,
@@ -84,10 +82,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Returns:
             Positions of the parameters that were put ahead.
         """
-        group, updates = state.group, self.updates_of(state)
-        moved = [position for position, count in enumerate(updates) if known[position] or count]
-        pieces = [(group.offsets[i], group.numels[i], updates[i] + 1) for i in moved]
-        self.run(state, grad_sum, divisor, pieces, native.Ahead([known[i] for i in moved], repeats, kept))
+        moved = [position for position, count in enumerate(state.updates()) if known[position] or count]
+        self.run(state, grad_sum, divisor, moved, native.Ahead([known[i] for i in moved], repeats, kept))
         return moved
 
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
@@ -109,8 +105,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         Unlike torch's, it keeps fp32 state of bf16/fp16 parameters in fp32.
 
         Raises:
-            ValueError: groups, names or shapes do not match.
+            ValueError: groups, names or shapes do not match, or the options mean another optimizer.
         """
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) == len(self.param_groups):  # else torch says so
+            merged = [self.merge_options(own, new) for own, new in zip(self.param_groups, saved_groups, strict=True)]
+            state_dict = {**state_dict, "param_groups": merged}
         super().load_state_dict(state_dict)
         ids = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
@@ -128,6 +128,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             for position, param in enumerate(state.group.params):
                 state.adopt(position, exact.get(param, {}))
 
+    def merge_options(self, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """A parameter group as a state dict has it, with the options that only this optimizer has as they are.
+
+        Raises:
+            ValueError: an option means an optimizer that this one is not.
+        """
+        return {**own, **saved}
+
     def _states_with_new_groups(self) -> list[tuple[FusedState, dict[str, Any]]]:
         """torch's load_state_dict replaces the group dictionaries: pair each state with the one that holds its
         parameters now."""
@@ -135,172 +143,44 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [(state, home[id(state.group.params[0])]) for state in self.fused_states]
 
 
-def _check(ok: bool, text: str) -> None:
+def check_option(ok: bool, text: str) -> None:
+    """Refuse an option of an optimizer.
+
+    Raises:
+        ValueError: not ``ok``; ``text`` names the option and its value.
+    """
     if not ok:
         raise ValueError(text)
 
 
-class AdamW(FusedOptimizer):
-    """``torch.optim.AdamW`` as one native pass over flat parameters: divides the summed gradients, updates both
-    moments and the weights, and rounds to bf16/fp16 parameters from fp32 masters.
-
-    Same order of operations as torch's, so results agree to a few units in the last place of fp32.
-
-    Args:
-        params: parameters or groups, as for ``torch.optim.AdamW``.
-        lr, betas, eps, weight_decay, maximize: as there.
+def check_rates(lr: float | Tensor, weight_decay: float) -> None:
+    """Refuse a negative learning rate or weight decay.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: either is.
     """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-    ) -> None:
-        _check(float(lr) >= 0, f"lr={lr}: the learning rate must not be negative")
-        _check(0 <= betas[0] < 1 and 0 <= betas[1] < 1, f"betas={betas}: both must lie in [0, 1)")
-        _check(eps >= 0, f"eps={eps}: must not be negative")
-        _check(weight_decay >= 0, f"weight_decay={weight_decay}: must not be negative")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults)
-
-    def make_state(self, param_group: dict[str, Any], group: FlatGroup) -> FusedState:
-        """First and second moments and a step count for each parameter."""
-        return FusedState(self, param_group, group, ("exp_avg", "exp_avg_sq"), counts_steps=True)
-
-    def apply(self, state: FusedState, grad_sum: Tensor, positions: list[int], divisor: int) -> None:
-        """Update the parameters at ``positions``; the others keep weights, moments and step count."""
-        group, steps = state.group, state.steps
-        assert steps is not None
-        if len(positions) == len(group.params):
-            steps += 1
-        else:
-            steps[positions] += 1
-        counts = self.updates_of(state)
-        self.run(state, grad_sum, divisor, [(group.offsets[i], group.numels[i], counts[i]) for i in positions])
-
-    def updates_of(self, state: FusedState) -> list[int]:
-        """All of them: the corrections for bias depend on it."""
-        assert state.steps is not None
-        return [int(count) for count in state.steps.tolist()]
-
-    def run(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        divisor: float,
-        pieces: list[tuple[int, int, int]],
-        ahead: native.Ahead | None = None,
-    ) -> None:
-        """One pass over weights, gradients and both moments."""
-        group, options = state.group, state.param_group
-        native.adamw_step(
-            master=group.weight if state.master is None else state.master,
-            weight=None if state.master is None else group.weight,
-            grad_sum=grad_sum,
-            exp_avg=state.flat["exp_avg"],
-            exp_avg_sq=state.flat["exp_avg_sq"],
-            pieces=pieces,
-            lr=float(options["lr"]),
-            betas=(float(options["betas"][0]), float(options["betas"][1])),
-            eps=float(options["eps"]),
-            weight_decay=float(options["weight_decay"]),
-            divisor=-divisor if options["maximize"] else divisor,
-            ahead=ahead,
-        )
+    check_option(float(lr) >= 0, f"lr={lr}: the learning rate must not be negative")
+    check_option(weight_decay >= 0, f"weight_decay={weight_decay}: must not be negative")
 
 
-class SGD(FusedOptimizer):
-    """``torch.optim.SGD`` as one native pass over flat parameters; see :class:`AdamW`.
-
-    Args:
-        params: parameters or groups, as for ``torch.optim.SGD``.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as there.
+def check_betas(betas: tuple[float, float]) -> None:
+    """Refuse shares that are none.
 
     Raises:
-        ValueError: a value is out of range, or Nesterov momentum without momentum or with dampening.
+        ValueError: one is outside [0, 1).
     """
+    check_option(0 <= betas[0] < 1 and 0 <= betas[1] < 1, f"betas={betas}: both must lie in [0, 1)")
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-    ) -> None:
-        _check(float(lr) >= 0, f"lr={lr}: the learning rate must not be negative")
-        _check(momentum >= 0, f"momentum={momentum}: must not be negative")
-        _check(weight_decay >= 0, f"weight_decay={weight_decay}: must not be negative")
-        _check(
-            not nesterov or (momentum > 0 and dampening == 0),
-            f"nesterov=True needs momentum above 0 and dampening 0, got momentum={momentum}, dampening={dampening}",
-        )
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
 
-    def make_state(self, param_group: dict[str, Any], group: FlatGroup) -> FusedState:
-        """A momentum buffer, or nothing where the group has no momentum."""
-        names = ("momentum_buffer",) if float(param_group["momentum"]) != 0 else ()
-        return FusedState(self, param_group, group, names, counts_steps=False)
-
-    def apply(self, state: FusedState, grad_sum: Tensor, positions: list[int], divisor: int) -> None:
-        """Update the parameters at ``positions``; the others keep weights and momentum."""
-        group, updates = state.group, self.updates_of(state)
-        self.run(state, grad_sum, divisor, [(group.offsets[i], group.numels[i], updates[i] + 1) for i in positions])
-
-    def updates_of(self, state: FusedState) -> list[int]:
-        """Whether there was one: the first sets the momentum buffer."""
-        return [int(state.has_state(position)) for position in range(len(state.group.params))]
-
-    def run(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        divisor: float,
-        pieces: list[tuple[int, int, int]],
-        ahead: native.Ahead | None = None,
-    ) -> None:
-        """One pass over weights, gradients and the momentum buffer.
-
-        Raises:
-            ValueError: there is momentum, but there was none when the schedule took the optimizer.
-        """
-        group, options = state.group, state.param_group
-        momentum = float(options["momentum"])
-        if momentum != 0 and "momentum_buffer" not in state.flat:
-            raise ValueError(
-                "the momentum of a parameter group became non-zero after the optimizer was given to a schedule: "
-                "construct SGD with momentum above 0"
-            )
-        native.sgd_step(
-            master=group.weight if state.master is None else state.master,
-            weight=None if state.master is None else group.weight,
-            grad_sum=grad_sum,
-            momentum_buffer=state.flat.get("momentum_buffer"),
-            pieces=pieces,
-            lr=float(options["lr"]),
-            momentum=momentum,
-            dampening=float(options["dampening"]),
-            weight_decay=float(options["weight_decay"]),
-            nesterov=bool(options["nesterov"]),
-            divisor=-divisor if options["maximize"] else divisor,
-            ahead=ahead,
-        )
+def flat_arguments(state: FusedState, grad_sum: Tensor, divisor: float, positions: list[int]) -> dict[str, Any]:
+    """What the native passes are told about a flat group, as keyword arguments."""
+    group, options, updates = state.group, state.param_group, state.updates()
+    return {
+        "master": group.weight if state.master is None else state.master,
+        "weight": None if state.master is None else group.weight,
+        "grad_sum": grad_sum,
+        "pieces": [(group.offsets[i], group.numels[i], updates[i] + 1) for i in positions],
+        "lr": float(options["lr"]),
+        "weight_decay": float(options["weight_decay"]),
+        "divisor": -divisor if options["maximize"] else divisor,
+    }

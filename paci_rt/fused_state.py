@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
 class FusedState:
     """State of a fused optimizer for one flat group: flat fp32 buffers and, for low precision, fp32 masters.
 
+    Args:
+        names: of the flat buffers, which begin at zero.
+        numbers: what is one number for each parameter, and what it begins at.
+
     Attributes:
         group: the parameters.
         param_group: the optimizer's group that they belong to; hyper-parameters are read from it at each update.
         flat: flat fp32 buffers by state name.
         master: fp32 weights of bf16/fp16 parameters, None where parameters are fp32 themselves.
-        steps: updates that each parameter has had, one number a parameter; None where torch keeps no ``step``.
+        numbers: by state name, one number for each parameter, such as ``step``, the updates that it has had.
     """
 
     def __init__(
@@ -30,8 +35,7 @@ class FusedState:
         param_group: dict[str, Any],
         group: FlatGroup,
         names: tuple[str, ...],
-        *,
-        counts_steps: bool,
+        numbers: Mapping[str, float] | None = None,
     ) -> None:
         self.group, self.param_group, self._optimizer = group, param_group, optimizer
         self.flat = {name: group.empty_like(torch.float32) for name in names}
@@ -39,7 +43,8 @@ class FusedState:
         if group.dtype is not torch.float32:
             self.master = group.empty_like(torch.float32)
             self.master.copy_(group.weight)
-        self.steps = torch.zeros(len(group.params)) if counts_steps else None
+        self._first = dict(numbers or {})
+        self.numbers = {name: torch.full((len(group.params),), value) for name, value in self._first.items()}
         self._versions = self._param_versions()
         for position, param in enumerate(group.params):
             self.adopt(position, optimizer.state.get(param) or {})
@@ -47,7 +52,7 @@ class FusedState:
     @property
     def nbytes(self) -> int:
         """Bytes of the state without the masters."""
-        return sum(flat.nbytes for flat in self.flat.values()) + (0 if self.steps is None else self.steps.nbytes)
+        return sum(tensor.nbytes for tensor in (*self.flat.values(), *self.numbers.values()))
 
     def has_state(self, position: int) -> bool:
         """Whether a parameter has been updated, or was given a state."""
@@ -55,9 +60,7 @@ class FusedState:
 
     def views(self, position: int) -> dict[str, Any]:
         """One parameter's state under torch's names, as views of the flat buffers."""
-        views: dict[str, Any] = {}
-        if self.steps is not None:
-            views["step"] = self.steps[position]
+        views: dict[str, Any] = {name: values[position] for name, values in self.numbers.items()}
         views.update({name: self.group.view(flat, position) for name, flat in self.flat.items()})
         if self.master is not None:
             views["master"] = self.group.view(self.master, position)
@@ -76,8 +79,8 @@ class FusedState:
         views = self.views(position)
         given = {key: value for key, value in entry.items() if value is not None}
         if not given:
-            for view in views.values():
-                view.zero_()
+            for key, view in views.items():
+                view.fill_(self._first.get(key, 0.0))
             if self.master is not None:
                 views["master"].copy_(param.detach())
             self._optimizer.state.pop(param, None)
@@ -97,9 +100,22 @@ class FusedState:
             view.copy_(value)
         self._optimizer.state[param] = views
 
+    def updates(self) -> list[int]:
+        """Updates that each parameter has had: all of them where there is a ``step``, else only whether there was
+        one."""
+        steps = self.numbers.get("step")
+        if steps is not None:
+            return [int(count) for count in steps.tolist()]
+        return [int(self.has_state(position)) for position in range(len(self.group.params))]
+
+    def count(self, positions: list[int]) -> None:
+        """Parameters at ``positions`` were updated."""
+        if "step" in self.numbers:
+            self.numbers["step"][positions] += 1
+
     def publish(self, positions: list[int]) -> None:
         """Make the state of parameters that were just updated visible in ``optimizer.state``."""
-        if not self.flat and self.master is None:
+        if not self.flat and not self.numbers and self.master is None:
             return
         for position in positions:
             if not self.has_state(position):

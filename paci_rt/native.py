@@ -186,10 +186,11 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     divisor: float,
+    step_sizes: Sequence[tuple[float, float]] = (),
     stream: int = 0,
     ahead: Ahead | None = None,
 ) -> None:
-    """One step of AdamW over ``pieces`` of flat fp32 buffers; ``weight`` receives the rounded result.
+    """One step of AdamW or NAdam over ``pieces`` of flat fp32 buffers; ``weight`` receives the rounded result.
 
     Args:
         master: fp32 weights, or the fp32 parameters themselves.
@@ -199,6 +200,8 @@ def adamw_step(
         exp_avg_sq: fp32 second moments.
         pieces: offset and length in elements and number of this step, from 1, of every parameter to update.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+        step_sizes: makes it NAdam: what first moment and gradient are multiplied by, for each piece and, within it,
+            each repeat of a look-ahead.
         stream: 0 on the CPU.
         ahead: look ahead instead; the mean of past gradients stands in for unknown ones.
     """
@@ -212,6 +215,7 @@ def adamw_step(
         "beta2": betas[1],
         "eps": eps,
         "weight_decay": weight_decay,
+        "step_sizes": list(step_sizes),
         "divisor": divisor,
     }
     if ahead is None:
@@ -256,6 +260,38 @@ def sgd_step(
         core().sgd_step(**arguments)
     else:
         core().sgd_ahead(**arguments, **ahead.arguments())
+
+
+def lion_step(
+    *,
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    pieces: list[tuple[int, int, int]],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    divisor: float,
+    stream: int = 0,
+    ahead: Ahead | None = None,
+) -> None:
+    """One step of Lion over ``pieces`` of flat fp32 buffers, whatever their number; see :func:`adamw_step` for the
+    shared arguments. Looking ahead, the momentum stands in for unknown gradients."""
+    arguments: dict[str, Any] = {
+        **_flat_arguments(master, weight, grad_sum, stream),
+        "exp_avg": exp_avg.data_ptr(),
+        "pieces": pieces,
+        "lr": lr,
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "weight_decay": weight_decay,
+        "divisor": divisor,
+    }
+    if ahead is None:
+        core().lion_step(**arguments)
+    else:
+        core().lion_ahead(**arguments, **ahead.arguments())
 
 
 def _flat_arguments(master: Tensor, weight: Tensor | None, grad_sum: Tensor, stream: int) -> dict[str, Any]:

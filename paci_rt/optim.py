@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from paci_rt.accumulator import GradAccumulator
 from paci_rt.errors import OptimizerOwnedError
 from paci_rt.flat import FlatGroup
-from paci_rt.fused import OWNED_MESSAGE, SGD, AdamW, FusedOptimizer
+from paci_rt.fused import OWNED_MESSAGE, FusedOptimizer
+from paci_rt.fused_adam import AdamW, NAdam
+from paci_rt.fused_momentum import SGD, Lion
+from paci_rt.fused_muon import Muon
 
-__all__ = ["SGD", "AdamW", "BoundOptimizer", "FusedBound", "UpdateStats", "bind_optimizer"]
+__all__ = ["SGD", "AdamW", "BoundOptimizer", "FusedBound", "Lion", "Muon", "NAdam", "UpdateStats", "bind_optimizer"]
 
 _GUARD = "_paci_rt_guard"
 NamedParams = list[tuple[str, nn.Parameter]]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy import make_muon
 
 import paci_rt
 from paci_rt import checkpoint
@@ -43,6 +44,12 @@ def loss_fn(output: Tensor, target: Tensor) -> Tensor:
 def make_optimizer(kind: str, params: Any) -> torch.optim.Optimizer:
     if kind == "adamw":
         return paci_rt.AdamW(params, lr=1e-2)
+    if kind == "nadam":
+        return paci_rt.NAdam(params, lr=1e-2)
+    if kind == "lion":
+        return paci_rt.Lion(params, lr=1e-3)
+    if kind == "muon":
+        return make_muon(params)
     if kind == "sgd":
         return paci_rt.SGD(params, lr=1e-2, momentum=0.9)
     return torch.optim.AdamW(params, lr=1e-2)
@@ -76,7 +83,7 @@ def sha(pipe: Any) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["adamw", "sgd", "torch-adamw"])
+@pytest.mark.parametrize("kind", ["adamw", "nadam", "lion", "muon", "sgd", "torch-adamw"])
 def test_any_cut_goes_on_bit_for_bit(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     straight = pipeline([4], kind, dtype=dtype)
     train(straight, range(6), dtype)

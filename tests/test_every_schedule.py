@@ -11,11 +11,12 @@ import torch
 from pool import WorkerPool
 from test_pipeline import plain_training, same
 from torch import Tensor, nn
-from toy import CLASSES, Run, loss_fn, sha, train_local, train_rank
+from toy import CLASSES, Run, batch, loss_fn, make_optimizer, module, sha, train_local, train_rank
 
 import paci_rt
 from paci_rt.errors import ScheduleError
 from paci_rt.lowering import Lowering, validate
+from paci_rt.optim import bind_optimizer
 from paci_rt.schedules import FAMILIES, Shape
 from paci_rt.transport import LocalTransport
 
@@ -42,6 +43,7 @@ DISTRIBUTED = [
     Run(schedule="paci", stages=3, accumulation=3, lookahead=True, eval_every=2),
     Run(schedule="paci", stages=4, accumulation=2, lookahead=True, optimizer="sgd", slack=1),
     Run(schedule="paci", stages=3, accumulation=4, lookahead=True, policy="recompute"),
+    *(Run(schedule="paci", stages=3, accumulation=2, lookahead=True, optimizer=kind) for kind in ("lion", "muon")),
     Run(schedule="interleaved-1f1b", stages=4, accumulation=2, chunks=2, policy="recompute"),
 ]
 
@@ -95,6 +97,28 @@ def test_flush_schedules_equal_plain_training(schedule: str, stages: int, accumu
         plain, piped = plain_training(run), train_local(run)
         same(piped["params"], plain["params"])
         assert piped["losses"] == plain["losses"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nadam", "lion", "muon"])
+def test_a_flush_schedule_equals_a_plain_loop_of_our_own_optimizers(optimizer: str) -> None:
+    run = Run(schedule="1f1b", stages=3, accumulation=4, optimizer=optimizer)
+    modules = [module(stage, run) for stage in range(run.stages)]
+    bounds = [
+        bind_optimizer(make_optimizer(optimizer, one.parameters()), dict(one.named_parameters())) for one in modules
+    ]
+    for step in range(run.windows):
+        x, y = batch(run, step)
+        for inputs, targets in zip(x.chunk(run.accumulation), y.chunk(run.accumulation), strict=True):
+            loss_fn(nn.Sequential(*modules)(inputs), targets).backward()
+            for one, bound in zip(modules, bounds, strict=True):
+                for param in one.parameters():
+                    assert param.grad is not None
+                    bound.accumulate(param, param.grad)
+                    param.grad = None
+        for bound in bounds:
+            bound.update(run.accumulation)
+    plain = {f"{at}.{name}": param for at, one in enumerate(modules) for name, param in one.named_parameters()}
+    same(train_local(run)["params"], plain)
 
 
 @pytest.mark.parametrize("schedule", FAMILIES)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy import make_muon
 
 import paci_rt
 from paci_rt.accumulator import GradAccumulator
@@ -17,6 +18,12 @@ OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda params: paci_rt.AdamW(params, lr=0.01, betas=(0.8, 0.95), weight_decay=0.1),
     "adamw, high beta1 share": lambda params: paci_rt.AdamW(params, lr=0.01, betas=(0.3, 0.9)),
     "adamw, maximize": lambda params: paci_rt.AdamW(params, lr=0.01, maximize=True),
+    "nadam": lambda params: paci_rt.NAdam(params, lr=0.01, betas=(0.8, 0.95), momentum_decay=0.05, weight_decay=0.1),
+    "nadam, maximize": lambda params: paci_rt.NAdam(params, lr=0.01, betas=(0.4, 0.95), maximize=True),
+    "lion": lambda params: paci_rt.Lion(params, lr=0.01, weight_decay=0.1),
+    "lion, maximize": lambda params: paci_rt.Lion(params, lr=0.01, betas=(0.5, 0.8), maximize=True),
+    "muon": lambda params: make_muon(params, weight_decay=0.1),
+    "muon, maximize": lambda params: make_muon(params, nesterov=False, momentum=0.8, maximize=True),
     "sgd": lambda params: paci_rt.SGD(params, lr=0.01, momentum=0.9, weight_decay=0.1),
     "sgd, nesterov": lambda params: paci_rt.SGD(params, lr=0.01, momentum=0.9, nesterov=True),
     "sgd, dampening": lambda params: paci_rt.SGD(params, lr=0.01, momentum=0.9, dampening=0.5),
@@ -87,8 +94,10 @@ def test_without_a_gradient_momentum_goes_on(kind: str) -> None:
             twin.accumulate(param, gradient(param, 7))
             continue
         state = twin.state_views(0, position)
-        if "exp_avg" in state:  # the mean of past gradients, as the moment has it
+        if "step" in state:  # the mean of past gradients, as the moment has it
             stand_in = state["exp_avg"] / (1 - options["betas"][0] ** 3)
+        elif "exp_avg" in state:  # Lion: the gradient under which its momentum would stay what it is
+            stand_in = state["exp_avg"]
         else:  # the gradient under which the buffer would stay what it is; its weight decay is in it already
             stand_in = state["momentum_buffer"] * ((1 - options["momentum"]) / (1 - options["dampening"]))
             stand_in = stand_in - options["weight_decay"] * param.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy import make_muon
 
 import paci_rt
 from paci_rt.errors import OptimizerOwnedError, StageError
-from paci_rt.optim import SGD, AdamW, BoundOptimizer, bind_optimizer
+from paci_rt.optim import SGD, AdamW, BoundOptimizer, Lion, Muon, NAdam, bind_optimizer
 
 STEPS = 12
 
@@ -79,7 +81,20 @@ SGD_OPTIONS = [
     {"lr": 0.03, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
     {"lr": 0.03, "momentum": 0.8, "nesterov": True},
 ]
-CASES = [(AdamW, torch.optim.AdamW, o) for o in ADAMW_OPTIONS] + [(SGD, torch.optim.SGD, o) for o in SGD_OPTIONS]
+NADAM_OPTIONS = [*ADAMW_OPTIONS, {"lr": 1e-2, "betas": (0.99, 0.95), "momentum_decay": 0.1, "weight_decay": 0.1}]
+torch_nadam = functools.partial(torch.optim.NAdam, decoupled_weight_decay=True)
+CASES = [
+    *((AdamW, torch.optim.AdamW, options) for options in ADAMW_OPTIONS),
+    *((NAdam, torch_nadam, options) for options in NADAM_OPTIONS),
+    *((SGD, torch.optim.SGD, options) for options in SGD_OPTIONS),
+]
+LOW_PRECISION = [
+    (AdamW, {"lr": 1e-2}),
+    (NAdam, {"lr": 1e-2}),
+    (SGD, {"lr": 0.05, "momentum": 0.9}),
+    (Lion, {"lr": 1e-3}),
+    (make_muon, {"lr": 1e-2}),
+]
 
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), CASES)
@@ -101,9 +116,9 @@ def test_fp32_matches_torch_in_double(ours: type, theirs: type, options: dict[st
                 assert distance(optimizer.state[param][key], value) <= bound
 
 
-@pytest.mark.parametrize(("ours", "options"), [(AdamW, {"lr": 1e-2}), (SGD, {"lr": 0.05, "momentum": 0.9})])
+@pytest.mark.parametrize(("ours", "options"), LOW_PRECISION)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_parameters_follow_fp32_masters(ours: type, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_low_precision_parameters_follow_fp32_masters(ours: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
     module = make_module(dtype)
     full = copy.deepcopy(module).float()
     windows = random_windows(module, 4)
@@ -133,7 +148,7 @@ def test_masters_follow_weights_that_the_user_loads() -> None:
         assert torch.equal(optimizer.state[param]["master"], master)
 
 
-@pytest.mark.parametrize("ours", [AdamW, momentum_sgd])
+@pytest.mark.parametrize("ours", [AdamW, NAdam, Lion, make_muon, momentum_sgd])
 def test_parameters_without_gradient_are_skipped(ours: Any) -> None:
     module = make_module()
     params = list(module.parameters())
@@ -150,11 +165,12 @@ def test_parameters_without_gradient_are_skipped(ours: Any) -> None:
         assert same == (index != 2)
 
 
-def test_step_counts_are_kept_for_each_parameter() -> None:
+@pytest.mark.parametrize(("ours", "theirs"), [(AdamW, torch.optim.AdamW), (NAdam, torch_nadam)])
+def test_step_counts_are_kept_for_each_parameter(ours: type, theirs: Any) -> None:
     module, reference = make_module(), make_module()
     reference.load_state_dict(module.state_dict())
     params, peers = list(module.parameters()), list(reference.parameters())
-    optimizer, peer = AdamW(params, lr=1e-2), torch.optim.AdamW(peers, lr=1e-2)
+    optimizer, peer = ours(params, lr=1e-2), theirs(peers, lr=1e-2)
     bound = bind(optimizer, module)
     for step in range(6):
         for index, param in enumerate(params):
@@ -232,8 +248,8 @@ def test_no_optimizer_leaves_mean_gradients() -> None:
         bind(None, module)
 
 
-@pytest.mark.parametrize("cls", [AdamW, torch.optim.AdamW])
-def test_backward_of_an_older_forward_runs_on_the_new_weights(cls: type) -> None:
+@pytest.mark.parametrize("cls", [AdamW, Lion, make_muon, torch.optim.AdamW])
+def test_backward_of_an_older_forward_runs_on_the_new_weights(cls: Any) -> None:
     module = make_module()
     params = list(module.parameters())
     bound = bind(cls(params, lr=0.1), module)
@@ -251,8 +267,8 @@ def test_backward_of_an_older_forward_runs_on_the_new_weights(cls: type) -> None
         loss.backward()
 
 
-@pytest.mark.parametrize("cls", [AdamW, SGD, torch.optim.AdamW, torch.optim.Adagrad])
-def test_stepping_oneself_is_refused(cls: type) -> None:
+@pytest.mark.parametrize("cls", [AdamW, NAdam, SGD, Lion, make_muon, torch.optim.AdamW, torch.optim.Adagrad])
+def test_stepping_oneself_is_refused(cls: Any) -> None:
     module = make_module()
     optimizer = cls(module.parameters())
     bound = bind(optimizer, module)
@@ -319,7 +335,7 @@ def test_groups_have_their_own_options_and_dtypes_their_own_buffers() -> None:
     ("make", "dtype", "way"),
     [
         (make, dtype, way)
-        for make in (AdamW, momentum_sgd, SGD, torch.optim.AdamW)
+        for make in (AdamW, NAdam, Lion, make_muon, momentum_sgd, SGD, torch.optim.AdamW)
         for dtype in (torch.float32, torch.bfloat16)
         for way in ("by_name", "before_binding", "after_binding")
         # What torch's own load_state_dict does with bf16 parameters is not ours to test.
@@ -352,20 +368,30 @@ def test_saved_state_continues_bit_for_bit(make: Any, dtype: torch.dtype, way: s
             assert torch.equal(fresh.state[param][key], value)
 
 
-def test_state_of_torchs_adamw_loads() -> None:
+@pytest.mark.parametrize(("ours", "theirs"), [(AdamW, torch.optim.AdamW), (NAdam, torch_nadam)])
+def test_state_of_torchs_optimizer_loads(ours: type, theirs: Any) -> None:
     module, reference = make_module(), make_module()
     reference.load_state_dict(module.state_dict())
-    peer = torch.optim.AdamW(reference.parameters(), lr=5e-3)
+    peer = theirs(reference.parameters(), lr=5e-3)
     windows = random_windows(module, 1, steps=2)
     run_torch(peer, list(reference.parameters()), windows[:1])
     module.load_state_dict(reference.state_dict())
-    optimizer = AdamW(module.parameters())
+    optimizer = ours(module.parameters())
     optimizer.load_state_dict(peer.state_dict())
     run_windows(bind(optimizer, module), list(module.parameters()), windows[1:])
     run_torch(peer, list(reference.parameters()), windows[1:])
     for param, target in zip(module.parameters(), reference.parameters(), strict=True):
         assert optimizer.state[param]["step"].item() == 2
         assert distance(param, target) <= 2 * 16 * 2.0**-24
+
+
+def test_nadam_refuses_a_state_with_coupled_weight_decay() -> None:
+    params = [nn.Parameter(torch.ones(3))]
+    ours = NAdam(params)
+    with pytest.raises(ValueError, match=r"load one with decoupled_weight_decay=True or weight_decay=0"):
+        ours.load_state_dict(torch.optim.NAdam(params, weight_decay=0.1).state_dict())
+    ours.load_state_dict(torch.optim.NAdam(params, lr=0.5).state_dict())
+    assert ours.param_groups[0]["lr"] == 0.5
 
 
 def test_state_by_name_copies_and_checks() -> None:
@@ -463,6 +489,10 @@ def test_an_optimizer_can_move_to_another_schedule() -> None:
         (lambda p: AdamW(p, betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\)"),
         (lambda p: AdamW(p, eps=-1e-8), "eps=-1e-08"),
         (lambda p: AdamW(p, weight_decay=-0.1), "weight_decay=-0.1"),
+        (lambda p: NAdam(p, momentum_decay=-1.0), "momentum_decay=-1.0"),
+        (lambda p: NAdam(p, betas=(1.0, 0.9)), r"betas=\(1.0, 0.9\)"),
+        (lambda p: Lion(p, lr=-1.0), "lr=-1.0"),
+        (lambda p: Lion(p, betas=(0.9, -0.1)), r"betas=\(0.9, -0.1\)"),
         (lambda p: SGD(p, lr=-1.0), "lr=-1.0"),
         (lambda p: SGD(p, momentum=-0.5), "momentum=-0.5"),
         (lambda p: SGD(p, weight_decay=-0.5), "weight_decay=-0.5"),
@@ -475,5 +505,5 @@ def test_options_out_of_range(make: Any, message: str) -> None:
 
 
 def test_native_optimizers_are_public() -> None:
-    assert paci_rt.AdamW is AdamW
-    assert paci_rt.SGD is SGD
+    for cls in (AdamW, NAdam, SGD, Lion, Muon):
+        assert getattr(paci_rt, cls.__name__) is cls

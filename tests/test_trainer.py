@@ -296,6 +296,7 @@ def test_clock_stands_still_but_counts_the_wait_for_the_slowest(monkeypatch: pyt
         {"schedule": "paci", "dtype": "bf16"},
         {"schedule": "paci", "optimizer": "torch-adamw"},
         {"schedule": "paci", "optimizer": "sgd", "model": "small-tied"},
+        {"schedule": "paci", "optimizer": "muon", "lookahead": True},
         {"schedule": "async-1f1b", "accumulation": 1},
     ],
 )
@@ -369,6 +370,19 @@ def test_defaults_follow_from_the_other_options() -> None:
     assert TrainConfig(warmup_steps=0, steps=5).lr_factor(0) == 1.0
 
 
+def test_options_follow_the_optimizer() -> None:
+    betas = {kind: TrainConfig(optimizer=kind).beta2 for kind in ("adamw", "nadam", "lion", "muon")}
+    assert betas == {"adamw": 0.95, "nadam": 0.95, "lion": 0.99, "muon": 0.95}
+    assert (TrainConfig(optimizer="sgd").momentum, TrainConfig(optimizer="muon").momentum) == (0.9, 0.95)
+    module = build_stage(SMALL["small"], 0, 1)
+    optimizer = make_optimizer(TrainConfig(optimizer="muon", momentum=0.8), module.named_parameters())
+    muon = {id(p): group["use_muon"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in module.named_parameters():
+        in_block = name.startswith("transformer.h.") and name.endswith(".weight") and ".ln_" not in name
+        assert muon[id(parameter)] == in_block, name
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
+
+
 def test_learning_rate_warms_up_and_falls() -> None:
     config = TrainConfig(steps=100, warmup_steps=10, lr=2.0, min_lr=0.5)
     factors = [config.lr_factor(step) for step in range(121)]
@@ -384,6 +398,9 @@ def test_learning_rate_warms_up_and_falls() -> None:
     ("name", "kind"),
     [
         ("adamw", paci_rt.AdamW),
+        ("nadam", paci_rt.NAdam),
+        ("lion", paci_rt.Lion),
+        ("muon", paci_rt.Muon),
         ("sgd", paci_rt.SGD),
         ("torch-adamw", torch.optim.AdamW),
         ("torch-sgd", torch.optim.SGD),

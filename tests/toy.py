@@ -38,9 +38,25 @@ def module(stage: int, run: Run) -> nn.Module:
     return nn.Sequential(first, nn.LayerNorm(width), nn.GELU(), last)
 
 
+def make_muon(params: Any, **options: Any) -> paci_rt.Muon:
+    """Muon for all matrices among parameters or pairs of name and parameter."""
+    tensors = [param if isinstance(param, Tensor) else param[1] for param in params]
+    groups = [
+        {"params": [p for p in tensors if (p.dim() == 2) == use_muon], "use_muon": use_muon}
+        for use_muon in (True, False)
+    ]
+    return paci_rt.Muon([group for group in groups if group["params"]], **{"lr": 1e-2, **options})
+
+
 def make_optimizer(kind: str, params: Any) -> torch.optim.Optimizer:
     if kind == "adamw":
         return paci_rt.AdamW(params, lr=1e-2, weight_decay=0.1)
+    if kind == "nadam":
+        return paci_rt.NAdam(params, lr=1e-2, weight_decay=0.1)
+    if kind == "lion":
+        return paci_rt.Lion(params, lr=1e-3, weight_decay=0.1)
+    if kind == "muon":
+        return make_muon(params)
     if kind == "sgd":
         return paci_rt.SGD(params, lr=1e-2, momentum=0.9)
     if kind == "torch-adamw":

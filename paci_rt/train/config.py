@@ -14,7 +14,11 @@ from paci_rt import policies, schedules
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
 from paci_rt.transport import TRANSPORTS
 
-OPTIMIZERS = ("adamw", "sgd", "torch-adamw", "torch-sgd")
+OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd")
+BETA2 = {"lion": 0.99}
+MOMENTUM = {"muon": 0.95}
+"""Defaults of optimizers that differ from the others'."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 AUTO: Any = None
@@ -35,9 +39,11 @@ class TrainConfig:
         data: text file, folder of text files, ``.bin``, or folder with train.bin and val.bin; Python's own library.
         steps: local updates of every stage, counted from the very first one also after ``resume``.
         batch_size: sequences a window, whatever the accumulation. seq_len: tokens a sequence; 128 or the context.
-        optimizer: ``adamw`` and ``sgd`` are paci_rt's fused ones, ``torch-adamw`` and ``torch-sgd`` torch's own.
+        optimizer: ``torch-adamw`` and ``torch-sgd`` are torch's own, the others paci_rt's fused ones; ``muon`` is for
+            the matrices inside blocks, with AdamW for the rest.
         lr: peak learning rate; it warms up over ``warmup_steps`` (a twentieth of lr_steps) and falls along a cosine to
             ``min_lr`` (a tenth of lr) at ``lr_steps`` (steps). weight_decay: of parameters with two or more dimensions.
+        beta1, beta2: of all but sgd; beta2 is 0.95, for ``lion`` 0.99. momentum: of sgd, 0.9, and ``muon``, 0.95.
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
             autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
             2 bytes a parameter for every micro-batch in flight, the very weight stash that PACI does without.
@@ -75,8 +81,8 @@ class TrainConfig:
     warmup_steps: int = AUTO
     weight_decay: float = 0.1
     beta1: float = 0.9
-    beta2: float = 0.95
-    momentum: float = 0.9
+    beta2: float = AUTO
+    momentum: float = AUTO
     dtype: str = "fp32"
     seed: int = 0
     device: str = "cpu"
@@ -98,6 +104,8 @@ class TrainConfig:
         self._fill("chunks", 2 if family.takes_chunks else 1)
         self._fill("seq_len", min(128, self.gpt.context))
         self._fill("lr_steps", self.steps)
+        self._fill("beta2", BETA2.get(self.optimizer, 0.95))
+        self._fill("momentum", MOMENTUM.get(self.optimizer, 0.9))
         self._check_integers()
         self._fill("warmup_steps", self.lr_steps // 20 if self.lr_steps else 0)
         self._fill("min_lr", self.lr / 10)
@@ -237,7 +245,8 @@ class TrainConfig:
 def _known(flag: str, value: str, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)
+        begun = [choice for choice in choices if value and choice.startswith(str(value))]
+        near = begun or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown {flag} {value!r}: {hint}choose from {', '.join(choices)}")
 

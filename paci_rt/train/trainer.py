@@ -10,7 +10,7 @@ Gradients are not clipped by norm: each stage updates on its own, and none ever 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -153,18 +153,37 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
     return paci_rt.get_schedule_class(config.schedule)(stages, **options), lr_schedulers
 
 
-def make_optimizer(config: TrainConfig, named: Iterator[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """Two parameter groups: weight decay on matrices and embeddings, none on biases and LayerNorms."""
-    params = [param for _, param in named]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+def make_optimizer(config: TrainConfig, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """Weight decay on matrices and embeddings, none on biases and LayerNorms; ``muon`` has a group of its own for the
+    matrices inside blocks."""
+    hidden, others, vectors = [], [], []
+    for name, param in named:
+        if param.dim() < 2:
+            vectors.append(param)
+        elif config.optimizer == "muon" and param.dim() == 2 and name.startswith("transformer.h."):
+            hidden.append(param)
+        else:
+            others.append(param)
+    groups: list[dict[str, Any]] = [
+        {"params": others, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    if config.optimizer.endswith("adamw"):
-        adamw = torch.optim.AdamW if config.optimizer == "torch-adamw" else paci_rt.AdamW
-        return adamw(groups, lr=config.lr, betas=(config.beta1, config.beta2))
-    sgd = torch.optim.SGD if config.optimizer == "torch-sgd" else paci_rt.SGD
-    return sgd(groups, lr=config.lr, momentum=config.momentum)
+    kind, betas = config.optimizer, (config.beta1, config.beta2)
+    if kind == "muon":
+        groups = [{**group, "use_muon": False} for group in groups]
+        groups.append({"params": hidden, "weight_decay": config.weight_decay, "use_muon": True})
+        return paci_rt.Muon(groups, lr=config.lr, betas=betas, momentum=config.momentum)
+    if kind.endswith("sgd"):
+        sgd = torch.optim.SGD if kind == "torch-sgd" else paci_rt.SGD
+        return sgd(groups, lr=config.lr, momentum=config.momentum)
+    classes: dict[str, Any] = {
+        "adamw": paci_rt.AdamW,
+        "nadam": paci_rt.NAdam,
+        "lion": paci_rt.Lion,
+        "torch-adamw": torch.optim.AdamW,
+    }
+    optimizer: torch.optim.Optimizer = classes[kind](groups, lr=config.lr, betas=betas)
+    return optimizer
 
 
 def set_learning_rate(lr_schedulers: Sequence[LambdaLR], config: TrainConfig, step: int) -> None:
