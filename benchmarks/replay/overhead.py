@@ -94,7 +94,8 @@ def overheads(method: Sequence[Run], baseline: Sequence[Run], thresholds: Sequen
             needed, base = updates_to(mine[seed].curve, threshold), updates_to(theirs[seed].curve, threshold)
             if not base:
                 raise ValueError(
-                    f"the baseline of seed {seed} starts at or never reaches loss {threshold:g}: thresholds must lie between"
+                    f"the baseline of seed {seed} starts at or never reaches loss {threshold:g}: thresholds must lie "
+                    "between"
                 )
             if needed is None:
                 short.append(seed)
