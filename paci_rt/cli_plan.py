@@ -113,7 +113,8 @@ def add(parser: argparse.ArgumentParser) -> None:
            "such as 8GiB")
     option(group, "--drift-limit", int, "N", "updates that may come between a micro-batch's forward and backward")
     option(group, "--delay-limit", _delay_limit, "N", "updates by which a gradient may come late, or none "
-           "for no limit (default: what is known to be worth its time, 1 with look-ahead and 0 without)", planner.MEASURED)
+           "for no limit (default: what is known to be worth its time, 1 with look-ahead, 0 without)",
+           planner.MEASURED)
     option(group, "--device-speeds", _list_of(float, "numbers such as 1,1,0.5"), "X,X,...", "of each device in order, "
            "1 being the one that was profiled (default: all 1)")
     option(group, "--hop-ms", _milliseconds, "MS", "latency of messages between stages (default: the profile's, or 0)")

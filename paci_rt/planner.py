@@ -117,15 +117,9 @@ def plan(
         ValueError: a value that cannot be; or nothing fits, then with the least memory that any candidate needs.
     """
     _check_choices(profile, stages, accumulations, slacks, chunks)
-    for name, limit in (("drift limit", drift_limit), ("delay limit", delay_limit)):
-        if isinstance(limit, str) and (limit != MEASURED or limit is drift_limit):
-            raise ValueError(f"{name} is {limit!r}: give a number of updates, at least 0")
-        if isinstance(limit, int) and limit < 0:
-            raise ValueError(f"{name} is {limit}: give a number of updates, at least 0")
-    if isinstance(delay_limit, str):
-        delay_limits = MEASURED_DELAY_LIMITS
-    else:
-        delay_limits = {True: delay_limit, False: delay_limit}
+    delay_limits = _delay_limits(delay_limit)
+    if drift_limit is not None and drift_limit < 0:
+        raise ValueError(f"drift limit is {drift_limit}: give a number of updates, at least 0")
     speeds = device_speeds_of(device_speeds, stages)
     limits = Limits(
         memory_bytes=_memory_limits(memory_limit_bytes, stages),
@@ -143,6 +137,15 @@ def plan(
         raise ValueError(_nothing_fits(rejected))
     rejected.sort(key=lambda one: one.severity)
     return Plan(candidates=(*_ranked(fitting), *rejected), limits=limits, device_speeds=speeds)
+
+
+def _delay_limits(limit: int | str | None) -> dict[bool, int | None]:
+    """With look-ahead and without."""
+    if limit == MEASURED:
+        return dict(MEASURED_DELAY_LIMITS)
+    if isinstance(limit, str) or (limit is not None and limit < 0):
+        raise ValueError(f"delay limit is {limit!r}: give a number of updates, at least 0, or {MEASURED!r}")
+    return {True: limit, False: limit}
 
 
 def _check_choices(

@@ -80,8 +80,8 @@ def versions_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int) 
 
 
 def copies_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int, lookahead: bool) -> int:
-    """Copies of its fp32 weights that ``rank`` keeps besides the current ones: further versions, or a scratch copy where
-    forwards that come early run at other weights."""
+    """Copies of its fp32 weights that ``rank`` keeps besides the current ones: further versions, or a scratch copy
+    where forwards that come early run at other weights."""
     if lookahead or policy == "predict":
         return int(family.drift_bound(shape, rank) > 0)
     return versions_held(policy, family, shape, rank) - 1

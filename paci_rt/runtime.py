@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paci_rt import microbatch, policies, schedules
+from paci_rt import microbatch, policies, schedules, versions
 from paci_rt.action import Action
 from paci_rt.audit import RankAudit, StageAudit
 from paci_rt.errors import PaciError, StageError
@@ -25,7 +25,6 @@ from paci_rt.state import collect_state, load_state, pipeline_stats
 from paci_rt.tied import TiedExchange
 from paci_rt.trace import Event
 from paci_rt.transport import Transport
-from paci_rt.versions import AheadWeights, StageWeights, make_weights
 
 
 class Pipeline:
@@ -157,9 +156,11 @@ class Pipeline:
         drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
         updates = family.drift_bound(shape, rank.rank)
         if self._lookahead and updates and can_look_ahead(bound):
-            weights: StageWeights = AheadWeights(bound, accumulation=shape.accumulation, divisor=divisor)
+            weights: versions.StageWeights = versions.AheadWeights(
+                bound, accumulation=shape.accumulation, divisor=divisor
+            )
         else:
-            weights = make_weights(policy, bound, held, early=updates > 0)
+            weights = versions.make_weights(policy, bound, held, early=updates > 0)
         if ties is not None:
             ties.bind(bound)
         stage.attach(ties if ties is not None else bound)

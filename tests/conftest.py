@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from pool import WorkerPool
 
 torch.set_num_threads(1)
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for `replay`, the harness of the convergence benchmark
 
 
 @pytest.fixture(scope="session")

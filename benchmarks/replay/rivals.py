@@ -115,7 +115,11 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 class RotatedAdamW(Steps):
     """Basis rotation (Jung et al., arXiv 2602.03515): Adam for hidden matrices in the eigenbasis of running averages
     of ``G G^T`` and ``G^T G``, which a step of orthogonal iteration follows every tenth update, as in SOAP (Vyas et
-    al., arXiv 2409.11321). The moments keep the basis in which they were made; the first moment is turned along."""
+    al., arXiv 2409.11321). The moments keep the basis in which they were made; the first moment is turned along.
+
+    As there, the first gradient only makes the basis. In it that gradient is diagonal, so Adam would divide rounding
+    errors by themselves everywhere else and take a step of random signs.
+    """
 
     REFRESH, AVERAGE = 10, 0.95
 
@@ -128,6 +132,8 @@ class RotatedAdamW(Steps):
             state["left"], state["right"] = grad @ grad.T, grad.T @ grad
             state["turn_left"] = torch.linalg.eigh(state["left"]).eigenvectors
             state["turn_right"] = torch.linalg.eigh(state["right"]).eigenvectors
+            state["step"] = 0
+            return torch.zeros_like(grad)
         state["left"].lerp_(grad @ grad.T, 1 - self.AVERAGE)
         state["right"].lerp_(grad.T @ grad, 1 - self.AVERAGE)
         if state["step"] % self.REFRESH == 0:

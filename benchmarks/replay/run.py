@@ -212,7 +212,7 @@ def stage_rate(case: Case, method: Method, stage: int) -> Callable[[int], float]
     behind = case.stages - 1 - stage
     if method.rates == "pipemare":
         # Its own count of delay: micro-batches between a forward and the end of its backward, in updates.
-        rule = pipemare_rate((2 * behind + 1) / case.accumulation, case.updates // 4)
+        rule = pipemare_rate((2 * behind + 1) / case.accumulation, max(1, case.updates // 4))
     elif method.rates == "delay-scaled":
         rule = delay_scaled_rate(behind / case.accumulation)
     elif method.rates == "same":

@@ -33,12 +33,13 @@ class Store:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.runs: dict[str, Run] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for number, line in enumerate(lines, 1):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self._line_end = "" if not text or text.endswith("\n") else "\n"  # an editor may have taken the last one
+        for number, line in enumerate(text.splitlines(), 1):
             try:
                 record = json.loads(line)
                 self.runs[record["key"]] = Run.from_json(record)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}, line {number} is no run ({error}): delete the line to run it again"
                 ) from error
@@ -48,7 +49,8 @@ class Store:
         self.runs[result.case.key] = result
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result.to_json()) + "\n")
+            file.write(self._line_end + json.dumps(result.to_json()) + "\n")
+        self._line_end = ""
 
     def missing(self, cases: Iterable[Case]) -> list[Case]:
         """Those of ``cases`` without a run, each once, in order."""

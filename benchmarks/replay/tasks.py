@@ -11,12 +11,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gpt import MODELS, GPTConfig, build_stage, cross_entropy, default_partition
+from replay import glyphs, models
+from replay.draws import MASK_TOKEN, mask, seeded
 
 HELD_BACK_SEQUENCES = 48
+HELD_BACK_MASKED = 192  # sequences; only about one position in seven of them is measured
+HELD_BACK_IMAGES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,12 @@ class Task(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask(Task):
-    """A GPT on the text of Python's standard library, bytes as tokens."""
+    """A GPT on the text of Python's standard library, bytes as tokens.
+
+    Attributes:
+        model: its shape; ``layers`` of it are those of the task.
+        seq_len: tokens a sequence.
+    """
 
     model: GPTConfig
     seq_len: int
@@ -79,8 +89,58 @@ class TextTask(Task):
         return self.corpus.validation(HELD_BACK_SEQUENCES, self.seq_len)
 
 
-def _gpt(name: str, model: GPTConfig, *, batch_size: int, seq_len: int) -> TextTask:
-    return TextTask(
+@dataclass(frozen=True, kw_only=True)
+class LlamaTask(TextTask):
+    """A Llama-like decoder on the same text."""
+
+    def build(self, num_stages: int, seed: int) -> list[nn.Module]:
+        sizes = models.even_partition(self.name, self.layers, num_stages)
+        return models.build_stages(models.llama(self.model), sizes, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderTask(TextTask):
+    """A BERT-like encoder that fills in what is masked of the same text.
+
+    Every sequence has the same number of targets, so the mean over equal micro-batches' means is that over the batch.
+    ``units_per_update`` counts all tokens that are read, not only the targets among them.
+    """
+
+    def build(self, num_stages: int, seed: int) -> list[nn.Module]:
+        sizes = models.even_partition(self.name, self.layers, num_stages)
+        return models.build_stages(models.encoder(self.model), sizes, seed)
+
+    def batch(self, update: int, seed: int) -> tuple[Tensor, Tensor]:
+        tokens, _ = self.corpus.batch(update, self.batch_size, self.seq_len, seed)
+        return mask(tokens, seeded("mask", seed, update))
+
+    def held_back(self) -> tuple[Tensor, Tensor]:
+        tokens, _ = self.corpus.validation(HELD_BACK_MASKED, self.seq_len)
+        return mask(tokens, seeded("mask held back"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlyphTask(Task):
+    """An MLP-Mixer that tells letters and digits apart; see :mod:`replay.glyphs`."""
+
+    model: models.MixerConfig
+
+    def build(self, num_stages: int, seed: int) -> list[nn.Module]:
+        sizes = models.even_partition(self.name, self.layers, num_stages)
+        return models.build_stages(models.mixer(self.model), sizes, seed)
+
+    def batch(self, update: int, seed: int) -> tuple[Tensor, Tensor]:
+        return glyphs.training_batch(update, self.batch_size, seed)
+
+    def held_back(self) -> tuple[Tensor, Tensor]:
+        return glyphs.held_back_set(HELD_BACK_IMAGES)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), target)
+
+
+def _text(name: str, model: GPTConfig, *, batch_size: int, seq_len: int, kind: type[TextTask] = TextTask) -> TextTask:
+    return kind(
         name=name,
         layers=model.layers,
         batch_size=batch_size,
@@ -90,14 +150,26 @@ def _gpt(name: str, model: GPTConfig, *, batch_size: int, seq_len: int) -> TextT
     )
 
 
+def _glyphs(name: str, model: models.MixerConfig, *, layers: int, batch_size: int) -> GlyphTask:
+    return GlyphTask(
+        name=name, layers=layers, batch_size=batch_size, units_per_update=batch_size, unit="images", model=model
+    )
+
+
 NANO = GPTConfig(name="gpt-nano", vocab_size=256, context=256, layers=8, heads=4, width=64, tied=False)
+LLAMA = replace(NANO, name="llama-nano")
+ENCODER = replace(NANO, name="encoder-nano", vocab_size=MASK_TOKEN + 1)
+MIXER = models.MixerConfig(size=glyphs.SIZE, patch=4, width=64, classes=len(glyphs.CHARACTERS))
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        _gpt("gpt-tiny", MODELS["gpt-tiny"], batch_size=32, seq_len=128),
-        _gpt("gpt-nano", NANO, batch_size=32, seq_len=64),
-        _gpt("gpt-nano-64x32", NANO, batch_size=64, seq_len=32),
+        _text("gpt-tiny", MODELS["gpt-tiny"], batch_size=32, seq_len=128),
+        _text("gpt-nano", NANO, batch_size=32, seq_len=64),
+        _text("gpt-nano-64x32", NANO, batch_size=64, seq_len=32),
+        _text("llama-nano", LLAMA, batch_size=32, seq_len=64, kind=LlamaTask),
+        _text("encoder-nano", ENCODER, batch_size=32, seq_len=64, kind=EncoderTask),
+        _glyphs("mixer-nano", MIXER, layers=8, batch_size=64),
     )
 }
 

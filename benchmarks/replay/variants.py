@@ -5,19 +5,44 @@ Each is a subclass that stands in for :class:`paci_rt.lookahead.LookAhead` while
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
-import torch
 from torch import Tensor
 
 from paci_rt.lookahead import LookAhead
 from paci_rt.versions import AheadWeights
 
+Known = tuple[bool, ...]
 
-class _Every(LookAhead):
-    """Makes the weights ahead anew for every ``k``-th forward, and after each update; other forwards reuse them."""
+
+class _Told(LookAhead):
+    """Is told of what paci_rt's own need not know: each backward and each update, before it begins."""
+
+    def backward_begins(self, micro_batches: int) -> None:
+        """``micro_batches`` of the window are in the sums, and one more is about to be."""
+
+    def update_begins(self) -> None:
+        """The weights are about to change for good."""
+
+
+class _TellingWeights(AheadWeights):
+    def for_backward(self, at_forward: int, current: int) -> tuple[int, AbstractContextManager[None]]:
+        if isinstance(self._look_ahead, _Told):
+            self._look_ahead.backward_begins(self._micro_batches)
+        return super().for_backward(at_forward, current)
+
+    def begin_update(self, current: int) -> None:
+        if isinstance(self._look_ahead, _Told):
+            self._look_ahead.update_begins()
+        super().begin_update(current)
+
+
+class _Every(_Told):
+    """Makes the weights ahead anew for every ``k``-th forward, after each update, and where more updates or fewer are
+    to come than the last time; other forwards reuse them."""
 
     k: int
 
@@ -26,22 +51,41 @@ class _Every(LookAhead):
         self._made: list[Tensor] = []
         self._uses, self._updates = 0, 0
 
+    def update_begins(self) -> None:
+        self._made = []
+
+    def restart(self) -> None:
+        self._made = []
+        super().restart()
+
     @contextmanager
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
-        if self._made and updates == self._updates and micro_batches and self._uses % self.k:
-            groups = self._bound.groups
-            true = [group.weight.clone() for group in groups]
-            for group, made in zip(groups, self._made, strict=True):
-                group.weight.copy_(made)
-            yield
-            for group, weight in zip(groups, true, strict=True):
-                group.weight.copy_(weight)
-            self._uses += 1
+        if self._made and updates == self._updates and self._uses % self.k:
+            with self._reused():
+                yield
             return
         with super().ahead(updates, micro_batches):
             self._made = [group.weight.clone() for group in self._bound.groups]
             self._uses, self._updates = 1, updates
             yield
+
+    @contextmanager
+    def _reused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        weights = [group.weight for group in self._bound.groups]
+        true = [weight.clone() for weight in weights]
+        for weight, made in zip(weights, self._made, strict=True):
+            weight.copy_(made)
+        self.seconds += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            start = time.perf_counter()
+            for weight, old in zip(weights, true, strict=True):
+                weight.copy_(old)
+            self._uses += 1
+            self.forwards += 1
+            self.seconds += time.perf_counter() - start
 
 
 class EverySecond(_Every):
@@ -56,16 +100,19 @@ class EveryFourth(_Every):
     k = 4
 
 
-class _OwnSums(LookAhead):
-    """Puts other sums in place of the accumulators' for the time of a look-ahead."""
+class _OwnSums(_Told):
+    """Puts other sums in place of the accumulators' for the time of a look-ahead. As long as the window has no
+    gradient, the window before stands in for it, as with paci_rt's own."""
 
-    def sums(self, flat: Tensor, known: tuple[bool, ...], number: int, micro_batches: int) -> Tensor:
-        """What stands in for ``flat``, the sums of flat group ``number`` over ``micro_batches`` of the window."""
+    def sums(self, flat: Tensor, known: Known, number: int, micro_batches: int) -> tuple[Tensor, Known]:
+        """What stands in for ``flat`` and ``known``, the sums of flat group ``number`` over ``micro_batches`` of the
+        window, at least one, and which parameters have one."""
         raise NotImplementedError
 
-    def _replaced(self, number: int, micro_batches: int, before: bool) -> tuple[Tensor, tuple[bool, ...]]:
-        flat, known = type(self._bound.accumulators[number]).sums(self._bound.accumulators[number], before=before)
-        return (flat if before else self.sums(flat, known, number, micro_batches)), known
+    def _replaced(self, number: int, micro_batches: int, before: bool) -> tuple[Tensor, Known]:
+        accumulator = self._bound.accumulators[number]
+        flat, known = type(accumulator).sums(accumulator, before=before)
+        return (flat, known) if before else self.sums(flat, known, number, micro_batches)
 
     @contextmanager
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
@@ -83,34 +130,28 @@ class _OwnSums(LookAhead):
 
 
 class OneOlder(_OwnSums):
-    """Leaves out the gradient of the last backward, so that the pass could run beside it."""
+    """Leaves out the gradient of the last backward, so that the pass could run beside it; right after an update, which
+    had to wait for that gradient, there is nothing to leave out."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._older: list[tuple[int, Tensor]] = []
+        self._older: list[tuple[int, Tensor, Known]] = []
 
     def backward_begins(self, micro_batches: int) -> None:
-        """``micro_batches`` of the window are in the sums, and one more is about to be."""
-        before = micro_batches == 0
-        sums = [accumulator.sums(before=before)[0] for accumulator in self._bound.accumulators]
-        self._older = [(micro_batches or self._accumulation, flat.clone()) for flat in sums]
+        self._older = []
+        for accumulator in self._bound.accumulators:
+            flat, known = accumulator.sums(before=micro_batches == 0)
+            self._older.append((micro_batches or self._accumulation, flat.clone(), known))
 
-    def sums(self, flat: Tensor, known: tuple[bool, ...], number: int, micro_batches: int) -> Tensor:
-        count, older = self._older[number]
-        return older * (micro_batches / count)
-
-
-class _OneOlderWeights(AheadWeights):
-    def for_backward(self, at_forward: int, current: int) -> tuple[int, AbstractContextManager[None]]:
-        if isinstance(self._look_ahead, OneOlder):
-            self._look_ahead.backward_begins(self._micro_batches)
-        return super().for_backward(at_forward, current)
+    def sums(self, flat: Tensor, known: Known, number: int, micro_batches: int) -> tuple[Tensor, Known]:
+        count, older, older_known = self._older[number]
+        return older * (micro_batches / count), older_known
 
 
 class Blended(_OwnSums):
-    """Takes the mean of past gradients for those of the window that are still missing."""
+    """Takes the mean of past gradients, as AdamW's first moment has it, for those of the window that are missing."""
 
-    def sums(self, flat: Tensor, known: tuple[bool, ...], number: int, micro_batches: int) -> Tensor:
+    def sums(self, flat: Tensor, known: Known, number: int, micro_batches: int) -> tuple[Tensor, Known]:
         group, state = self._bound.groups[number], self._bound._states[number]
         blended, missing = flat.clone(), self._accumulation - micro_batches
         for position, steps in enumerate(self._bound.optimizer.updates_of(state)):
@@ -119,7 +160,7 @@ class Blended(_OwnSums):
                 mean = group.view(state.flat["exp_avg"], position) / (1 - beta1**steps)
                 view = group.view(blended, position)
                 view.add_(mean, alpha=missing * self._share).mul_(micro_batches / self._accumulation)
-        return blended
+        return blended, known
 
 
 class MomentumFirst(LookAhead):
@@ -142,9 +183,9 @@ class Damped(LookAhead):
     @contextmanager
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
         true = [group.weight.clone() for group in self._bound.groups]
-        with super().ahead(updates, micro_batches), torch.no_grad():
+        with super().ahead(updates, micro_batches):
             for group, weight in zip(self._bound.groups, true, strict=True):
-                group.weight.copy_(weight + self.SHARE ** (updates - 1) * (group.weight - weight))
+                group.weight.copy_(weight.lerp(group.weight, self.SHARE ** (updates - 1)))
             yield
 
 
@@ -169,6 +210,6 @@ def replaced(name: str) -> Iterator[None]:
         raise ValueError(f"unknown variant {name!r} of look-ahead: choose from {', '.join(VARIANTS)}")
     with (
         mock.patch("paci_rt.versions.LookAhead", VARIANTS[name]),
-        mock.patch("paci_rt.versions.AheadWeights", _OneOlderWeights),
+        mock.patch("paci_rt.versions.AheadWeights", _TellingWeights),
     ):
         yield

@@ -30,8 +30,8 @@ class TrainConfig:
     """Options of ``paci-rt train``; None means the default that is named here, and is filled in on construction.
 
     Attributes:
-        schedule, slack, policy, buffers: as for ``paci_rt.SchedulePACI``. lookahead: as there; where the schedule does so
-            of its own and the optimizer can.
+        schedule, slack, policy, buffers: as for ``paci_rt.SchedulePACI``.
+        lookahead: as there; where the schedule does so of its own and the optimizer can.
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, and 2 for ``interleaved-1f1b``.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
         accumulation: micro-batches a window; 4, and always 1 for ``async-1f1b``.
