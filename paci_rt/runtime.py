@@ -155,12 +155,9 @@ class Pipeline:
         held = policies.versions_held(policy, family, shape, rank.rank)
         drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
         updates = family.drift_bound(shape, rank.rank)
+        weights = versions.make_weights(policy, bound, held, early=updates > 0)
         if self._lookahead and updates and can_look_ahead(bound):
-            weights: versions.StageWeights = versions.AheadWeights(
-                bound, accumulation=shape.accumulation, divisor=divisor
-            )
-        else:
-            weights = versions.make_weights(policy, bound, held, early=updates > 0)
+            weights = versions.AheadWeights(bound, accumulation=shape.accumulation, divisor=divisor)
         if ties is not None:
             ties.bind(bound)
         stage.attach(ties if ties is not None else bound)
