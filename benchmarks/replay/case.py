@@ -19,6 +19,8 @@ class Method:
         beta1: first moment's decay, where the optimizer has one.
         rates: learning rates of the stages: ``same``, ``pipemare`` (its T1) or ``delay-scaled``.
         flush_updates: so many first updates are each followed by a drain, which makes them those of 1F1B-flush.
+        joined: stages join windows until no delay exceeds one update (``replay.joined``); their learning rate is that
+            number of windows to this power times the others'.
         variant: of look-ahead, a name in ``replay.variants``; None is paci_rt's own.
     """
 
@@ -30,6 +32,7 @@ class Method:
     rates: str = "same"
     flush_updates: int = 0
     variant: str | None = None
+    joined: float | None = None
 
     @property
     def flushes(self) -> bool:
@@ -76,6 +79,9 @@ METHODS: dict[str, Method] = {
     "look-ahead one older": replace(AHEAD, variant="one older"),
     "look-ahead blended": replace(AHEAD, variant="blended"),
     "look-ahead momentum first": replace(AHEAD, variant="momentum first"),
+    "look-ahead joined": replace(AHEAD, joined=0.0),
+    "look-ahead joined sqrt": replace(AHEAD, joined=0.5),
+    "look-ahead joined linear": replace(AHEAD, joined=1.0),
     "look-ahead damped": replace(AHEAD, variant="damped"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from replay.studies import Study
 
-RATES = (5e-4, 1e-3, 2e-3)
+RATES, HIGHER_RATES = (5e-4, 1e-3, 2e-3), (1e-3, 2e-3)
 THREE = (("flush", (8,)), ("paci", (8,)), ("look-ahead", (8,)))
 
 
@@ -27,14 +27,14 @@ def _family(task: str, what: str) -> Study:
         question=f"Does it hold for {what}?",
         task=task,
         cells=THREE,
-        rates=RATES,
+        rates=HIGHER_RATES,
         seeds=(0, 1),
-        updates=150,
-        warmup=15,
+        updates=120,
+        warmup=12,
     )
 
 
-def _shape(name: str, question: str, *, shape: str = "cosine", warmup: int = 15) -> Study:
+def _shape(name: str, question: str, *, shape: str = "cosine", warmup: int = 12) -> Study:
     return Study(
         name=name,
         question=question,
@@ -42,7 +42,7 @@ def _shape(name: str, question: str, *, shape: str = "cosine", warmup: int = 15)
         cells=THREE,
         rates=(1e-3,),
         seeds=(0, 1),
-        updates=150,
+        updates=120,
         warmup=warmup,
         shape=shape,
     )
@@ -54,10 +54,10 @@ def _optimizer(name: str) -> Study:
         question=f"Does it hold under {name}?",
         task="gpt-nano",
         cells=tuple((f"{kind} {name}", (8,)) for kind in ("flush", "paci", "look-ahead")),
-        rates=RATES,
+        rates=HIGHER_RATES,
         seeds=(0, 1),
-        updates=150,
-        warmup=15,
+        updates=120,
+        warmup=12,
     )
 
 
@@ -82,7 +82,7 @@ STUDIES: dict[str, Study] = {
             updates=200,
             warmup=20,
         ),
-        _deep(16, (8, 16), rates=RATES, updates=150, warmup=15),
+        _deep(16, (8, 16), rates=HIGHER_RATES, updates=150, warmup=15),
         _optimizer("nadam"),
         _optimizer("lion"),
         _optimizer("sgd"),
@@ -93,9 +93,9 @@ STUDIES: dict[str, Study] = {
             task="gpt-nano",
             cells=(*THREE, *((name, (8,)) for name in _CHEAPER)),
             rates=(1e-3,),
-            seeds=(0, 1, 2),
-            updates=150,
-            warmup=15,
+            seeds=(0, 1),
+            updates=120,
+            warmup=12,
         ),
         Study(
             name="variants-4",
@@ -105,9 +105,10 @@ STUDIES: dict[str, Study] = {
                 *(("flush", (8,)), ("flush beta1 0.95", (8,)), ("paci", (4,)), ("paci beta1 0.95", (4,))),
                 *((name, (4,)) for name in ("look-ahead", "look-ahead beta1 0.95", "look-ahead beta1 0.98")),
                 *((name, (4,)) for name in ("look-ahead momentum first", "look-ahead damped", "look-ahead blended")),
+                *((name, (4,)) for name in ("look-ahead joined", "look-ahead joined sqrt", "look-ahead joined linear")),
             ),
             rates=(1e-3,),
-            seeds=(0, 1),
+            seeds=(0,),
             updates=150,
             warmup=15,
         ),
@@ -116,12 +117,12 @@ STUDIES: dict[str, Study] = {
             question="What do other answers to delay give?",
             task="gpt-nano",
             cells=(*THREE, *((name, (8,)) for name in _RIVALS)),
-            rates=RATES,
+            rates=HIGHER_RATES,
             seeds=(0, 1),
-            updates=150,
-            warmup=15,
+            updates=120,
+            warmup=12,
         ),
-        _deep(32, (32,), rates=(5e-4, 1e-3), updates=120, warmup=12),
+        _deep(32, (32,), rates=HIGHER_RATES, updates=100, warmup=10),
         _family("llama-nano", "a decoder as Llama's"),
         _family("encoder-nano", "an encoder with a masked language model"),
         _family("mixer-nano", "an MLP-Mixer on images"),
@@ -132,11 +133,11 @@ STUDIES: dict[str, Study] = {
             name="accumulation",
             question="What does the number of micro-batches decide, from 1 to 8 P?",
             task="gpt-nano-64x32",
-            cells=(("flush", (8,)), ("paci", (1, 2, 4, 8, 32, 64)), ("look-ahead", (1, 2, 4, 8, 32, 64))),
+            cells=(("flush", (8,)), ("paci", (1, 2, 8, 32, 64)), ("look-ahead", (1, 2, 8, 32, 64))),
             rates=(1e-3,),
-            seeds=(0, 1),
-            updates=150,
-            warmup=15,
+            seeds=(0,),
+            updates=120,
+            warmup=12,
         ),
         Study(
             name="gpt-tiny",
@@ -144,6 +145,7 @@ STUDIES: dict[str, Study] = {
             task="gpt-tiny",
             cells=THREE,
             rates=(1e-3,),
+            seeds=(0, 1),
             updates=200,
             warmup=20,
         ),

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import paci_rt
 from replay.case import METHODS, Case, Method
+from replay.joined import join_windows, windows_joined
 from replay.rivals import RIVALS, RivalOptions, delay_scaled_rate, pipemare_rate
 from replay.tasks import Task, make_task
 from replay.variants import replaced
@@ -183,6 +184,8 @@ def run(case: Case, *, on_point: Callable[[int, float], None] | None = None) -> 
             optimizer=optimizers,
             lr_scheduler=recorders,
         )
+    if method.joined is not None:
+        join_windows(pipeline, pipeline._bounds, case.accumulation)
     worst = 2 * evaluator.curve[0][1]
     for update in range(case.updates):
         x, y = (tensor.to(case.device) for tensor in task.batch(update, case.seed))
@@ -210,6 +213,9 @@ def run(case: Case, *, on_point: Callable[[int, float], None] | None = None) -> 
 def stage_rate(case: Case, method: Method, stage: int) -> Callable[[int], float]:
     """Learning rate of one stage by update, as a share of ``case.lr``."""
     behind = case.stages - 1 - stage
+    if method.joined is not None:
+        factor = windows_joined(behind, case.accumulation) ** method.joined
+        return lambda update: factor * case.rate(update)
     if method.rates == "pipemare":
         # Its own count of delay: micro-batches between a forward and the end of its backward, in updates.
         rule = pipemare_rate((2 * behind + 1) / case.accumulation, max(1, case.updates // 4))

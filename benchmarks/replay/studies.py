@@ -3,8 +3,8 @@
 A method's learning rate is its own best of the study's ``rates``, by the final loss of the first seed (of all seeds
 where the study says so); the other seeds are then run at that rate.
 
-Thresholds are the losses of a pilot, the flush baseline of the same optimizer at the study's middle rate with a seed
-that no study uses, after a quarter, half and four fifths of its updates, rounded up to a twentieth of a nat.
+Thresholds are the losses of a pilot, the flush baseline of the same optimizer at PILOT_RATE with a seed that no study
+uses, after a quarter, half and four fifths of its updates, rounded up to a twentieth of a nat.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from replay.overhead import best_rate
 from replay.run import Run
 from replay.store import Store
 
-PILOT_SEED = 99
+PILOT_SEED, PILOT_RATE = 99, 1e-3
 PILOT_SHARES = (0.25, 0.5, 0.8)
 RATE_FACTORS = {"lion": 0.2, "sgd": 100.0}
 """What other optimizers' rates are, over AdamW's."""
@@ -82,7 +82,7 @@ class Study:
 
     def pilot(self, baseline: str) -> Case:
         """The run that sets the thresholds of all methods compared with ``baseline``."""
-        return self.case(baseline, dict(self.cells)[baseline][0], self.rates[len(self.rates) // 2], PILOT_SEED)
+        return self.case(baseline, dict(self.cells)[baseline][0], PILOT_RATE, PILOT_SEED)
 
     def thresholds(self, store: Store, baseline: str) -> tuple[float, ...] | None:
         """Early, middle and late loss, nats; None until the pilot is done."""

@@ -154,7 +154,7 @@ class Blended(_OwnSums):
     def sums(self, flat: Tensor, known: Known, number: int, micro_batches: int) -> tuple[Tensor, Known]:
         group, state = self._bound.groups[number], self._bound._states[number]
         blended, missing = flat.clone(), self._accumulation - micro_batches
-        for position, steps in enumerate(self._bound.optimizer.updates_of(state)):
+        for position, steps in enumerate(state.updates()):
             if known[position] and steps:
                 beta1 = float(state.param_group["betas"][0])
                 mean = group.view(state.flat["exp_avg"], position) / (1 - beta1**steps)
