@@ -23,7 +23,7 @@ from common import finish, list_of, positive, print_table
 from paci_rt.simulate import Costs
 from replay.case import METHODS
 from replay.catalogue import STUDIES
-from replay.report import Table, missed, print_tables, tabulate
+from replay.report import Table, markdown, missed, print_tables, tabulate
 from replay.seconds import TimeRow, measure_costs, time_rows
 from replay.store import Store, complete
 from replay.studies import Study, baseline_of
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--minutes", type=float, help="start no run after so many")
     how.add_argument("--runs", type=Path, default=RESULTS / "convergence_runs.jsonl", help="file of finished runs")
     how.add_argument("--report-only", action="store_true", help="run nothing, show what is there")
-    how.add_argument("--out", type=Path, help="folder for plots")
+    how.add_argument("--out", type=Path, help="folder for plots and tables")
     how.add_argument("--json", help="file for all numbers")
     options = parser.parse_args(arguments)
     if options.quick and (options.studies or options.task):
@@ -160,7 +160,9 @@ def main() -> None:
     if options.out is not None:
         from replay.pictures import draw
 
-        for path in draw(options.out, tables):
+        written = draw(options.out, tables)
+        (options.out / "tables.md").write_text(markdown(tables), encoding="utf-8")
+        for path in (*written, options.out / "tables.md"):
             print(f"wrote {path}")
     documents: list[dict[str, Any]] = [table.to_json() for table in tables]
     documents += [row.to_json() for row in rows]

@@ -241,9 +241,10 @@ class Evaluator:
 
     def _extra(self, one: Candidate, family: ScheduleFamily, shape: Shape, rank: int) -> int:
         """Copies of its weights that ``rank`` holds besides the current ones."""
-        if self.profile.has_masters and (one.lookahead or one.policy == "predict"):
-            return 0  # masters bring the weights back
-        return policies.copies_held(one.policy, family, shape, rank, one.lookahead)
+        copies = policies.copies_held(one.policy, family, shape, rank, one.lookahead)
+        if self.profile.has_masters and copies and (one.lookahead or one.policy == "predict"):
+            copies -= 1  # masters bring the weights back
+        return copies
 
     def _keeps(self, one: Candidate, family: ScheduleFamily, shape: Shape, rank: int) -> _Keeps:
         if family.split and one.chunks == 1:

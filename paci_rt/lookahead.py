@@ -5,7 +5,11 @@ Delay, not the inconsistency of forward and backward, is what asynchronous updat
 forward's backward, and the front accumulator holds ``c`` of the ``a`` gradients of the next of them. Such a forward
 runs at the weights that ``d`` updates with the mean of those ``c`` would give; as long as ``c`` is 0, with the mean of
 the window before, which the accumulator still holds. Neither weights nor optimizer state change, the backward runs at
-the then current weights, and no version is kept. Why this works: ``docs/convergence.md``.
+the then current weights, and no version is kept.
+
+A stage most of whose forwards are early makes the weights ahead once a window, with what its first early forward knows,
+and all of them run there: that is both steadier and cheaper than to make them anew each time. Why all this works:
+``docs/convergence.md``.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from paci_rt.optim import SGD, BoundOptimizer, FusedBound
 from paci_rt.true_weights import TrueWeights
@@ -43,33 +49,31 @@ class LookAhead:
         bound: the stage's optimizer.
         accumulation: micro-batches a window.
         divisor: what the sum of a whole window is divided by.
+        shares: make the weights ahead once a window, which takes one more scratch buffer, of the weights' dtype.
 
     Raises:
         ValueError: an optimizer that cannot be asked for steps that it does not take.
     """
 
-    def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float) -> None:
+    def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float, shares: bool) -> None:
         require_look_ahead(bound)
         assert isinstance(bound, FusedBound)
         self._bound, self._true = bound, TrueWeights(bound)
         self._accumulation, self._share = accumulation, divisor / accumulation
+        self._shared = [torch.zeros_like(group.weight) for group in bound.groups] if shares else []
+        self._moved: list[list[int]] | None = None  # positions in each group, while the shared weights are of use
         self.seconds, self.forwards = 0.0, 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the scratch buffers."""
-        return self._true.nbytes
+        return self._true.nbytes + sum(shared.nbytes for shared in self._shared)
 
     @contextmanager
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
         """Within it, the parameters are ``updates`` ahead, by the gradients of ``micro_batches`` of the window."""
         start = time.perf_counter()
-        before = micro_batches == 0
-        divisor = (micro_batches or self._accumulation) * self._share
-        moved = [
-            self._bound.ahead(number, divisor, updates, kept, before=before)
-            for number, kept in enumerate(self._true.kept)
-        ]
+        moved = self._reuse() if self._moved is not None else self._make(updates, micro_batches)
         self.seconds += time.perf_counter() - start
         try:
             yield
@@ -80,7 +84,32 @@ class LookAhead:
             self.seconds += time.perf_counter() - start
             self.forwards += 1
 
+    def _make(self, updates: int, micro_batches: int) -> list[list[int]]:
+        """Put the parameters ahead; positions of those that moved, in each group."""
+        before = micro_batches == 0
+        divisor = (micro_batches or self._accumulation) * self._share
+        moved = [
+            self._bound.ahead(number, divisor, updates, kept, before=before)
+            for number, kept in enumerate(self._true.kept)
+        ]
+        if self._shared and not before:
+            self._moved = moved
+            for shared, group in zip(self._shared, self._bound.groups, strict=True):
+                shared.copy_(group.weight)
+        return moved
+
+    def _reuse(self) -> list[list[int]]:
+        assert self._moved is not None
+        for shared, group in zip(self._shared, self._bound.groups, strict=True):
+            group.weight.copy_(shared)
+        return self._moved
+
+    def window_ends(self) -> None:
+        """The weights are about to change: those ahead of them are of no more use."""
+        self._moved = None
+
     def restart(self) -> None:
         """The pipeline is empty: the window before is no longer what comes next."""
+        self._moved = None
         for accumulator in self._bound.accumulators:
             accumulator.forget()

@@ -72,6 +72,21 @@ def looks_ahead(family: ScheduleFamily, policy: str, asked: bool | None) -> bool
     return asked
 
 
+def shares_pass(accumulation: int, early: int) -> bool:
+    """Whether a stage makes the weights ahead only once a window.
+
+    That is where its first early forward knows at most 3/8 of the window's gradients, but at least one of them: below
+    that, early points that differ from each other feed that difference into the next window's
+    (``docs/convergence.md``).
+
+    Args:
+        accumulation: micro-batches a window.
+        early: forwards that the stage runs ahead of its backwards.
+    """
+    known = accumulation - early
+    return known >= 1 and 8 * known <= 3 * accumulation
+
+
 def versions_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int) -> int:
     """Whole versions of its weights that ``rank`` keeps, the current one among them."""
     if policy == "stash":
@@ -80,10 +95,11 @@ def versions_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int) 
 
 
 def copies_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int, lookahead: bool) -> int:
-    """Copies of its fp32 weights that ``rank`` keeps besides the current ones: further versions, or a scratch copy
-    where forwards that come early run at other weights."""
+    """Copies of its fp32 weights that ``rank`` keeps besides the current ones: further versions, or scratch copies
+    where forwards that come early run at other weights, one of the true weights and one of those shared ahead."""
     if lookahead or policy == "predict":
-        return int(family.drift_bound(shape, rank) > 0)
+        early = family.in_flight_bound(shape, rank) - 1
+        return int(early > 0) + int(lookahead and shares_pass(shape.accumulation, early))
     return versions_held(policy, family, shape, rank) - 1
 
 

@@ -157,7 +157,8 @@ class Pipeline:
         updates = family.drift_bound(shape, rank.rank)
         weights = versions.make_weights(policy, bound, held, early=updates > 0)
         if self._lookahead and updates and can_look_ahead(bound):
-            weights = versions.AheadWeights(bound, accumulation=shape.accumulation, divisor=divisor)
+            early = family.in_flight_bound(shape, rank.rank) - 1
+            weights = versions.AheadWeights(bound, accumulation=shape.accumulation, divisor=divisor, early=early)
         if ties is not None:
             ties.bind(bound)
         stage.attach(ties if ties is not None else bound)

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 LOOKAHEAD_TO_UPDATE = {False: 32 / 28, True: 24 / 30}
 """Bytes per parameter that a look-ahead and its undoing move, over those of an AdamW update: with fp32 parameters 24
-there and 8 back, with fp32 masters of bf16 parameters 18 and 6."""
+there and 8 back, with fp32 masters of bf16 parameters 18 and 6. Stages that share one pass a window move less."""
 
 
 def device_speeds_of(speeds: Sequence[float] | None, ranks: int) -> tuple[float, ...]:

@@ -131,10 +131,12 @@ class AheadWeights(StageWeights):
     Args:
         bound: the stage's optimizer, whose accumulators hold what is known of the coming updates.
         accumulation, divisor: as for :class:`~paci_rt.lookahead.LookAhead`.
+        early: forwards that the stage runs ahead of its backwards.
     """
 
-    def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float) -> None:
-        self._look_ahead = LookAhead(bound, accumulation=accumulation, divisor=divisor)
+    def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float, early: int) -> None:
+        shares = policies.shares_pass(accumulation, early)
+        self._look_ahead = LookAhead(bound, accumulation=accumulation, divisor=divisor, shares=shares)
         self.extra_bytes = self._look_ahead.nbytes
         self._micro_batches = 0  # of the window in the making
 
@@ -160,6 +162,7 @@ class AheadWeights(StageWeights):
 
     def begin_update(self, current: int) -> None:
         self._micro_batches = 0
+        self._look_ahead.window_ends()
 
     def restart(self, current: int) -> None:
         self._look_ahead.restart()

@@ -220,7 +220,6 @@ def test_a_study_repeats_its_best_rates_with_the_other_seeds() -> None:
         rates=(1e-3, 3e-3),
         updates=100,
         warmup=5,
-        thresholds=(),
     )
     cases = study.search()
     assert [case.lr for case in cases] == pytest.approx([1e-3, 3e-3, 2e-4, 6e-4, 2e-4, 6e-4])
@@ -338,8 +337,8 @@ def test_a_flush_takes_its_bubble_longer() -> None:
     stages, a = 4, 6
     costs = Costs(forward_s=(1.0,), input_grad_s=(1.0,), weight_grad_s=(1.0,))
     clock = Clock(costs=costs, stages=stages, accumulation=a, updates=12)
-    flush = [clock.seconds(METHODS["flush"], update) for update in range(13)]
-    paci = [clock.seconds(METHODS["paci"], update) for update in range(13)]
+    flush = [clock.seconds("1f1b", update) for update in range(13)]
+    paci = [clock.seconds("paci", update) for update in range(13)]
     assert flush[0] == paci[0] == 0.0
     # A flush of a micro-batches passes through P stages, one after another: a + P - 1 times F and B, each update.
     assert flush[1:] == pytest.approx([3 * (a + stages - 1) * update for update in range(1, 13)])
@@ -347,22 +346,16 @@ def test_a_flush_takes_its_bubble_longer() -> None:
     steady = [late - early for early, late in pairwise(paci[4:9])]
     assert steady == pytest.approx([3 * a] * 4)
     assert (flush[6] - flush[5]) / steady[0] == pytest.approx((a + stages - 1) / a)
-    assert clock.seconds(METHODS["paci"], 6.25) == pytest.approx(0.75 * paci[6] + 0.25 * paci[7])
-    assert clock.seconds(METHODS["paci"], 12) == paci[12]
+    assert clock.seconds("paci", 6.25) == pytest.approx(0.75 * paci[6] + 0.25 * paci[7])
+    assert clock.seconds("paci", 12) == paci[12]
 
 
 def test_the_clock_knows_what_a_method_costs() -> None:
     costs = Costs(forward_s=(1.0,), input_grad_s=(1.0,), weight_grad_s=(1.0,), predict_s=(0.5,))
     clock = Clock(costs=costs, stages=3, accumulation=4, updates=40)
-    steady = {
-        name: (clock.seconds(METHODS[name], 36) - clock.seconds(METHODS[name], 32)) / 4
-        for name in ("paci", "look-ahead", "flush", "flush 30, then paci")
-    }
-    assert steady["paci"] == pytest.approx(12.0)
+    steady = [
+        (clock.seconds("paci", 36, lookahead=ahead) - clock.seconds("paci", 32, lookahead=ahead)) / 4
+        for ahead in (False, True)
+    ]
     # Two of the first stage's four forwards run early and pay for it; nobody overtakes the first stage.
-    assert steady["look-ahead"] == pytest.approx(13.0)
-    mixed = METHODS["flush 30, then paci"]
-    assert clock.seconds(mixed, 20) == clock.seconds(METHODS["flush"], 20)
-    assert clock.seconds(mixed, 35) == pytest.approx(
-        clock.seconds(METHODS["flush"], 30) + clock.seconds(METHODS["paci"], 5)
-    )
+    assert steady == pytest.approx([12.0, 13.0])

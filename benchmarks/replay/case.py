@@ -76,6 +76,8 @@ METHODS: dict[str, Method] = {
     # Look-ahead made cheaper, or otherwise: replay.variants.
     "look-ahead every 2nd": replace(AHEAD, variant="every 2nd"),
     "look-ahead every 4th": replace(AHEAD, variant="every 4th"),
+    "look-ahead once": replace(AHEAD, variant="once"),
+    "look-ahead shared": replace(AHEAD, variant="shared"),
     "look-ahead one older": replace(AHEAD, variant="one older"),
     "look-ahead blended": replace(AHEAD, variant="blended"),
     "look-ahead momentum first": replace(AHEAD, variant="momentum first"),

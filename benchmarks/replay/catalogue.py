@@ -66,7 +66,7 @@ _RIVALS = (
     *("flush rotated", "delay-scaled rate", "flush 30 then paci", "flush 30 then look-ahead"),
 )
 _CHEAPER = (
-    *("look-ahead every 2nd", "look-ahead every 4th", "look-ahead one older", "look-ahead blended"),
+    *("look-ahead every 2nd", "look-ahead every 4th", "look-ahead once", "look-ahead one older", "look-ahead blended"),
     "look-ahead momentum first",
 )
 

@@ -212,17 +212,34 @@ def missed(tables: Sequence[Table]) -> list[str]:
     return [line for asked in ASKED if asked.study in by_name for line in asked.missed(by_name[asked.study])]
 
 
-def print_tables(
-    tables: Sequence[Table], print_table: Callable[[Sequence[str], Sequence[Sequence[Any]]], None]
-) -> None:
+Printer = Callable[[Sequence[str], Sequence[Sequence[Any]]], None]
+
+
+def describe(table: Table) -> list[str]:
+    """What was run, and what is compared."""
+    study = table.study
+    model = study.task if study.layers is None else f"{study.task} with {study.layers} blocks"
+    rates, seeds = ", ".join(f"{rate:g}" for rate in study.rates), ", ".join(map(str, study.seeds))
+    ending = "" if table.complete else ", NOT COMPLETE"
+    lines = [f"{model}, {study.stages} stages, {study.updates} updates, rates {rates}, seeds {seeds}{ending}"]
+    for baseline, values in table.thresholds.items():
+        lines.append(f"overhead over {baseline} at loss {', '.join(f'{value:g}' for value in values)}")
+    return lines
+
+
+def print_tables(tables: Sequence[Table], print_table: Printer) -> None:
     """Every table with its question and thresholds."""
     for table in tables:
-        study = table.study
-        print(f"\n{study.name}: {study.question}")
-        model = study.task if study.layers is None else f"{study.task} with {study.layers} blocks"
-        rates, seeds = ", ".join(f"{rate:g}" for rate in study.rates), ", ".join(map(str, study.seeds))
-        ending = "" if table.complete else ", NOT COMPLETE"
-        print(f"{model}, {study.stages} stages, {study.updates} updates, rates {rates}, seeds {seeds}{ending}")
-        for baseline, values in table.thresholds.items():
-            print(f"overhead over {baseline} at loss {', '.join(f'{value:g}' for value in values)}")
+        print(f"\n{table.study.name}: {table.study.question}")
+        print("\n".join(describe(table)))
         print_table(COLUMNS, [row.cells for row in table.rows])
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """The same for a page."""
+    parts = []
+    for table in tables:
+        rows = [COLUMNS, ["---"] * len(COLUMNS), *(row.cells for row in table.rows)]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        parts.append("\n".join([f"**{table.study.question}** " + "; ".join(describe(table)) + ".", "", *lines]))
+    return "\n\n".join(parts) + "\n"

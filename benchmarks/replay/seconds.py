@@ -110,9 +110,7 @@ class Clock:
         if family.takes_costs:
             step = schedules.StepCosts(costs.forward_s, costs.input_grad_s, costs.weight_grad_s)
         shape = schedules.Shape(num_stages=self.stages, accumulation=self.accumulation, costs=step)
-        # Look-ahead costs where prediction does: in forwards that run ahead of an update.
-        policy = "predict" if lookahead else None
-        return list(simulate(family, shape, costs, windows=self.updates, policy=policy).window_end_s)
+        return list(simulate(family, shape, costs, windows=self.updates, lookahead=lookahead).window_end_s)
 
 
 @dataclass(frozen=True, kw_only=True)

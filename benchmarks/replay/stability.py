@@ -20,9 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from paci_rt.policies import shares_pass
+
 Vector = NDArray[np.float64]
 
-PREDICTORS = ("none", "momentum", "look-ahead", "look-ahead momentum first")
+PREDICTORS = ("none", "momentum", "look-ahead each", "look-ahead once", "look-ahead")
 MOST, GROWTH, BISECTIONS = 64.0, 1.03, 30  # of the search for the largest step
 ROUNDING = 1e-9
 
@@ -52,15 +54,24 @@ class StageModel:
         states = np.eye(3 + self.behind)
         weight, moment, before = states[0], states[1], states[2]
         in_flight = list(states[3:])
-        total = np.zeros_like(weight)
+        total, shared, last = np.zeros_like(weight), weight, 0
         for done in range(self.accumulation):
             # A window ends after its last backward, and the forward of micro-batch done + behind comes first.
             updates = (done + self.behind) // self.accumulation
-            in_flight.append(self._ahead(weight, moment, before, total, done, updates, step))
+            if updates == 0 or not (done and updates == last and self._shares):
+                shared = self._ahead(weight, moment, before, total, done, updates, step)
+                last = updates if done else 0
+            in_flight.append(shared if updates else weight)
             total = total + in_flight.pop(0)
         mean = total / self.accumulation
         moment = self.beta * moment + (1 - self.beta) * mean
         return np.stack([weight - step * moment, moment, mean, *in_flight])
+
+    @property
+    def _shares(self) -> bool:
+        """Whether early forwards run at what the first of a window made."""
+        own = self.predictor == "look-ahead" and shares_pass(self.accumulation, self.behind)
+        return own or self.predictor == "look-ahead once"
 
     def _ahead(
         self, weight: Vector, moment: Vector, before: Vector, total: Vector, done: int, updates: int, step: float
@@ -70,7 +81,7 @@ class StageModel:
             return weight
         if self.predictor == "momentum":
             return weight - step * updates * moment
-        grad = total / done if done else before if self.predictor == "look-ahead" else moment
+        grad = total / done if done else before
         for _ in range(updates):
             moment = self.beta * moment + (1 - self.beta) * grad
             weight = weight - step * moment

@@ -100,6 +100,25 @@ class EveryFourth(_Every):
     k = 4
 
 
+class Once(_Every):
+    """One pass a window: all early forwards run at the weights that the first of them made."""
+
+    k = 2**62
+
+
+class Shared(Once):
+    """One pass a window on stages whose first early forward knows less than half of the window, every time on others."""
+
+    @contextmanager
+    def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
+        if not self._made:
+            self._late = 2 * micro_batches >= self._accumulation
+        if self._late:
+            self._made = []
+        with super().ahead(updates, micro_batches):
+            yield
+
+
 class _OwnSums(_Told):
     """Puts other sums in place of the accumulators' for the time of a look-ahead. As long as the window has no
     gradient, the window before stands in for it, as with paci_rt's own."""
@@ -192,6 +211,8 @@ class Damped(LookAhead):
 VARIANTS: dict[str, type[LookAhead]] = {
     "every 2nd": EverySecond,
     "every 4th": EveryFourth,
+    "once": Once,
+    "shared": Shared,
     "one older": OneOlder,
     "blended": Blended,
     "momentum first": MomentumFirst,
