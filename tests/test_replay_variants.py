@@ -66,15 +66,17 @@ def mean_of(grads: list[Tensor]) -> Tensor:
     return torch.stack(grads).double().mean(dim=0)
 
 
-def moments(variant: str | None, behind: int, accumulation: int, windows: int = 6) -> list[Moment]:
+def moments(variant: str | None, behind: int, accumulation: int, *, scaled: bool = True) -> list[Moment]:
     """All forwards of a stage under PACI's order, with gradients that do not depend on its weights. The pipeline is
-    drained after window RESTART and at the end."""
+    drained after window RESTART and at the end. Without ``scaled`` an update takes the sum over a window, not the
+    mean, and the gradients of the moments are so many times larger."""
+    windows, divisor = 2 * RESTART, accumulation if scaled else 1
     generator = torch.Generator().manual_seed(0)
     param = nn.Parameter(torch.randn(SIZE, generator=generator))
     optimizer = paci_rt.AdamW([param], lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY)
     bound = bind_optimizer(optimizer, {"w": param})
     with nullcontext() if variant is None else replaced(variant):
-        weights = make_weights("bounded", bound, 1, lookahead=True, accumulation=accumulation, divisor=accumulation)
+        weights = make_weights("bounded", bound, 1, lookahead=True, accumulation=accumulation, divisor=divisor)
     found: list[Moment] = []
     version, grads, before = 0, list[Tensor](), list[Tensor]()
 
@@ -105,13 +107,14 @@ def moments(variant: str | None, behind: int, accumulation: int, windows: int = 
             for m in ahead:
                 forward(m)
                 break
-            grads.append(torch.randn(SIZE, generator=generator))
+            grad = torch.randn(SIZE, generator=generator)
+            grads.append(grad * (accumulation / divisor))
             _, context = weights.for_backward(version, version)
             with context:
-                bound.accumulate(param, grads[-1])
+                bound.accumulate(param, grad)
             if len(grads) == accumulation:
                 weights.begin_update(version)
-                bound.update(accumulation)
+                bound.update(divisor)
                 version, grads, before = version + 1, [], grads
         weights.restart(version)
         before = []
@@ -153,8 +156,11 @@ EXPECTED: dict[str | None, Callable[[Moment, int], Tensor | None]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("variant", EXPECTED)
-def test_forwards_run_where_steps_by_that_gradient_come(variant: str | None, shape: tuple[int, int]) -> None:
-    found = moments(variant, *shape)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_forwards_run_where_steps_by_that_gradient_come(
+    variant: str | None, shape: tuple[int, int], scaled: bool
+) -> None:
+    found = moments(variant, *shape, scaled=scaled)
     for at in found:
         torch.testing.assert_close(at.used.double(), at.reached(EXPECTED[variant](at, shape[1])), rtol=0, atol=ROUNDING)
     assert sum(at.ahead > 0 for at in found) >= len(found) // 3
