@@ -168,7 +168,7 @@ def test_look_ahead_takes_all_groups_and_momentum_stands_in(ahead: int) -> None:
         twin.update(1)
     before = [param.detach().clone() for param in params]
     versions = [param._version for param in params]
-    with LookAhead(bound, accumulation=1, divisor=1).ahead(ahead, 1):
+    with LookAhead(bound, accumulation=1, divisor=1, shares=False).ahead(ahead, 1):
         assert torch.equal(params[0], before[0])  # never updated, and nothing known
         assert torch.equal(params[1], peers[1]) and not torch.equal(params[1], before[1])
         assert torch.equal(params[2], peers[2])

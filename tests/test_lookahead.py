@@ -13,6 +13,7 @@ from paci_rt.accumulator import GradAccumulator
 from paci_rt.action import Op
 from paci_rt.lookahead import LookAhead
 from paci_rt.optim import BoundOptimizer, bind_optimizer
+from paci_rt.policies import shares_pass
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda params: paci_rt.AdamW(params, lr=0.01, betas=(0.8, 0.95), weight_decay=0.1),
@@ -65,7 +66,7 @@ def test_ahead_are_the_bits_of_the_updates_themselves(kind: str, dtype: torch.dt
                 twin.accumulate(param, gradient(param, seed))
         twin.update(count)
     before, state = group.weight.clone(), copy.deepcopy(bound.state_by_name())
-    with LookAhead(bound, accumulation=count, divisor=count).ahead(ahead, count):
+    with LookAhead(bound, accumulation=count, divisor=count, shares=False).ahead(ahead, count):
         assert torch.equal(group.weight, twin.groups[0].weight)
         assert not torch.equal(group.weight, before)
     assert torch.equal(group.weight, before)
@@ -103,7 +104,7 @@ def test_without_a_gradient_momentum_goes_on(kind: str) -> None:
             stand_in = stand_in - options["weight_decay"] * param.detach()
         twin.accumulate(param, -stand_in if options["maximize"] else stand_in)
     twin.update(1)
-    with LookAhead(bound, accumulation=1, divisor=1).ahead(1, 1):
+    with LookAhead(bound, accumulation=1, divisor=1, shares=False).ahead(1, 1):
         # The stand-in is made in another order of operations: a few units in the last place of fp32.
         torch.testing.assert_close(group.weight, twin.groups[0].weight, rtol=1e-6, atol=1e-7)
 
@@ -113,7 +114,7 @@ def test_a_parameter_that_was_never_updated_stays() -> None:
     group = bound.groups[0]
     bound.accumulate(group.params[1], gradient(group.params[1], 0))
     before = [param.detach().clone() for param in group.params]
-    with LookAhead(bound, accumulation=1, divisor=1).ahead(2, 1):
+    with LookAhead(bound, accumulation=1, divisor=1, shares=False).ahead(2, 1):
         assert [torch.equal(param, old) for param, old in zip(group.params, before, strict=True)] == [True, False, True]
     assert all(torch.equal(param, old) for param, old in zip(group.params, before, strict=True))
 
@@ -163,9 +164,11 @@ def test_exactly_the_early_forwards_look_ahead(stages: int, a: int) -> None:
     stats = pipe.stats()
     ahead = sum(1 for value in early if value > 0)
     assert stats["lookahead_forwards"] == ahead > 0 and stats["lookahead_s"] > 0
-    early_stages = {stage: memory["versions"] for stage, memory in stats["memory"].items()}
+    # A copy of the true weights on all stages but the last, and one of those ahead where they are shared.
     weights = stats["memory"][0]["weights"]
-    assert early_stages == {stage: weights if stage < stages - 1 else 0 for stage in range(stages)}
+    copies = {stage: memory["versions"] / weights for stage, memory in stats["memory"].items()}
+    shared = {stage for stage in range(stages) if shares_pass(a, stages - 1 - stage)}
+    assert copies == {stage: (stage < stages - 1) + (stage in shared) for stage in range(stages)}
     pipe.reset_stats()
     assert pipe.stats()["lookahead_forwards"] == 0
     pipe.close()
@@ -187,7 +190,7 @@ def test_bad_combinations_are_told() -> None:
 
 def test_until_a_gradient_comes_the_window_before_has_to_do() -> None:
     bound, twin = build("adamw", torch.float32, 1), build("adamw", torch.float32, 1)
-    look_ahead = LookAhead(bound, accumulation=2, divisor=2)
+    look_ahead = LookAhead(bound, accumulation=2, divisor=2, shares=False)
     for one in (bound, twin):
         for seed in (0, 1):
             for param in one.groups[0].params:
@@ -237,3 +240,48 @@ def test_unscaled_gradients_look_ahead_as_they_update() -> None:
         assert torch.equal(first.at[4], first.at[5])  # 2 early forwards, by one and by two gradients of a window
         assert torch.equal(first.at[5], first.at[6])  # and the first one after the update that they foresaw
         pipe.close()
+
+
+def test_a_pass_is_shared_where_its_first_forward_knows_little() -> None:
+    shared = {a: [early for early in range(a + 3) if shares_pass(a, early)] for a in (1, 2, 4, 8, 16)}
+    assert shared == {1: [], 2: [], 4: [3], 8: [5, 6, 7], 16: [10, 11, 12, 13, 14, 15]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shared_pass_is_that_of_the_first_forward_of_a_window(dtype: torch.dtype) -> None:
+    bound, each = build("adamw", dtype, 2), build("adamw", dtype, 2)
+    group, params = bound.groups[0], bound.groups[0].params
+    shared = LookAhead(bound, accumulation=4, divisor=4, shares=True)
+    alone = LookAhead(each, accumulation=4, divisor=4, shares=False)
+    assert shared.nbytes == alone.nbytes + group.weight.nbytes
+
+    def ahead(look_ahead: LookAhead, one: BoundOptimizer, known: int) -> Tensor:
+        true = one.groups[0].weight.clone()
+        with look_ahead.ahead(1, known):
+            used = one.groups[0].weight.clone()
+        assert torch.equal(one.groups[0].weight, true)
+        return used
+
+    for window in range(2):
+        first: Tensor | None = None
+        before = ahead(shared, bound, 0), ahead(alone, each, 0)
+        assert torch.equal(*before)  # without a gradient there is nothing to be shared yet
+        for known in range(1, 4):
+            for one in (bound, each):
+                # A parameter that gets a gradient only after the first pass stays where that pass left it.
+                for param, at in zip(one.groups[0].params, range(len(params)), strict=True):
+                    if at != 1 or known > 1:
+                        one.accumulate(param, gradient(param, 10 * window + known))
+            used = ahead(shared, bound, known)
+            newest = ahead(alone, each, known)
+            if first is None:
+                assert torch.equal(used, newest)
+                first = used
+            else:
+                assert torch.equal(used, first)
+                assert not torch.equal(used, newest)
+        for one, look_ahead in ((bound, shared), (each, alone)):
+            look_ahead.window_ends()
+            one.update(4)
+    assert torch.equal(bound.groups[0].weight, each.groups[0].weight)
+    assert (shared.forwards, alone.forwards) == (8, 8)

@@ -124,9 +124,8 @@ def test_the_cut_is_the_best_of_all_that_fit(seed):
     name, policy = (("paci", "bounded"), ("zb-h1", "bounded"), ("paci", "stash"), ("gpipe", "recompute"))[seed % 4]
     family, accumulation = schedules.get(name), int(rng.integers(1, 5))
     shape = Shape(num_stages=stages, accumulation=accumulation)
-    early = [family.drift_bound(shape, rank) for rank in range(stages)]
-    # Versions of stash; the scratch copy of a PACI that looks ahead where forwards are early.
-    versions = early if policy == "stash" else [int(name == "paci" and count > 0) for count in early]
+    ahead = (name, policy) == ("paci", "bounded")
+    versions = [policies.copies_held(policy, family, shape, rank, ahead) for rank in range(stages)]
 
     def outcome(partition: tuple[int, ...]) -> tuple[float, float]:
         """Seconds of the dearest stage and bytes of the fullest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -147,6 +148,7 @@ def test_masked_loss_looks_at_targets_only_and_splits_evenly() -> None:
 def test_every_masked_sequence_has_as_many_targets() -> None:
     task = make_task("encoder-nano")
     assert isinstance(task, EncoderTask)
+    assert not torch.equal(task.batch(3, 0)[1] == IGNORED, task.batch(4, 0)[1] == IGNORED)  # other places each time
     for x, y in (task.batch(3, 0), task.held_back()):
         counts = (y != IGNORED).sum(dim=1)
         assert torch.equal(counts, torch.full_like(counts, masked_count(task.seq_len)))
@@ -273,19 +275,22 @@ def test_mixer_mixes_patches_and_channels() -> None:
     assert felt.tolist() == [[False, False, True, False]]  # the other half works on each patch by itself
 
 
-def test_models_start_as_gpt2_does() -> None:
+@pytest.mark.parametrize("family", [models.llama, models.encoder])
+def test_initial_weights_have_the_spread_that_they_should(family: Callable[[GPTConfig], models.Parts]) -> None:
     wide = replace(SHAPE, width=64, layers=2)
-    for parts in (models.llama(wide), models.encoder(wide)):
-        named = parameters(models.build_stages(parts, [1, 1], seed=0))
-        for name, value in named.items():
-            if name.endswith(".bias"):
-                assert not value.any()
-            elif "norm" in name:
-                assert bool((value == 1).all())
-            else:
-                expected = 0.02 / 2 if name.endswith("c_proj.weight") else 0.02  # sqrt(2 · 2 blocks)
-                # The spread of n draws is off by 1 / sqrt(2 n); here n is at least 1024 and five times that is 0.11.
-                assert float(value.std()) == pytest.approx(expected, rel=0.12)
+    stages = models.build_stages(family(wide), [1, 1], seed=0)
+    for name, value in parameters(stages).items():
+        embeds = name.startswith("embed.")
+        if name.endswith(".bias"):
+            assert not value.any()
+        elif "norm" in name:
+            assert bool((value == 1).all())
+        else:
+            by_fan_in = family is models.encoder and not embeds and name != "head.out.weight"
+            expected = value.shape[1] ** -0.5 if by_fan_in else 0.02
+            expected /= 2 if name.endswith("c_proj.weight") else 1  # sqrt(2 · 2 blocks)
+            # The spread of n draws is off by 1 / sqrt(2 n); here n is at least 1024 and five times that is 0.11.
+            assert float(value.std()) == pytest.approx(expected, rel=0.12)
 
 
 def test_partitions_are_even() -> None:

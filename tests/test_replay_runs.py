@@ -324,7 +324,8 @@ def test_weight_decay_is_on_matrices_alone(name: str) -> None:
     groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
     assert len(groups) == len(named)
     for key, param in named:
-        decay = 0.0 if param.dim() < 2 else running.WEIGHT_DECAY
+        decay = running.SGD_WEIGHT_DECAY if name == "sgd" else running.WEIGHT_DECAY
+        decay = decay if param.dim() >= 2 else 0.0
         assert groups[id(param)]["weight_decay"] == decay, key
         if name == "muon":
             assert groups[id(param)]["use_muon"] == (key.startswith("transformer.h.") and param.dim() == 2)

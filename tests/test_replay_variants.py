@@ -66,15 +66,17 @@ def mean_of(grads: list[Tensor]) -> Tensor:
     return torch.stack(grads).double().mean(dim=0)
 
 
-def moments(variant: str | None, behind: int, accumulation: int, windows: int = 6) -> list[Moment]:
+def moments(variant: str | None, behind: int, accumulation: int, *, scaled: bool = True) -> list[Moment]:
     """All forwards of a stage under PACI's order, with gradients that do not depend on its weights. The pipeline is
-    drained after window RESTART and at the end."""
+    drained after window RESTART and at the end. Without ``scaled`` an update takes the sum over a window, not the
+    mean, and the gradients of the moments are so many times larger."""
+    windows, divisor = 2 * RESTART, accumulation if scaled else 1
     generator = torch.Generator().manual_seed(0)
     param = nn.Parameter(torch.randn(SIZE, generator=generator))
     optimizer = paci_rt.AdamW([param], lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY)
     bound = bind_optimizer(optimizer, {"w": param})
     with nullcontext() if variant is None else replaced(variant):
-        weights = versions.AheadWeights(bound, accumulation=accumulation, divisor=accumulation)
+        weights = versions.AheadWeights(bound, accumulation=accumulation, divisor=divisor, early=behind)
     found: list[Moment] = []
     version, grads, before = 0, list[Tensor](), list[Tensor]()
 
@@ -105,13 +107,14 @@ def moments(variant: str | None, behind: int, accumulation: int, windows: int = 
             for m in ahead:
                 forward(m)
                 break
-            grads.append(torch.randn(SIZE, generator=generator))
+            grad = torch.randn(SIZE, generator=generator)
+            grads.append(grad * (accumulation / divisor))
             _, context = weights.for_backward(version, version)
             with context:
-                bound.accumulate(param, grads[-1])
+                bound.accumulate(param, grad)
             if len(grads) == accumulation:
                 weights.begin_update(version)
-                bound.update(accumulation)
+                bound.update(divisor)
                 version, grads, before = version + 1, [], grads
         weights.restart(version)
         before = []
@@ -153,8 +156,11 @@ EXPECTED: dict[str | None, Callable[[Moment, int], Tensor | None]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("variant", EXPECTED)
-def test_forwards_run_where_steps_by_that_gradient_come(variant: str | None, shape: tuple[int, int]) -> None:
-    found = moments(variant, *shape)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_forwards_run_where_steps_by_that_gradient_come(
+    variant: str | None, shape: tuple[int, int], scaled: bool
+) -> None:
+    found = moments(variant, *shape, scaled=scaled)
     for at in found:
         torch.testing.assert_close(at.used.double(), at.reached(EXPECTED[variant](at, shape[1])), rtol=0, atol=ROUNDING)
     assert sum(at.ahead > 0 for at in found) >= len(found) // 3
@@ -186,7 +192,8 @@ def test_every_kth_pass_is_made_and_none_outlives_an_update(variant: str, k: int
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_differs_from_plain_look_ahead_somewhere(variant: str) -> None:
-    pairs = zip(moments(variant, 5, 4), moments(None, 5, 4), strict=True)
+    shape = (3, 4) if variant == "each" else (5, 4)  # only a stage that shares its pass can do otherwise
+    pairs = zip(moments(variant, *shape), moments(None, *shape), strict=True)
     assert max(float((one.used - other.used).abs().max()) for one, other in pairs) > 1e-3
 
 
@@ -196,7 +203,8 @@ PIPELINE = Run(schedule="paci", stages=5, accumulation=3, lookahead=True)
 
 
 def assert_same_run(variant: str) -> None:
-    expected = train_local(PIPELINE)
+    with replaced("each"):
+        expected = train_local(PIPELINE)
     with replaced(variant):
         result = train_local(PIPELINE)
     assert result["losses"] == expected["losses"]
@@ -204,12 +212,12 @@ def assert_same_run(variant: str) -> None:
     assert result["stats"]["lookahead_forwards"] == expected["stats"]["lookahead_forwards"] > 0
 
 
-def test_making_every_pass_anew_is_plain_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_making_every_pass_anew_is_making_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EverySecond, "k", 1)
     assert_same_run("every 2nd")
 
 
-def test_damped_all_the_way_is_plain_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damped_all_the_way_is_not_damped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Damped, "SHARE", 1.0)
     assert_same_run("damped")
 
@@ -230,10 +238,10 @@ def make_plain() -> type[LookAhead]:
     """What a pipeline that is built now looks ahead with."""
     param = nn.Parameter(torch.zeros(2))
     bound = bind_optimizer(paci_rt.AdamW([param], lr=LR), {"w": param})
-    weights = versions.AheadWeights(bound, accumulation=1, divisor=1)
+    weights = versions.AheadWeights(bound, accumulation=1, divisor=1, early=1)
     return type(weights._look_ahead)  # type: ignore[attr-defined]
 
 
 def test_an_unknown_variant_is_told() -> None:
-    with pytest.raises(ValueError, match="choose from every 2nd"), replaced("sideways"):
+    with pytest.raises(ValueError, match="choose from each, every 2nd"), replaced("sideways"):
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from replay.studies import Study
 
-RATES, HIGHER_RATES = (5e-4, 1e-3, 2e-3), (1e-3, 2e-3)
+RATES = (1e-3, 2e-3)
 THREE = (("flush", (8,)), ("paci", (8,)), ("look-ahead", (8,)))
 
 
@@ -27,8 +27,8 @@ def _family(task: str, what: str) -> Study:
         question=f"Does it hold for {what}?",
         task=task,
         cells=THREE,
-        rates=HIGHER_RATES,
-        seeds=(0, 1),
+        rates=RATES,
+        seeds=(0,),
         updates=120,
         warmup=12,
     )
@@ -41,7 +41,7 @@ def _shape(name: str, question: str, *, shape: str = "cosine", warmup: int = 12)
         task="gpt-nano",
         cells=THREE,
         rates=(1e-3,),
-        seeds=(0, 1),
+        seeds=(0,),
         updates=120,
         warmup=warmup,
         shape=shape,
@@ -54,8 +54,8 @@ def _optimizer(name: str) -> Study:
         question=f"Does it hold under {name}?",
         task="gpt-nano",
         cells=tuple((f"{kind} {name}", (8,)) for kind in ("flush", "paci", "look-ahead")),
-        rates=HIGHER_RATES,
-        seeds=(0, 1),
+        rates=RATES,
+        seeds=(0,),
         updates=120,
         warmup=12,
     )
@@ -65,9 +65,9 @@ _RIVALS = (
     *("stash", "2bw", "spectrain", "pipemare", "async nadam", "async nadam stash", "error feedback", "rotated"),
     *("flush rotated", "delay-scaled rate", "flush 30 then paci", "flush 30 then look-ahead"),
 )
-_CHEAPER = (
-    *("look-ahead every 2nd", "look-ahead every 4th", "look-ahead once", "look-ahead one older", "look-ahead blended"),
-    "look-ahead momentum first",
+_CHEAPER = tuple(
+    f"look-ahead {variant}"
+    for variant in ("each", "every 2nd", "every 4th", "once", "one older", "blended", "momentum first")
 )
 
 STUDIES: dict[str, Study] = {
@@ -77,12 +77,16 @@ STUDIES: dict[str, Study] = {
             name="main",
             question="What does an asynchronous update cost over 8 stages, and what does look-ahead give back?",
             task="gpt-nano",
-            cells=(("flush", (8,)), ("paci", (4, 8, 16)), ("look-ahead", (4, 8, 16))),
+            cells=(
+                *(("flush", (8,)), ("paci", (4, 8, 16)), ("look-ahead", (4, 8, 16))),
+                ("look-ahead each", (8,)),
+            ),
             rates=RATES,
+            all_seeds=True,
             updates=200,
             warmup=20,
         ),
-        _deep(16, (8, 16), rates=HIGHER_RATES, updates=150, warmup=15),
+        _deep(16, (8, 16), rates=RATES, updates=150, warmup=15),
         _optimizer("nadam"),
         _optimizer("lion"),
         _optimizer("sgd"),
@@ -93,7 +97,7 @@ STUDIES: dict[str, Study] = {
             task="gpt-nano",
             cells=(*THREE, *((name, (8,)) for name in _CHEAPER)),
             rates=(1e-3,),
-            seeds=(0, 1),
+            seeds=(0,),
             updates=120,
             warmup=12,
         ),
@@ -104,7 +108,7 @@ STUDIES: dict[str, Study] = {
             cells=(
                 *(("flush", (8,)), ("flush beta1 0.95", (8,)), ("paci", (4,)), ("paci beta1 0.95", (4,))),
                 *((name, (4,)) for name in ("look-ahead", "look-ahead beta1 0.95", "look-ahead beta1 0.98")),
-                *((name, (4,)) for name in ("look-ahead momentum first", "look-ahead damped", "look-ahead blended")),
+                *((name, (4,)) for name in ("look-ahead each", "look-ahead momentum first", "look-ahead damped")),
                 *((name, (4,)) for name in ("look-ahead joined", "look-ahead joined sqrt", "look-ahead joined linear")),
             ),
             rates=(1e-3,),
@@ -117,12 +121,12 @@ STUDIES: dict[str, Study] = {
             question="What do other answers to delay give?",
             task="gpt-nano",
             cells=(*THREE, *((name, (8,)) for name in _RIVALS)),
-            rates=HIGHER_RATES,
-            seeds=(0, 1),
+            rates=RATES,
+            seeds=(0,),
             updates=120,
             warmup=12,
         ),
-        _deep(32, (32,), rates=HIGHER_RATES, updates=100, warmup=10),
+        _deep(32, (32,), rates=RATES, updates=80, warmup=8),
         _family("llama-nano", "a decoder as Llama's"),
         _family("encoder-nano", "an encoder with a masked language model"),
         _family("mixer-nano", "an MLP-Mixer on images"),
@@ -145,7 +149,7 @@ STUDIES: dict[str, Study] = {
             task="gpt-tiny",
             cells=THREE,
             rates=(1e-3,),
-            seeds=(0, 1),
+            seeds=(0,),
             updates=200,
             warmup=20,
         ),

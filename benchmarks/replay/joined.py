@@ -34,7 +34,7 @@ class _JoinedWeights(StageWeights):
 
     def __init__(self, bound: BoundOptimizer, joined: int, accumulation: int) -> None:
         total = joined * accumulation
-        self._look_ahead = LookAhead(bound, accumulation=total, divisor=total)
+        self._look_ahead = LookAhead(bound, accumulation=total, divisor=total, shares=False)
         self._joined, self._micro_batches = joined, 0
 
     def for_forward(self, window: int, current: int, start: int) -> tuple[int, AbstractContextManager[None]]:

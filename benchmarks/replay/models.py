@@ -19,15 +19,24 @@ from paci_rt.train.gpt import MLP, GPTConfig
 from replay.draws import seeded
 
 ROTARY_BASE = 10_000.0
+LOGITS = "head.out.weight"  # in every model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a model is made of: its first module, one block of many, and its last module."""
+    """What a model is made of.
+
+    Attributes:
+        embed, block, head: make its first module, one block of many, and its last module.
+        by_fan_in: linear layers ahead of the logits start with a standard deviation of ``fan_in ** -0.5``, not 0.02.
+            At widths of 64 that is six times as much, and models that need their blocks early, because what is next to
+            a token says little by itself, leave their first plateau much sooner.
+    """
 
     embed: Callable[[], nn.Module]
     block: Callable[[], nn.Module]
     head: Callable[[], nn.Module]
+    by_fan_in: bool = False
 
 
 class Stage(nn.Module):
@@ -72,21 +81,26 @@ def build_stages(parts: Parts, sizes: Sequence[int], seed: int) -> list[nn.Modul
         with torch.device("meta"):  # torch's own initialisation would draw from the global generator
             stage = Stage(parts, range(start, start + size), first=at == 0, last=at == len(sizes) - 1)
         stage.to_empty(device="cpu")
-        _initialize(stage, sum(sizes), seed)
+        _initialize(stage, sum(sizes), seed, by_fan_in=parts.by_fan_in)
         modules.append(stage)
     return modules
 
 
 @torch.no_grad()
-def _initialize(module: nn.Module, layers: int, seed: int) -> None:
-    """GPT-2's start: N(0, 0.02), residual projections N(0, 0.02/√(2·layers)), biases 0, weights of norms 1."""
+def _initialize(module: nn.Module, layers: int, seed: int, *, by_fan_in: bool) -> None:
+    """GPT-2's start: N(0, 0.02), residual projections √(2·layers) times smaller, biases 0, weights of norms 1."""
+    linear = {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, nn.Linear)}
     for name, parameter in module.named_parameters():
         if name.endswith(".bias"):
             parameter.zero_()
         elif "norm" in name:
             parameter.fill_(1.0)
         else:
-            std = 0.02 / math.sqrt(2 * layers) if name.endswith("c_proj.weight") else 0.02
+            std = 0.02
+            if by_fan_in and name in linear and name != LOGITS:
+                std = parameter.shape[1] ** -0.5
+            if name.endswith("c_proj.weight"):
+                std /= math.sqrt(2 * layers)
             parameter.normal_(0.0, std, generator=seeded(seed, name))
 
 
@@ -190,6 +204,7 @@ def encoder(config: GPTConfig) -> Parts:
         embed=lambda: EncoderEmbedding(config),
         block=lambda: EncoderBlock(config),
         head=lambda: EncoderHead(config),
+        by_fan_in=True,
     )
 
 
@@ -267,6 +282,7 @@ def mixer(config: MixerConfig) -> Parts:
         embed=lambda: Patches(config),
         block=lambda: MixerBlock(config),
         head=lambda: MixerHead(config),
+        by_fan_in=True,
     )
 
 

@@ -27,6 +27,7 @@ from replay.variants import replaced
 
 POINTS = 40  # measurements along a run
 WEIGHT_DECAY, BETA2, MOMENTUM = 0.1, 0.95, 0.9
+SGD_WEIGHT_DECAY = 1e-3  # times its learning rates, what AdamW's are times theirs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Named = list[tuple[str, nn.Parameter]]
 
@@ -40,7 +41,7 @@ def make_optimizer(task: Task, method: Method, lr: float, named: Named) -> torch
     matrices = [param for _, param in named if param.dim() >= 2]
     vectors = [param for _, param in named if param.dim() < 2]
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": matrices, "weight_decay": SGD_WEIGHT_DECAY if method.optimizer == "sgd" else WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
     if method.optimizer == "muon":

@@ -159,7 +159,7 @@ def _glyphs(name: str, model: models.MixerConfig, *, layers: int, batch_size: in
 NANO = GPTConfig(name="gpt-nano", vocab_size=256, context=256, layers=8, heads=4, width=64, tied=False)
 LLAMA = replace(NANO, name="llama-nano")
 ENCODER = replace(NANO, name="encoder-nano", vocab_size=MASK_TOKEN + 1)
-MIXER = models.MixerConfig(size=glyphs.SIZE, patch=4, width=64, classes=len(glyphs.CHARACTERS))
+MIXER = models.MixerConfig(size=glyphs.SIZE, patch=7, width=64, classes=len(glyphs.CHARACTERS))
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -169,7 +169,7 @@ TASKS: dict[str, Task] = {
         _text("gpt-nano-64x32", NANO, batch_size=64, seq_len=32),
         _text("llama-nano", LLAMA, batch_size=32, seq_len=64, kind=LlamaTask),
         _text("encoder-nano", ENCODER, batch_size=32, seq_len=64, kind=EncoderTask),
-        _glyphs("mixer-nano", MIXER, layers=8, batch_size=64),
+        _glyphs("mixer-nano", MIXER, layers=8, batch_size=128),
     )
 }
 

@@ -8,24 +8,30 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 from unittest import mock
 
 from torch import Tensor
 
 from paci_rt.lookahead import LookAhead
+from paci_rt.optim import BoundOptimizer
 from paci_rt.versions import AheadWeights
 
 Known = tuple[bool, ...]
 
 
-class _Told(LookAhead):
-    """Is told of what paci_rt's own need not know: each backward and each update, before it begins."""
+class Each(LookAhead):
+    """Makes the weights ahead anew for every early forward, on every stage."""
+
+    def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float, shares: bool) -> None:
+        super().__init__(bound, accumulation=accumulation, divisor=divisor, shares=False)
+
+
+class _Told(Each):
+    """Is told of each backward before it begins, of which paci_rt's own need not know."""
 
     def backward_begins(self, micro_batches: int) -> None:
         """``micro_batches`` of the window are in the sums, and one more is about to be."""
-
-    def update_begins(self) -> None:
-        """The weights are about to change for good."""
 
 
 class _TellingWeights(AheadWeights):
@@ -34,25 +40,21 @@ class _TellingWeights(AheadWeights):
             self._look_ahead.backward_begins(self._micro_batches)
         return super().for_backward(at_forward, current)
 
-    def begin_update(self, current: int) -> None:
-        if isinstance(self._look_ahead, _Told):
-            self._look_ahead.update_begins()
-        super().begin_update(current)
 
-
-class _Every(_Told):
+class _Every(Each):
     """Makes the weights ahead anew for every ``k``-th forward, after each update, and where more updates or fewer are
     to come than the last time; other forwards reuse them."""
 
     k: int
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, bound: BoundOptimizer, **options: Any) -> None:
+        super().__init__(bound, **options)
         self._made: list[Tensor] = []
         self._uses, self._updates = 0, 0
 
-    def update_begins(self) -> None:
+    def window_ends(self) -> None:
         self._made = []
+        super().window_ends()
 
     def restart(self) -> None:
         self._made = []
@@ -106,19 +108,6 @@ class Once(_Every):
     k = 2**62
 
 
-class Shared(Once):
-    """One pass a window on stages whose first early forward knows less than half of the window, every time on others."""
-
-    @contextmanager
-    def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
-        if not self._made:
-            self._late = 2 * micro_batches >= self._accumulation
-        if self._late:
-            self._made = []
-        with super().ahead(updates, micro_batches):
-            yield
-
-
 class _OwnSums(_Told):
     """Puts other sums in place of the accumulators' for the time of a look-ahead. As long as the window has no
     gradient, the window before stands in for it, as with paci_rt's own."""
@@ -152,8 +141,8 @@ class OneOlder(_OwnSums):
     """Leaves out the gradient of the last backward, so that the pass could run beside it; right after an update, which
     had to wait for that gradient, there is nothing to leave out."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, bound: BoundOptimizer, **options: Any) -> None:
+        super().__init__(bound, **options)
         self._older: list[tuple[int, Tensor, Known]] = []
 
     def backward_begins(self, micro_batches: int) -> None:
@@ -182,7 +171,7 @@ class Blended(_OwnSums):
         return blended, known
 
 
-class MomentumFirst(LookAhead):
+class MomentumFirst(Each):
     """As long as the window has no gradient, momentum alone has to do, and not the window before."""
 
     @contextmanager
@@ -193,7 +182,7 @@ class MomentumFirst(LookAhead):
             yield
 
 
-class Damped(LookAhead):
+class Damped(Each):
     """Goes only a part of the way where several updates come before the backward: 0.7 to the power of those beyond
     the first."""
 
@@ -209,10 +198,10 @@ class Damped(LookAhead):
 
 
 VARIANTS: dict[str, type[LookAhead]] = {
+    "each": Each,
     "every 2nd": EverySecond,
     "every 4th": EveryFourth,
     "once": Once,
-    "shared": Shared,
     "one older": OneOlder,
     "blended": Blended,
     "momentum first": MomentumFirst,
