@@ -7,7 +7,7 @@ STAMP := $(VENV)/.paci_rt-installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.hpp)
 PY_DIRS := paci_rt tests benchmarks examples tools setup.py
 DEMO_OUT ?= runs/demo
-DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --lookahead --steps 400 --eval-interval 20
+DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --steps 400 --eval-interval 20
 
 .PHONY: help venv test demo bench lint format imports clean
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from common import finish, list_of, positive, print_table
+from paci_rt import native
 from paci_rt.simulate import Costs
 from replay.case import METHODS
 from replay.catalogue import STUDIES
 from replay.report import Table, markdown, missed, print_tables, tabulate
-from replay.seconds import TimeRow, measure_costs, time_rows
+from replay.seconds import TimeRow, measure_costs, profiled_costs, time_rows
 from replay.store import Store, complete
 from replay.studies import Study, baseline_of
 from replay.tasks import TASKS
@@ -60,8 +61,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--runs", type=Path, default=RESULTS / "convergence_runs.jsonl", help="file of finished runs")
     how.add_argument("--report-only", action="store_true", help="run nothing, show what is there")
     how.add_argument("--out", type=Path, help="folder for plots and tables")
+    how.add_argument("--costs", help="profile of stage costs (default: the task's, measured here)")
     how.add_argument("--json", help="file for all numbers")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not native.info()["cuda"]:
+        parser.error("--device cuda: this build of paci_rt trains on the CPU only; use --device cpu")
+    if options.warmup < 0:
+        parser.error(f"--warmup is {options.warmup}: give a number of updates, at least 0")
     if options.quick and (options.studies or options.task):
         parser.error("--quick is a study of its own: leave --studies and --task out")
     if options.studies and options.task:
@@ -118,16 +124,20 @@ def run(studies: list[Study], store: Store, jobs: int, minutes: float | None) ->
             complete(store, cases, jobs=jobs, deadline_s=left_s)
 
 
-def timed(tables: list[Table]) -> tuple[list[TimeRow], dict[str, Costs]]:
-    """Time to accuracy of the studies that have tables, by stage costs measured now."""
+def timed(tables: list[Table], costs_file: str | None) -> tuple[list[TimeRow], dict[str, Costs]]:
+    """Time to accuracy of the studies that have tables, by stage costs from a profile or measured now."""
     rows, costs = [], {}
     for table in tables:
         study = table.study
         if study.name in TIMED and table.row("look-ahead", TIMED_ACCUMULATION) is not None:
-            costs[study.name] = measure_costs(
-                study.task, layers=study.layers, stages=study.stages, accumulation=TIMED_ACCUMULATION
-            )
-            rows += time_rows(table, costs[study.name], TIMED_ACCUMULATION)
+            if costs_file is None:
+                found = measure_costs(
+                    study.task, layers=study.layers, stages=study.stages, accumulation=TIMED_ACCUMULATION
+                )
+            else:
+                found = profiled_costs(costs_file, study.stages, TIMED_ACCUMULATION)
+            costs[study.name] = found
+            rows += time_rows(table, found, TIMED_ACCUMULATION)
     return rows, costs
 
 
@@ -150,12 +160,13 @@ def main() -> None:
         if not options.report_only:
             run(studies, store, options.jobs, options.minutes)
         tables = [table for table in (tabulate(study, store) for study in studies) if table.rows]
+        rows, costs = timed(tables, options.costs)
     except ValueError as error:
         sys.exit(f"convergence.py: {error}")
     print_tables(tables, print_table)
-    rows, costs = timed(tables)
     if rows:
-        print("\ntime to accuracy: how many times as fast, by stage costs measured here and a simulated pipeline")
+        source = options.costs or "measured here"
+        print(f"\ntime to accuracy: how many times as fast, in a simulated pipeline with stage costs {source}")
         print_table(TIME_COLUMNS, [row.cells for row in rows])
     if options.out is not None:
         from replay.pictures import draw

@@ -12,6 +12,7 @@ import torch
 import paci_rt
 from paci_rt import schedules
 from paci_rt.action import Action, Op
+from paci_rt.planner import load_profile, plan, stage_costs
 from paci_rt.simulate import Costs, simulate
 from paci_rt.trace import Event
 from replay.case import METHODS, Method
@@ -46,6 +47,18 @@ def measure_costs(task_name: str, *, layers: int | None, stages: int, accumulati
         update_s=of(Op.U),
         predict_s=tuple(extra),
     )
+
+
+def profiled_costs(path: str, stages: int, accumulation: int) -> Costs:
+    """Costs of a profile's stages, cut as the planner cuts them for PACI without limits.
+
+    Raises:
+        ValueError: the file is no profile, or has too few blocks.
+    """
+    profile = load_profile(path)
+    chosen = plan(profile, stages=stages, accumulations=[accumulation], schedules=["paci"], slacks=[0]).chosen
+    assert chosen.partition is not None
+    return stage_costs(profile, chosen.partition)
 
 
 def _trace(task_name: str, layers: int | None, stages: int, accumulation: int, method: Method) -> list[Event]:
