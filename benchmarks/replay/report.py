@@ -197,7 +197,7 @@ class Asked:
 ASKED = (
     Asked(study="main", accumulation=8, most=1.05),
     Asked(study="main", accumulation=16, most=1.03),
-    Asked(study="main", accumulation=4, most_of_paci=1 / 3),
+    Asked(study="main-4", accumulation=4, most_of_paci=1 / 3),
     Asked(study="depth-16", accumulation=16, most=1.06),
     Asked(study="depth-16", accumulation=8, most_of_paci=1 / 3),
     Asked(study="depth-32", accumulation=32, most=1.10),
