@@ -7,9 +7,9 @@ runs at the weights that ``d`` updates with the mean of those ``c`` would give; 
 the window before, which the accumulator still holds. Neither weights nor optimizer state change, the backward runs at
 the then current weights, and no version is kept.
 
-A stage most of whose forwards are early makes the weights ahead once a window, with what its first early forward knows,
-and all of them run there: that is both steadier and cheaper than to make them anew each time. Why all this works:
-``docs/convergence.md``.
+A stage most of whose forwards are early makes the weights ahead with what the first of a window knows, and the next
+ones run there too, until four times as many gradients are known: that is both steadier and cheaper than to make them
+anew each time. Why all this works: ``docs/convergence.md``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ import torch
 
 from paci_rt.optim import SGD, BoundOptimizer, FusedBound
 from paci_rt.true_weights import TrueWeights
+
+SHARED_UNTIL = 4
+"""Weights ahead are shared until this many times as many gradients are known."""
 
 
 def can_look_ahead(bound: BoundOptimizer) -> bool:
@@ -49,7 +52,8 @@ class LookAhead:
         bound: the stage's optimizer.
         accumulation: micro-batches a window.
         divisor: what the sum of a whole window is divided by.
-        shares: make the weights ahead once a window, which takes one more scratch buffer, of the weights' dtype.
+        shares: make the weights ahead anew only when SHARED_UNTIL times as many gradients are known, which takes one
+            more scratch buffer, of the weights' dtype.
 
     Raises:
         ValueError: an optimizer that cannot be asked for steps that it does not take.
@@ -61,7 +65,8 @@ class LookAhead:
         self._bound, self._true = bound, TrueWeights(bound)
         self._accumulation, self._share = accumulation, divisor / accumulation
         self._shared = [torch.zeros_like(group.weight) for group in bound.groups] if shares else []
-        self._moved: list[list[int]] | None = None  # positions in each group, while the shared weights are of use
+        self._moved: list[list[int]] = []  # positions in each group, while the shared weights are of use
+        self._known = 0  # gradients that made them; 0 while they are of none
         self.seconds, self.forwards = 0.0, 0
 
     @property
@@ -73,7 +78,8 @@ class LookAhead:
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
         """Within it, the parameters are ``updates`` ahead, by the gradients of ``micro_batches`` of the window."""
         start = time.perf_counter()
-        moved = self._reuse() if self._moved is not None else self._make(updates, micro_batches)
+        reused = micro_batches < SHARED_UNTIL * self._known
+        moved = self._reuse() if reused else self._make(updates, micro_batches)
         self.seconds += time.perf_counter() - start
         try:
             yield
@@ -93,23 +99,22 @@ class LookAhead:
             for number, kept in enumerate(self._true.kept)
         ]
         if self._shared and not before:
-            self._moved = moved
+            self._moved, self._known = moved, micro_batches
             for shared, group in zip(self._shared, self._bound.groups, strict=True):
                 shared.copy_(group.weight)
         return moved
 
     def _reuse(self) -> list[list[int]]:
-        assert self._moved is not None
         for shared, group in zip(self._shared, self._bound.groups, strict=True):
             group.weight.copy_(shared)
         return self._moved
 
     def window_ends(self) -> None:
         """The weights are about to change: those ahead of them are of no more use."""
-        self._moved = None
+        self._known = 0
 
     def restart(self) -> None:
         """The pipeline is empty: the window before is no longer what comes next."""
-        self._moved = None
+        self._known = 0
         for accumulator in self._bound.accumulators:
             accumulator.forget()

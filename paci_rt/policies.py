@@ -73,7 +73,7 @@ def looks_ahead(family: ScheduleFamily, policy: str, asked: bool | None) -> bool
 
 
 def shares_pass(accumulation: int, early: int) -> bool:
-    """Whether a stage makes the weights ahead only once a window.
+    """Whether early forwards of a stage share the weights ahead, until four times as many gradients are known.
 
     That is where its first early forward knows at most 3/8 of the window's gradients, but at least one of them: below
     that, early points that differ from each other feed that difference into the next window's

@@ -248,11 +248,11 @@ def test_a_pass_is_shared_where_its_first_forward_knows_little() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_shared_pass_is_that_of_the_first_forward_of_a_window(dtype: torch.dtype) -> None:
+def test_a_shared_pass_lasts_until_four_times_as_much_is_known(dtype: torch.dtype) -> None:
     bound, each = build("adamw", dtype, 2), build("adamw", dtype, 2)
-    group, params = bound.groups[0], bound.groups[0].params
-    shared = LookAhead(bound, accumulation=4, divisor=4, shares=True)
-    alone = LookAhead(each, accumulation=4, divisor=4, shares=False)
+    group = bound.groups[0]
+    shared = LookAhead(bound, accumulation=5, divisor=5, shares=True)
+    alone = LookAhead(each, accumulation=5, divisor=5, shares=False)
     assert shared.nbytes == alone.nbytes + group.weight.nbytes
 
     def ahead(look_ahead: LookAhead, one: BoundOptimizer, known: int) -> Tensor:
@@ -263,25 +263,23 @@ def test_a_shared_pass_is_that_of_the_first_forward_of_a_window(dtype: torch.dty
         return used
 
     for window in range(2):
-        first: Tensor | None = None
+        shared_by_known: dict[int, Tensor] = {}
         before = ahead(shared, bound, 0), ahead(alone, each, 0)
         assert torch.equal(*before)  # without a gradient there is nothing to be shared yet
-        for known in range(1, 4):
+        for known in range(1, 6):
             for one in (bound, each):
                 # A parameter that gets a gradient only after the first pass stays where that pass left it.
-                for param, at in zip(one.groups[0].params, range(len(params)), strict=True):
+                for at, param in enumerate(one.groups[0].params):
                     if at != 1 or known > 1:
                         one.accumulate(param, gradient(param, 10 * window + known))
-            used = ahead(shared, bound, known)
-            newest = ahead(alone, each, known)
-            if first is None:
-                assert torch.equal(used, newest)
-                first = used
-            else:
-                assert torch.equal(used, first)
-                assert not torch.equal(used, newest)
+            used, newest = ahead(shared, bound, known), ahead(alone, each, known)
+            made_anew = known in (1, 4)
+            assert torch.equal(used, newest) == made_anew
+            shared_by_known[known] = used
+        assert torch.equal(shared_by_known[1], shared_by_known[3])
+        assert torch.equal(shared_by_known[4], shared_by_known[5])
         for one, look_ahead in ((bound, shared), (each, alone)):
             look_ahead.window_ends()
-            one.update(4)
+            one.update(5)
     assert torch.equal(bound.groups[0].weight, each.groups[0].weight)
-    assert (shared.forwards, alone.forwards) == (8, 8)
+    assert (shared.forwards, alone.forwards) == (12, 12)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from paci_rt.lookahead import SHARED_UNTIL
 from paci_rt.policies import shares_pass
 
 Vector = NDArray[np.float64]
@@ -54,13 +55,13 @@ class StageModel:
         states = np.eye(3 + self.behind)
         weight, moment, before = states[0], states[1], states[2]
         in_flight = list(states[3:])
-        total, shared, last = np.zeros_like(weight), weight, 0
+        total, shared, reused_until = np.zeros_like(weight), weight, 0
         for done in range(self.accumulation):
             # A window ends after its last backward, and the forward of micro-batch done + behind comes first.
             updates = (done + self.behind) // self.accumulation
-            if updates == 0 or not (done and updates == last and self._shares):
+            if updates and done >= reused_until:
                 shared = self._ahead(weight, moment, before, total, done, updates, step)
-                last = updates if done else 0
+                reused_until = self._shares * done
             in_flight.append(shared if updates else weight)
             total = total + in_flight.pop(0)
         mean = total / self.accumulation
@@ -68,10 +69,11 @@ class StageModel:
         return np.stack([weight - step * moment, moment, mean, *in_flight])
 
     @property
-    def _shares(self) -> bool:
-        """Whether early forwards run at what the first of a window made."""
-        own = self.predictor == "look-ahead" and shares_pass(self.accumulation, self.behind)
-        return own or self.predictor == "look-ahead once"
+    def _shares(self) -> int:
+        """How many times as many gradients must be known for early forwards to run somewhere else."""
+        if self.predictor == "look-ahead" and shares_pass(self.accumulation, self.behind):
+            return SHARED_UNTIL
+        return self.accumulation if self.predictor == "look-ahead once" else 1
 
     def _ahead(
         self, weight: Vector, moment: Vector, before: Vector, total: Vector, done: int, updates: int, step: float
