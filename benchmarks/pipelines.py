@@ -183,6 +183,7 @@ class Pipe:
             slack=case.slack,
             policy=case.policy,
             costs=case.costs,
+            lookahead=False,  # what it costs and gives is for convergence.py to say
             trace=self.trace,
         )
 

@@ -156,7 +156,14 @@ def predict(case: Case, events: list[Event], link: Link, windows: int) -> Simula
         noise=took.noise,
     )
     per_step = case.accumulation // shape.accumulation
-    return simulate(family, shape, costs, windows=(2 * case.windows_to_steady + windows) * per_step, policy=case.policy)
+    return simulate(
+        family,
+        shape,
+        costs,
+        windows=(2 * case.windows_to_steady + windows) * per_step,
+        policy=case.policy,
+        lookahead=False,
+    )
 
 
 def _plus(seconds: tuple[float, ...], more_s: float) -> tuple[float, ...]:
