@@ -6,6 +6,7 @@ interpreting everything; ``interpreter(fn, *args)`` calls a function of a test m
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import traceback
@@ -43,13 +44,18 @@ class Interpreter:
         there.close()
 
     def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
-        self._pipe.send((fn, args))
-        fine, value = self._pipe.recv()
+        try:
+            self._pipe.send((fn, args))
+            fine, value = self._pipe.recv()
+        except (BrokenPipeError, EOFError):
+            self._process.join(timeout=10)
+            raise AssertionError(f"the interpreting process ended with exit code {self._process.exitcode}") from None
         if not fine:
             raise AssertionError(f"in the interpreter:\n{value}")
         return value
 
     def close(self) -> None:
-        self._pipe.send(None)
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.send(None)
         self._process.join(timeout=10)
         self._process.kill()
