@@ -1,6 +1,7 @@
 """Speed of the native CPU kernels against torch's, one row a case.
 
     python benchmarks/kernels.py [--json FILE] [--megabytes 256] [--rounds 9] [--threads 1]
+    python benchmarks/kernels.py --device cuda [--megabytes 1024]        # the Triton kernels: kernels_cuda.py
 
 Both sides of a case run in alternation on buffers far beyond the caches; a ratio is torch's time over ours in the same
 round. Rows give medians, with the quartiles of the ratio. Ends with OK, or with FAILED and exit code 1 where a median
@@ -177,16 +178,20 @@ def main() -> int:
     """Run all cases; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and machine here")
-    parser.add_argument("--megabytes", type=int, default=256, help="size of one fp32 buffer (default 256)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels (default cpu)")
+    parser.add_argument("--megabytes", type=int, help="size of one fp32 buffer (default 256, on a GPU 1024)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds a case (default 9)")
     parser.add_argument("--threads", type=int, default=1, help="threads of both sides (default 1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--isa", default="auto", help="instruction set of our side (default auto)")
     options = parser.parse_args()
+    options.megabytes = options.megabytes or (256 if options.device == "cpu" else 1024)
     if min(options.megabytes, options.threads) < 1 or options.rounds < 2:
         parser.error("--megabytes and --threads must be at least 1, --rounds at least 2")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.device == "cuda":
+        return main_cuda(options, parser)
     native.set_isa(options.isa)
     print(
         f"{'case':26s} {'ours ms':>9s} {'peer ms':>9s} {'GB/s':>7s} {'ratio':>7s} {'quartiles':>15s} {'target':>7s}  "
@@ -214,6 +219,31 @@ def main() -> int:
             "huge_pages": _first_line(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         }
         document = {"benchmark": "kernels", "machine": measured_on, "options": _plain(options), "rows": rows, "ok": ok}
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    print("OK" if ok else "FAILED")
+    return 0 if ok else 1
+
+
+def main_cuda(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """The same on a GPU; returns the exit code."""
+    if not torch.cuda.is_available():
+        parser.error(
+            "--device cuda: torch sees no CUDA device here; run it where there is one, or leave the option out"
+        )
+    import triton
+    from kernels_cuda import run_all
+
+    rows = run_all(options.megabytes * 2**18, options.rounds, only=options.only)
+    ok = all(row["ok"] for row in rows)
+    if options.json is not None:
+        versions = {"triton": triton.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
+        document = {
+            "benchmark": "kernels --device cuda",
+            "machine": {**machine(), **versions},
+            "options": _plain(options),
+            "rows": rows,
+            "ok": ok,
+        }
         options.json.write_text(json.dumps(document, indent=2) + "\n")
     print("OK" if ok else "FAILED")
     return 0 if ok else 1

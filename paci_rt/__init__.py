@@ -16,6 +16,7 @@ from paci_rt.errors import (
     ScheduleError,
     StageError,
     StageFailed,
+    TritonMissingError,
 )
 from paci_rt.hashing import params_sha256
 from paci_rt.lowering import TiedWeight
@@ -75,6 +76,7 @@ __all__ = [
     "StageFailed",
     "StepCosts",
     "TiedWeight",
+    "TritonMissingError",
     "get_schedule_class",
     "params_sha256",
 ]

@@ -50,6 +50,10 @@ class NativeCoreError(PaciError, ImportError):
     """The native module ``paci_rt._C`` is absent or was built for something else; the message says how to build it."""
 
 
+class TritonMissingError(PaciError, ImportError):
+    """``paci_rt.kernels`` was imported where Triton is not installed or too old; the message says what to do."""
+
+
 class StageFailed(PaciError, RuntimeError):
     """A process of a launched run raised or died; the message is the first cause.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreted import Interpreter
 from pool import WorkerPool
 
 torch.set_num_threads(1)
@@ -18,3 +19,11 @@ def workers() -> Iterator[WorkerPool]:
     pool = WorkerPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """Calls functions in a process where Triton kernels run on the CPU."""
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()

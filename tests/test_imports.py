@@ -80,6 +80,12 @@ def violations(root: Path) -> Iterator[str]:
             for target in sorted(ours):
                 if any(within(target, f"paci_rt.{part}") for part in TOP):
                     yield f"{name} imports {target}: nothing below the commands imports them"
+        if any(within(target, "triton") for target in direct) and not within(name, "paci_rt.kernels"):
+            yield f"{name} imports triton: only paci_rt.kernels may"
+        if name == "paci_rt":
+            for target in sorted(ours):
+                if within(target, "paci_rt.kernels"):
+                    yield f"{name} imports {target}: the package works without Triton"
         if any(within(target, "benchmarks") for target in direct):
             yield f"{name} imports benchmarks"
 
@@ -106,6 +112,8 @@ def test_the_package_keeps_its_layers() -> None:
         ("launch.py", "import paci_rt.cli", "nothing below the commands"),
         ("planner.py", "from paci_rt import cli_simulate", "nothing below the commands"),
         ("train/gpt.py", "import benchmarks.kernels", "imports benchmarks"),
+        ("fused.py", "import triton.language as tl", "only paci_rt.kernels may"),
+        ("__init__.py", "from paci_rt.kernels import accumulate", "works without Triton"),
     ],
 )
 def test_every_rule_bites(tmp_path: Path, file: str, text: str, message: str) -> None:
@@ -132,8 +140,40 @@ assert not torch.cuda.is_initialized(), "CUDA initialised"
 assert not torch.distributed.is_initialized(), "torch.distributed initialised"
 if maps and "libnccl" not in maps:
     assert "libnccl" not in open("/proc/self/maps").read(), "NCCL loaded"
-for module in ("matplotlib", "tqdm", "paci_rt.cli", "paci_rt.train"):
+for module in ("matplotlib", "tqdm", "triton", "paci_rt.kernels", "paci_rt.cli", "paci_rt.train"):
     assert module not in sys.modules or module in loaded, module + " imported"
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_refuse_a_triton_that_flushes_subnormals() -> None:
+    program = """
+import sys, types
+sys.modules["triton"] = types.SimpleNamespace(__version__="3.5.1")
+import paci_rt
+try:
+    import paci_rt.kernels
+except paci_rt.TritonMissingError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "needs Triton 3.6 or later, this is 3.5.1" in done.stdout
+
+
+def test_kernels_without_triton_say_how_to_get_it() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import paci_rt
+try:
+    import paci_rt.kernels
+except paci_rt.TritonMissingError as error:
+    assert isinstance(error, ImportError)
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "paci_rt.kernels needs Triton" in done.stdout
+    assert "pip install 'paci-rt[cuda13]'" in done.stdout

@@ -1,0 +1,214 @@
+"""AdamW over a flat group, one launch.
+
+Floor, in bytes per parameter: 30 with bf16 or fp16 weights (read the sum, master and both moments, 16; write master,
+moments and weight, 14), 28 with fp32 weights. With the window's last gradients folded in, accumulation and update
+together move 32 with 16-bit weights and gradients, where apart they move 40. Looking ahead moves 18 with 16-bit
+weights, 24 with fp32 ones, whatever the number of steps.
+
+The arithmetic is that of the CPU kernels to the bit: true divisions, correctly rounded roots, nothing contracted.
+
+Limits: flat buffers of one :class:`~paci_rt.kernels.layout.FlatLayout`, state in fp32, last gradients of the weights'
+dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paci_rt.kernels.device.adamw import adamw_ahead_kernel, adamw_kernel
+from paci_rt.kernels.elements import element
+from paci_rt.kernels.launch import BLOCK, UPDATE_WARPS, on_device, options
+from paci_rt.kernels.layout import Entries, FlatLayout
+from paci_rt.kernels.rows import ScalarRows, check_rows
+from paci_rt.kernels.update import check_ahead, check_buffers, check_clip, check_grads, check_weight
+
+
+def adamw_step(
+    layout: FlatLayout,
+    rows: ScalarRows,
+    *,
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    clip: Tensor | None = None,
+    grads: Sequence[Tensor | None] | None = None,
+    overwrite: bool | Sequence[bool] = False,
+) -> None:
+    """One step of the parameters that ``rows`` has steps of.
+
+    Args:
+        layout: the flat group.
+        rows: scalars, set with :meth:`ScalarRows.set_adamw`.
+        master: flat fp32 weights, or the fp32 parameters themselves.
+        weight: flat bf16 or fp16 parameters, which receive the rounded result; None where they are fp32.
+        grad_sum: flat fp32 sums of gradients.
+        exp_avg: flat fp32 first moments.
+        exp_avg_sq: flat fp32 second moments.
+        clip: fp32 [1] on the device, multiplies the divided gradients; see
+            :func:`paci_rt.kernels.accumulate.clip_coefficient`.
+        grads: gradients of the window's last micro-batch that are not in ``grad_sum`` yet, one a parameter; they are
+            added on the way, and ``grad_sum`` stays as it is.
+        overwrite: with ``grads``: they are the first of their window, and ``grad_sum`` does not count; for all, or one
+            flag a parameter.
+
+    Raises:
+        ValueError: a tensor does not fit the layout; see the limits above.
+    """
+    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_weight(layout, weight)
+    table, clip = check_rows(rows, layout), check_clip(layout, clip)
+    codes = check_grads(layout, weight, grads, overwrite)
+    state = (master, weight, grad_sum, exp_avg, exp_avg_sq, table, layout.chunks, clip)
+    present = [grad for grad in grads or () if grad is not None]
+    if torch.compiler.is_compiling():
+        torch.ops.paci_rt.adamw(*state, present, codes)
+    else:
+        _launch(*state, layout.entries(grads, codes) if grads is not None and codes else Entries())
+
+
+def adamw_ahead(
+    layout: FlatLayout,
+    rows: ScalarRows,
+    *,
+    master: Tensor,
+    weight: Tensor | None,
+    kept: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+) -> None:
+    """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
+
+    Args:
+        layout: the flat group.
+        rows: scalars of as many steps a parameter, set with ``known=``.
+        master: flat fp32 weights; written only where ``weight`` is None.
+        weight: flat bf16 or fp16 parameters, written; None where they are fp32.
+        kept: flat fp32, receives fp32 parameters as they were; None with ``weight``, whose masters stay.
+        grad_sum: flat fp32 sums of the gradients that are in.
+        exp_avg: flat fp32 first moments.
+        exp_avg_sq: flat fp32 second moments.
+
+    Raises:
+        ValueError: a tensor does not fit the layout, or none or both of ``weight`` and ``kept``.
+    """
+    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_ahead(layout, weight, kept)
+    state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.chunks)
+    if torch.compiler.is_compiling():
+        torch.ops.paci_rt.adamw_ahead(*state, rows.repeats)
+    else:
+        _launch_ahead(*state, rows.repeats)
+
+
+def _launch(
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    chunks: Tensor,
+    clip: Tensor,
+    entries: Entries,
+) -> None:
+    with on_device(master):
+        adamw_kernel[(chunks.shape[0],)](
+            master,
+            weight,
+            grad_sum,
+            exp_avg,
+            exp_avg_sq,
+            rows,
+            chunks,
+            clip,
+            entries.table,
+            ELEMENT=element(entries.dtype),
+            ALIGNED=entries.aligned,
+            BLOCK=BLOCK,
+            **options(UPDATE_WARPS),
+        )
+
+
+def _launch_ahead(
+    master: Tensor,
+    weight: Tensor | None,
+    kept: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    chunks: Tensor,
+    repeats: int,
+) -> None:
+    with on_device(master):
+        adamw_ahead_kernel[(chunks.shape[0],)](
+            master,
+            weight,
+            kept,
+            grad_sum,
+            exp_avg,
+            exp_avg_sq,
+            rows,
+            chunks,
+            repeats,
+            BLOCK=BLOCK,
+            **options(UPDATE_WARPS),
+        )
+
+
+@torch.library.custom_op(
+    "paci_rt::adamw",
+    mutates_args=("master", "weight", "exp_avg", "exp_avg_sq"),
+    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor grad_sum, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq,"
+    " Tensor rows, Tensor chunks, Tensor clip, Tensor[] grads, int[] codes) -> ()",
+)
+def _adamw_op(
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    chunks: Tensor,
+    clip: Tensor,
+    grads: list[Tensor],
+    codes: list[int],
+) -> None:
+    entries = Entries.fresh(grads, codes)
+    _launch(master, weight, grad_sum, exp_avg, exp_avg_sq, rows, chunks, clip, entries)
+
+
+@torch.library.custom_op(
+    "paci_rt::adamw_ahead",
+    mutates_args=("master", "weight", "kept"),
+    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor(c!)? kept, Tensor grad_sum, Tensor exp_avg,"
+    " Tensor exp_avg_sq, Tensor rows, Tensor chunks, int repeats) -> ()",
+)
+def _ahead_op(
+    master: Tensor,
+    weight: Tensor | None,
+    kept: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    chunks: Tensor,
+    repeats: int,
+) -> None:
+    _launch_ahead(master, weight, kept, grad_sum, exp_avg, exp_avg_sq, rows, chunks, repeats)
+
+
+@_adamw_op.register_fake
+def _adamw_fake(*args: object) -> None:
+    return None
+
+
+@_ahead_op.register_fake
+def _ahead_fake(*args: object) -> None:
+    return None

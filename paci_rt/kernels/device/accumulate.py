@@ -1,0 +1,55 @@
+"""Gradients into flat fp32 sums, and the statistics of the sums."""
+
+import triton
+import triton.language as tl
+
+from paci_rt.kernels.device.flat import load_chunk, load_gradient, padded, spread
+
+
+@triton.jit
+def accumulate_kernel(
+    front,
+    squares,
+    nonfinite,
+    entries,
+    chunks,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One chunk: add or overwrite, and leave the chunk's sum of squares (fp64) and number of non-finite elements."""
+    position, start, length, offset = load_chunk(chunks)
+    entry = tl.load(entries + position)
+    if entry != 0:
+        adds = spread(entry & 1, BLOCK) == 0
+        lanes = tl.arange(0, BLOCK)
+        square = tl.zeros([BLOCK], tl.float64)
+        count = tl.zeros([BLOCK], tl.int32)
+        for at in range(0, length, BLOCK):
+            mask = at + lanes < padded(length)
+            # A masked load moves nothing, so that an overwrite costs no read.
+            old = tl.load(front + offset + at + lanes, mask=mask & adds, other=0.0)
+            fresh = load_gradient(entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
+            total = tl.where(adds, old + fresh, fresh)
+            tl.store(front + offset + at + lanes, total, mask=mask)
+            # The square of an fp32 value is exact in fp64, and nothing finite overflows.
+            wide = total.to(tl.float64)
+            square += wide * wide
+            count += ((total.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
+        # One slot a chunk: whoever runs first, the sums are added up in the same order.
+        tl.store(squares + tl.program_id(0), tl.sum(square, 0))
+        tl.store(nonfinite + tl.program_id(0), tl.sum(count, 0))
+
+
+@triton.jit
+def totals_kernel(totals, squares, nonfinite, count, BLOCK: tl.constexpr):
+    """Adds up ``count`` slots in one program: lane by lane in order, then over the lanes."""
+    lanes = tl.arange(0, BLOCK)
+    square = tl.zeros([BLOCK], tl.float64)
+    number = tl.zeros([BLOCK], tl.int64)
+    for at in range(0, count, BLOCK):
+        mask = at + lanes < count
+        square += tl.load(squares + at + lanes, mask=mask, other=0.0)
+        number += tl.load(nonfinite + at + lanes, mask=mask, other=0).to(tl.int64)
+    tl.store(totals, tl.sum(square, 0))
+    tl.store(totals + 1, tl.sum(number, 0).to(tl.float64))

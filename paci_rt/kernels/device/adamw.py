@@ -1,0 +1,123 @@
+"""AdamW over one chunk of flat buffers. Every line that computes has its twin in ``csrc/cpu_kernels_isa.cpp``.
+
+A *row* holds the scalars of one parameter and one step, 16 fp32; ``paci_rt.kernels.rows`` writes it. Nothing may be
+contracted into fused multiply-adds (the wrappers see to it) and division and root are the correctly rounded ones, so
+that the bits are those of the CPU kernels.
+"""
+
+import triton
+import triton.language as tl
+
+from paci_rt.kernels.device.flat import load_chunk, load_flag, load_sum, padded, spread, store_low
+
+
+@triton.jit
+def load_scalars(row, BLOCK: tl.constexpr):
+    """What one step computes with, behind the row's flag and divisor; the last one is a flag on every lane."""
+    decay, beta1, share1 = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    beta2, share2, unbias2 = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+    eps, step = tl.load(row + 8), tl.load(row + 9)
+    lerp = spread(load_flag(row + 12), BLOCK) != 0
+    return decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp
+
+
+@triton.jit
+def adamw_math(weight, gradient, mean, square, decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp):
+    """New weight, first and second moment."""
+    change = gradient - mean
+    # torch's lerp: which of two equal formulas, depends on the gradient's share.
+    mean = tl.where(lerp, mean + share1 * change, gradient - change * beta1)
+    square = square * beta2 + (share2 * gradient) * gradient
+    denominator = tl.sqrt_rn(square) * unbias2 + eps
+    return weight * decay + tl.div_rn(step * mean, denominator), mean, square
+
+
+@triton.jit
+def adamw_kernel(
+    master,
+    low,
+    grad_sum,
+    exp_avg,
+    exp_avg_sq,
+    rows,
+    chunks,
+    clip,
+    entries,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One step. ``low`` (bf16/fp16 weights) and ``entries`` (last gradients, dtype ``ELEMENT``) may be None."""
+    position, start, length, offset = load_chunk(chunks)
+    row = rows + position * 16
+    if load_flag(row) != 0:
+        lanes = tl.arange(0, BLOCK)
+        divisor, coefficient = tl.load(row + 1), tl.load(clip)
+        for at in range(0, length, BLOCK):
+            here = offset + at + lanes
+            mask = at + lanes < padded(length)
+            valid = at + lanes < length
+            if entries is None:
+                total = tl.load(grad_sum + here, mask=mask, other=0.0)
+            else:
+                entry = tl.load(entries + position)
+                total = load_sum(grad_sum, here, mask, entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
+            gradient = tl.div_rn(total, divisor) * coefficient
+            weight = tl.load(master + here, mask=mask, other=0.0)
+            mean = tl.load(exp_avg + here, mask=mask, other=0.0)
+            square = tl.load(exp_avg_sq + here, mask=mask, other=0.0)
+            # Read anew for every block, from the nearest cache: kept in registers they would crowd out others.
+            decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp = load_scalars(row, BLOCK)
+            weight, mean, square = adamw_math(
+                weight, gradient, mean, square, decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp
+            )
+            # Padding is zero and stays zero, also where eps is 0.
+            weight = tl.where(valid, weight, 0.0)
+            tl.store(master + here, weight, mask=mask)
+            tl.store(exp_avg + here, tl.where(valid, mean, 0.0), mask=mask)
+            tl.store(exp_avg_sq + here, tl.where(valid, square, 0.0), mask=mask)
+            if low is not None:
+                store_low(low, offset, at + lanes, weight, mask)
+
+
+@triton.jit(do_not_specialize=["repeats"])
+def adamw_ahead_kernel(
+    master,
+    low,
+    kept,
+    grad_sum,
+    exp_avg,
+    exp_avg_sq,
+    rows,
+    chunks,
+    repeats: tl.int32,
+    BLOCK: tl.constexpr,
+):
+    """``repeats`` steps on copies in registers; only weights are written: ``low``, or where it is None the fp32 weights
+    themselves, after what they were has gone to ``kept``."""
+    position, _, length, offset = load_chunk(chunks)
+    first = rows + position * repeats * 16
+    if load_flag(first) != 0:
+        lanes = tl.arange(0, BLOCK)
+        divisor, unbias1 = tl.load(first + 1), tl.load(first + 11)
+        known = spread(load_flag(first + 10), BLOCK) != 0
+        for at in range(0, length, BLOCK):
+            here = offset + at + lanes
+            mask = at + lanes < padded(length)
+            weight = tl.load(master + here, mask=mask, other=0.0)
+            if low is None:
+                tl.store(kept + here, weight, mask=mask)
+            mean = tl.load(exp_avg + here, mask=mask, other=0.0)
+            square = tl.load(exp_avg_sq + here, mask=mask, other=0.0)
+            total = tl.load(grad_sum + here, mask=mask & known, other=0.0)
+            gradient = tl.where(known, tl.div_rn(total, divisor), mean * unbias1)
+            for repeat in range(repeats):
+                decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp = load_scalars(first + repeat * 16, BLOCK)
+                weight, mean, square = adamw_math(
+                    weight, gradient, mean, square, decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp
+                )
+            weight = tl.where(at + lanes < length, weight, 0.0)
+            if low is None:
+                tl.store(master + here, weight, mask=mask)
+            else:
+                store_low(low, offset, at + lanes, weight, mask)

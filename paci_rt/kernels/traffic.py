@@ -1,0 +1,47 @@
+"""Bytes that each kernel must move at least: every input read once, every output written once."""
+
+from __future__ import annotations
+
+import torch
+
+FP32_BYTES = 4
+
+
+def accumulate_bytes(numel: int, dtype: torch.dtype, *, overwrite: bool) -> int:
+    """Bytes of adding ``numel`` gradients of a dtype to the fp32 sum, or of overwriting it."""
+    return numel * (dtype.itemsize + FP32_BYTES * (1 if overwrite else 2))
+
+
+def adamw_bytes(numel: int, weight: torch.dtype, *, fused_gradient: bool = False) -> int:
+    """Bytes of one step of AdamW; ``weight`` is the parameters' dtype, which the last gradients have too.
+
+    >>> adamw_bytes(1, torch.bfloat16), adamw_bytes(1, torch.bfloat16, fused_gradient=True)
+    (30, 32)
+    """
+    return numel * (7 * FP32_BYTES + _low(weight) + (weight.itemsize if fused_gradient else 0))
+
+
+def adamw_ahead_bytes(numel: int, weight: torch.dtype) -> int:
+    """Bytes of looking ahead with AdamW by any number of steps."""
+    return numel * (4 * FP32_BYTES + (_low(weight) or 2 * FP32_BYTES))
+
+
+def sgd_bytes(numel: int, weight: torch.dtype, *, momentum: bool, fused_gradient: bool = False) -> int:
+    """Bytes of one step of SGD."""
+    fused = weight.itemsize if fused_gradient else 0
+    return numel * ((5 if momentum else 3) * FP32_BYTES + _low(weight) + fused)
+
+
+def sgd_ahead_bytes(numel: int, weight: torch.dtype) -> int:
+    """Bytes of looking ahead with SGD by any number of steps."""
+    return numel * (3 * FP32_BYTES + (_low(weight) or 2 * FP32_BYTES))
+
+
+def wgrad_bytes(rows: int, n: int, k: int, dtype: torch.dtype, *, overwrite: bool, bias: bool) -> int:
+    """Bytes of dW += dY^T X for dY [rows, n] and X [rows, k] of a dtype; the bias' sum adds ``n`` fp32."""
+    return rows * (n + k) * dtype.itemsize + (n * k + (n if bias else 0)) * FP32_BYTES * (1 if overwrite else 2)
+
+
+def _low(weight: torch.dtype) -> int:
+    """Bytes of a low-precision weight beside its fp32 master; fp32 weights are their own."""
+    return 0 if weight is torch.float32 else weight.itemsize

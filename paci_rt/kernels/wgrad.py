@@ -1,0 +1,182 @@
+"""Weight gradient of a linear layer straight into the flat fp32 sum: dW += dY^T X, with the bias' gradient beside it.
+
+Floor, in bytes per weight: 8 (read and write the sum), 4 where the first micro-batch of a window overwrites; the two
+factors are read once more each, ``2 rows (n + k)`` bytes in all for 16-bit ones. A product in bf16 that is accumulated
+afterwards moves 12 bytes per weight and rounds the product to bf16, which this does not.
+
+Two routes: the Triton kernel of :mod:`paci_rt.kernels.device.wgrad` with one of its tiles, and cuBLAS, which adds to an
+fp32 matrix by itself. :class:`WgradRoutes` measures which is faster, shape by shape.
+
+Limits: 2-D factors with unit stride along a row; bf16 or fp16 for Triton, fp32 too for cuBLAS, which needs a torch
+whose ``addmm`` takes ``out_dtype``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from paci_rt.kernels.device.wgrad import bias_kernel, wgrad_kernel
+from paci_rt.kernels.launch import INTERPRETED, OPTIONS, check_runs_on, on_device
+from paci_rt.kernels.tiles import BIAS_COLUMNS, BIAS_CONSTANTS, BIAS_WARPS, TILES
+
+CUBLAS = "cublas"
+TRITON_ROUTES = tuple(f"triton:{tile.name}" for tile in TILES)
+_TILES = {f"triton:{tile.name}": tile for tile in TILES}
+_ADDS_LOW_PRECISION = "dtype_out" in torch.ops.aten.addmm.overloads()
+"""Whether this torch can add a product of bf16 or fp16 matrices to an fp32 matrix in one call."""
+
+LARGEST = 2**31 - 1
+
+
+def routes_for(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """Routes that can run factors of a dtype on a device."""
+    triton_routes = TRITON_ROUTES if dtype in (torch.bfloat16, torch.float16) else ()
+    low_precision = bool(triton_routes) and device.type == "cuda" and _ADDS_LOW_PRECISION
+    return triton_routes + ((CUBLAS,) if dtype is torch.float32 or low_precision else ())
+
+
+def wgrad(
+    front: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    *,
+    overwrite: bool,
+    bias: Tensor | None = None,
+    overwrite_bias: bool | None = None,
+    route: str = TRITON_ROUTES[0],
+) -> None:
+    """``front += dy^T x`` and ``bias += dy.sum(0)``, both summed in fp32 and rounded once.
+
+    Args:
+        front: fp32 [n, k], contiguous: the weight's part of the flat sums.
+        dy: [rows, n], gradient of the layer's output; all leading dimensions flattened into rows.
+        x: [rows, k], the layer's input, of the same dtype.
+        overwrite: the first micro-batch of a window; ``front`` may hold anything then.
+        bias: fp32 [n], contiguous: the bias' part of the flat sums, or None.
+        overwrite_bias: as ``overwrite``, for the bias; None: the same.
+        route: one of :func:`routes_for`.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit, or the route cannot run them.
+    """
+    _check(front, dy, x, bias)
+    if route not in routes_for(dy.dtype, dy.device):
+        raise ValueError(
+            f"route={route!r} cannot run {dy.dtype} factors on {dy.device}: choose one of "
+            f"{', '.join(routes_for(dy.dtype, dy.device)) or 'none; use bf16 or fp16 factors on a CUDA device'}"
+        )
+    first_bias = overwrite if overwrite_bias is None else overwrite_bias
+    if torch.compiler.is_compiling():
+        torch.ops.paci_rt.wgrad(front, bias, dy, x, overwrite, first_bias, route)
+    else:
+        _run(front, bias, dy, x, overwrite, first_bias, route)
+
+
+def _check(front: Tensor, dy: Tensor, x: Tensor, bias: Tensor | None) -> None:
+    if dy.dim() != 2 or x.dim() != 2 or dy.shape[0] != x.shape[0] or front.shape != (dy.shape[-1], x.shape[-1]):
+        raise ValueError(
+            f"dy {tuple(dy.shape)}, x {tuple(x.shape)} and front {tuple(front.shape)} do not fit: they must be "
+            "[rows, n], [rows, k] and [n, k]; flatten leading dimensions first"
+        )
+    if dy.dtype is not x.dtype:
+        raise ValueError(f"dy has dtype {dy.dtype}, x {x.dtype}: cast one of them")
+    if dy.stride(1) != 1 or x.stride(1) != 1:
+        raise ValueError(f"dy has strides {dy.stride()}, x {x.stride()}: call .contiguous() on what is transposed")
+    if max(dy.shape[0], *front.shape, dy.stride(0), x.stride(0)) > LARGEST:
+        raise ValueError(f"dy {tuple(dy.shape)} and x {tuple(x.shape)}: no extent may exceed {LARGEST}; cut the rows")
+    sums = {"front": front, "bias": bias}
+    for name, tensor in sums.items():
+        if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} is {tensor.dtype} with strides {tensor.stride()}: it must be contiguous and torch.float32, a "
+                "view of the flat sums"
+            )
+    if bias is not None and bias.shape != dy.shape[1:]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, dy {tuple(dy.shape)}: bias must be [{dy.shape[1]}]")
+    if len({tensor.device for tensor in (front, dy, x, bias) if tensor is not None}) != 1:
+        raise ValueError(f"front is on {front.device}, dy on {dy.device}, x on {x.device}: keep all on one device")
+
+
+def _run(
+    front: Tensor, bias: Tensor | None, dy: Tensor, x: Tensor, overwrite: bool, overwrite_bias: bool, route: str
+) -> None:
+    if route == CUBLAS:
+        _cublas(front, dy, x, overwrite)
+        if bias is not None:
+            _bias(bias, dy, overwrite_bias)
+        return
+    check_runs_on(front.device, "front")
+    tile, (rows, n), k = _TILES[route], dy.shape, x.shape[1]
+    programs = triton.cdiv(n, tile.out) * triton.cdiv(k, tile.into)
+    programs += 0 if bias is None else triton.cdiv(n, BIAS_COLUMNS)
+    if programs == 0:
+        return
+    with on_device(front):
+        wgrad_kernel[(programs,)](
+            front,
+            bias,
+            dy,
+            x,
+            rows,
+            n,
+            k,
+            dy.stride(0),
+            x.stride(0),
+            int(overwrite),
+            int(overwrite_bias),
+            **tile.constants,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **OPTIONS,
+        )
+
+
+def _cublas(front: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+    # In place: torch hands front to cuBLAS as C and as D, with beta 1 or 0.
+    if dy.dtype is torch.float32:
+        if overwrite:
+            torch.mm(dy.t(), x, out=front)
+        else:
+            torch.addmm(front, dy.t(), x, out=front)
+    elif overwrite:
+        torch.ops.aten.mm.dtype_out(dy.t(), x, torch.float32, out=front)
+    else:
+        torch.ops.aten.addmm.dtype_out(front, dy.t(), x, torch.float32, out=front)
+
+
+def _bias(bias: Tensor, dy: Tensor, overwrite: bool) -> None:
+    if not dy.is_cuda and not INTERPRETED:
+        total = dy.float().sum(0)
+        bias.copy_(total if overwrite else bias + total)
+        return
+    with on_device(bias):
+        bias_kernel[(triton.cdiv(dy.shape[1], BIAS_COLUMNS),)](
+            bias,
+            dy,
+            dy.shape[0],
+            dy.shape[1],
+            dy.stride(0),
+            int(overwrite),
+            **BIAS_CONSTANTS,
+            num_warps=BIAS_WARPS,
+            **OPTIONS,
+        )
+
+
+@torch.library.custom_op(
+    "paci_rt::wgrad",
+    mutates_args=("front", "bias"),
+    schema="(Tensor(a!) front, Tensor(b!)? bias, Tensor dy, Tensor x, bool overwrite, bool overwrite_bias, str route)"
+    " -> ()",
+)
+def _wgrad_op(
+    front: Tensor, bias: Tensor | None, dy: Tensor, x: Tensor, overwrite: bool, overwrite_bias: bool, route: str
+) -> None:
+    _run(front, bias, dy, x, overwrite, overwrite_bias, route)
+
+
+@_wgrad_op.register_fake
+def _wgrad_fake(*args: object) -> None:
+    return None
