@@ -231,6 +231,7 @@ def main_cuda(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
             "--device cuda: torch sees no CUDA device here; run it where there is one, or leave the option out"
         )
     import triton
+
     from kernels_cuda import run_all
 
     rows = run_all(options.megabytes * 2**18, options.rounds, only=options.only)
