@@ -330,7 +330,7 @@ def report_text(found: Simulation) -> str:
     parts = [
         f"{found.schedule}: {_counted(found.ranks, 'stage')}" + (f" of {chunks} pieces" if chunks > 1 else ""),
         f"{_counted(found.windows, 'window')} of {_counted(found.accumulation, 'micro-batch')}",
-        f"policy {found.policy}",
+        f"policy {found.policy}" + (", look-ahead" if found.lookahead else ""),
     ]
     whole = not found.steady_windows and not schedules.get(found.schedule).flush
     steady = " (of the whole run: more --windows have a steady part)" if whole else ""

@@ -24,7 +24,7 @@ class Simulation:
     """The outcome of :func:`paci_rt.simulate.simulate`.
 
     Attributes:
-        schedule, policy: names.
+        schedule, policy: names. lookahead: whether early forwards look ahead.
         ranks, stages, windows, accumulation: what was played; with several chunks a rank, ``stages`` counts them all.
         makespan_s: from the start to the end of the last action.
         bubble_rate: ``(C - work) / C``. Of a flushed schedule ``C`` is, per window, the longest that any rank takes
@@ -57,6 +57,7 @@ class Simulation:
 
     schedule: str
     policy: str
+    lookahead: bool
     ranks: int
     stages: int
     windows: int
@@ -130,6 +131,7 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
     return Simulation(
         schedule=family.name,
         policy=work.policy,
+        lookahead=work.lookahead,
         ranks=shape.ranks,
         stages=shape.num_stages,
         windows=work.windows,

@@ -69,6 +69,7 @@ class RunResult:
         max_drift, peak_memory_bytes: the largest of any stage; drift_bound: what the schedule allows.
         windows: local updates of this run, fewer than steps after a resume.
         policy, chunks: as they were run. delay, max_delay: see ``paci_rt.policies``.
+        lookahead_s: what look-ahead took, all stages together.
         drift, delay, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were no numbers.
         curve, evals: loss over training; events: executed actions, not in the JSON.
     """
@@ -93,6 +94,7 @@ class RunResult:
     max_delay: int
     windows: int
     exposed_comm_s: float
+    lookahead_s: float
     nonfinite_gradients: int
     drift: dict[int, dict[int, int]]
     delay: dict[int, dict[int, int]]
@@ -147,6 +149,7 @@ def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
         max_delay=max(one["max_delay"] for one in stats),
         windows=windows,
         exposed_comm_s=sum(one["exposed_comm_s"] for one in stats),
+        lookahead_s=sum(one["lookahead_s"] for one in stats),
         nonfinite_gradients=sum(one["nonfinite_gradients"] for one in stats),
         drift=_by_stage(stats, "drift"),
         delay=_by_stage(stats, "delay"),
