@@ -54,6 +54,7 @@ def made_up_result(config: TrainConfig, losses: list[float], window_s: float) ->
         max_delay=1 if config.schedule == "paci" else 0,
         windows=STEPS,
         exposed_comm_s=0.0,
+        lookahead_s=0.0,
         nonfinite_gradients=0,
         drift={0: {0: 8}, 1: {0: 8}},
         delay={0: {0: 8}, 1: {0: 8}},
