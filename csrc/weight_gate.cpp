@@ -30,8 +30,11 @@ Stream WeightGate::on(Stream stream) const {
 
 void WeightGate::note_reader(Stream stream) {
   if (!ops_) return;
+  const auto noted = [&](const Reader& reader) { return reader.reading && same_queue(reader.stream, stream); };
+  if (std::any_of(readers_.begin(), readers_.end(), noted)) return;
   for (Reader& reader : readers_) {
-    if (!same_queue(reader.stream, stream)) continue;
+    if (reader.reading) continue;
+    reader.stream = stream;
     reader.reading = true;
     return;
   }
@@ -40,6 +43,7 @@ void WeightGate::note_reader(Stream stream) {
 
 void WeightGate::claim(Stream stream) {
   stream = on(stream);
+  for (Bucket& bucket : buckets_) wait(bucket, stream);
   for (Reader& reader : readers_) {
     if (reader.reading && !same_queue(reader.stream, stream)) {
       reader.event.record(reader.stream);

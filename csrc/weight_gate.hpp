@@ -17,8 +17,9 @@ namespace paci_rt {
 // stream wait for that work. The host waits for neither. A bucket that no update has written yet holds nobody up.
 //
 // In the other direction an update claims the weights before it writes them: its stream then waits for all that was
-// issued so far to the streams that read them. Where the seal is on the same stream as all of the reading, as in a
-// pipeline with one compute stream, that is no later than the seal, which the update waits for anyway.
+// issued so far to the streams that read them, and for the update before it. Where the seal is on the same stream as
+// all of the reading, as in a pipeline with one compute stream, that is no later than the seal, which the update waits
+// for anyway.
 //
 // On the CPU all of this is true by itself, and only the counts are kept. Not thread-safe.
 class WeightGate {
@@ -45,7 +46,7 @@ class WeightGate {
   struct Reader {
     Stream stream;
     Event event;
-    bool reading;  // since the last claim
+    bool reading;  // since the last claim; else this place is free
   };
 
   const Bucket& at(std::int64_t bucket) const;
@@ -57,7 +58,7 @@ class WeightGate {
   int device_;
   std::shared_ptr<StreamOps> ops_;
   std::vector<Bucket> buckets_;
-  std::vector<Reader> readers_;  // one for every stream that has ever read
+  std::vector<Reader> readers_;
 };
 
 }  // namespace paci_rt

@@ -296,6 +296,23 @@ def test_an_update_does_not_write_what_is_still_read() -> None:
     assert rig.twin.waits == waits
 
 
+def test_updates_from_several_streams_keep_their_order() -> None:
+    rig, order = Rig(), []
+    gate = core.WeightGate(2, 0, rig.twin)
+    first = hold(rig, rig.update)
+    gate.claim(rig.update)
+    rig.on(rig.update, lambda: order.append(1))
+    gate.publish(1, rig.update)
+    gate.claim(rig.side)  # nobody has read bucket 1 in between
+    rig.on(rig.side, lambda: order.append(2))
+    gate.publish(1, rig.side)
+    time.sleep(0.02)
+    assert order == []
+    first.set()
+    rig.finish()
+    assert order == [1, 2]
+
+
 def test_the_gate_on_the_cpu_counts() -> None:
     gate = native.make_weight_gate(2, torch.device("cpu"))
     gate.wait_all(0)
