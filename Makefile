@@ -4,23 +4,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.paci_rt-installed
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.hpp)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu tests/cpp/*.cpp)
+TSAN_PROGRAM ?= build/tsan/protocol_stress
+TSAN_SOURCES := tests/cpp/protocol_stress.cpp csrc/host_twin.cpp csrc/lifecycle.cpp csrc/weight_gate.cpp
 PY_DIRS := paci_rt tests benchmarks examples tools setup.py
 DEMO_OUT ?= runs/demo
 DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --steps 400 --eval-interval 20
 
-.PHONY: help venv test demo bench lint format imports clean
+.PHONY: help venv test demo bench lint format imports tsan clean
 
 help:
 	@echo "make demo    train a GPT on real text with 1F1B-flush and with PACI, and compare (about 5 minutes)"
 	@echo "make test    run the tests"
 	@echo "make bench   measure the native kernels and the pipelines"
 	@echo "make lint    ruff, clang-format and mypy;  make format rewrites what they would refuse"
+	@echo "make tsan    the order of streams and events under ThreadSanitizer, without a GPU"
 	@echo "make venv    only set up $(VENV);  make clean removes what was built"
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt tools/install.py $(CXX_FILES)
+$(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt cmake/cuda.cmake tools/install.py $(CXX_FILES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "could not create $(VENV): install Python >= 3.10 with its venv module (Debian, Ubuntu: python3-venv)"; exit 1; }
 	$(BIN)/python tools/install.py
@@ -53,6 +56,13 @@ format: venv
 
 imports: venv
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+tsan: $(TSAN_PROGRAM)
+	$(TSAN_PROGRAM) 400 $$(date +%s)
+
+$(TSAN_PROGRAM): $(TSAN_SOURCES) $(wildcard csrc/*.hpp)
+	@mkdir -p $(dir $@)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -Wall -Wextra -Icsrc $(TSAN_SOURCES) -pthread -o $@
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info paci_rt/_C*.so runs

@@ -12,24 +12,9 @@ constexpr std::int64_t kStreamFromBytes = std::int64_t{64} << 20;
 
 }  // namespace
 
-const char* name_of(State state) {
-  switch (state) {
-    case State::empty:
-      return "empty";
-    case State::filling:
-      return "filling";
-    case State::sealed:
-      return "sealed";
-    default:
-      return "consuming";
-  }
-}
-
 Accumulator::Accumulator(std::vector<Segment> segments, std::int64_t numel, const std::vector<std::uintptr_t>& buffers,
-                         int device)
-    : segments_(std::move(segments)), numel_(numel), device_(device) {
-  Stream{device, 0}.require_supported();
-  check_value(buffers.size() == 1 || buffers.size() == 2, "an accumulator has 1 or 2 buffers, got ", buffers.size());
+                         int device, std::shared_ptr<StreamOps> ops)
+    : segments_(std::move(segments)), numel_(numel), life_(buffers.size(), device, std::move(ops)), device_(device) {
   std::int64_t end = 0;
   for (const Segment& segment : segments_) {
     check_value(segment.numel >= 0 && segment.offset >= end, "segment at offset ", segment.offset, " of ",
@@ -48,48 +33,38 @@ Accumulator::Accumulator(std::vector<Segment> segments, std::int64_t numel, cons
   }
 }
 
-Stream Accumulator::check(Stream stream) const {
-  stream.device = device_;
-  stream.require_supported();
-  return stream;
-}
-
-void Accumulator::refuse(const char* verb, State from, State to) const {
-  std::string all;
-  for (const Buffer& buffer : buffers_) all += concat(all.empty() ? "" : ", ", name_of(buffer.state));
-  throw StateError(concat("cannot ", verb, " the accumulator: ", name_of(from), " -> ", name_of(to),
-                          " is no legal transition (a buffer goes empty -> filling -> sealed -> consuming -> empty; ",
-                          "this accumulator's are: ", all, ")"));
-}
-
-Accumulator::Buffer& Accumulator::fill(const char* verb, std::int64_t index) {
+void Accumulator::check_segment(std::int64_t index) const {
   check_value(index >= 0 && index < segments(), "segment ", index, " does not exist: the group has ", segments());
-  Buffer& front = buffers_[front_];
-  if (front.state == State::empty) {
-    front.state = State::filling;
-  } else if (front.state != State::filling) {
-    refuse(verb, front.state, State::filling);
-  }
-  return front;
 }
 
 bool Accumulator::lend(std::int64_t index, Stream stream, int threads) {
-  check(stream);
-  Buffer& front = fill("add to", index);
+  stream = life_.on(stream);
+  check_segment(index);
+  Buffer& front = buffers_[life_.fill("add to", stream)];
   const bool overwrite = !front.touched[index];
   front.touched[index] = front.lent[index] = 1;
   threads_ = threads;
   return overwrite;
 }
 
+std::vector<bool> Accumulator::lend_many(const std::vector<std::int64_t>& indices, Stream stream) {
+  for (const std::int64_t index : indices) check_segment(index);
+  std::vector<bool> overwrite;
+  overwrite.reserve(indices.size());
+  for (const std::int64_t index : indices) overwrite.push_back(lend(index, stream, threads_));
+  return overwrite;
+}
+
 void Accumulator::add(std::int64_t index, std::uintptr_t grad, DType dtype, std::int64_t numel, Stream stream,
                       int threads) {
-  check(stream);
-  check_value(index >= 0 && index < segments(), "segment ", index, " does not exist: the group has ", segments());
+  check_value(life_.on_cpu(), "gradients on device ", device_,
+              " are added by paci_rt.kernels.accumulate: lend their segments to it");
+  stream = life_.on(stream);
+  check_segment(index);
   const Segment& segment = segments_[index];
   check_value(numel == segment.numel, "a gradient of ", numel, " elements was given for segment ", index, " of ",
               segment.numel);
-  Buffer& front = fill("add to", index);
+  Buffer& front = buffers_[life_.fill("add to", stream)];
   const bool overwrite = !front.touched[index];
   front.touched[index] = 1;
   front.lent[index] = 0;
@@ -97,78 +72,83 @@ void Accumulator::add(std::int64_t index, std::uintptr_t grad, DType dtype, std:
                                          overwrite, overwrite && numel_ * 4 >= kStreamFromBytes, threads);
 }
 
-void Accumulator::seal(Stream stream) {
-  check(stream);
-  Buffer& front = buffers_[front_];
-  if (front.state != State::filling) refuse("seal", front.state, State::sealed);
-  const std::int64_t next = buffers_.size() == 2 ? 1 - front_ : front_;
-  // The next window needs a place to go: with two buffers the other one must have been released by now.
-  if (next != front_ && buffers_[next].state != State::empty) refuse("seal", buffers_[next].state, State::filling);
+void Accumulator::seal(Stream stream, std::uintptr_t totals) {
+  stream = life_.on(stream);
+  Buffer& front = buffers_[life_.begin_seal(stream)];
   for (std::size_t i = 0; i < segments_.size(); ++i) {
-    if (front.lent[i]) front.sums[i] = measure_segment(front.data + segments_[i].offset, segments_[i].numel, threads_);
-    if (!front.touched[i])
-      std::memset(front.data + segments_[i].offset, 0, static_cast<std::size_t>(segments_[i].numel) * sizeof(float));
+    float* const data = front.data + segments_[i].offset;
+    if (life_.on_cpu() && front.lent[i]) front.sums[i] = measure_segment(data, segments_[i].numel, threads_);
+    if (front.touched[i] || segments_[i].numel == 0) continue;
+    const auto bytes = static_cast<std::size_t>(segments_[i].numel) * sizeof(float);
+    if (life_.on_cpu())
+      std::memset(data, 0, bytes);
+    else
+      life_.ops()->clear(stream, data, bytes);
   }
-  front.state = State::sealed;
-  front_ = next;
+  front.totals = totals;
+  front.fetched.reset();
+  life_.seal(stream);
 }
 
-Accumulator::Buffer& Accumulator::move(const char* verb, State from, State to) {
-  for (Buffer& buffer : buffers_) {
-    if (buffer.state == from) {
-      buffer.state = to;
-      return buffer;
-    }
-  }
-  // The buffer that is furthest along is the one that the caller must have meant.
-  State furthest = State::empty;
-  for (const Buffer& buffer : buffers_)
-    if (static_cast<int>(buffer.state) > static_cast<int>(furthest)) furthest = buffer.state;
-  refuse(verb, furthest, to);
-}
+std::int64_t Accumulator::consume(Stream stream) { return static_cast<std::int64_t>(life_.consume(life_.on(stream))); }
 
-std::int64_t Accumulator::consume(Stream stream) {
-  check(stream);
-  return &move("consume", State::sealed, State::consuming) - buffers_.data();
+std::int64_t Accumulator::continue_on(Stream stream) {
+  return static_cast<std::int64_t>(life_.continue_on(life_.on(stream)));
 }
 
 void Accumulator::release(Stream stream) {
-  check(stream);
-  Buffer& buffer = move("release", State::consuming, State::empty);
+  Buffer& buffer = buffers_[life_.release(life_.on(stream))];
   buffer.touched.assign(segments_.size(), 0);
   buffer.sums.assign(segments_.size(), {});
   buffer.lent.assign(segments_.size(), 0);
 }
 
 const Accumulator::Buffer& Accumulator::finished(const char* what) const {
-  for (const Buffer& buffer : buffers_)
-    if (buffer.state == State::sealed || buffer.state == State::consuming) return buffer;
+  if (const auto found = life_.finished()) return buffers_[*found];
   throw StateError(concat(what, " is known for a buffer that is sealed or consuming; this accumulator's front is ",
-                          name_of(buffers_[front_].state)));
+                          name_of(life_.state(life_.front()))));
+}
+
+const DeviceTotals& Accumulator::fetch(const char* what) const {
+  const Buffer& buffer = finished(what);
+  if (buffer.fetched) return *buffer.fetched;
+  if (buffer.totals == 0)
+    throw StateError(concat(what, " is not known: the window was sealed without totals=, where the device writes it"));
+  if (!reader_) reader_.emplace(StreamHandle::make(life_.ops(), device_));
+  life_.follow_seal(static_cast<std::size_t>(&buffer - buffers_.data()), reader_->get());
+  DeviceTotals totals{};
+  life_.ops()->read(reader_->get(), &totals, reinterpret_cast<const void*>(buffer.totals), sizeof totals);
+  buffer.fetched = totals;
+  return *buffer.fetched;
 }
 
 std::vector<std::string> Accumulator::states() const {
   std::vector<std::string> names;
-  for (const Buffer& buffer : buffers_) names.emplace_back(name_of(buffer.state));
+  for (std::size_t i = 0; i < life_.size(); ++i) names.emplace_back(name_of(life_.state(i)));
   return names;
 }
 
 double Accumulator::sum_of_squares() const {
+  constexpr const char* what = "the sum of squares";
+  if (!life_.on_cpu()) return fetch(what).sum_of_squares;
   double total = 0.0;
-  for (const SumAndCount& sums : finished("the sum of squares").sums) total += sums.sum_of_squares;
+  for (const SumAndCount& sums : finished(what).sums) total += sums.sum_of_squares;
   return total;
 }
 
 std::int64_t Accumulator::nonfinite_count() const {
+  constexpr const char* what = "the non-finite count";
+  if (!life_.on_cpu()) return static_cast<std::int64_t>(fetch(what).nonfinite);
   std::int64_t total = 0;
-  for (const SumAndCount& sums : finished("the non-finite count").sums) total += sums.nonfinite;
+  for (const SumAndCount& sums : finished(what).sums) total += sums.nonfinite;
   return total;
 }
 
 std::vector<bool> Accumulator::front_touched() const {
-  const Buffer& front = buffers_[front_];
-  if (front.state != State::empty && front.state != State::filling)
-    throw StateError(concat("the front buffer is ", name_of(front.state), ": it has no window in the making"));
+  const State state = life_.state(life_.front());
+  if (state != State::empty && state != State::filling)
+    throw StateError(concat("the front buffer is ", name_of(state), ": it has no window in the making"));
+  const Buffer& front = buffers_[life_.front()];
   return {front.touched.begin(), front.touched.end()};
 }
 

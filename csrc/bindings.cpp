@@ -1,12 +1,13 @@
 // The only Python module of the native core. Tensors arrive as addresses, element counts and dtype codes; streams as
 // integers. paci_rt/native.py is the only file that imports it.
+#include "bindings.hpp"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
 #include <tuple>
 
-#include "accumulator.hpp"
 #include "check.hpp"
 #include "cpu_kernels.hpp"
 #include "fused_step.hpp"
@@ -15,31 +16,6 @@ namespace py = pybind11;
 
 namespace paci_rt {
 namespace {
-
-// Below this, giving the interpreter away and asking for it back costs more than the work.
-constexpr std::int64_t kReleaseGilFrom = 65536;
-
-class MaybeReleaseGil {
- public:
-  explicit MaybeReleaseGil(std::int64_t elements) {
-    if (elements >= kReleaseGilFrom) release_ = std::make_unique<py::gil_scoped_release>();
-  }
-
- private:
-  std::unique_ptr<py::gil_scoped_release> release_;
-};
-
-DType dtype_of(int code) {
-  check_value(code >= 0 && code <= 2, "dtype code ", code, " is unknown: 0 is fp32, 1 bf16, 2 fp16");
-  return static_cast<DType>(code);
-}
-
-std::vector<Segment> segments_of(const std::vector<std::pair<std::int64_t, std::int64_t>>& pairs) {
-  std::vector<Segment> segments;
-  segments.reserve(pairs.size());
-  for (const auto& [offset, numel] : pairs) segments.push_back({offset, numel});
-  return segments;
-}
 
 using PieceTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
@@ -77,43 +53,6 @@ bool advise_huge_pages(std::uintptr_t address, std::size_t bytes) {
   (void)address, (void)bytes;
   return false;
 #endif
-}
-
-void bind_accumulator(py::module_& m) {
-  using Pairs = std::vector<std::pair<std::int64_t, std::int64_t>>;
-  py::class_<Accumulator>(m, "Accumulator")
-      .def(py::init([](const Pairs& segments, std::int64_t numel, const std::vector<std::uintptr_t>& buffers,
-                       int device) { return Accumulator(segments_of(segments), numel, buffers, device); }),
-           py::arg("segments"), py::arg("numel"), py::arg("buffers"), py::arg("device") = kCpu)
-      .def(
-          "add",
-          [](Accumulator& self, std::int64_t index, std::uintptr_t grad, int dtype, std::int64_t numel,
-             std::uintptr_t stream, int threads) {
-            const MaybeReleaseGil release(numel);
-            self.add(index, grad, dtype_of(dtype), numel, Stream{kCpu, stream}, threads);
-          },
-          py::arg("index"), py::arg("grad"), py::arg("dtype"), py::arg("numel"), py::arg("stream"), py::arg("threads"))
-      .def(
-          "lend",
-          [](Accumulator& self, std::int64_t index, std::uintptr_t stream, int threads) {
-            return self.lend(index, Stream{kCpu, stream}, threads);
-          },
-          py::arg("index"), py::arg("stream"), py::arg("threads"))
-      .def(
-          "seal", [](Accumulator& self, std::uintptr_t stream) { self.seal(Stream{kCpu, stream}); }, py::arg("stream"),
-          py::call_guard<py::gil_scoped_release>())
-      .def(
-          "consume", [](Accumulator& self, std::uintptr_t stream) { return self.consume(Stream{kCpu, stream}); },
-          py::arg("stream"))
-      .def(
-          "release", [](Accumulator& self, std::uintptr_t stream) { self.release(Stream{kCpu, stream}); },
-          py::arg("stream"))
-      .def_property_readonly("states", &Accumulator::states)
-      .def_property_readonly("front", &Accumulator::front)
-      .def_property_readonly("sum_of_squares", &Accumulator::sum_of_squares)
-      .def_property_readonly("nonfinite_count", &Accumulator::nonfinite_count)
-      .def_property_readonly("front_touched", &Accumulator::front_touched)
-      .def_property_readonly("touched", &Accumulator::touched);
 }
 
 void bind_steps(py::module_& m) {
@@ -219,21 +158,27 @@ void bind_ahead(py::module_& m) {
       py::arg("threads"));
 }
 
+void set_error(const char* name, const std::exception& error) {
+  py::set_error(py::module_::import("paci_rt.errors").attr(name), error.what());
+}
+
 }  // namespace
 }  // namespace paci_rt
 
 PYBIND11_MODULE(_C, m) {
   using namespace paci_rt;
   m.doc() = "Native core of paci_rt. Use paci_rt.native; nothing else imports this module.";
-  m.attr("cuda") = false;
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const StateError& error) {
-      const py::object type = py::module_::import("paci_rt.errors").attr("AccumulatorStateError");
-      py::set_error(type, error.what());
+      set_error("AccumulatorStateError", error);
+    } catch (const CudaError& error) {
+      set_error("CudaError", error);
     }
   });
+  bind_streams(m);
+  bind_host_twin(m);
   bind_accumulator(m);
   bind_steps(m);
   bind_ahead(m);

@@ -13,6 +13,12 @@ class StateError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A failed call of CUDA, with its file, line and CUDA's own text; reaches Python as paci_rt.errors.CudaError.
+class CudaError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 template <typename... Parts>
 std::string concat(const Parts&... parts) {
   std::ostringstream out;

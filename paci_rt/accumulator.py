@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,18 @@ class GradAccumulator:
     >>> accumulator.sealed_view(0)            # the sum, shaped like parameter 0
     >>> accumulator.release()
 
+    On a GPU the kernels are launched by the caller, between :meth:`lend` and :meth:`seal`, and every call takes the
+    stream that its work is on: an integer handle or anything with ``__cuda_stream__``, 0 being CUDA's default stream.
+    A buffer that goes from one stream to another takes the order of its work along: the update's stream waits for the
+    seal, and the first gradient of a later window waits for the release. The host waits for nothing but statistics.
+
+    >>> overwrite = accumulator.lend(range(n), stream=compute)      # as often as the window has micro-batches
+    >>> kernels.accumulate(layout, statistics, accumulator.front_flat, grads, overwrite=overwrite)
+    >>> accumulator.seal(stream=compute, totals=statistics.totals())
+    >>> accumulator.consume(stream=update)
+    >>> ...                                                         # the update reads sealed_flat
+    >>> accumulator.release(stream=update)
+
     Args:
         group: the parameters.
         buffers: 1 or 2.
@@ -39,6 +54,7 @@ class GradAccumulator:
         self._tensors = [group.empty_like(torch.float32) for _ in range(buffers)]
         self._native = native.make_accumulator(group.segments, group.numel, self._tensors)
         self._consuming: int | None = None
+        self._totals: Tensor | None = None
         self._before: tuple[Tensor, tuple[bool, ...]] | None = None
         self._device = group.device
 
@@ -57,8 +73,8 @@ class GradAccumulator:
         """Bytes of all buffers."""
         return sum(tensor.nbytes for tensor in self._tensors)
 
-    def add(self, index: int, grad: Tensor, *, stream: int = 0) -> None:
-        """Add a gradient to the front buffer.
+    def add(self, index: int, grad: Tensor, *, stream: Any = 0) -> None:
+        """Add a gradient to the front buffer; on the CPU only.
 
         Args:
             index: the parameter's position in the group.
@@ -78,7 +94,7 @@ class GradAccumulator:
         assert code is not None
         self._native.add(index, grad.data_ptr(), code, grad.numel(), stream, native.get_num_threads())
 
-    def front(self, index: int, *, stream: int = 0) -> tuple[Tensor, bool]:
+    def front(self, index: int, *, stream: Any = 0) -> tuple[Tensor, bool]:
         """For a caller that computes a parameter's gradient straight into the front buffer.
 
         Returns:
@@ -90,6 +106,23 @@ class GradAccumulator:
         """
         overwrite = self._native.lend(index, stream, native.get_num_threads())
         return self.group.view(self._tensors[self._native.front], index), overwrite
+
+    def lend(self, indices: Sequence[int], *, stream: Any = 0) -> list[bool]:
+        """For a caller that adds many parameters' gradients itself, in work that it gives to ``stream`` next.
+
+        Returns:
+            For each of them whether it must overwrite what :attr:`front_flat` holds (the window's first gradient)
+            rather than add to it.
+
+        Raises:
+            AccumulatorStateError: the front buffer is sealed or being consumed.
+        """
+        return self._native.lend_many(list(indices), stream)
+
+    @property
+    def front_flat(self) -> Tensor:
+        """The flat fp32 buffer that the window in the making is summed up in."""
+        return self._tensors[self._native.front]
 
     def sums(self, *, before: bool = False) -> tuple[Tensor, tuple[bool, ...]]:
         """What is known of a coming update: flat fp32 sums, and which parameters have one; other parts hold anything.
@@ -125,25 +158,51 @@ class GradAccumulator:
             raise ValueError(f"the gradient of parameter {name!r} is on {grad.device}, the parameter on {self._device}")
         native.dtype_code(grad.dtype, f"the gradient of parameter {name!r}")
 
-    def seal(self, *, stream: int = 0) -> None:
+    def seal(self, *, stream: Any = 0, totals: Tensor | None = None) -> None:
         """End the window: the front buffer is sealed, parameters that got no gradient read as zero, and with two
         buffers the other one becomes the front.
 
+        Args:
+            stream: 0 on the CPU.
+            totals: on a GPU fp64 [2], written by work that ``stream`` has already: sum of squares and number of
+                non-finite elements. Without it those two are not known.
+
         Raises:
             AccumulatorStateError: nothing was added, or the other buffer has not been released.
+            ValueError: ``totals`` is something else, or was passed on the CPU, where the core counts by itself.
         """
-        self._native.seal(stream)
+        if totals is not None:
+            self._check_totals(totals)
+        self._native.seal(stream, 0 if totals is None else totals.data_ptr())
+        self._totals = totals  # kept alive until the next seal
 
-    def consume(self, *, stream: int = 0) -> None:
-        """Begin to read the sealed buffer.
+    def _check_totals(self, totals: Tensor) -> None:
+        if self._device.type == "cpu":
+            raise ValueError("totals= was passed for sums on the CPU, which are counted by the core: leave it out")
+        if totals.dtype != torch.float64 or totals.numel() != 2 or totals.device != self._device:
+            raise ValueError(
+                f"totals= is {totals.dtype} of {totals.numel()} elements on {totals.device}: pass fp64 [2] on "
+                f"{self._device}, as paci_rt.kernels.GradientStatistics.totals() returns it"
+            )
+
+    def consume(self, *, stream: Any = 0) -> None:
+        """Begin to read the sealed buffer, in work that ``stream`` gets next.
 
         Raises:
             AccumulatorStateError: no buffer is sealed.
         """
         self._consuming = self._native.consume(stream)
 
-    def release(self, *, stream: int = 0) -> None:
-        """End reading: the consumed buffer is empty.
+    def continue_on(self, *, stream: Any = 0) -> None:
+        """Read on from another stream, behind what the last one got, for example the update after an all-reduce.
+
+        Raises:
+            AccumulatorStateError: no buffer is being consumed.
+        """
+        self._native.continue_on(stream)
+
+    def release(self, *, stream: Any = 0) -> None:
+        """End reading: the consumed buffer is empty as soon as the work that ``stream`` has is done.
 
         Raises:
             AccumulatorStateError: no buffer is being consumed.
@@ -155,6 +214,8 @@ class GradAccumulator:
     @property
     def sum_of_squares(self) -> float:
         """Sum of squares of the sealed or consumed buffer, summed in double precision; not finite if an element is not.
+
+        On a GPU the first question in a window waits for its gradients, on a stream of its own.
 
         Raises:
             AccumulatorStateError: no buffer is sealed or being consumed; so with the next two.

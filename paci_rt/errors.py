@@ -23,6 +23,10 @@ class AccumulatorStateError(PaciError, RuntimeError):
     """An illegal transition of a gradient accumulator; the message names both states."""
 
 
+class CudaError(PaciError, RuntimeError):
+    """A CUDA call of the native core failed; the message has file, line, call, CUDA's own text and the remedy."""
+
+
 class OptimizerOwnedError(PaciError, RuntimeError):
     """``optimizer.step()`` was called on an optimizer whose steps belong to a schedule."""
 

@@ -17,7 +17,7 @@ from paci_rt.errors import NativeCoreError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from paci_rt._C import Accumulator
+    from paci_rt._C import Accumulator, Event, Stream, WeightGate
 
 _core: ModuleType | None
 _import_error: ImportError | None
@@ -49,7 +49,9 @@ def core() -> Any:
 
 
 def info() -> dict[str, Any]:
-    """What was built and what runs: ``available``, ``error``, ``isa``, ``isas``, ``cuda``, ``threads``."""
+    """What was built: ``available``, ``error``, ``isa``, ``isas``, ``cuda`` (the CUDA half), ``cuda_runtime`` (its
+    version), ``cuda_archs`` (what its device code was compiled for), ``threads``. Asks no driver: whether a GPU can be
+    used is :func:`cuda_devices`' to say."""
     if _core is None:
         return {
             "available": False,
@@ -57,6 +59,8 @@ def info() -> dict[str, Any]:
             "isa": None,
             "isas": [],
             "cuda": False,
+            "cuda_runtime": None,
+            "cuda_archs": [],
             "threads": get_num_threads(),
         }
     return {
@@ -65,8 +69,26 @@ def info() -> dict[str, Any]:
         "isa": _core.isa(),
         "isas": _core.available_isas(),
         "cuda": _core.cuda,
+        "cuda_runtime": _version(_core.cuda_runtime_version) if _core.cuda else None,
+        "cuda_archs": list(_core.cuda_archs),
         "threads": get_num_threads(),
     }
+
+
+def _version(number: int) -> str:
+    """13000 is 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def cuda_devices() -> tuple[int, str]:
+    """How many GPUs the core can use, and where there are none the reason and the remedy.
+
+    Starts NVIDIA's driver up, which a process should not do before it forks, but creates no context on any device.
+    """
+    if _core is None:
+        return 0, f"the native core is not usable: {_import_error}"
+    found: tuple[int, str] = _core.cuda_devices()
+    return found
 
 
 def get_num_threads() -> int:
@@ -119,11 +141,15 @@ def device_code(device: torch.device, what: str) -> int:
         return CPU_DEVICE
     if device.type == "cuda" and core().cuda:
         return device.index if device.index is not None else torch.cuda.current_device()
-    raise ValueError(f"{what} is on {device}, and this build of paci_rt works on the CPU only: move it to 'cpu'")
+    remedy = ", or build it again with PACI_RT_CUDA=on" if device.type == "cuda" else ""
+    raise ValueError(
+        f"{what} is on {device}, and this build of paci_rt works on the CPU only: move it to 'cpu'{remedy}"
+    )
 
 
 def stream_handle(stream: Any) -> int:
-    """A stream as an integer: an int, or anything with ``__cuda_stream__`` (a method or a tuple, version and handle).
+    """A stream as an integer: an int, anything with ``__cuda_stream__`` (a method or a tuple, version and handle), or a
+    stream of torch before 2.10, which has ``cuda_stream`` instead. All calls of the core take streams in these forms.
 
     Raises:
         TypeError: ``stream`` is neither.
@@ -131,6 +157,8 @@ def stream_handle(stream: Any) -> int:
     if isinstance(stream, int):
         return stream
     protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is None and isinstance(getattr(stream, "cuda_stream", None), int):
+        return int(stream.cuda_stream)
     if protocol is None:
         raise TypeError(f"{stream!r} is no stream: pass an integer handle or an object with __cuda_stream__")
     pair = protocol() if callable(protocol) else protocol
@@ -152,6 +180,36 @@ def make_accumulator(segments: Sequence[tuple[int, int]], numel: int, buffers: S
     addresses = [buffer.data_ptr() for buffer in buffers]
     accumulator: Accumulator = core().Accumulator(list(segments), numel, addresses, device)
     return accumulator
+
+
+def make_stream(device: torch.device, *, priority: int = 0) -> Stream:
+    """A CUDA stream of the core's own, without an implicit order against others; it goes with the object.
+
+    ``torch.cuda.ExternalStream(stream.handle)`` is the same stream for torch. A lower ``priority`` goes first.
+
+    Raises:
+        CudaError: no GPU is usable.
+        ValueError: ``device`` is no CUDA device, or CUDA has none of this number.
+    """
+    stream: Stream = core().Stream(device_code(device, "the stream"), priority)
+    return stream
+
+
+def make_event(device: torch.device) -> Event:
+    """A CUDA event without timing; raises as :func:`make_stream` does."""
+    event: Event = core().Event(device_code(device, "the event"))
+    return event
+
+
+def make_weight_gate(buckets: int, device: torch.device) -> WeightGate:
+    """Lets forwards wait for an update bucket by bucket; on the CPU, where nothing needs to wait, it only counts.
+
+    >>> gate.wait(bucket, stream)        # before a forward or backward reads the bucket's weights on this stream
+    >>> gate.claim(update_stream)        # before the update writes any
+    >>> gate.publish(bucket, update_stream)  # behind the bucket's update
+    """
+    gate: WeightGate = core().WeightGate(buckets, device_code(device, "the weights"))
+    return gate
 
 
 class Ahead(NamedTuple):

@@ -214,6 +214,36 @@ def test_reading_needs_a_finished_window() -> None:
         accumulator.sealed_view(0)
 
 
+def test_many_segments_are_lent_at_once() -> None:
+    accumulator = make([(4,), (600,), (3,)])
+    accumulator.add(1, torch.ones(600))
+    assert accumulator.lend([0, 1]) == [True, False]
+    accumulator.group.view(accumulator.front_flat, 0).fill_(2.0)
+    accumulator.group.view(accumulator.front_flat, 1).add_(1.0)
+    assert accumulator.lend([0]) == [False]
+    with pytest.raises(ValueError, match="segment 3 does not exist: the group has 3"):
+        accumulator.lend([2, 3])
+    assert accumulator.sums()[1] == (True, True, False)  # a refused call touches nothing
+    accumulator.seal()
+    assert accumulator.sum_of_squares == 4 * 4 + 600 * 4
+    with pytest.raises(AccumulatorStateError, match="sealed -> filling"):
+        accumulator.lend([0])
+    with pytest.raises(AccumulatorStateError, match="sealed -> consuming"):
+        accumulator.continue_on()
+    accumulator.consume()
+    accumulator.continue_on()
+    assert accumulator.states == ("consuming",)
+    assert torch.equal(accumulator.sealed_view(1), torch.full((600,), 2.0))
+
+
+def test_the_cpu_takes_no_totals() -> None:
+    accumulator = make([(4,)])
+    accumulator.add(0, torch.ones(4))
+    with pytest.raises(ValueError, match="totals= was passed for sums on the CPU"):
+        accumulator.seal(totals=torch.zeros(2, dtype=torch.float64))
+    assert accumulator.state == "filling"
+
+
 def test_memory_is_counted() -> None:
     one, two = make([(100,), (3,)]), make([(100,), (3,)], buffers=2)
     assert one.nbytes == one.group.numel * 4

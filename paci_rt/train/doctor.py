@@ -1,7 +1,7 @@
 """What this machine has: what was built, found and usable, and what to do about what is not.
 
-Nothing here starts a GPU up: GPUs are asked for through ``nvidia-smi`` and package metadata, and the libraries that
-would create a device context are not imported.
+Nothing here creates a context on a GPU: GPUs are asked for through ``nvidia-smi``, package metadata and, last, the
+native core, which asks NVIDIA's driver for their number; the libraries that would do more are not imported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def examine(*, try_gloo: bool = True) -> dict[str, Any]:
         "native": {"version": paci_rt.__version__, **native.info()},
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
         "gloo": _gloo(try_gloo),
-        "cuda": _cuda(gpus),
+        "cuda": _cuda(gpus),  # after gloo: processes are not started once the driver is up
         "nccl": _nccl(),
         "triton": _package("triton"),
         "cupy": _package("cupy-cuda12x", "cupy-cuda13x", "cupy"),
@@ -120,8 +120,13 @@ def _advice(findings: dict[str, Any]) -> dict[str, str]:
             "there is a GPU, but this torch was built for the CPU: install a CUDA build, see "
             "https://pytorch.org/get-started/locally"
         )
-    if findings["gpus"] and not findings["native"]["cuda"]:
-        advice["cuda"] = "this version of paci_rt trains on the CPU only; the GPUs stay idle"
+    cuda = findings["cuda"]
+    if findings["gpus"] and findings["native"]["available"] and not cuda["core"]:
+        advice["cuda"] = f"{cuda['reason']}: PACI_RT_CUDA=on pip install -e . in the source folder builds it" + (
+            "" if cuda["nvcc"] else "; first install the CUDA toolkit (12.0 or later), so that nvcc is on PATH"
+        )
+    elif findings["gpus"] and cuda["core"] and not cuda["devices"]:
+        advice["cuda"] = cuda["reason"]
     if not findings["gpus"]:
         advice["gpus"] = "if this machine has one, install NVIDIA's driver, so that nvidia-smi runs; else nothing to do"
     if findings["gpus"]:
@@ -165,23 +170,36 @@ def _cuda(gpus: list[dict[str, Any]]) -> dict[str, Any]:
     if compiler is None and home and Path(home, "bin", "nvcc").is_file():
         compiler = str(Path(home, "bin", "nvcc"))
     core, build = bool(native.info()["cuda"]), torch.version.cuda is not None
+    devices, reason = native.cuda_devices()
     missing = [
         name
         for name, found in (
             ("the core's CUDA half", core),
             ("a torch built for CUDA", build),
             ("a GPU with its driver", bool(gpus)),
+            ("GPUs that the core can use", devices > 0 or not (core and gpus)),
         )
         if not found
     ]
     return {
         "available": not missing,
         "core": core,
+        "core_runtime": native.info().get("cuda_runtime"),
+        "devices": devices,
+        "reason": reason,
         "torch": build,
         "driver": gpus[0]["driver"] if gpus else None,
         "nvcc": compiler,
-        "detail": "needs " + ", ".join(missing) if missing else f"driver {gpus[0]['driver']}",
+        "detail": _cuda_built(core) + ("; needs " + ", ".join(missing) if missing else f", driver {gpus[0]['driver']}"),
     }
+
+
+def _cuda_built(core: bool) -> str:
+    if not core:
+        return "not built into the core"
+    info = native.info()
+    archs = ", ".join(f"sm_{arch}" for arch in info["cuda_archs"])
+    return f"built for CUDA {info['cuda_runtime']}" + (f" ({archs})" if archs else ", without device code")
 
 
 def _nccl() -> dict[str, Any]:

@@ -1,0 +1,65 @@
+// What the files that bind the core to Python share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "check.hpp"
+#include "cpu_kernels.hpp"
+#include "stream.hpp"
+
+namespace paci_rt {
+
+// Gives the interpreter lock away for a scope, where that is worth it.
+class MaybeReleaseGil {
+ public:
+  explicit MaybeReleaseGil(bool release) {
+    if (release) release_ = std::make_unique<pybind11::gil_scoped_release>();
+  }
+  // Below so many elements, giving it away and asking for it back costs more than the work.
+  explicit MaybeReleaseGil(std::int64_t elements) : MaybeReleaseGil(elements >= 65536) {}
+
+ private:
+  std::unique_ptr<pybind11::gil_scoped_release> release_;
+};
+
+inline DType dtype_of(int code) {
+  check_value(code >= 0 && code <= 2, "dtype code ", code, " is unknown: 0 is fp32, 1 bf16, 2 fp16");
+  return static_cast<DType>(code);
+}
+
+// A stream as Python passes it: an integer, anything with __cuda_stream__ (a method or a pair, version and handle), or
+// a stream of torch before 2.10, which has `cuda_stream` instead.
+struct StreamArg {
+  std::uintptr_t handle = 0;
+  Stream on(int device = kCpu) const { return {device, handle}; }
+};
+
+void bind_streams(pybind11::module_& m);      // StreamOps, Stream, Event, WeightGate, what is known of CUDA
+void bind_host_twin(pybind11::module_& m);    // _testing.HostTwin
+void bind_accumulator(pybind11::module_& m);  // Accumulator
+
+}  // namespace paci_rt
+
+template <>
+struct pybind11::detail::type_caster<paci_rt::StreamArg> {
+  PYBIND11_TYPE_CASTER(paci_rt::StreamArg, const_name("object"));
+
+  bool load(handle source, bool) {
+    if (PyLong_Check(source.ptr())) {
+      value.handle = source.cast<std::uintptr_t>();
+      return true;
+    }
+    if (!hasattr(source, "__cuda_stream__")) {
+      if (hasattr(source, "cuda_stream")) return load(source.attr("cuda_stream"), true);
+      throw type_error(repr(source).cast<std::string>() +
+                       " is no stream: pass an integer handle or an object with __cuda_stream__");
+    }
+    object pair = source.attr("__cuda_stream__");
+    if (PyCallable_Check(pair.ptr())) pair = pair();
+    value.handle = pair[int_(1)].cast<std::uintptr_t>();
+    return true;
+  }
+};

@@ -1,0 +1,25 @@
+// Stands in for the CUDA half where it was not built: the same functions, each of which says so.
+#include "cuda_ops.hpp"
+
+namespace paci_rt {
+namespace {
+
+[[noreturn]] void refuse(int device) {
+  throw std::invalid_argument(
+      concat("device ", device, " needs the CUDA half of paci_rt, which this build does not have (", PACI_RT_NO_CUDA,
+             "): build it again with PACI_RT_CUDA=on where the CUDA toolkit is, ", "or use device -1 (the CPU)"));
+}
+
+}  // namespace
+
+std::shared_ptr<StreamOps> ops_for(int device) {
+  if (device != kCpu) refuse(device);
+  return nullptr;
+}
+
+CudaInfo cuda_info() { return {}; }
+CudaDevices cuda_devices() { return {0, "the native core was built without CUDA (" PACI_RT_NO_CUDA ")"}; }
+void cuda_spin(Stream stream, std::int64_t) { refuse(stream.device); }
+void cuda_fill(Stream stream, std::uintptr_t, std::int64_t, float) { refuse(stream.device); }
+
+}  // namespace paci_rt
