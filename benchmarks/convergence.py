@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from common import finish, list_of, positive, print_table
-from paci_rt import native
 from paci_rt.simulate import Costs
 from replay.case import METHODS
 from replay.catalogue import STUDIES
@@ -64,8 +63,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--costs", help="profile of stage costs (default: the task's, measured here)")
     how.add_argument("--json", help="file for all numbers")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not native.info()["cuda"]:
-        parser.error("--device cuda: this build of paci_rt trains on the CPU only; use --device cpu")
+    if options.device == "cuda":
+        parser.error("--device cuda: this version of paci_rt trains on the CPU only; use --device cpu")
     if options.warmup < 0:
         parser.error(f"--warmup is {options.warmup}: give a number of updates, at least 0")
     if options.quick and (options.studies or options.task):

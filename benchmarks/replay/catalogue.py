@@ -134,7 +134,7 @@ STUDIES: dict[str, Study] = {
             updates=120,
             warmup=12,
         ),
-        _deep(32, (32,), rates=(1e-3,), updates=80, warmup=8),
+        _deep(32, (32,), rates=(1e-3,), updates=60, warmup=6),
         _family("llama-nano", "a decoder as Llama's"),
         _family("encoder-nano", "an encoder with a masked language model"),
         _family("mixer-nano", "an MLP-Mixer on images"),
