@@ -7,9 +7,10 @@ moment frozen, so that ``x`` is its step size times the preconditioned curvature
 
 Undelayed, p = w, and the iteration is stable up to ``x = 2 (1 + β) / (1 - β)``. A stage's schedule says which forwards
 come before which backwards, hence how old each p is, and what a predictor knows at that moment. A window is then a
-linear map of (w, m, the mean gradient before, the p in flight), stable while its spectral radius is at most 1.
+linear map of (w, m, the mean gradient before, the p in flight), stable while its spectral radius is at most 1; noise in
+the gradients keeps up a variance that follows from the same map.
 
-    python -m replay.stability            # in benchmarks/: the table of docs/convergence.md
+    python -m replay.stability            # in benchmarks/: the tables of docs/convergence.md
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ class StageModel:
         if self.predictor not in PREDICTORS:
             raise ValueError(f"unknown predictor {self.predictor!r}: choose from {', '.join(PREDICTORS)}")
 
-    def window(self, step: float) -> Vector:
-        """The linear map of one window for ``x = step``: ``[size, size]`` with ``size = 3 + behind``."""
-        states = np.eye(3 + self.behind)
-        weight, moment, before = states[0], states[1], states[2]
-        in_flight = list(states[3:])
+    def window(self, step: float) -> tuple[Vector, Vector]:
+        """One window for ``x = step``: its linear map, ``[size, size]`` with ``size = 3 + behind``, and what the noise
+        in each micro-batch's gradient adds, ``[size, accumulation]``."""
+        size = 3 + self.behind
+        basis = np.eye(size + self.accumulation)
+        weight, moment, before, noise = basis[0], basis[1], basis[2], basis[size:]
+        in_flight = list(basis[3:size])
         total, shared, reused_until = np.zeros_like(weight), weight, 0
         for done in range(self.accumulation):
             # A window ends after its last backward, and the forward of micro-batch done + behind comes first.
@@ -63,10 +66,11 @@ class StageModel:
                 shared = self._ahead(weight, moment, before, total, done, updates, step)
                 reused_until = self._shares * done
             in_flight.append(shared if updates else weight)
-            total = total + in_flight.pop(0)
+            total = total + in_flight.pop(0) + noise[done]
         mean = total / self.accumulation
         moment = self.beta * moment + (1 - self.beta) * mean
-        return np.stack([weight - step * moment, moment, mean, *in_flight])
+        after = np.stack([weight - step * moment, moment, mean, *in_flight])
+        return after[:, :size], after[:, size:]
 
     @property
     def _shares(self) -> int:
@@ -91,7 +95,16 @@ class StageModel:
 
     def is_stable(self, step: float) -> bool:
         """Whether no direction grows."""
-        return bool(np.abs(np.linalg.eigvals(self.window(step))).max() <= 1 + ROUNDING)
+        return bool(np.abs(np.linalg.eigvals(self.window(step)[0])).max() <= 1 + ROUNDING)
+
+    def spread(self, step: float) -> float:
+        """Variance of the weight that gradient noise keeps up for ``x = step``; infinite where it is not stable."""
+        through, noise = self.window(step)
+        if np.abs(np.linalg.eigvals(through)).max() >= 1 - ROUNDING:
+            return math.inf
+        size = len(through)
+        added = (noise @ noise.T).ravel()
+        return float(np.linalg.solve(np.eye(size * size) - np.kron(through, through), added)[0])
 
     def largest_step(self) -> float:
         """Up to which every ``x`` is stable; MOST where there is no end in sight."""
@@ -122,5 +135,17 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def noise_table(stages: int = 8, accumulation: int = 8) -> str:
+    """Variance that gradient noise keeps up on the first stage, over that of undelayed training, as Markdown."""
+    steps = (0.3, 1.0, 3.0, 8.0, 14.0, 18.0, 25.0, 32.0)
+    lines = ["| predictor | " + " | ".join(f"x = {step:g}" for step in steps) + " |", "|---" * (1 + len(steps)) + "|"]
+    undelayed = StageModel(behind=0, accumulation=accumulation, predictor="none")
+    for predictor in PREDICTORS:
+        model = StageModel(behind=stages - 1, accumulation=accumulation, predictor=predictor)
+        ratios = [model.spread(step) / undelayed.spread(step) for step in steps]
+        lines.append(f"| {predictor} | " + " | ".join(f"{r:.2f}" if r < math.inf else "-" for r in ratios) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), noise_table(), sep="\n\n")
