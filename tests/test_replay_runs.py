@@ -165,8 +165,9 @@ def test_overheads_without_a_basis_are_told() -> None:
     with pytest.raises(ValueError, match="no seed in common"):
         overheads(runs, [made_up([(0, 5.0), (100, 1.0)], seed=1)], [3.0])
     for threshold in (0.5, 5.0):
-        with pytest.raises(ValueError, match="starts at or never reaches"):
-            overheads(runs, runs, [threshold])
+        (found,) = overheads(runs, runs, [threshold])
+        assert (dict(found.ratios), found.text) == ({}, "-")
+        assert math.isnan(found.mean)
 
 
 # ---------------------------------------------------------------------------------------------------------- store

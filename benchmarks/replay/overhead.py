@@ -54,7 +54,8 @@ class Overhead:
 
     Attributes:
         threshold: held-back loss, nats.
-        ratios: by seed. Where the method never came down to the threshold, its whole run over the baseline's tokens,
+        ratios: by seed, without seeds at which the baseline itself never came down to the threshold, or began there.
+            Where the method never came down to the threshold, its whole run over the baseline's tokens,
             a lower bound.
         short: seeds at which that happened.
     """
@@ -65,12 +66,14 @@ class Overhead:
 
     @property
     def mean(self) -> float:
-        """Over the seeds; a lower bound if any run fell short."""
-        return statistics.fmean(self.ratios.values())
+        """Over the seeds; a lower bound if any run fell short, NaN where the baseline gives nothing to compare with."""
+        return statistics.fmean(self.ratios.values()) if self.ratios else math.nan
 
     @property
     def text(self) -> str:
         """Mean and spread, as tables show them."""
+        if not self.ratios:
+            return "-"
         sign = "> " if self.short else ""
         if len(self.ratios) == 1:
             return f"{sign}{self.mean:.2f}"
@@ -81,7 +84,7 @@ def overheads(method: Sequence[Run], baseline: Sequence[Run], thresholds: Sequen
     """Overhead of runs at one learning rate over baseline runs at one learning rate, over the seeds of both.
 
     Raises:
-        ValueError: no seed in common, or the baseline itself never comes down to a threshold.
+        ValueError: no seed in common.
     """
     mine, theirs = ({run.case.seed: run for run in runs} for runs in (method, baseline))
     seeds = sorted(mine.keys() & theirs.keys())
@@ -93,10 +96,7 @@ def overheads(method: Sequence[Run], baseline: Sequence[Run], thresholds: Sequen
         for seed in seeds:
             needed, base = updates_to(mine[seed].curve, threshold), updates_to(theirs[seed].curve, threshold)
             if not base:
-                raise ValueError(
-                    f"the baseline of seed {seed} starts at or never reaches loss {threshold:g}: choose a threshold in "
-                    "between"
-                )
+                continue
             if needed is None:
                 short.append(seed)
                 needed = float(mine[seed].case.updates)

@@ -184,6 +184,9 @@ class Asked:
         for name, mine, plain in zip(("early", "middle", "late"), ahead.overheads, paci.overheads, strict=True):
             where = f"{self.study}, a={self.accumulation}, {name} loss {mine.threshold:g}"
             at_least = "at least " if mine.short else ""
+            if not mine.ratios or not plain.ratios:
+                lines.append(f"{where}: the baseline never came down to it")
+                continue
             if self.most is not None and mine.mean > self.most:
                 lines.append(f"{where}: token overhead {at_least}{mine.mean:.3f}, asked {self.most:g}")
             if self.most_of_paci is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def time_rows(table: Table, costs: Costs, accumulation: int) -> list[TimeRow]:
                         continue
                     own = min(float(study.updates), needed * overhead.ratios[run.case.seed])
                     ratios.append(clock.seconds(schedule, needed) / clock.seconds("paci", own, lookahead=lookahead))
-                speedups.append(statistics.fmean(ratios))
+                speedups.append(statistics.fmean(ratios) if ratios else math.nan)
             rows.append(
                 TimeRow(
                     study=study.name,
