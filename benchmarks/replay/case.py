@@ -63,6 +63,7 @@ METHODS: dict[str, Method] = {
     "async nadam": Method(optimizer="async-nadam"),
     "async nadam stash": replace(STASH, optimizer="async-nadam"),
     "error feedback": Method(optimizer="error-feedback-adamw"),
+    "flush error feedback": replace(FLUSH, optimizer="error-feedback-adamw"),
     "error feedback muon": Method(optimizer="error-feedback-muon"),
     "rotated": Method(optimizer="rotated-adamw"),
     "flush rotated": replace(FLUSH, optimizer="rotated-adamw"),

@@ -63,7 +63,7 @@ def _optimizer(name: str) -> Study:
 
 _RIVALS = (
     *("stash", "2bw", "spectrain", "pipemare", "async nadam", "async nadam stash", "error feedback", "rotated"),
-    *("flush rotated", "delay-scaled rate", "flush 30 then paci", "flush 30 then look-ahead"),
+    *("flush error feedback", "flush rotated", "delay-scaled rate", "flush 30 then paci", "flush 30 then look-ahead"),
 )
 _CHEAPER = tuple(
     f"look-ahead {variant}"
