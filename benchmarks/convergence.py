@@ -32,7 +32,7 @@ from replay.tasks import TASKS
 RESULTS = Path(__file__).resolve().parent / "results"
 TIMED = ("main", "gpt-tiny")  # studies whose overheads become times
 TIMED_ACCUMULATION = 8
-TIME_COLUMNS = ("method", "over", "throughput", "early", "middle", "late")
+TIME_COLUMNS = ("study", "method", "over", "throughput", "early", "middle", "late")
 LEAST_SPEEDUP = 1.65  # over 1F1B-flush, at the first and the last threshold
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,9 @@ def test_pictures_are_drawn(store: Store, tmp_path: Path) -> None:
     written = draw(tmp_path / "out", [tabulate(STUDY, store)])
     assert [path.name for path in written] == ["loss-toy.png", "overhead-delay.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
+    table = tabulate(STUDY, store)
+    many = replace(table, rows=table.rows * 9)  # more rows than there are kinds of lines
+    assert draw(tmp_path / "many", [many])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,13 +44,13 @@ def draw(folder: Path, tables: Sequence[Table]) -> list[Path]:
 def _losses(axes: Axes, table: Table) -> None:
     """Mean curves at the best learning rates; a band from the lowest to the highest seed."""
     task = make_task(table.study.task, layers=table.study.layers)
-    others = iter(OTHERS * 3)
+    others = itertools.cycle(OTHERS)
     colours = dict(COLOURS)
     used: dict[str, int] = {}
     for row in table.rows:
         name = _kind(row.method)
         colour = colours.setdefault(name, next(others)) if name not in colours else colours[name]
-        line = LINES[used.setdefault(name, -1) + 1]
+        line = LINES[used.setdefault(name, 0) % len(LINES)]
         used[name] += 1
         points = _points(row)
         tokens = [update * task.units_per_update / 1e3 for update, _ in points]

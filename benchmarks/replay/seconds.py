@@ -149,7 +149,7 @@ class TimeRow:
         """As in the table."""
         sign = "< " if self.short else ""
         speedups = [f"{sign}{speedup:.2f}" for speedup in self.speedups]
-        return [self.method, self.over, f"{self.throughput:.2f}", *speedups]
+        return [self.study, self.method, self.over, f"{self.throughput:.2f}", *speedups]
 
     def to_json(self) -> dict[str, Any]:
         return {
