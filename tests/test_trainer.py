@@ -235,6 +235,7 @@ def stage_result(stage: int, **changes: Any) -> StageResult:
         "max_drift": 1 - stage,
         "drift_bound": 1,
         "exposed_comm_s": 0.5,
+        "lookahead_s": 0.25,
         "nonfinite_gradients": stage,
         "policy": "bounded",
         "max_delay": 1 - stage,
@@ -257,7 +258,7 @@ def test_merge_leaves_out_the_first_window_and_averages_over_stages() -> None:
     assert result.utilization == pytest.approx((5.0 / 12.5 + 8.0 / 10.0) / 2)
     assert result.train_loss == pytest.approx(sum(range(3, 13)) / 10)
     assert (result.wall_s, result.max_drift, result.peak_memory_bytes) == (21.0, 1, 200)
-    assert (result.exposed_comm_s, result.nonfinite_gradients) == (1.0, 1)
+    assert (result.exposed_comm_s, result.lookahead_s, result.nonfinite_gradients) == (1.0, 0.5, 1)
     assert result.memory == {0: {"total": 100}, 1: {"total": 200}}
     assert result.to_json()["val_loss"] is None  # JSON has no NaN
     assert result.to_json()["memory"] == {"0": {"total": 100}, "1": {"total": 200}}

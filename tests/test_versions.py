@@ -226,8 +226,11 @@ def test_prediction_is_the_formula_and_leaves_no_trace(kind: str) -> None:
         for (_, expected), at in zip(predicted[stage], modules[stage].at, strict=True):
             torch.testing.assert_close(at, expected, rtol=1e-6, atol=1e-7)  # fp32, another order of operations
     assert any(ahead and not torch.equal(at, torch.full((3,), 2.0)) for ahead, at in predicted[0])
-    scratch = {stage: memory["versions"] for stage, memory in pipe.stats()["memory"].items()}
-    assert scratch == {stage: memory["weights"] for stage, memory in pipe.stats()["memory"].items()}
+    memory = pipe.stats()["memory"]
+    last = len(memory) - 1  # has no early forwards, hence nothing to keep aside
+    assert {stage: of["versions"] for stage, of in memory.items()} == {
+        stage: of["weights"] if stage < last else 0 for stage, of in memory.items()
+    }
     pipe.close()
 
 
