@@ -24,7 +24,6 @@ from replay.studies import Study, baseline_of
 from replay.tasks import TASKS, TextTask, make_task
 
 CASE = Case(task="toy", layers=2, stages=2, accumulation=4, method="flush", lr=3e-3, seed=0, updates=4, warmup=1)
-NEWER = {name: hasattr(paci_rt, name) for name in ("NAdam", "Lion", "Muon")}
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +33,6 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
         task = TASKS[full]
         assert isinstance(task, TextTask)
         monkeypatch.setitem(TASKS, name, replace(task, name=name, batch_size=8, units_per_update=128, seq_len=16))
-
-
-def require(optimizer: str) -> None:
-    """Skip where paci_rt has no such optimizer of its own."""
-    missing = [name for name, there in NEWER.items() if name.lower() == optimizer and not there]
-    if missing:
-        pytest.skip(f"paci_rt has no {missing[0]}")
 
 
 def made_up(curve: list[tuple[int, float]], *, diverged: bool = False, **changes: Any) -> Run:
@@ -309,7 +301,6 @@ def test_a_run_that_diverges_ends_early() -> None:
 def test_every_method_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "POINTS", 1)
     method = METHODS[name]
-    require(method.optimizer)
     result = run(replace(CASE, method=name, updates=2, lr=1e-3))
     assert not result.diverged and result.curve[-1][0] == 2
     consistent = method.flushes or method.flush_updates > 2 or method.policy == "stash"
@@ -320,7 +311,6 @@ def test_every_method_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weight_decay_is_on_matrices_alone(name: str) -> None:
     task = make_task("gpt-nano", layers=1)
     named = list(task.build(1, 0)[0].named_parameters())
-    require(name)
     optimizer = make_optimizer(task, Method(optimizer=name), 1e-3, named)
     groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
     assert len(groups) == len(named)
