@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-import paci_rt
 from paci_rt.simulate import Costs
 from replay import run as running
 from replay.case import METHODS, Case, Method
