@@ -6,6 +6,7 @@ Each is a subclass that stands in for :class:`paci_rt.lookahead.LookAhead` while
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -108,14 +109,14 @@ class Once(_Every):
     k = 2**62
 
 
-class _OwnSums(_Told):
+class _OwnSums(_Told, ABC):
     """Puts other sums in place of the accumulators' for the time of a look-ahead. As long as the window has no
     gradient, the window before stands in for it, as with paci_rt's own."""
 
+    @abstractmethod
     def sums(self, flat: Tensor, known: Known, number: int, micro_batches: int) -> tuple[Tensor, Known]:
         """What stands in for ``flat`` and ``known``, the sums of flat group ``number`` over ``micro_batches`` of the
         window, at least one, and which parameters have one."""
-        raise NotImplementedError
 
     def _replaced(self, number: int, micro_batches: int, before: bool) -> tuple[Tensor, Known]:
         accumulator = self._bound.accumulators[number]
