@@ -162,6 +162,12 @@ void set_error(const char* name, const std::exception& error) {
   py::set_error(py::module_::import("paci_rt.errors").attr(name), error.what());
 }
 
+// Errors that know their action take it as their first argument.
+void set_error(const char* name, const TransferError& error) {
+  const py::object type = py::module_::import("paci_rt.errors").attr(name);
+  PyErr_SetObject(type.ptr(), type(error.action, error.what()).ptr());
+}
+
 }  // namespace
 }  // namespace paci_rt
 
@@ -175,11 +181,20 @@ PYBIND11_MODULE(_C, m) {
       set_error("AccumulatorStateError", error);
     } catch (const CudaError& error) {
       set_error("CudaError", error);
+    } catch (const OrderError& error) {
+      set_error("ScheduleError", error);
+    } catch (const ResourceError& error) {
+      set_error("TransportError", error);
+    } catch (const TransferTimeout& error) {
+      set_error("TransferTimeoutError", error);
+    } catch (const PeerLost& error) {
+      set_error("PeerLostError", error);
     }
   });
   bind_streams(m);
   bind_host_twin(m);
   bind_accumulator(m);
+  bind_p2p(m);
   bind_steps(m);
   bind_ahead(m);
   m.def("available_isas", &available_isas);

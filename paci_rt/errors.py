@@ -50,6 +50,19 @@ class PeerLostError(ActionError):
     """The connection to a neighbouring stage broke: the cause lies with that stage, not with this one."""
 
 
+class TransferTimeoutError(ActionError):
+    """A wait for a neighbouring stage outlasted its deadline (``transfer_timeout_s``).
+
+    The message names the edge and its direction, the micro-batch (of tied weights: the window), slot, bytes, the last
+    completed sequence numbers of both sides, the remedy, and the file with the last events of every channel.
+    """
+
+
+class TransportError(PaciError, RuntimeError):
+    """A transport cannot work here or cannot go on: memory that the system refuses, stages on several hosts, no
+    operating system support; the message has the remedy."""
+
+
 class NativeCoreError(PaciError, ImportError):
     """The native module ``paci_rt._C`` is absent or was built for something else; the message says how to build it."""
 
