@@ -1,9 +1,11 @@
 #include "cuda_ops.hpp"
 
 #include <cstdio>
+#include <cstring>
 #include <string>
 
 #include "cuda_check.hpp"
+#include "device_ops.hpp"
 #include "probe.hpp"
 
 namespace paci_rt {
@@ -12,7 +14,7 @@ namespace {
 cudaStream_t native(Stream stream) { return reinterpret_cast<cudaStream_t>(stream.handle); }
 cudaEvent_t native(std::uintptr_t event) { return reinterpret_cast<cudaEvent_t>(event); }
 
-class CudaOps final : public StreamOps {
+class CudaOps final : public DeviceOps {
  public:
   void check_device(int device) override {
     const CudaDevices found = cuda_devices();
@@ -87,7 +89,90 @@ class CudaOps final : public StreamOps {
     PACI_RT_CUDA_CHECK(cudaStreamSynchronize(native(stream)));
   }
 
+  void copy(Stream stream, void* to, const void* from, std::size_t bytes) override {
+    if (bytes == 0) return;
+    const DeviceGuard guard(stream.device);
+    // Addresses are unified: the driver sees which devices they are on.
+    PACI_RT_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, native(stream)));
+  }
+
+  void* allocate(int device, std::size_t bytes) override {
+    const DeviceGuard guard(device);
+    void* address = nullptr;
+    PACI_RT_CUDA_CHECK(cudaMalloc(&address, bytes));
+    return address;
+  }
+
+  void release(int device, void* address) noexcept override {
+    guarded(device, [&] { PACI_RT_CUDA_REPORT(cudaFree(address)); });
+  }
+
+  std::shared_ptr<void> enter(int device) override { return std::make_shared<DeviceGuard>(device); }
+
+  bool capturing(Stream stream) override {
+    const DeviceGuard guard(stream.device);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    PACI_RT_CUDA_CHECK(cudaStreamIsCapturing(native(stream), &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+
+  int multiprocessors(int device) override {
+    int count = 0;
+    PACI_RT_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  }
+
+  std::string export_memory(int device, void* address) override {
+    const DeviceGuard guard(device);
+    cudaIpcMemHandle_t handle;
+    PACI_RT_CUDA_CHECK(cudaIpcGetMemHandle(&handle, address));
+    return {reinterpret_cast<const char*>(&handle), sizeof handle};
+  }
+
+  void* open_memory(int device, const std::string& text) override {
+    const DeviceGuard guard(device);
+    const auto handle = handle_of<cudaIpcMemHandle_t>(text);
+    void* address = nullptr;
+    PACI_RT_CUDA_CHECK(cudaIpcOpenMemHandle(&address, handle, cudaIpcMemLazyEnablePeerAccess));
+    return address;
+  }
+
+  void close_memory(int device, void* address) noexcept override {
+    guarded(device, [&] { PACI_RT_CUDA_REPORT(cudaIpcCloseMemHandle(address)); });
+  }
+
+  std::uintptr_t make_shared_event(int device) override {
+    const DeviceGuard guard(device);
+    cudaEvent_t made = nullptr;
+    PACI_RT_CUDA_CHECK(cudaEventCreateWithFlags(&made, cudaEventDisableTiming | cudaEventInterprocess));
+    return reinterpret_cast<std::uintptr_t>(made);
+  }
+
+  std::string export_event(int device, std::uintptr_t event) override {
+    const DeviceGuard guard(device);
+    cudaIpcEventHandle_t handle;
+    PACI_RT_CUDA_CHECK(cudaIpcGetEventHandle(&handle, native(event)));
+    return {reinterpret_cast<const char*>(&handle), sizeof handle};
+  }
+
+  std::uintptr_t open_event(int device, const std::string& text) override {
+    const DeviceGuard guard(device);
+    const auto handle = handle_of<cudaIpcEventHandle_t>(text);
+    cudaEvent_t opened = nullptr;
+    PACI_RT_CUDA_CHECK(cudaIpcOpenEventHandle(&opened, handle));
+    return reinterpret_cast<std::uintptr_t>(opened);
+  }
+
  private:
+  template <typename Handle>
+  static Handle handle_of(const std::string& text) {
+    Handle handle;
+    check_value(text.size() == sizeof handle, "a handle of ", text.size(), " bytes is none of CUDA's, which has ",
+                sizeof handle);
+    std::memcpy(&handle, text.data(), sizeof handle);
+    return handle;
+  }
+
   template <typename Work>
   static void guarded(int device, const Work& work) noexcept {
     try {
@@ -102,12 +187,14 @@ class CudaOps final : public StreamOps {
 
 }  // namespace
 
-std::shared_ptr<StreamOps> ops_for(int device) {
-  if (device == kCpu) return nullptr;
+std::shared_ptr<DeviceOps> device_ops_for(int device) {
+  check_value(device != kCpu, "device -1 (the CPU) has neither streams nor events: name a GPU, from 0");
   // Never destroyed, since streams that outlive the module's other statics still need it.
-  static const auto* const ops = new std::shared_ptr<StreamOps>(std::make_shared<CudaOps>());
+  static const auto* const ops = new std::shared_ptr<DeviceOps>(std::make_shared<CudaOps>());
   return *ops;
 }
+
+std::shared_ptr<StreamOps> ops_for(int device) { return device == kCpu ? nullptr : device_ops_for(device); }
 
 CudaInfo cuda_info() {
 #if defined(PACI_RT_CUDA_ARCHS)

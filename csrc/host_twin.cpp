@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <exception>
@@ -126,9 +127,9 @@ HostTwin::Worker& HostTwin::worker(Stream stream) {
 HostTwin::EventEntry& HostTwin::event(int device, std::uintptr_t handle) {
   const auto found = events_.find(handle);
   check_value(found != events_.end(), "event ", handle, " is none of this host twin's");
-  check_value(found->second.device == device, "event ", handle, " is of device ", found->second.device,
+  check_value(found->second->device == device, "event ", handle, " is of device ", found->second->device,
               ", and was used on device ", device);
-  return found->second;
+  return *found->second;
 }
 
 std::uintptr_t HostTwin::make_stream(int device, int) {
@@ -164,7 +165,7 @@ std::uintptr_t HostTwin::make_event(int device) {
   check_device(device);
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::uintptr_t handle = next_handle_++;
-  events_.emplace(handle, EventEntry{device, nullptr});
+  events_.emplace(handle, std::make_shared<EventEntry>(EventEntry{device, nullptr}));
   return handle;
 }
 
@@ -189,7 +190,7 @@ void HostTwin::wait_event(Stream stream, std::uintptr_t handle) {
   Worker& waiting = worker(stream);
   const std::int64_t number = ++waits_;
   if (lose_every_ > 0 && number % lose_every_ == 0) return;
-  if (const auto place = found->second.latest) waiting.push([place] { place->wait(); });
+  if (const auto place = found->second->latest) waiting.push([place] { place->wait(); });
 }
 
 bool HostTwin::event_done(int device, std::uintptr_t handle) {
@@ -214,6 +215,75 @@ void HostTwin::clear(Stream stream, void* address, std::size_t bytes) {
 void HostTwin::read(Stream stream, void* host, const void* address, std::size_t bytes) {
   launch(stream, [host, address, bytes] { std::memcpy(host, address, bytes); });
   synchronize(stream);
+}
+
+void HostTwin::copy(Stream stream, void* to, const void* from, std::size_t bytes) {
+  if (bytes > 0) launch(stream, [to, from, bytes] { std::memcpy(to, from, bytes); });
+}
+
+void* HostTwin::allocate(int device, std::size_t bytes) {
+  check_device(device);
+  void* address = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
+  if (address == nullptr) throw CudaError(concat("the host twin has no ", bytes, " bytes left"));
+  ++allocated_;
+  return address;
+}
+
+void HostTwin::release(int, void* address) noexcept {
+  std::free(address);
+  --allocated_;
+}
+
+std::shared_ptr<void> HostTwin::enter(int device) {
+  check_device(device);
+  return nullptr;
+}
+
+bool HostTwin::capturing(Stream stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return capturing_.count(stream.handle) != 0;
+}
+
+void HostTwin::capture(Stream stream, bool on) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (on)
+    capturing_.insert(stream.handle);
+  else
+    capturing_.erase(stream.handle);
+}
+
+std::string HostTwin::export_memory(int, void* address) {
+  return {reinterpret_cast<const char*>(&address), sizeof address};
+}
+
+void* HostTwin::open_memory(int, const std::string& handle) {
+  void* address = nullptr;
+  check_value(handle.size() == sizeof address, "a handle of ", handle.size(), " bytes is none of the host twin's");
+  std::memcpy(&address, handle.data(), sizeof address);
+  return address;
+}
+
+void HostTwin::close_memory(int, void*) noexcept {}
+
+std::uintptr_t HostTwin::make_shared_event(int device) { return make_event(device); }
+
+std::string HostTwin::export_event(int device, std::uintptr_t handle) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  event(device, handle);
+  return {reinterpret_cast<const char*>(&handle), sizeof handle};
+}
+
+std::uintptr_t HostTwin::open_event(int device, const std::string& text) {
+  check_device(device);
+  std::uintptr_t owners = 0;
+  check_value(text.size() == sizeof owners, "a handle of ", text.size(), " bytes is none of the host twin's");
+  std::memcpy(&owners, text.data(), sizeof owners);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = events_.find(owners);
+  check_value(found != events_.end(), "event ", owners, " is none of this host twin's");
+  const std::uintptr_t handle = next_handle_++;
+  events_.emplace(handle, found->second);
+  return handle;
 }
 
 }  // namespace paci_rt

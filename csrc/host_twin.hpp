@@ -7,10 +7,11 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
-#include "stream.hpp"
+#include "device_ops.hpp"
 
 namespace paci_rt {
 
@@ -20,7 +21,10 @@ namespace paci_rt {
 //
 // Any device number is accepted. Handles begin at 16, so that CUDA's reserved ones (0, 1, 2) are errors. An exception
 // in launched work ends up in the next call that waits for its stream. Calls may come from several threads.
-class HostTwin final : public StreamOps {
+//
+// Device memory is the process's own, and handles for "other processes" are good within this one twin, which stands for
+// a whole machine then.
+class HostTwin final : public DeviceOps {
  public:
   // Sleeps of up to `max_delay_us`, drawn from `seed`, the stream's handle and the entry's number.
   explicit HostTwin(std::int64_t max_delay_us = 0, std::uint64_t seed = 0);
@@ -46,6 +50,23 @@ class HostTwin final : public StreamOps {
   void clear(Stream stream, void* address, std::size_t bytes) override;
   void read(Stream stream, void* host, const void* address, std::size_t bytes) override;
 
+  void copy(Stream stream, void* to, const void* from, std::size_t bytes) override;
+  void* allocate(int device, std::size_t bytes) override;
+  void release(int device, void* address) noexcept override;
+  std::shared_ptr<void> enter(int device) override;
+  bool capturing(Stream stream) override;
+  int multiprocessors(int) override { return 132; }
+  std::string export_memory(int device, void* address) override;
+  void* open_memory(int device, const std::string& handle) override;
+  void close_memory(int device, void* address) noexcept override;
+  std::uintptr_t make_shared_event(int device) override;
+  std::string export_event(int device, std::uintptr_t event) override;
+  std::uintptr_t open_event(int device, const std::string& handle) override;
+
+  // As if a CUDA graph were being recorded on the stream; work runs all the same.
+  void capture(Stream stream, bool on);
+  std::int64_t allocated() const { return allocated_; }  // pieces of memory that were not released yet
+
  private:
   class Place;   // one record of an event
   class Worker;  // one stream
@@ -62,11 +83,13 @@ class HostTwin final : public StreamOps {
   std::mutex mutex_;
   std::map<std::uintptr_t, std::unique_ptr<Worker>> workers_;
   std::vector<std::unique_ptr<Worker>> dropped_;  // they finish their work and are joined at the end
-  std::map<std::uintptr_t, EventEntry> events_;
+  std::map<std::uintptr_t, std::shared_ptr<EventEntry>> events_;  // opened ones are second names
+  std::set<std::uintptr_t> capturing_;
   std::uintptr_t next_handle_ = 16;
   std::int64_t lose_every_ = 0;
   std::atomic<std::int64_t> waits_{0};
   std::atomic<std::int64_t> records_{0};
+  std::atomic<std::int64_t> allocated_{0};
 };
 
 }  // namespace paci_rt

@@ -1,5 +1,6 @@
 // Stands in for the CUDA half where it was not built: the same functions, each of which says so.
 #include "cuda_ops.hpp"
+#include "device_ops.hpp"
 
 namespace paci_rt {
 namespace {
@@ -15,6 +16,11 @@ namespace {
 std::shared_ptr<StreamOps> ops_for(int device) {
   if (device != kCpu) refuse(device);
   return nullptr;
+}
+
+std::shared_ptr<DeviceOps> device_ops_for(int device) {
+  check_value(device != kCpu, "device -1 (the CPU) has neither streams nor events: name a GPU, from 0");
+  refuse(device);
 }
 
 CudaInfo cuda_info() { return {}; }
