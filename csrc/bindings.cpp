@@ -163,9 +163,10 @@ void set_error(const char* name, const std::exception& error) {
 }
 
 // Errors that know their action take it as their first argument.
-void set_error(const char* name, const TransferError& error) {
+template <typename... More>
+void set_action_error(const char* name, const TransferError& error, const More&... more) {
   const py::object type = py::module_::import("paci_rt.errors").attr(name);
-  PyErr_SetObject(type.ptr(), type(error.action, error.what()).ptr());
+  PyErr_SetObject(type.ptr(), type(error.action, error.what(), more...).ptr());
 }
 
 }  // namespace
@@ -186,9 +187,9 @@ PYBIND11_MODULE(_C, m) {
     } catch (const ResourceError& error) {
       set_error("TransportError", error);
     } catch (const TransferTimeout& error) {
-      set_error("TransferTimeoutError", error);
+      set_action_error("TransferTimeoutError", error);
     } catch (const PeerLost& error) {
-      set_error("PeerLostError", error);
+      set_action_error("PeerLostError", error, error.origin);
     }
   });
   bind_streams(m);

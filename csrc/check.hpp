@@ -39,10 +39,13 @@ class TransferTimeout : public TransferError {
   using TransferError::TransferError;
 };
 
-// The stage at the other end died, failed or closed; reaches Python as paci_rt.errors.PeerLostError.
+// The stage at the other end died, failed or closed; reaches Python as paci_rt.errors.PeerLostError. `origin` is what
+// is known of the first stage to go, for passing on.
 class PeerLost : public TransferError {
  public:
-  using TransferError::TransferError;
+  PeerLost(std::string action, const std::string& text, std::string origin)
+      : TransferError(std::move(action), text), origin(std::move(origin)) {}
+  const std::string origin;
 };
 
 // Memory or another resource that the system refused; reaches Python as paci_rt.errors.TransportError.

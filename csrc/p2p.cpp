@@ -31,8 +31,9 @@ std::string Edge::recv_action(std::int64_t index) const { return concat(receiver
 const char* Edge::counted() const { return kind == "F" || kind == "B" ? "micro-batch" : "window"; }
 
 const DTypeInfo& dtype_info(int wire_code) {
-  constexpr int known = static_cast<int>(std::size(kDTypes));
-  check_value(wire_code >= 0 && wire_code < known, "dtype code ", wire_code, " is unknown: there are ", known);
+  static_assert(std::size(kDTypes) == kDTypeCount);
+  check_value(wire_code >= 0 && wire_code < kDTypeCount, "dtype code ", wire_code, " is unknown: there are ",
+              kDTypeCount);
   return kDTypes[wire_code];
 }
 
@@ -113,7 +114,8 @@ std::string EventRing::json() const {
   return out + "]";
 }
 
-Endpoint::Endpoint(Edge edge, Options options) : edge_(std::move(edge)), options_(std::move(options)) {
+Endpoint::Endpoint(Edge edge, Options options)
+    : edge_(std::move(edge)), options_(std::move(options)), events_(std::make_shared<EventRing>()) {
   check_value(options_.slots >= 1, "slots is ", options_.slots, ": a channel holds at least 1 message");
   check_value(options_.timeout_s > 0, "transfer_timeout_s is ", options_.timeout_s,
               ": give a number of seconds above 0");
@@ -124,13 +126,12 @@ std::string Endpoint::json() const {
   const auto json_number = [](std::int64_t value) { return value < 0 ? std::string("null") : std::to_string(value); };
   return concat("{\"edge\": \"", edge_.name(), "\", \"side\": \"", side(), "\", \"slots\": ", options_.slots,
                 ", \"timeout_s\": ", options_.timeout_s, ", \"sent\": ", json_number(at.sent),
-                ", \"taken\": ", json_number(at.taken), ", \"events\": ", events_.json(), "}");
+                ", \"taken\": ", json_number(at.taken), ", \"events\": ", events_->json(), "}");
 }
 
 void Endpoint::time_out(const Waiting& waiting, double waited_s) {
-  events_.note(Moment::timeout, kNone, waiting.index, waiting.slot, waiting.bytes);
+  events_->note(Moment::timeout, kNone, waiting.index, waiting.slot, waiting.bytes);
   const Progress at = progress();
-  const int peer = side() == std::string("sender") ? edge_.receiver : edge_.sender;
   const char* carried = edge_.kind == "F"   ? "activations"
                         : edge_.kind == "B" ? "gradients"
                                             : "a tied weight or its gradient";
@@ -140,14 +141,16 @@ void Endpoint::time_out(const Waiting& waiting, double waited_s) {
              " (", carried, " from stage ", edge_.sender, " to stage ", edge_.receiver, "), ", edge_.counted(), " ",
              waiting.index, ", slot ", number(waiting.slot), ", ", number(waiting.bytes),
              " bytes; last completed sequence number: sender ", number(at.sent), ", receiver ", number(at.taken),
-             ". Look for what holds stage ", peer, " up, or, if it may take that long, raise transfer_timeout_s ",
+             ". Look for what holds stage ", peer(), " up, or, if it may take that long, raise transfer_timeout_s ",
              "(--transfer-timeout), which is ", options_.timeout_s));
 }
 
-void Endpoint::lose(const Waiting& waiting, const std::string& why) {
-  events_.note(Moment::fail, kNone, waiting.index, waiting.slot, waiting.bytes);
-  const int peer = side() == std::string("sender") ? edge_.receiver : edge_.sender;
-  throw PeerLost(waiting.action, concat("action ", waiting.action, " lost the connection to stage ", peer, ": ", why));
+void Endpoint::lose(const Waiting& waiting, const std::string& origin) {
+  events_->note(Moment::fail, kNone, waiting.index, waiting.slot, waiting.bytes);
+  throw PeerLost(waiting.action,
+                 concat("action ", waiting.action, " lost the connection to stage ", peer(), ": ", origin), origin);
 }
+
+int Endpoint::peer() const { return side() == std::string("sender") ? edge_.receiver : edge_.sender; }
 
 }  // namespace paci_rt

@@ -67,6 +67,7 @@ struct DTypeInfo {
   std::uint8_t code;
   std::uint8_t bits;
 };
+inline constexpr int kDTypeCount = 12;
 const DTypeInfo& dtype_info(int wire_code);  // throws std::invalid_argument
 
 // All tensors of a message, and where they lie in a slot. Both ends keep the last one, so it travels when it changes.
@@ -137,7 +138,7 @@ class Endpoint {
   const Edge& edge() const { return edge_; }
   std::int64_t slots() const { return options_.slots; }
   double timeout_s() const { return options_.timeout_s; }
-  EventRing& events() { return events_; }
+  EventRing& events() { return *events_; }
   virtual Progress progress() const = 0;
 
   // `{"edge", "side", "slots", "timeout_s", "sent", "taken", "events"}`
@@ -158,12 +159,13 @@ class Endpoint {
     std::int64_t bytes = kNone;
   };
   [[noreturn]] void time_out(const Waiting& waiting, double waited_s);
-  // `why` is what is known of the peer, for example "stage 1 (process 1234 on host) was killed".
-  [[noreturn]] void lose(const Waiting& waiting, const std::string& why);
+  // `origin` says why, in a sentence that can be passed on to stages further away.
+  [[noreturn]] void lose(const Waiting& waiting, const std::string& origin);
+  int peer() const;  // the stage at the other end
 
   const Edge edge_;
   const Options options_;
-  mutable EventRing events_;
+  const std::shared_ptr<EventRing> events_;  // leases note their end, maybe after this object's
 };
 
 class Outgoing : public Endpoint {

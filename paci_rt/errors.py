@@ -42,12 +42,22 @@ class ActionError(PaciError, RuntimeError):
         super().__init__(message)
         self.action = action
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
         return type(self), (self.action, str(self))
 
 
 class PeerLostError(ActionError):
-    """The connection to a neighbouring stage broke: the cause lies with that stage, not with this one."""
+    """The connection to a neighbouring stage broke: the cause lies with that stage, or with one further on.
+
+    ``origin`` is what is known of the stage that went first, empty where nothing is.
+    """
+
+    def __init__(self, action: str, message: str, origin: str = "") -> None:
+        super().__init__(action, message)
+        self.origin = origin
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), (self.action, str(self), self.origin)
 
 
 class TransferTimeoutError(ActionError):
