@@ -11,6 +11,7 @@
 #include "check.hpp"
 #include "cpu_kernels.hpp"
 #include "fused_step.hpp"
+#include "nccl_api.hpp"
 
 namespace py = pybind11;
 
@@ -182,6 +183,8 @@ PYBIND11_MODULE(_C, m) {
       set_error("AccumulatorStateError", error);
     } catch (const CudaError& error) {
       set_error("CudaError", error);
+    } catch (const NcclError& error) {
+      set_error("NcclError", error);
     } catch (const OrderError& error) {
       set_error("ScheduleError", error);
     } catch (const ResourceError& error) {
@@ -196,6 +199,7 @@ PYBIND11_MODULE(_C, m) {
   bind_host_twin(m);
   bind_accumulator(m);
   bind_p2p(m);
+  bind_device(m);
   bind_steps(m);
   bind_ahead(m);
   m.def("available_isas", &available_isas);

@@ -17,13 +17,16 @@ constexpr int kWatchMs = 10;        // how often transfers under way are looked 
 constexpr double kLeaveS = 5.0;     // how long the end of a channel waits for the other side's
 constexpr std::int64_t kTroubleNs = 1'000'000'000;  // how long trouble of a lane may turn out to be a goodbye
 
-std::string words_of(const std::exception_ptr& error) {
+// What the neighbours are told: of the first stage to go, as far as this one knows.
+std::string origin_of(const std::exception_ptr& error, int stage) {
   try {
     std::rethrow_exception(error);
+  } catch (const PeerLost& lost) {
+    return lost.origin;
   } catch (const std::exception& known) {
-    return known.what();
+    return concat("stage ", stage, " failed: ", known.what());
   } catch (...) {
-    return "an error without words";
+    return concat("stage ", stage, " failed");
   }
 }
 
@@ -122,9 +125,18 @@ void DeviceEngine::check() {
 
 void DeviceEngine::fail(std::exception_ptr error) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  fail_locked(error);
+}
+
+void DeviceEngine::give_up(const std::string& origin) {
+  const std::string action = concat("stage ", stage_);
+  fail(std::make_exception_ptr(PeerLost(action, concat(action, " goes no further: ", origin), origin)));
+}
+
+void DeviceEngine::fail_locked(const std::exception_ptr& error) {
   if (failure_ || stopping_) return;
   failure_ = error;
-  if (last_words_.empty()) last_words_ = concat("stage ", stage_, ": ", words_of(error));
+  last_words_ = origin_of(error, stage_);
   stop_->store(true);
   changed_.notify_all();
   watch_.notify_all();
@@ -230,15 +242,15 @@ void DeviceEngine::serve(End& end) {
   }
   state.gone = !state.link->broken().empty();
   if (!state.gone || state.bye || failure_ || leaving_) return;
+  lose(end, concat("stage ", end.peer(), " is gone: ", state.link->broken()));
+}
+
+template <typename End>
+void DeviceEngine::lose(End& end, const std::string& origin) {
   try {
-    end.lose(end.waiting_for(end.last_index_ + 1, kNone, kNone, {}), state.link->broken());
+    end.lose(end.waiting_for(end.last_index_ + 1, kNone, kNone, {}), origin);
   } catch (...) {
-    const std::exception_ptr error = std::current_exception();
-    failure_ = error;
-    last_words_ = concat("stage ", stage_, ": ", words_of(error));
-    stop_->store(true);
-    watch_.notify_all();
-    wake();  // to tell the other neighbours
+    fail_locked(std::current_exception());
   }
 }
 
@@ -262,16 +274,7 @@ void DeviceEngine::handle(End& end, const Frame& frame) {
   if (frame.type == FrameType::bye) {
     state.bye = true;
   } else if (frame.type == FrameType::abort) {
-    if (failure_) return;
-    last_words_ = frame.payload;
-    try {
-      end.lose(end.waiting_for(end.last_index_ + 1, kNone, kNone, {}), "the pipeline was ended by " + frame.payload);
-    } catch (...) {
-      failure_ = std::current_exception();
-    }
-    stop_->store(true);
-    watch_.notify_all();
-    wake();
+    if (!failure_) lose(end, frame.payload);
   } else {
     end.on_frame(frame);
   }
@@ -306,7 +309,7 @@ void DeviceEngine::go_on_connecting(End& end) {
   } else if (state.phase == LinkState::Phase::warming && state.warm.done()) {
     const std::lock_guard<std::mutex> lock(mutex_);
     state.phase = LinkState::Phase::ready;
-    end.events_.note(Moment::open, kNone, kNone, kNone, kNone);
+    end.events_->note(Moment::open, kNone, kNone, kNone, kNone);
   }
 }
 
@@ -369,7 +372,7 @@ void DeviceEngine::look_for_trouble() {
     } else if (state.trouble_ns == 0) {
       state.trouble_ns = now_ns();
     } else if (now_ns() - state.trouble_ns > kTroubleNs) {
-      end.lose(end.waiting_for(end.last_index_ + 1, kNone, kNone, {}), trouble);
+      lose(end, concat("stage ", stage_, " lost stage ", end.peer(), ": ", trouble));
     }
   });
 }
@@ -418,7 +421,7 @@ void DeviceEngine::close() {
   });
   for_each_end([&](auto& end) {
     end.lane_->close();
-    end.events_.note(Moment::close, kNone, kNone, kNone, kNone);
+    end.events_->note(Moment::close, kNone, kNone, kNone, kNone);
     if (failure_) end.state_.link->write();
   });
 }

@@ -113,6 +113,7 @@ class DeviceIncoming final : public Incoming {
   // The layout of the last message taken; null before the first.
   std::shared_ptr<const Layout> layout() const;
   std::int64_t ring_bytes() const { return lane_->ring_bytes(); }
+  const std::shared_ptr<DeviceOps>& ops() const;
 
  private:
   friend class DeviceEngine;
@@ -164,9 +165,11 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
 
   void check();                           // throws what ended it
   void fail(std::exception_ptr error);    // the first one counts; all channels end, here and at all neighbours
+  void give_up(const std::string& origin);  // the same for a failure outside; `origin` is what others are told
   void close();                           // idempotent
   bool failed() const { return stop_->load(); }
   int device() const { return device_; }
+  int multiprocessors() const { return ops_->multiprocessors(device_); }
   std::string json();                     // what every channel did lately
 
  private:
@@ -194,6 +197,9 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   void go_on_connecting(End& end);
   template <typename End>
   void handle(End& end, const Frame& frame);
+  void fail_locked(const std::exception_ptr& error);  // with the mutex held, as `lose`
+  template <typename End>
+  void lose(End& end, const std::string& origin);
   bool advance_one();
   void look_for_trouble();
   void abort_lanes();

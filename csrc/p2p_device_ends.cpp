@@ -27,7 +27,7 @@ std::int64_t DeviceOutgoing::send(std::int64_t index, std::shared_ptr<const Layo
   last_index_ = index;
   pending_.push_back({{sequence, index, sequence % slots(), std::move(layout), addresses}, std::move(ready)});
   lock.unlock();
-  events_.note(Moment::send, sequence, index, sequence % slots(), bytes);
+  events_->note(Moment::send, sequence, index, sequence % slots(), bytes);
   engine_.wake();
   return sequence;
 }
@@ -56,7 +56,7 @@ bool DeviceOutgoing::advance(std::unique_lock<std::mutex>& lock) {
     issuing_ = false;
     throw;
   }
-  events_.note(Moment::post, transfer.sequence, transfer.index, transfer.slot, transfer.layout->bytes);
+  events_->note(Moment::post, transfer.sequence, transfer.index, transfer.slot, transfer.layout->bytes);
   lock.lock();
   issuing_ = false;
   const bool changed = announced_ == nullptr || announced_->packed != transfer.layout->packed;
@@ -82,7 +82,7 @@ void DeviceOutgoing::poll_done() {
   while (!in_flight_.empty() && in_flight_.front().done.done()) {
     InFlight& first = in_flight_.front();
     completed_ = first.sequence;
-    events_.note(Moment::release, first.sequence, first.index, first.slot, first.bytes);
+    events_->note(Moment::release, first.sequence, first.index, first.slot, first.bytes);
     engine_.give_event(std::move(first.done));
     in_flight_.pop_front();
   }
@@ -121,7 +121,7 @@ void DeviceOutgoing::flush() {
     std::exception_ptr error;
     try {
       if (!issued && state_.bye)
-        lose(waiting_for(index, slot, kNone, {}), "it has closed its transport and takes nothing any more");
+        lose(waiting_for(index, slot, kNone, {}), concat("stage ", peer(), " has closed its transport and takes nothing any more"));
       const double waited_s = static_cast<double>(now_ns() - start) * 1e-9;
       if (waited_s > timeout_s())
         time_out(waiting_for(index, slot, layout_->bytes,
@@ -151,6 +151,8 @@ void DeviceOutgoing::close() { engine_.close(); }
 void DeviceOutgoing::capture(std::int64_t index, std::shared_ptr<const Layout> layout,
                              const std::vector<std::uintptr_t>& addresses, Stream stream) {
   engine_.check();
+  check_value(engine_.ops_->capturing(stream), "edge ", edge().name(), ": no CUDA graph is being recorded on stream ",
+              stream.handle);
   std::unique_lock<std::mutex> lock(engine_.mutex_);
   if (!pending_.empty() || issuing_)
     throw StateError(concat("edge ", edge().name(), ": ", pending_.size() + (issuing_ ? 1 : 0),
@@ -203,7 +205,7 @@ bool DeviceIncoming::advance(std::unique_lock<std::mutex>& lock) {
     posting_ = false;
     throw;
   }
-  events_.note(Moment::post, transfer.sequence, transfer.index, transfer.slot, transfer.layout->bytes);
+  events_->note(Moment::post, transfer.sequence, transfer.index, transfer.slot, transfer.layout->bytes);
   lock.lock();
   posting_ = false;
   at(transfer.slot) = {SlotState::posted, transfer};
@@ -231,7 +233,7 @@ void DeviceIncoming::poll_done() {
   if (engine_.failure_) return;
   while (!in_flight_.empty() && in_flight_.front().done.done()) {
     InFlight& first = in_flight_.front();
-    events_.note(Moment::arrive, first.sequence, first.index, first.slot, first.bytes);
+    events_->note(Moment::arrive, first.sequence, first.index, first.slot, first.bytes);
     engine_.give_event(std::move(first.done));
     in_flight_.pop_front();
   }
@@ -280,7 +282,7 @@ Arrival DeviceIncoming::take(std::int64_t index, Stream stream) {
   ++next_take_;
   lock.unlock();
   lane_->wait_arrived(transfer.slot, stream);
-  events_.note(Moment::take, transfer.sequence, index, transfer.slot, transfer.layout->bytes);
+  events_->note(Moment::take, transfer.sequence, index, transfer.slot, transfer.layout->bytes);
   const auto release = [engine = engine_.shared_from_this(), this, slot = transfer.slot, stream](void*) {
     vacate(slot, stream);
   };
@@ -295,11 +297,11 @@ void DeviceIncoming::wait_for_message(std::unique_lock<std::mutex>& lock, std::i
   bool told = false;
   while (slot.state != SlotState::posted || slot.transfer.sequence != next_take_) {
     engine_.throw_if_failed();
-    if (!told) events_.note(Moment::wait, next_take_, index, number, kNone);
+    if (!told) events_->note(Moment::wait, next_take_, index, number, kNone);
     told = true;
     const std::int64_t bytes = taken_layout_ == nullptr ? kNone : taken_layout_->bytes;
     if (state_.bye && announced_.empty() && !posting_)
-      lose(waiting_for(index, number, bytes, {}), "it has closed its transport without sending this message");
+      lose(waiting_for(index, number, bytes, {}), concat("stage ", peer(), " has closed its transport without sending this message"));
     const double waited_s = static_cast<double>(now_ns() - start) * 1e-9;
     if (waited_s > timeout_s())
       time_out(waiting_for(index, number, bytes, concat("slot ", number, " is still empty: nothing was issued for it")),
@@ -336,6 +338,8 @@ void DeviceIncoming::close() { engine_.close(); }
 void DeviceIncoming::capture(std::int64_t index, std::shared_ptr<const Layout> layout,
                              const std::vector<std::uintptr_t>& addresses, Stream stream) {
   engine_.check();
+  check_value(engine_.ops_->capturing(stream), "edge ", edge().name(), ": no CUDA graph is being recorded on stream ",
+              stream.handle);
   std::unique_lock<std::mutex> lock(engine_.mutex_);
   std::size_t untaken = announced_.size() + (posting_ ? 1 : 0);
   for (const Slot& slot : slots_) untaken += slot.state == SlotState::posted ? 1 : 0;
@@ -346,6 +350,8 @@ void DeviceIncoming::capture(std::int64_t index, std::shared_ptr<const Layout> l
   const std::lock_guard<std::timed_mutex> issuing(engine_.issue_mutex_);
   lane_->capture({kNone, index, kNone, std::move(layout), addresses}, stream);
 }
+
+const std::shared_ptr<DeviceOps>& DeviceIncoming::ops() const { return engine_.ops_; }
 
 std::shared_ptr<const Layout> DeviceIncoming::layout() const {
   const std::lock_guard<std::mutex> lock(engine_.mutex_);

@@ -27,6 +27,11 @@ class CudaError(PaciError, RuntimeError):
     """A CUDA call of the native core failed; the message has file, line, call, CUDA's own text and the remedy."""
 
 
+class NcclError(PaciError, RuntimeError):
+    """A call of NCCL failed, or there is no NCCL that can be used; the message has the call, NCCL's own text and the
+    remedy."""
+
+
 class OptimizerOwnedError(PaciError, RuntimeError):
     """``optimizer.step()`` was called on an optimizer whose steps belong to a schedule."""
 
