@@ -135,7 +135,7 @@ void bind_nccl(py::module_& m) {
             (void)self.comm_abort(comm);
           },
           Released());
-  m.def("load_nccl", &load_nccl, py::arg("candidates"), Released());
+  m.def("load_nccl", &load_nccl, py::arg("name"), py::arg("candidates"), Released());
   m.attr("oldest_nccl") = nccl_version_text(kOldestNccl);
 }
 

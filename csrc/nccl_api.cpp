@@ -28,7 +28,6 @@ static_assert(sizeof(Config) == 48 && offsetof(Config, net_name) == 32 && offset
               "NCCL's layout of 64-bit systems");
 
 constexpr int kChar = 0;  // ncclInt8: counts are bytes
-constexpr const char* kLibrary = "libnccl.so.2";
 
 const char* name_of(NcclResult result) {
   switch (result) {
@@ -204,10 +203,10 @@ void NcclApi::check(NcclResult result, const char* call, NcclComm comm) const {
                          text.empty() ? "" : ": ", text, last.empty() ? "" : "; ", last, "; ", remedy(result)));
 }
 
-std::shared_ptr<NcclApi> load_nccl(const std::vector<std::string>& candidates) {
+std::shared_ptr<NcclApi> load_nccl(const std::string& name, const std::vector<std::string>& candidates) {
   // Two of them in one process would each make threads and connections of their own.
-  if (void* loaded = dlopen(kLibrary, RTLD_NOW | RTLD_NOLOAD))
-    return std::make_shared<LoadedNccl>(loaded, path_of(loaded, kLibrary));
+  if (void* loaded = dlopen(name.c_str(), RTLD_NOW | RTLD_NOLOAD))
+    return std::make_shared<LoadedNccl>(loaded, path_of(loaded, name));
   std::string tried;
   for (const std::string& candidate : candidates) {
     if (void* library = dlopen(candidate.c_str(), RTLD_NOW | RTLD_LOCAL))
@@ -215,7 +214,7 @@ std::shared_ptr<NcclApi> load_nccl(const std::vector<std::string>& candidates) {
     const char* why = dlerror();
     tried += concat("; ", candidate, ": ", why == nullptr ? "not loadable" : why);
   }
-  throw NcclError(concat("no NCCL was found: this process has not loaded ", kLibrary, tried,
+  throw NcclError(concat("no NCCL was found: this process has not loaded ", name, tried,
                          "; it comes with torch's CUDA builds, or pip install nvidia-nccl-cu12 or -cu13"));
 }
 

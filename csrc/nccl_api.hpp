@@ -91,8 +91,8 @@ class NcclApi {
   void check(NcclResult result, const char* call, NcclComm comm = nullptr) const;
 };
 
-// The NCCL that this process has loaded already, else the first of `candidates` (paths or names) that loads. Throws
-// NcclError where there is none, or one that is too old. The library is never unloaded.
-std::shared_ptr<NcclApi> load_nccl(const std::vector<std::string>& candidates);
+// The library called `name` that this process has loaded already, else the first of `candidates` (paths or names) that
+// loads. Throws NcclError where there is none, or one that is too old. The library is never unloaded.
+std::shared_ptr<NcclApi> load_nccl(const std::string& name, const std::vector<std::string>& candidates);
 
 }  // namespace paci_rt

@@ -104,13 +104,29 @@ def pack_metas(metas: Meta) -> bytes:
 def unpack_header(raw: bytes) -> tuple[int, int, int, Meta, bool]:
     """Sequence number, index, messages taken, metadata and whether the payload lies inline behind the header."""
     sequence, index, taken, count, inline = struct.unpack_from("<5q", raw, 0)
-    at, metas = 40, []
+    metas, _ = _unpack(raw, 40, count)
+    return sequence, index, taken, metas, bool(inline)
+
+
+def unpack_metas(packed: bytes) -> Meta:
+    """What :func:`pack_metas` has packed."""
+    metas: list[TensorMeta] = []
+    at = 0
+    while at < len(packed):
+        found, at = _unpack(packed, at, 1)
+        metas += found
+    return tuple(metas)
+
+
+def _unpack(raw: bytes, at: int, count: int) -> tuple[Meta, int]:
+    """``count`` descriptions from byte ``at`` on, and where they end."""
+    metas = []
     for _ in range(count):
         code, flags, rank = struct.unpack_from("<3q", raw, at)
         shape = struct.unpack_from(f"<{rank}q", raw, at + 24)
         at += 24 + 8 * rank
         metas.append(TensorMeta(_DTYPES[code], tuple(shape), bool(flags & _PRESENT), bool(flags & _REQUIRES_GRAD)))
-    return sequence, index, taken, tuple(metas), bool(inline)
+    return tuple(metas), at
 
 
 def byte_view(tensor: Tensor) -> Tensor:
