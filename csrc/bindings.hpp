@@ -25,6 +25,14 @@ class MaybeReleaseGil {
   std::unique_ptr<pybind11::gil_scoped_release> release_;
 };
 
+// For objects whose end waits for threads that may need the interpreter lock. Whoever drops the last reference may hold
+// it or not.
+template <typename T>
+void delete_without_gil(T* object) {
+  const MaybeReleaseGil release(PyGILState_Check() != 0);
+  delete object;
+}
+
 inline DType dtype_of(int code) {
   check_value(code >= 0 && code <= 2, "dtype code ", code, " is unknown: 0 is fp32, 1 bf16, 2 fp16");
   return static_cast<DType>(code);

@@ -22,11 +22,7 @@ Engine make_engine(int device, int stage, std::int64_t slots, double timeout_s, 
   std::shared_ptr<DeviceOps> ops = twin ? std::move(twin) : device_ops_for(device);
   const py::gil_scoped_release release;
   return {new DeviceEngine(std::move(ops), device, stage, Options{slots, timeout_s, check_signals}),
-          [](DeviceEngine* engine) {
-            if (PyGILState_Check() == 0) return delete engine;
-            const py::gil_scoped_release released;
-            delete engine;
-          }};
+          &delete_without_gil<DeviceEngine>};
 }
 
 NcclUniqueId id_of(const py::bytes& bytes) {

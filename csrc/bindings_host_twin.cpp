@@ -27,10 +27,7 @@ std::function<void()> work_of(py::function function) {
 
 // Workers may need the interpreter lock to finish, and the last reference goes while Python holds it.
 std::shared_ptr<HostTwin> make(std::int64_t max_delay_us, std::uint64_t seed) {
-  return {new HostTwin(max_delay_us, seed), [](HostTwin* twin) {
-            const py::gil_scoped_release release;
-            delete twin;
-          }};
+  return {new HostTwin(max_delay_us, seed), &delete_without_gil<HostTwin>};
 }
 
 }  // namespace

@@ -87,7 +87,7 @@ void ControlLink::fill() {
     const ssize_t got = ::recv(fd_, buffer, sizeof buffer, 0);
     if (got > 0) {
       in_.append(buffer, static_cast<std::size_t>(got));
-    } else if (got == 0) {
+    } else if (got == 0 || errno == ECONNRESET) {
       broken_ = "it closed the connection without a word, so its process ended or was killed";
     } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
       return;

@@ -11,6 +11,7 @@ namespace paci_rt {
 enum class FrameType : std::uint32_t {
   hello = 1,  // both: protocol, slots, backend, whether buffers can be registered; payload: the edge's name
   issue,      // sender: transfer a is on its way, index b, sender completed c; payload: the layout, where it changed
+  done,       // sender: has completed c, and nothing is under way
   vacant,     // receiver: slot a is free again after message b; receiver has taken c
   events,     // sender: handles of the events that it records (push lanes)
   need,       // sender: slot a must hold b bytes

@@ -52,19 +52,28 @@ DeviceEngine::DeviceEngine(std::shared_ptr<DeviceOps> ops, int device, int stage
 DeviceEngine::~DeviceEngine() {
   close();
   ::close(wake_fd_);
-  // Slots may be read until the work is done that was issued before their leases went. What never ends keeps them.
-  const std::int64_t end = now_ns() + static_cast<std::int64_t>(kLeaveS * 1e9);
-  for (const auto& incoming : incoming_) {
+  drop_lanes();
+}
+
+// Gives memory back. Slots may be read until the work is done that was issued before their leases went; one that is still
+// leased waits for its lease, which holds the engine, and what never ends keeps its memory.
+void DeviceEngine::drop_lanes() {
+  for (const auto& end : outgoing_) end->lane_.reset();
+  const std::int64_t limit = now_ns() + static_cast<std::int64_t>(kLeaveS * 1e9);
+  for (const auto& end : incoming_) {
+    if (end->lane_ == nullptr || end->held() > 0) continue;
     bool done = false;
     try {
-      while (!(done = incoming->lane_->all_freed()) && now_ns() < end) std::this_thread::yield();
+      while (!(done = end->lane_->all_freed()) && now_ns() < limit) std::this_thread::yield();
     } catch (const std::exception& error) {
       std::fprintf(stderr, "paci_rt: %s\n", error.what());
     }
-    if (done) continue;
-    std::fprintf(stderr, "paci_rt: the slots of %s are still read, and are not given back\n",
-                 incoming->edge().name().c_str());
-    (void)incoming->lane_.release();
+    if (!done) {
+      std::fprintf(stderr, "paci_rt: the slots of %s are still read, and are not given back\n",
+                   end->edge().name().c_str());
+      (void)end->lane_.release();
+    }
+    end->lane_.reset();
   }
 }
 
@@ -424,6 +433,7 @@ void DeviceEngine::close() {
     end.events_->note(Moment::close, kNone, kNone, kNone, kNone);
     if (failure_) end.state_.link->write();
   });
+  drop_lanes();
 }
 
 std::string DeviceEngine::json() {

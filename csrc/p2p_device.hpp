@@ -59,7 +59,7 @@ class DeviceOutgoing final : public Outgoing {
   Progress progress() const override;
   void close() override;
 
-  // Sends within the CUDA graph that is being recorded on `stream`. Throws StateError where earlier messages still
+  // Sends within the CUDA graph that is being recorded on `stream`. Throws OrderError where earlier messages still
   // wait for a credit.
   void capture(std::int64_t index, std::shared_ptr<const Layout> layout, const std::vector<std::uintptr_t>& addresses,
                Stream stream);
@@ -88,7 +88,7 @@ class DeviceOutgoing final : public Outgoing {
   std::vector<bool> vacant_;
   std::shared_ptr<const Layout> announced_;
   bool issuing_ = false;
-  std::int64_t next_ = 0, last_index_ = kNone;
+  std::int64_t next_ = 0, last_index_ = kNone, told_ = kNone;
   std::atomic<std::int64_t> completed_{kNone}, peer_taken_{kNone};  // read without the mutex, for error messages
 };
 
@@ -106,13 +106,13 @@ class DeviceIncoming final : public Incoming {
   Progress progress() const override;
   void close() override;
 
-  // Receives into `addresses` within the CUDA graph that is being recorded on `stream`. Throws StateError where
+  // Receives into `addresses` within the CUDA graph that is being recorded on `stream`. Throws OrderError where
   // earlier messages have not been taken.
   void capture(std::int64_t index, std::shared_ptr<const Layout> layout, const std::vector<std::uintptr_t>& addresses,
                Stream stream);
   // The layout of the last message taken; null before the first.
   std::shared_ptr<const Layout> layout() const;
-  std::int64_t ring_bytes() const { return lane_->ring_bytes(); }
+  std::int64_t ring_bytes() const { return lane_ == nullptr ? 0 : lane_->ring_bytes(); }
   const std::shared_ptr<DeviceOps>& ops() const;
 
  private:
@@ -203,6 +203,7 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   bool advance_one();
   void look_for_trouble();
   void abort_lanes();
+  void drop_lanes();
   void wake();
   // Sleeps for a slice of time or until something changes, and calls the caller's poll without the lock.
   void wait(std::unique_lock<std::mutex>& lock);

@@ -33,6 +33,10 @@ std::int64_t DeviceOutgoing::send(std::int64_t index, std::shared_ptr<const Layo
 }
 
 bool DeviceOutgoing::advance(std::unique_lock<std::mutex>& lock) {
+  if (idle() && told_ != completed_) {
+    told_ = completed_;
+    state_.link->queue({FrameType::done, 0, 0, told_, 0, {}});
+  }
   if (pending_.empty() || issuing_ || state_.phase != LinkState::Phase::ready) return false;
   {
     const Transfer& next = pending_.front().transfer;
@@ -63,6 +67,7 @@ bool DeviceOutgoing::advance(std::unique_lock<std::mutex>& lock) {
   state_.link->queue({FrameType::issue, transfer.sequence, transfer.index, completed_, changed ? 1 : 0,
                       changed ? transfer.layout->packed : std::string()});
   announced_ = transfer.layout;
+  told_ = completed_;
   in_flight_.push_back(
       {transfer.sequence, transfer.index, transfer.slot, transfer.layout->bytes, now_ns(), std::move(done)});
   engine_.give_event(std::move(message.ready));
@@ -85,6 +90,8 @@ void DeviceOutgoing::poll_done() {
     events_->note(Moment::release, first.sequence, first.index, first.slot, first.bytes);
     engine_.give_event(std::move(first.done));
     in_flight_.pop_front();
+    // The next message says so too; without one, it is what the other side would like to know of this one.
+    if (idle()) engine_.wake();
   }
 }
 
@@ -155,7 +162,7 @@ void DeviceOutgoing::capture(std::int64_t index, std::shared_ptr<const Layout> l
               stream.handle);
   std::unique_lock<std::mutex> lock(engine_.mutex_);
   if (!pending_.empty() || issuing_)
-    throw StateError(concat("edge ", edge().name(), ": ", pending_.size() + (issuing_ ? 1 : 0),
+    throw OrderError(concat("edge ", edge().name(), ": ", pending_.size() + (issuing_ ? 1 : 0),
                             " messages wait for a free slot of the receiver, and a CUDA graph cannot overtake them: ",
                             "flush() on this side and take them on the other before both record"));
   lock.unlock();
@@ -218,6 +225,7 @@ bool DeviceIncoming::advance(std::unique_lock<std::mutex>& lock) {
 }
 
 void DeviceIncoming::on_frame(const Frame& frame) {
+  if (frame.type == FrameType::done) return void(peer_completed_ = frame.c);
   check_value(frame.type == FrameType::issue, "edge ", edge().name(),
               ": the other side sent what only a receiver sends: both need the same version of paci_rt");
   const std::int64_t due = next_post_ + static_cast<std::int64_t>(announced_.size()) + (posting_ ? 1 : 0);
@@ -344,7 +352,7 @@ void DeviceIncoming::capture(std::int64_t index, std::shared_ptr<const Layout> l
   std::size_t untaken = announced_.size() + (posting_ ? 1 : 0);
   for (const Slot& slot : slots_) untaken += slot.state == SlotState::posted ? 1 : 0;
   if (untaken != 0)
-    throw StateError(concat("edge ", edge().name(), ": ", untaken, " messages have not been taken, and a CUDA graph ",
+    throw OrderError(concat("edge ", edge().name(), ": ", untaken, " messages have not been taken, and a CUDA graph ",
                             "cannot overtake them: take them before both sides record"));
   lock.unlock();
   const std::lock_guard<std::timed_mutex> issuing(engine_.issue_mutex_);

@@ -165,7 +165,7 @@ class PushSender final : public SendLane {
 
  private:
   [[noreturn]] void refuse_capture() const {
-    throw StateError(concat("a CUDA graph cannot hold transfers of the ", backend(), " backend, whose events other ",
+    throw OrderError(concat("a CUDA graph cannot hold transfers of the ", backend(), " backend, whose events other ",
                             "processes record: use transport nccl for graphs"));
   }
 
@@ -217,7 +217,7 @@ class PushReceiver final : public RecvLane {
   // The sender has recorded the event before it told of the message.
   void post(const Transfer& transfer) override { arrived_.block(transfer.slot, stream()); }
   void capture(const Transfer&, Stream) override {
-    throw StateError(concat("a CUDA graph cannot hold transfers of the ", backend(), " backend, whose events other ",
+    throw OrderError(concat("a CUDA graph cannot hold transfers of the ", backend(), " backend, whose events other ",
                             "processes record: use transport nccl for graphs"));
   }
 
