@@ -209,8 +209,8 @@ void bind_engine(py::module_& m) {
             const Wanted lane = wanted(backend, std::move(nccl), unique_id, max_ctas, register_buffers);
             const py::gil_scoped_release release;
             auto link = std::make_unique<ControlLink>(fd);
-            DeviceOutgoing& end = self->add(Edge{kind, sender, receiver}, std::move(link),
-                                            sender_of(lane, self->lane_options(priority)));
+            DeviceOutgoing& end =
+                self->add(Edge{kind, sender, receiver}, std::move(link), sender_of(lane, self->lane_options(priority)));
             return std::shared_ptr<DeviceOutgoing>(self, &end);
           },
           py::kw_only(), py::arg("kind"), py::arg("sender"), py::arg("receiver"), py::arg("fd"), py::arg("backend"),

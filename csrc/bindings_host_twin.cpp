@@ -46,8 +46,7 @@ void bind_host_twin(py::module_& m) {
           py::arg("device"), py::arg("stream"), py::arg("work"))
       .def("lose_waits", &HostTwin::lose_waits, py::arg("every"))
       .def(
-          "capture",
-          [](HostTwin& self, int device, StreamArg stream, bool on) { self.capture(stream.on(device), on); },
+          "capture", [](HostTwin& self, int device, StreamArg stream, bool on) { self.capture(stream.on(device), on); },
           py::arg("device"), py::arg("stream"), py::arg("on"))
       .def_property_readonly("allocated", &HostTwin::allocated)
       .def_property_readonly("waits", &HostTwin::waits)

@@ -40,9 +40,13 @@ ControlLink::~ControlLink() { ::close(fd_); }
 
 void ControlLink::queue(const Frame& frame) {
   if (mute_ || !broken_.empty()) return;
-  const Header header{kMagic,  static_cast<std::uint32_t>(frame.type), static_cast<std::uint32_t>(frame.payload.size()),
-                      0,       frame.a,
-                      frame.b, frame.c,
+  const Header header{kMagic,
+                      static_cast<std::uint32_t>(frame.type),
+                      static_cast<std::uint32_t>(frame.payload.size()),
+                      0,
+                      frame.a,
+                      frame.b,
+                      frame.c,
                       frame.d};
   out_.append(reinterpret_cast<const char*>(&header), sizeof header);
   out_ += frame.payload;
@@ -74,7 +78,7 @@ std::optional<Frame> ControlLink::read() {
     return std::nullopt;
   }
   if (in_.size() < sizeof header + header.bytes) return std::nullopt;
-  Frame frame{static_cast<FrameType>(header.type), header.a, header.b, header.c, header.d,
+  Frame frame{static_cast<FrameType>(header.type),    header.a, header.b, header.c, header.d,
               in_.substr(sizeof header, header.bytes)};
   in_.erase(0, sizeof header + header.bytes);
   return frame;

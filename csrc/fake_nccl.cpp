@@ -372,9 +372,7 @@ NcclResult FakeNccl::comm_deregister(NcclComm comm, void* handle) {
   return static_cast<Comm*>(comm)->registered.erase(handle) == 1 ? NcclResult::success : NcclResult::invalid_argument;
 }
 
-std::string FakeNccl::error_text(NcclResult result) const {
-  return concat("fake error ", static_cast<int>(result));
-}
+std::string FakeNccl::error_text(NcclResult result) const { return concat("fake error ", static_cast<int>(result)); }
 
 std::string FakeNccl::last_error(NcclComm) const { return {}; }
 

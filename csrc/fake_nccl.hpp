@@ -24,18 +24,18 @@ class FakeNccl final : public NcclApi {
   ~FakeNccl() override;  // aborts what is left, so that the twin can end
 
   // What can go wrong, or differently. All of it may be changed at any time.
-  void hold(bool on);                          // nothing is matched from now on, as if a link were down
-  void break_all(int result);                  // every communicator reports this result from now on
-  void set_init_result(int result);            // of the next communicators
-  void set_eager_bytes(std::int64_t bytes);    // sends up to this size end unmatched
-  void set_background(int polls);              // calls are issued only when the state has been asked so many times
+  void hold(bool on);                        // nothing is matched from now on, as if a link were down
+  void break_all(int result);                // every communicator reports this result from now on
+  void set_init_result(int result);          // of the next communicators
+  void set_eager_bytes(std::int64_t bytes);  // sends up to this size end unmatched
+  void set_background(int polls);            // calls are issued only when the state has been asked so many times
 
   // What tests look at.
-  std::int64_t matched() const;    // transfers
+  std::int64_t matched() const;     // transfers
   std::int64_t registered() const;  // buffers registered now
-  std::int64_t alive() const;      // communicators neither destroyed nor aborted
+  std::int64_t alive() const;       // communicators neither destroyed nor aborted
   std::int64_t aborts() const;
-  std::string misuse() const;      // rules that were broken; empty: none
+  std::string misuse() const;            // rules that were broken; empty: none
   std::int64_t issuing_threads() const;  // the most that ever issued for one communicator
 
   std::string path() const override { return "the fake of the tests"; }

@@ -82,7 +82,7 @@ class HostTwin final : public DeviceOps {
   const std::uint64_t seed_;
   std::mutex mutex_;
   std::map<std::uintptr_t, std::unique_ptr<Worker>> workers_;
-  std::vector<std::unique_ptr<Worker>> dropped_;  // they finish their work and are joined at the end
+  std::vector<std::unique_ptr<Worker>> dropped_;                  // they finish their work and are joined at the end
   std::map<std::uintptr_t, std::shared_ptr<EventEntry>> events_;  // opened ones are second names
   std::set<std::uintptr_t> capturing_;
   std::uintptr_t next_handle_ = 16;

@@ -60,8 +60,8 @@ class Lane {
   // After a failure, perhaps without the issue lock where its holder is stuck: nothing on the stream waits for the
   // other side from here on, as far as that is in the lane's hands.
   virtual void abort() noexcept = 0;
-  // At the end, by one thread, with nothing under way: first `finish` for all lanes whose other sides end as well, since
-  // communicators end together, then `close` for all.
+  // At the end, by one thread, with nothing under way: first `finish` for all lanes whose other sides end as well,
+  // since communicators end together, then `close` for all.
   virtual void finish() noexcept {}
   virtual void close() noexcept = 0;
 

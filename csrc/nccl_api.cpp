@@ -152,8 +152,8 @@ class LoadedNccl final : public NcclApi {
   void find(Function*& function, const char* name) {
     function = reinterpret_cast<Function*>(dlsym(library_, name));
     if (function == nullptr)
-      throw NcclError(concat(path_, " has no function ", name, ", so it is no NCCL that paci_rt can use: ",
-                             "pip install nvidia-nccl-cu12 or -cu13"));
+      throw NcclError(concat(path_, " has no function ", name,
+                             ", so it is no NCCL that paci_rt can use: ", "pip install nvidia-nccl-cu12 or -cu13"));
   }
 
   void* library_;

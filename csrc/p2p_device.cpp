@@ -12,9 +12,9 @@ namespace paci_rt {
 namespace {
 
 constexpr std::int64_t kProtocol = 1;
-constexpr int kConnectSliceMs = 1;  // how often a lane that connects is asked how far it is
-constexpr int kWatchMs = 10;        // how often transfers under way are looked at
-constexpr double kLeaveS = 5.0;     // how long the end of a channel waits for the other side's
+constexpr int kConnectSliceMs = 1;                  // how often a lane that connects is asked how far it is
+constexpr int kWatchMs = 10;                        // how often transfers under way are looked at
+constexpr double kLeaveS = 5.0;                     // how long the end of a channel waits for the other side's
 constexpr std::int64_t kTroubleNs = 1'000'000'000;  // how long trouble of a lane may turn out to be a goodbye
 
 // What the neighbours are told: of the first stage to go, as far as this one knows.
@@ -55,8 +55,8 @@ DeviceEngine::~DeviceEngine() {
   drop_lanes();
 }
 
-// Gives memory back. Slots may be read until the work is done that was issued before their leases went; one that is still
-// leased waits for its lease, which holds the engine, and what never ends keeps its memory.
+// Gives memory back. Slots may be read until the work is done that was issued before their leases went; one that is
+// still leased waits for its lease, which holds the engine, and what never ends keeps its memory.
 void DeviceEngine::drop_lanes() {
   for (const auto& end : outgoing_) end->lane_.reset();
   const std::int64_t limit = now_ns() + static_cast<std::int64_t>(kLeaveS * 1e9);
@@ -113,8 +113,9 @@ void DeviceEngine::connect() {
   const Edge& edge = late->edge();
   const int peer = edge.sender == stage_ ? edge.receiver : edge.sender;
   const auto error = std::make_exception_ptr(TransferTimeout(
-      edge.name(), concat("edge ", edge.name(), " was not connected within ", options_.timeout_s, " s: see whether stage ",
-                          peer, " has started and makes the same channels, or raise transfer_timeout_s")));
+      edge.name(),
+      concat("edge ", edge.name(), " was not connected within ", options_.timeout_s, " s: see whether stage ", peer,
+             " has started and makes the same channels, or raise transfer_timeout_s")));
   lock.unlock();
   fail(error);
   std::rethrow_exception(error);

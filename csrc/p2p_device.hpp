@@ -163,14 +163,14 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   // TransferTimeout, PeerLost, NcclError, or std::invalid_argument where the two sides want different things.
   void connect();
 
-  void check();                           // throws what ended it
-  void fail(std::exception_ptr error);    // the first one counts; all channels end, here and at all neighbours
+  void check();                             // throws what ended it
+  void fail(std::exception_ptr error);      // the first one counts; all channels end, here and at all neighbours
   void give_up(const std::string& origin);  // the same for a failure outside; `origin` is what others are told
-  void close();                           // idempotent
+  void close();                             // idempotent
   bool failed() const { return stop_->load(); }
   int device() const { return device_; }
   int multiprocessors() const { return ops_->multiprocessors(device_); }
-  std::string json();                     // what every channel did lately
+  std::string json();  // what every channel did lately
 
  private:
   friend class DeviceOutgoing;
@@ -209,7 +209,7 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   void wait(std::unique_lock<std::mutex>& lock);
   void throw_if_failed() const;  // with the mutex held
   bool wait_for(std::unique_lock<std::mutex>& lock, double seconds, const std::function<bool()>& done);
-  Event take_event();            // with the mutex held, as the next
+  Event take_event();  // with the mutex held, as the next
   void give_event(Event event) { spare_events_.push_back(std::move(event)); }
   template <typename Work>
   void for_each_end(const Work& work) {
@@ -222,7 +222,7 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   const Options options_;
   const std::shared_ptr<std::atomic<bool>> stop_;
 
-  std::mutex mutex_;             // the state of all ends
+  std::mutex mutex_;              // the state of all ends
   std::timed_mutex issue_mutex_;  // calls of lanes that put work on their streams; never taken with mutex_ held
   std::condition_variable changed_, watch_;
   std::vector<std::unique_ptr<DeviceOutgoing>> outgoing_;

@@ -128,7 +128,8 @@ void DeviceOutgoing::flush() {
     std::exception_ptr error;
     try {
       if (!issued && state_.bye)
-        lose(waiting_for(index, slot, kNone, {}), concat("stage ", peer(), " has closed its transport and takes nothing any more"));
+        lose(waiting_for(index, slot, kNone, {}),
+             concat("stage ", peer(), " has closed its transport and takes nothing any more"));
       const double waited_s = static_cast<double>(now_ns() - start) * 1e-9;
       if (waited_s > timeout_s())
         time_out(waiting_for(index, slot, layout_->bytes,
@@ -294,7 +295,11 @@ Arrival DeviceIncoming::take(std::int64_t index, Stream stream) {
   const auto release = [engine = engine_.shared_from_this(), this, slot = transfer.slot, stream](void*) {
     vacate(slot, stream);
   };
-  return {transfer.sequence, index, transfer.slot, transfer.layout, lane_->address(transfer.slot),
+  return {transfer.sequence,
+          index,
+          transfer.slot,
+          transfer.layout,
+          lane_->address(transfer.slot),
           std::shared_ptr<void>(this, release)};
 }
 
@@ -309,7 +314,8 @@ void DeviceIncoming::wait_for_message(std::unique_lock<std::mutex>& lock, std::i
     told = true;
     const std::int64_t bytes = taken_layout_ == nullptr ? kNone : taken_layout_->bytes;
     if (state_.bye && announced_.empty() && !posting_)
-      lose(waiting_for(index, number, bytes, {}), concat("stage ", peer(), " has closed its transport without sending this message"));
+      lose(waiting_for(index, number, bytes, {}),
+           concat("stage ", peer(), " has closed its transport without sending this message"));
     const double waited_s = static_cast<double>(now_ns() - start) * 1e-9;
     if (waited_s > timeout_s())
       time_out(waiting_for(index, number, bytes, concat("slot ", number, " is still empty: nothing was issued for it")),

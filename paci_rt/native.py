@@ -17,17 +17,9 @@ from paci_rt.errors import NativeCoreError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from paci_rt._C import (
-        Accumulator,
-        DeviceIncoming,
-        DeviceOutgoing,
-        Event,
-        ShmIncoming,
-        ShmOutgoing,
-        ShmSegment,
-        Stream,
-        WeightGate,
-    )
+    from paci_rt._C import Accumulator, Event, ShmIncoming, ShmOutgoing, ShmSegment, Stream, WeightGate
+    from paci_rt._C import DeviceIncoming as DeviceIncoming  # for paci_rt.transport.device
+    from paci_rt._C import DeviceOutgoing as DeviceOutgoing
 
 _core: ModuleType | None
 _import_error: ImportError | None

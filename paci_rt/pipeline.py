@@ -109,6 +109,7 @@ def _find_transport(transport: Transport | str | None, stages: Sequence[Pipeline
         num_stages=stages[0].num_stages,
         chunks=len(stages),
         timeout_s=timeout_s,
+        device=stages[0].device,
     )
 
 

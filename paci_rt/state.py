@@ -36,6 +36,7 @@ def pipeline_stats(
         "schedule": lowering.family.name,
         "policy": policy,
         "transport": executor.transport.name,
+        "transport_stats": executor.transport.stats() if hasattr(executor.transport, "stats") else {},
         "stages": shape.num_stages,
         "chunks": shape.chunks,
         "accumulation": shape.accumulation,

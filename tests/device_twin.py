@@ -78,7 +78,9 @@ class Machine:
         shared: all ranks are on one device.
     """
 
-    def __init__(self, ranks: int, *, max_delay_us: int = 0, seed: int = 0, shared: bool = False, nccl: Any = True) -> None:
+    def __init__(
+        self, ranks: int, *, max_delay_us: int = 0, seed: int = 0, shared: bool = False, nccl: Any = True
+    ) -> None:
         self.ranks, self._shared = ranks, shared
         self.twin = native.core()._testing.HostTwin(max_delay_us, seed)
         version = 23203 if nccl is True else nccl

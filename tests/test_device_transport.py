@@ -35,6 +35,17 @@ ROOT = Path(__file__).resolve().parent.parent
 DOWN, UP = ("F", 0, 1), ("B", 1, 0)
 BACKENDS = ["nccl", "registered", "ipc"]
 SHORT = DeviceOptions(timeout_s=1.0)
+STRESS_SOURCES = (
+    "control_link",
+    "fake_nccl",
+    "host_twin",
+    "nccl_api",
+    "p2p",
+    "p2p_device",
+    "p2p_device_ends",
+    "p2p_ipc",
+    "p2p_nccl",
+)
 Work = Callable[[DeviceTransport, TwinHardware], Any]
 
 
@@ -518,7 +529,9 @@ def test_a_graph_does_not_overtake_messages() -> None:
         time.sleep(0.2)
         hardware.record(True)
         if rank_of(transport) == 0:
-            with pytest.raises(ScheduleError, match="1 messages wait for a free slot of the receiver, and a CUDA graph"):
+            with pytest.raises(
+                ScheduleError, match="1 messages wait for a free slot of the receiver, and a CUDA graph"
+            ):
                 transport.send(out, 3, one())
         hardware.record(False)
         if rank_of(transport) == 1:
@@ -749,7 +762,9 @@ def test_no_race_is_in_the_engine_and_one_would_be_noticed(tmp_path: Path) -> No
         )
     ]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-I", str(ROOT / "csrc"), "-pthread"]
-    built = subprocess.run([compiler, *flags, *map(str, sources), "-ldl", "-o", str(program)], capture_output=True, text=True)
+    built = subprocess.run(
+        [compiler, *flags, *map(str, sources), "-ldl", "-o", str(program)], capture_output=True, text=True
+    )
     if built.returncode != 0 and "tsan" in built.stderr:
         pytest.skip("no ThreadSanitizer here")
     assert built.returncode == 0, built.stderr

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_FREE = ("action", "schedules", "policies", "lowering", "simulate", "timegrid", "planner")
 TOP = ("cli", "cli_simulate", "cli_plan", "train", "__main__")
-CONCRETE_TRANSPORTS = ("local", "gloo", "shm", "nccl")
+CONCRETE_TRANSPORTS = ("local", "gloo", "shm", "nccl", "ipc", "device")
 
 
 def module_name(file: Path, root: Path) -> str:

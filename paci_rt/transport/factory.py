@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from paci_rt.errors import TransportError
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Transport
 from paci_rt.transport.local import LocalTransport
 
 if TYPE_CHECKING:
+    import torch
     import torch.distributed as dist
 
     from paci_rt.transport.rendezvous import Meeting
 
-TRANSPORTS = ("auto", "local", "gloo", "shm")
+TRANSPORTS = ("auto", "local", "gloo", "shm", "nccl", "ipc")
+ON_GPUS = ("nccl", "ipc")
 
 
 def check_transport(name: str, option: str = "transport") -> None:
@@ -36,11 +38,13 @@ def make_transport(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     slots: int | None = None,
     events_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | None = None,
 ) -> Transport:
     """The transport called ``name`` for a pipeline of which this process has ``chunks`` of ``num_stages`` stages.
 
     A process with all stages has nobody to talk to and gets ``local``, whatever the name. ``auto`` is ``shm`` where
-    all processes are on one host that allows it, else ``gloo``. All processes of ``group`` must call this, in the same
+    all processes are on one host that allows it, else ``gloo``; for stages on GPUs it is ``nccl`` or, channel by
+    channel, ``ipc`` where that was measured to be faster. All processes of ``group`` must call this, in the same
     order and with the same name.
 
     Args:
@@ -49,10 +53,12 @@ def make_transport(
         slots: messages that fit into a channel before its next send waits; None is the transport's default.
         events_dir: folder for the last events of every channel, written when a wait ends badly; None is the system's
             folder for temporary files.
+        device: where the stages of this process are; None is the CPU.
 
     Raises:
         ValueError: an unknown name, another argument that cannot work, or no ``torch.distributed``.
         TransportError: the transport cannot work here, or the processes ask for different ones.
+        NcclError: ``nccl`` without an NCCL that works.
     """
     check_transport(name)
     if not timeout_s > 0:
@@ -71,7 +77,10 @@ def make_transport(
     from paci_rt.transport.shm import SLOTS, ShmTransport
 
     check_group(group, num_stages, chunks, name)
-    one_host = _agree(Meeting(group, timeout_s), name)
+    on_gpus = device is not None and device.type == "cuda"
+    one_host = _agree(Meeting(group, timeout_s), name, on_gpus)
+    if name in ON_GPUS or (name == "auto" and on_gpus):
+        return _on_gpus(name, group, num_stages, chunks, device, DeviceSettings(timeout_s, slots, events_dir))
     if name == "shm" or (name == "auto" and one_host):
         try:
             return ShmTransport(
@@ -89,13 +98,48 @@ def make_transport(
     return GlooTransport(group, num_stages=num_stages, chunks=chunks, timeout_s=timeout_s)
 
 
-def _agree(meeting: Meeting, name: str) -> bool:
+class DeviceSettings(NamedTuple):
+    """What transports for GPUs are told beside what all are; None is their default."""
+
+    timeout_s: float
+    slots: int | None
+    events_dir: str | os.PathLike[str] | None
+
+
+def _on_gpus(
+    name: str,
+    group: dist.ProcessGroup | None,
+    num_stages: int,
+    chunks: int,
+    device: torch.device | None,
+    settings: DeviceSettings,
+) -> Transport:
+    import torch
+
+    from paci_rt.transport.ipc import IpcTransport
+    from paci_rt.transport.nccl import NcclTransport
+    from paci_rt.transport.pairing import SLOTS, DeviceOptions
+
+    timeout_s, slots, events_dir = settings
+    options = DeviceOptions(timeout_s=timeout_s, slots=SLOTS if slots is None else slots, events_dir=events_dir)
+    here = torch.device("cpu") if device is None else device
+    if name == "ipc":
+        return IpcTransport(group, num_stages=num_stages, chunks=chunks, device=here, options=options)
+    measure = name == "auto"
+    return NcclTransport(group, num_stages=num_stages, chunks=chunks, device=here, measure=measure, options=options)
+
+
+def _agree(meeting: Meeting, name: str, on_gpus: bool) -> bool:
     """Make sure that all processes ask for the same transport; whether they are on one host."""
     from paci_rt.transport.rendezvous import host_identity, hosts_by_name
 
-    told = meeting.exchange("transport", {"name": name, "host": host_identity()})
+    told = meeting.exchange("transport", {"name": name, "gpu": on_gpus, "host": host_identity()})
     names = [member["name"] for member in told]
     if len(set(names)) > 1:
         asked = ", ".join(f"rank {rank} {asked!r}" for rank, asked in enumerate(names))
         raise TransportError(f"the processes ask for different transports ({asked}): give all the same")
+    places = [member["gpu"] for member in told]
+    if len(set(places)) > 1:
+        where = ", ".join(f"rank {rank} {'a GPU' if gpu else 'the CPU'}" for rank, gpu in enumerate(places))
+        raise TransportError(f"some stages are on GPUs and some are not ({where}): put all on 'cuda' or all on 'cpu'")
     return len(hosts_by_name([member["host"] for member in told])) == 1

@@ -2,8 +2,8 @@
 // each, tensors are plain memory that streams write and read, so that a wait that is missing is a data race, and wrong
 // bytes besides.
 //
-// usage: device_stress nccl|nccl-background|nccl-registered|ipc ROUNDS SEED [LOSE_EVERY]; exit code 1 if bytes are wrong
-// or a rule of NCCL was broken. LOSE_EVERY drops every so-manieth wait, to prove that this program would notice.
+// usage: device_stress nccl|nccl-background|nccl-registered|ipc ROUNDS SEED [LOSE_EVERY]; exit code 1 if bytes are
+// wrong or a rule of NCCL was broken. LOSE_EVERY drops every so-manieth wait, to prove that this program would notice.
 #include <sys/socket.h>
 
 #include <cstdio>
@@ -40,7 +40,8 @@ struct Expected {
   Expected(const std::string& edge, std::int64_t index, std::uint64_t seed) {
     std::mt19937_64 random(std::hash<std::string>()(edge) ^ (seed + static_cast<std::uint64_t>(index) / 5));
     const std::size_t tensors = 1 + random() % 2;
-    for (std::size_t i = 0; i < tensors; ++i) sizes.push_back(static_cast<std::int64_t>(random() % 4 == 0 ? 0 : random() % 3000));
+    for (std::size_t i = 0; i < tensors; ++i)
+      sizes.push_back(static_cast<std::int64_t>(random() % 4 == 0 ? 0 : random() % 3000));
     first = static_cast<unsigned char>(index * 7 + edge.size());
   }
   std::vector<std::int64_t> sizes;
