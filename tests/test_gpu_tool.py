@@ -160,7 +160,9 @@ def test_junit_counts_what_ran(tmp_path: Path) -> None:
         "<testcase classname='a' name='b'/>"
         "<testcase classname='a' name='c'><skipped message='needs two GPUs'/></testcase>"
     )
-    xml.write_text(f"<testsuites><testsuite tests='2' failures='0' errors='0' skipped='1'>{cases}</testsuite></testsuites>")
+    xml.write_text(
+        f"<testsuites><testsuite tests='2' failures='0' errors='0' skipped='1'>{cases}</testsuite></testsuites>"
+    )
     ((row,), document) = read_junit(xml)
     assert (row["value"], row["unit"], row["ok"]) == (1, "of 1 passed, 1 skipped", True)
     assert document["skipped"] == ["a::c: needs two GPUs"]
@@ -279,7 +281,15 @@ def test_examining_this_machine_gives_facts() -> None:
 
 def test_the_versions_that_a_report_must_have_are_in_its_heading() -> None:
     text = gpu_environment.heading(GOOD)
-    for part in ("NVIDIA H100", "driver 580.1", "CUDA 13.0", "torch 2.11.0+cu130", "Triton 3.6.0", "Python 3.12.3", "abc"):
+    for part in (
+        "NVIDIA H100",
+        "driver 580.1",
+        "CUDA 13.0",
+        "torch 2.11.0+cu130",
+        "Triton 3.6.0",
+        "Python 3.12.3",
+        "abc",
+    ):
         assert part in text
 
 

@@ -37,7 +37,9 @@ def parse(arguments: Sequence[str] | None, steps: Sequence[Step]) -> argparse.Na
     names = [step.name for step in steps]
     parser.add_argument("--only", metavar="NAMES", help=f"only these steps, with commas between: {', '.join(names)}")
     parser.add_argument("--out", type=Path, help="folder of gpu.json and gpu.log (default $OUT, else runs/gpu)")
-    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help=f"seconds for all steps (default {BUDGET_S:.0f})")
+    parser.add_argument(
+        "--budget-s", type=float, default=BUDGET_S, help=f"seconds for all steps (default {BUDGET_S:.0f})"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what is missing; run nothing")
     options = parser.parse_args(arguments)
     if options.budget_s <= 0:

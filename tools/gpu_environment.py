@@ -117,7 +117,9 @@ def problems(found: Mapping[str, Any]) -> list[str]:
     if modules["triton"] is None:
         wrong.append("Triton is not installed: pip install 'triton>=3.6' (torch's CUDA builds bring it)")
     elif below(modules["triton"], TRITON):
-        wrong.append(f"Triton is {modules['triton']}: the kernels need 3.6 or later, pip install --upgrade torch triton")
+        wrong.append(
+            f"Triton is {modules['triton']}: the kernels need 3.6 or later, pip install --upgrade torch triton"
+        )
     if found["nvcc"] is None:
         wrong.append(
             "there is no nvcc on PATH, nor in CUDA_HOME: install the CUDA toolkit (12.0 or later) and put its bin on PATH"

@@ -250,9 +250,7 @@ class Runner:
         finally:
             end_group(process)
 
-    def _results(
-        self, step: Step, out: Path, exit_code: int | None
-    ) -> tuple[list[dict[str, Any]], Any, str | None]:
+    def _results(self, step: Step, out: Path, exit_code: int | None) -> tuple[list[dict[str, Any]], Any, str | None]:
         """Measures, document, and what is wrong with them."""
         if step.reads != "nothing" and not out.exists():
             return [], None, f"it wrote no results (exit code {exit_code})"
