@@ -42,8 +42,8 @@ def borrow(array: Any, *, device: torch.device | str | None = None, what: str = 
         return array
     if not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")):
         raise ValueError(
-            f"{what} is a {type(array).__name__}: pass a torch tensor, or an array that has __dlpack__, such as those of "
-            "NumPy, CuPy and JAX"
+            f"{what} is a {type(array).__name__}: pass a torch tensor, or an array with __dlpack__, such as "
+            "those of NumPy, CuPy and JAX"
         )
     kind, number = (int(part) for part in array.__dlpack_device__())
     name = DLPACK_DEVICES.get(kind)
@@ -53,7 +53,7 @@ def borrow(array: Any, *, device: torch.device | str | None = None, what: str = 
     # torch would end the process with an uncaught C++ exception.
     if any(stride < 0 for stride in getattr(array, "strides", None) or ()):
         raise ValueError(
-            f"{what} has strides {array.strides}: make it contiguous, for example by numpy.ascontiguousarray"
+            f"{what} has strides {array.strides}: make it contiguous, as numpy.ascontiguousarray does"
         )
     try:
         return torch.from_dlpack(array)

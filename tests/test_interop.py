@@ -109,7 +109,7 @@ class Elsewhere:
 def test_arrays_that_cannot_be_borrowed_are_refused() -> None:
     good = numpy.zeros(4, dtype=numpy.float32)
     for array, options, words in (
-        ([1.0, 2.0], {}, "the gradient is a list: pass a torch tensor, or an array that has __dlpack__"),
+        ([1.0, 2.0], {}, "the gradient is a list: pass a torch tensor, or an array with __dlpack__"),
         (Elsewhere((2, 1)), {"device": "cpu"}, "the gradient is on cuda:1, and cpu is asked for"),
         (Elsewhere((2, 1)), {"device": "cuda:0"}, "the gradient is on cuda:1, and cuda:0 is asked for"),
         (Elsewhere((10, 0)), {}, "is on DLPack device 10, number 0: move it"),
