@@ -52,9 +52,7 @@ def borrow(array: Any, *, device: torch.device | str | None = None, what: str = 
     _check_device(torch.device(name, number) if name == "cuda" else torch.device(name), device, what)
     # torch would end the process with an uncaught C++ exception.
     if any(stride < 0 for stride in getattr(array, "strides", None) or ()):
-        raise ValueError(
-            f"{what} has strides {array.strides}: make it contiguous, as numpy.ascontiguousarray does"
-        )
+        raise ValueError(f"{what} has strides {array.strides}: make it contiguous, as numpy.ascontiguousarray does")
     try:
         return torch.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:

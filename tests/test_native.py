@@ -218,7 +218,7 @@ def test_stream_handles() -> None:
     for take in (native.stream_handle, lambda stream: core.Stream.borrow(0, stream, ops)):
         with pytest.raises(TypeError, match="'default' is no stream"):
             take("default")
-        with pytest.raises(TypeError, match="Memory object.*is no stream"):
+        with pytest.raises(TypeError, match=r"Memory object.*is no stream"):
             take(Memory())
 
 

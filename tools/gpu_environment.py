@@ -122,7 +122,7 @@ def problems(found: Mapping[str, Any]) -> list[str]:
         )
     if found["nvcc"] is None:
         wrong.append(
-            "there is no nvcc on PATH, nor in CUDA_HOME: install the CUDA toolkit (12.0 or later) and put its bin on PATH"
+            "there is no nvcc on PATH, nor in CUDA_HOME: install the CUDA toolkit, 12.0 or later, with its bin on PATH"
         )
     if found["cxx"] is None:
         wrong.append("there is no C++ compiler: install g++ (Debian: apt install g++), or set CXX")

@@ -297,7 +297,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         word = row["verdict"] + (f" ({row['note']})" if row.get("note") else "")
         cells.append((str(row["measure"]), value, str(row["target"] or "-"), word))
     widths = [max(len(line[at]) for line in cells) for at in range(3)]
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]).rstrip() for line in cells)
+    padded = [[cell.ljust(width) for cell, width in zip(line, [*widths, 0], strict=True)] for line in cells]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def number(value: Any) -> str:
