@@ -35,8 +35,8 @@ COPY_SHARE = 0.92
 CUPY = ("cupy", "cupy raw")
 PAIRS = ("pair", "pair, our sum")
 AHEAD_CYCLES = 10_000_000
-"""The device sleeps so long, some 5 ms, before what is timed: by then all of it has been issued, so that the time is the
-device's and not the interpreter's."""
+"""The device sleeps so long, some 5 ms, before what is timed: by then all of it has been issued, so that the time is
+the device's and not the interpreter's."""
 
 Measure = Callable[[Callable[[], None]], float]
 
