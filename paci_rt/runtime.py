@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from paci_rt import microbatch, policies, schedules, versions
 from paci_rt.action import Action
 from paci_rt.audit import RankAudit, StageAudit
+from paci_rt.clock import clock_for
 from paci_rt.errors import PaciError, StageError
 from paci_rt.executor import Executor, Feed, StageRuntime
 from paci_rt.feed import cut_batch
@@ -25,6 +26,7 @@ from paci_rt.state import collect_state, load_state, pipeline_stats
 from paci_rt.tied import TiedExchange
 from paci_rt.trace import Event
 from paci_rt.transport import Transport
+from paci_rt.update_stream import joined
 
 
 class Pipeline:
@@ -171,6 +173,7 @@ class Pipeline:
             divisor=divisor,
             recompute=policies.recomputes(policy, family, shape, rank.rank),
             ties=ties,
+            clock=clock_for(stage.device),
         )
 
     # --- running ---
@@ -198,6 +201,7 @@ class Pipeline:
     @property
     def events(self) -> list[Event]:
         """Compute actions executed so far, with ``trace=True``."""
+        self._executor.settle()
         return self._executor.events
 
     def step(
@@ -306,10 +310,12 @@ class Pipeline:
         ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of
         weights, masters, optimizer, accumulators, versions (extra weights), activations (peak) and total.
         """
+        self._executor.settle()
         return pipeline_stats(self._lowering, self._policy, self._executor, self._bounds)
 
     def reset_stats(self) -> None:
         """Start counting anew, for example after the first window."""
+        self._executor.settle()
         for runtime in self._executor.runtimes.values():
             runtime.audit.reset()
             runtime.weights.reset_stats()
@@ -362,7 +368,8 @@ class Pipeline:
         for param, _ in kept:
             param.grad = None
         try:
-            self._executor.run(streams, feed)
+            with joined(self.stages, [bound.order for bound in self._bounds]):
+                self._executor.run(streams, feed)
         except BaseException as error:
             self._failure = error
             raise

@@ -38,6 +38,7 @@ def adamw_step(
     clip: Tensor | None = None,
     grads: Sequence[Tensor | None] | None = None,
     overwrite: bool | Sequence[bool] = False,
+    only: Sequence[int] | None = None,
 ) -> None:
     """One step of the parameters that ``rows`` has steps of.
 
@@ -55,6 +56,8 @@ def adamw_step(
             added on the way, and ``grad_sum`` stays as it is.
         overwrite: with ``grads``: they are the first of their window, and ``grad_sum`` does not count; for all, or one
             flag a parameter.
+        only: positions of the parameters that the launch is about; None is all. The others are left alone, whatever
+            the rows say, and cost nothing.
 
     Raises:
         ValueError: a tensor does not fit the layout; see the limits above.
@@ -63,7 +66,7 @@ def adamw_step(
     check_weight(layout, weight)
     table, clip = check_rows(rows, layout), check_clip(layout, clip)
     codes = check_grads(layout, weight, grads, overwrite)
-    state = (master, weight, grad_sum, exp_avg, exp_avg_sq, table, layout.chunks, clip)
+    state = (master, weight, grad_sum, exp_avg, exp_avg_sq, table, layout.part_of(only), clip)
     present = [grad for grad in grads or () if grad is not None]
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.adamw(*state, present, codes)
@@ -81,6 +84,7 @@ def adamw_ahead(
     grad_sum: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    only: Sequence[int] | None = None,
 ) -> None:
     """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
 
@@ -93,13 +97,14 @@ def adamw_ahead(
         grad_sum: flat fp32 sums of the gradients that are in.
         exp_avg: flat fp32 first moments.
         exp_avg_sq: flat fp32 second moments.
+        only: as for :func:`adamw_step`.
 
     Raises:
         ValueError: a tensor does not fit the layout, or none or both of ``weight`` and ``kept``.
     """
     check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_ahead(layout, weight, kept)
-    state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.chunks)
+    state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.part_of(only))
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.adamw_ahead(*state, rows.repeats)
     else:
@@ -117,6 +122,8 @@ def _launch(
     clip: Tensor,
     entries: Entries,
 ) -> None:
+    if chunks.shape[0] == 0:
+        return
     with on_device(master):
         adamw_kernel[(chunks.shape[0],)](
             master,
@@ -146,6 +153,8 @@ def _launch_ahead(
     chunks: Tensor,
     repeats: int,
 ) -> None:
+    if chunks.shape[0] == 0:
+        return
     with on_device(master):
         adamw_ahead_kernel[(chunks.shape[0],)](
             master,

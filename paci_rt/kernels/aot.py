@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from paci_rt.kernels.device.accumulate import accumulate_kernel, totals_kernel
+from paci_rt.kernels.device.accumulate import accumulate_kernel, measure_kernel, totals_kernel
 from paci_rt.kernels.device.adamw import adamw_ahead_kernel, adamw_kernel
 from paci_rt.kernels.device.entries import PER_LAUNCH, entries_kernel
 from paci_rt.kernels.device.sgd import sgd_ahead_kernel, sgd_kernel
@@ -103,6 +103,12 @@ def accumulate_variants() -> Iterator[Variant]:
         constants={"BLOCK": TOTALS_BLOCK},
         aligned=("totals", "squares", "nonfinite"),
         warps=TOTALS_WARPS,
+    )
+    yield Variant(
+        name="measure",
+        kernel=measure_kernel,
+        types={"front": "*fp32", "squares": "*fp64", "nonfinite": "*i32", "numbers": "*i64", "chunks": "*i64"},
+        constants={"BLOCK": BLOCK},
     )
     addresses = {f"p{index}": "i64" for index in range(PER_LAUNCH)}
     yield Variant(
