@@ -60,8 +60,9 @@ def adamw_step(
             the rows say, and cost nothing.
 
     Raises:
-        ValueError: a tensor does not fit the layout; see the limits above.
+        ValueError: a tensor does not fit the layout, see the limits above, or the rows are another optimizer's.
     """
+    rows.require("adamw")
     check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_weight(layout, weight)
     table, clip = check_rows(rows, layout), check_clip(layout, clip)
@@ -71,7 +72,7 @@ def adamw_step(
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.adamw(*state, present, codes)
     else:
-        _launch(*state, layout.entries(grads, codes) if grads is not None and codes else Entries())
+        launch(*state, layout.entries(grads, codes) if grads is not None and codes else Entries())
 
 
 def adamw_ahead(
@@ -100,18 +101,21 @@ def adamw_ahead(
         only: as for :func:`adamw_step`.
 
     Raises:
-        ValueError: a tensor does not fit the layout, or none or both of ``weight`` and ``kept``.
+        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
+            optimizer's.
     """
+    rows.require("adamw")
     check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_ahead(layout, weight, kept)
     state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.part_of(only))
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.adamw_ahead(*state, rows.repeats)
     else:
-        _launch_ahead(*state, rows.repeats)
+        launch_ahead(*state, rows.repeats)
 
 
-def _launch(
+# NAdam launches a step through this too.
+def launch(
     master: Tensor,
     weight: Tensor | None,
     grad_sum: Tensor,
@@ -121,6 +125,8 @@ def _launch(
     chunks: Tensor,
     clip: Tensor,
     entries: Entries,
+    *,
+    nesterov: bool = False,
 ) -> None:
     if chunks.shape[0] == 0:
         return
@@ -138,11 +144,13 @@ def _launch(
             ELEMENT=element(entries.dtype),
             ALIGNED=entries.aligned,
             BLOCK=BLOCK,
+            NESTEROV=nesterov,
             **options(UPDATE_WARPS),
         )
 
 
-def _launch_ahead(
+# NAdam launches a look-ahead through this too.
+def launch_ahead(
     master: Tensor,
     weight: Tensor | None,
     kept: Tensor | None,
@@ -152,6 +160,8 @@ def _launch_ahead(
     rows: Tensor,
     chunks: Tensor,
     repeats: int,
+    *,
+    nesterov: bool = False,
 ) -> None:
     if chunks.shape[0] == 0:
         return
@@ -167,6 +177,7 @@ def _launch_ahead(
             chunks,
             repeats,
             BLOCK=BLOCK,
+            NESTEROV=nesterov,
             **options(UPDATE_WARPS),
         )
 
@@ -190,7 +201,7 @@ def _adamw_op(
     codes: list[int],
 ) -> None:
     entries = Entries.fresh(grads, codes)
-    _launch(master, weight, grad_sum, exp_avg, exp_avg_sq, rows, chunks, clip, entries)
+    launch(master, weight, grad_sum, exp_avg, exp_avg_sq, rows, chunks, clip, entries)
 
 
 @torch.library.custom_op(
@@ -210,7 +221,7 @@ def _ahead_op(
     chunks: Tensor,
     repeats: int,
 ) -> None:
-    _launch_ahead(master, weight, kept, grad_sum, exp_avg, exp_avg_sq, rows, chunks, repeats)
+    launch_ahead(master, weight, kept, grad_sum, exp_avg, exp_avg_sq, rows, chunks, repeats)
 
 
 @_adamw_op.register_fake

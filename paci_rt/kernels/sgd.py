@@ -40,8 +40,9 @@ def sgd_step(
         momentum_buffer: flat fp32; None steps without momentum, whatever the rows say.
 
     Raises:
-        ValueError: a tensor does not fit the layout.
+        ValueError: a tensor does not fit the layout, or the rows are another optimizer's.
     """
+    rows.require("sgd")
     check_buffers(layout, master=master, grad_sum=grad_sum, momentum_buffer=momentum_buffer)
     check_weight(layout, weight)
     table, clip = check_rows(rows, layout), check_clip(layout, clip)
@@ -73,8 +74,10 @@ def sgd_ahead(
         momentum_buffer: flat fp32; without momentum there is nothing to look ahead by.
 
     Raises:
-        ValueError: a tensor does not fit the layout, or none or both of ``weight`` and ``kept``.
+        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
+            optimizer's.
     """
+    rows.require("sgd")
     check_buffers(layout, master=master, grad_sum=grad_sum, momentum_buffer=momentum_buffer)
     check_ahead(layout, weight, kept)
     state = (master, weight, kept, grad_sum, momentum_buffer, check_rows(rows, layout), layout.part_of(only))
