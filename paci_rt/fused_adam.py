@@ -29,7 +29,7 @@ def adam_pass(
     if state.group.uses_kernels:
         from paci_rt import kernel_steps
 
-        kernel_steps.adamw(state, grad_sum, divisor, positions, ahead)
+        kernel_steps.adam(state, grad_sum, divisor, positions, ahead, step_sizes)
         return
     options = state.param_group
     native.adamw_step(

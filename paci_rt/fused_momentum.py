@@ -136,6 +136,11 @@ class Lion(FusedOptimizer):
         ahead: native.Ahead | None = None,
     ) -> None:
         """One pass over weights, gradients and the momentum."""
+        if state.group.uses_kernels:
+            from paci_rt import kernel_steps
+
+            kernel_steps.lion(state, grad_sum, divisor, positions, ahead)
+            return
         beta1, beta2 = state.param_group["betas"]
         native.lion_step(
             **flat_arguments(state, grad_sum, divisor, positions),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from paci_rt.kernels.adamw import adamw_ahead, adamw_step
+from paci_rt.kernels.lion import lion_ahead, lion_step
+from paci_rt.kernels.nadam import nadam_ahead, nadam_step
 from paci_rt.kernels.rows import ScalarRows
 from paci_rt.kernels.sgd import sgd_ahead, sgd_step
 
@@ -16,15 +18,33 @@ if TYPE_CHECKING:
     from paci_rt.fused_state import FusedState
 
 
-def adamw(
-    state: FusedState, grad_sum: Tensor, divisor: float, positions: list[int], ahead: native.Ahead | None
+def adam(
+    state: FusedState,
+    grad_sum: Tensor,
+    divisor: float,
+    positions: list[int],
+    ahead: native.Ahead | None,
+    step_sizes: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """AdamW on the parameters at ``positions``, or its look-ahead; see :func:`paci_rt.native.adamw_step`."""
+    """AdamW on the parameters at ``positions``, which ascend, or its look-ahead; with ``step_sizes`` NAdam. See
+    :func:`paci_rt.native.adamw_step`."""
     options, scalars = state.param_group, _scalars(state, divisor, positions, ahead)
-    scalars |= {"betas": tuple(map(float, options["betas"])), "eps": float(options["eps"])}
+    scalars |= {"betas": _betas(options), "eps": float(options["eps"])}
     rows = _rows(state, ahead)
-    rows.set_adamw(**scalars)
-    _launch(adamw_step if ahead is None else adamw_ahead, state, rows, grad_sum, positions, ahead, state.flat)
+    if step_sizes:
+        rows.set_nadam(**scalars, step_sizes=step_sizes)
+        step: Any = nadam_step if ahead is None else nadam_ahead
+    else:
+        rows.set_adamw(**scalars)
+        step = adamw_step if ahead is None else adamw_ahead
+    _launch(step, state, rows, grad_sum, positions, ahead, state.flat)
+
+
+def lion(state: FusedState, grad_sum: Tensor, divisor: float, positions: list[int], ahead: native.Ahead | None) -> None:
+    """Lion likewise; see :func:`paci_rt.native.lion_step`."""
+    rows = _rows(state, ahead)
+    rows.set_lion(**_scalars(state, divisor, positions, ahead), betas=_betas(state.param_group))
+    _launch(lion_step if ahead is None else lion_ahead, state, rows, grad_sum, positions, ahead, state.flat)
 
 
 def sgd(state: FusedState, grad_sum: Tensor, divisor: float, positions: list[int], ahead: native.Ahead | None) -> None:
@@ -35,6 +55,10 @@ def sgd(state: FusedState, grad_sum: Tensor, divisor: float, positions: list[int
     rows.set_sgd(**scalars, nesterov=bool(options["nesterov"]))
     buffers = {"momentum_buffer": state.flat.get("momentum_buffer")}
     _launch(sgd_step if ahead is None else sgd_ahead, state, rows, grad_sum, positions, ahead, buffers)
+
+
+def _betas(options: dict[str, Any]) -> tuple[float, float]:
+    return float(options["betas"][0]), float(options["betas"][1])
 
 
 def _scalars(state: FusedState, divisor: float, positions: Sequence[int], ahead: native.Ahead | None) -> dict[str, Any]:

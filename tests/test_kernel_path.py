@@ -18,6 +18,7 @@ from paci_rt import flat
 from paci_rt.accumulator import GradAccumulator, make_accumulator
 from paci_rt.errors import AccumulatorStateError
 from paci_rt.flat import FlatGroup
+from paci_rt.update_stream import InLine
 
 
 class Odd(nn.Module):
@@ -41,6 +42,7 @@ def train(run: Run, kernels: bool, dtype: torch.dtype = torch.float32) -> tuple[
     """Parameters, optimizer state and losses after a few windows; the statistics."""
     chosen = flat.uses_kernels
     flat.uses_kernels = lambda device: kernels  # type: ignore[assignment]
+    InLine.in_parts = kernels  # so that every launch is about a part of the parameters
     try:
         modules: list[nn.Module] = [Odd(stage, 24 + 8 * stage) for stage in range(run.stages)]
         pipe = paci_rt.LocalPipeline(
@@ -68,7 +70,7 @@ def train(run: Run, kernels: bool, dtype: torch.dtype = torch.float32) -> tuple[
         pipe.close()
         return seen, stats
     finally:
-        flat.uses_kernels = chosen
+        flat.uses_kernels, InLine.in_parts = chosen, False
 
 
 RUNS = [
@@ -81,6 +83,8 @@ RUNS = [
     Run(schedule="paci", stages=3, batch=8, accumulation=2, policy="predict"),
     Run(schedule="paci", stages=2, batch=8, accumulation=2, policy="recompute"),
     Run(schedule="paci", stages=2, batch=8, accumulation=2, optimizer="muon", lookahead=True),
+    Run(schedule="paci", stages=2, batch=8, accumulation=2, optimizer="nadam", lookahead=True),
+    Run(schedule="paci", stages=2, batch=8, accumulation=2, optimizer="lion", lookahead=True),
     Run(schedule="paci", stages=2, batch=8, accumulation=2, optimizer="torch-adamw"),
 ]
 

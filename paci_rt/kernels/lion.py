@@ -31,11 +31,12 @@ def lion_step(
     clip: Tensor | None = None,
     grads: Sequence[Tensor | None] | None = None,
     overwrite: bool | Sequence[bool] = False,
+    only: Sequence[int] | None = None,
 ) -> None:
     """One step of the parameters that ``rows`` has steps of.
 
     Args:
-        layout, master, weight, grad_sum, clip, grads, overwrite: as for :func:`paci_rt.kernels.adamw.adamw_step`.
+        layout, master, weight, grad_sum, clip, grads, overwrite, only: as for :func:`paci_rt.kernels.adamw.adamw_step`.
         rows: scalars, set with :meth:`ScalarRows.set_lion`.
         exp_avg: flat fp32 momentum, zero before the first step.
 
@@ -47,7 +48,7 @@ def lion_step(
     check_weight(layout, weight)
     table, clip = check_rows(rows, layout), check_clip(layout, clip)
     codes = check_grads(layout, weight, grads, overwrite)
-    state = (master, weight, grad_sum, exp_avg, table, layout.chunks, clip)
+    state = (master, weight, grad_sum, exp_avg, table, layout.part_of(only), clip)
     present = [grad for grad in grads or () if grad is not None]
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.lion(*state, present, codes)
@@ -64,11 +65,12 @@ def lion_ahead(
     kept: Tensor | None,
     grad_sum: Tensor,
     exp_avg: Tensor,
+    only: Sequence[int] | None = None,
 ) -> None:
     """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
 
     Args:
-        layout, master, weight, kept, grad_sum: as for :func:`paci_rt.kernels.adamw.adamw_ahead`.
+        layout, master, weight, kept, grad_sum, only: as for :func:`paci_rt.kernels.adamw.adamw_ahead`.
         rows: scalars of as many steps a parameter, set with ``known=``.
         exp_avg: flat fp32 momentum.
 
@@ -79,7 +81,7 @@ def lion_ahead(
     rows.require("lion")
     check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg)
     check_ahead(layout, weight, kept)
-    state = (master, weight, kept, grad_sum, exp_avg, check_rows(rows, layout), layout.chunks)
+    state = (master, weight, kept, grad_sum, exp_avg, check_rows(rows, layout), layout.part_of(only))
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.lion_ahead(*state, rows.repeats)
     else:
@@ -96,6 +98,8 @@ def _launch(
     clip: Tensor,
     entries: Entries,
 ) -> None:
+    if chunks.shape[0] == 0:
+        return
     with on_device(master):
         lion_kernel[(chunks.shape[0],)](
             master,
@@ -123,6 +127,8 @@ def _launch_ahead(
     chunks: Tensor,
     repeats: int,
 ) -> None:
+    if chunks.shape[0] == 0:
+        return
     with on_device(master):
         lion_ahead_kernel[(chunks.shape[0],)](
             master, weight, kept, grad_sum, exp_avg, rows, chunks, repeats, BLOCK=BLOCK, **options(UPDATE_WARPS)

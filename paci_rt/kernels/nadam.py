@@ -30,11 +30,12 @@ def nadam_step(
     clip: Tensor | None = None,
     grads: Sequence[Tensor | None] | None = None,
     overwrite: bool | Sequence[bool] = False,
+    only: Sequence[int] | None = None,
 ) -> None:
     """One step of the parameters that ``rows`` has steps of.
 
     Args:
-        layout, master, weight, grad_sum, exp_avg, exp_avg_sq, clip, grads, overwrite: as for
+        layout, master, weight, grad_sum, exp_avg, exp_avg_sq, clip, grads, overwrite, only: as for
             :func:`paci_rt.kernels.adamw.adamw_step`.
         rows: scalars, set with :meth:`ScalarRows.set_nadam`.
 
@@ -46,7 +47,7 @@ def nadam_step(
     check_weight(layout, weight)
     table, clip = check_rows(rows, layout), check_clip(layout, clip)
     codes = check_grads(layout, weight, grads, overwrite)
-    state = (master, weight, grad_sum, exp_avg, exp_avg_sq, table, layout.chunks, clip)
+    state = (master, weight, grad_sum, exp_avg, exp_avg_sq, table, layout.part_of(only), clip)
     present = [grad for grad in grads or () if grad is not None]
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.nadam(*state, present, codes)
@@ -65,11 +66,12 @@ def nadam_ahead(
     grad_sum: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    only: Sequence[int] | None = None,
 ) -> None:
     """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
 
     Args:
-        layout, master, weight, kept, grad_sum, exp_avg, exp_avg_sq: as for
+        layout, master, weight, kept, grad_sum, exp_avg, exp_avg_sq, only: as for
             :func:`paci_rt.kernels.adamw.adamw_ahead`.
         rows: scalars of as many steps a parameter, set with ``known=``.
 
@@ -80,7 +82,7 @@ def nadam_ahead(
     rows.require("nadam")
     check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_ahead(layout, weight, kept)
-    state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.chunks)
+    state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.part_of(only))
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.nadam_ahead(*state, rows.repeats)
     else:
