@@ -249,13 +249,18 @@ class Pipeline:
         return self._results(feed, losses)
 
     def drain(self) -> None:
-        """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree."""
+        """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree.
+
+        On a GPU an update may still be on its way when an asynchronous schedule's :meth:`step` returns, on a stream of
+        its own: drain before you read or change parameters.
+        """
         start, end = self._start_window, self._next_window
         if start < end:
             streams = {rank: self._lowering.drain(rank, start, end) for rank in self._ranks}
             self._run(streams, Feed())
             self._start_window = end
             self._restart(end)
+        self._await_updates()
         self._executor.transport.flush()
 
     def eval(
@@ -368,13 +373,20 @@ class Pipeline:
         for param, _ in kept:
             param.grad = None
         try:
-            with joined(self.stages, [bound.order for bound in self._bounds]):
+            with joined(self.stages):
                 self._executor.run(streams, feed)
         except BaseException as error:
             self._failure = error
             raise
+        if self._lowering.family.flush or not feed.training:
+            self._await_updates()
         for param, grad in kept:
             param.grad = grad if param.grad is None else grad.add_(param.grad)
+
+    def _await_updates(self) -> None:
+        """On a GPU: what the caller does from now on sees all updates."""
+        for bound in self._bounds:
+            bound.before_reading()
 
     def _results(self, feed: Feed, losses: list[Tensor] | None) -> Any:
         if losses is not None and self.has_last:

@@ -82,9 +82,9 @@ class UpdateStream(InLine):
 
 
 @contextmanager
-def joined(stages: Iterable[PipelineStage], orders: Iterable[InLine]) -> Iterator[None]:
+def joined(stages: Iterable[PipelineStage]) -> Iterator[None]:
     """Within it, stages work on streams of their own, behind what the caller's streams have so far; behind it, the
-    caller's streams go on behind all that the stages were given, updates included."""
+    caller's streams go on behind all that the stages computed. Updates may still be on their way."""
     streams = [stage.stream for stage in stages if stage.stream is not None]
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -93,8 +93,6 @@ def joined(stages: Iterable[PipelineStage], orders: Iterable[InLine]) -> Iterato
     finally:
         for stream in streams:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
-        for order in orders:
-            order.wait_all()
 
 
 def update_order(device: torch.device | None) -> InLine:

@@ -40,7 +40,7 @@ class LocalTransport:
         """Nothing needs to be posted ahead in one process."""
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
-        device = next((tensor.device for tensor in message.tensors if tensor is not None and tensor.is_cuda), None)
+        device = _gpu_of(message)
         stream = made = None
         if device is not None:
             stream = torch.cuda.current_stream(device)
@@ -66,6 +66,10 @@ class LocalTransport:
 
     def close(self) -> None:
         self._mailboxes.clear()
+
+
+def _gpu_of(message: Message) -> torch.device | None:
+    return next((tensor.device for tensor in message.tensors if tensor is not None and tensor.is_cuda), None)
 
 
 def _follow(sender: torch.cuda.Stream, made: torch.cuda.Event, message: Message) -> None:
