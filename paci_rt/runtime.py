@@ -153,6 +153,7 @@ class Pipeline:
         named = {name: param for name, param in named.items() if param not in followers}
         family, shape, policy = self._lowering.family, self._lowering.shape, self._policy
         bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
+        bound.compute_products_by(stage.wgrad)
         self._bounds.append(bound)
         held = policies.versions_held(policy, family, shape, rank.rank)
         drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
