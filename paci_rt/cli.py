@@ -252,7 +252,7 @@ def _add_training(options: _Options) -> None:
     options.add("seed", int, "N", "of weights and batches; equal seeds give equal parameters, bit for bit")
     options.add("eval_interval", int, "N", "local updates between validations (default: a tenth of --steps)")
     options.add("eval_batches", int, "N", "held-back batches per validation")
-    options.add("device", str, "NAME", "cpu; auto means the same in this version")
+    options.add("device", str, "NAME", "cpu, cuda (one GPU a process), cuda:N, or auto, cuda where it can be used")
     options.add("transport", str, "NAME", f"{', '.join(TRANSPORTS)}; local runs all stages in one process, auto is "
                 "gloo between processes")
     options.add("threads", int, "N", "threads a stage computes on")

@@ -6,10 +6,10 @@ each runs until its next receive has no message yet.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paci_rt.action import COMPUTE_OPS, RECV_OPS, Action, Op
 from paci_rt.audit import StageAudit
+from paci_rt.clock import HostClock
 from paci_rt.errors import ActionError, PaciError, ScheduleError
 from paci_rt.lowering import Channel, TiedWeight, channels
 from paci_rt.stage import PipelineStage
@@ -27,7 +28,9 @@ from paci_rt.transport.base import Message, Transport
 class Updater(Protocol):
     """The optimizer as the executor drives it; see ``paci_rt.optim.BoundOptimizer``."""
 
-    def update(self, divisor: int) -> Any: ...
+    def update(self, divisor: int, prepare: Callable[[], None]) -> Any: ...
+    def before_forward(self, *, whole: bool) -> None: ...
+    def before_reading(self) -> None: ...
 
 
 class Weights(Protocol):
@@ -35,6 +38,8 @@ class Weights(Protocol):
 
     @property
     def extra_bytes(self) -> int: ...
+    @property
+    def whole(self) -> bool: ...
     @property
     def ahead_s(self) -> float: ...
     @property
@@ -87,6 +92,7 @@ class StageRuntime:
         accumulation: micro-batches a window.
         divisor: what a window's summed gradients are divided by.
         recompute: forwards keep their arguments only and run again before the backward.
+        clock: tells when its actions began and ended.
     """
 
     stage: PipelineStage
@@ -98,6 +104,7 @@ class StageRuntime:
     recompute: bool = False
     after_update: Callable[[], None] | None = None
     ties: Ties | None = None
+    clock: HostClock = field(default_factory=HostClock)
     received: dict[tuple[Op, int], Message] = field(default_factory=dict)
     outgoing: dict[tuple[Op, int], Message] = field(default_factory=dict)
 
@@ -185,19 +192,25 @@ class Executor:
 
     def _execute(self, action: Action, feed: Feed) -> None:
         runtime = self.runtimes[action.stage]
+        with runtime.stage.computing():
+            begin = runtime.clock.mark()
+            version = self._perform(runtime, action, feed)
+            if feed.training:
+                runtime.clock.between(begin, runtime.clock.mark(), partial(self._count, runtime, action, version))
+
+    def _perform(self, runtime: StageRuntime, action: Action, feed: Feed) -> int | None:
         profiled = torch.autograd._profiler_enabled()
-        start = time.perf_counter()
         try:
             with torch.profiler.record_function(str(action)) if profiled else nullcontext():
-                version = self._run_op[action.op](runtime, action, feed)
+                return self._run_op[action.op](runtime, action, feed)
         except PaciError:
             raise
         except Exception as error:
             message = f"action {action} failed: {type(error).__name__}: {error}\n{self._explain(action)}"
             raise ActionError(str(action), message) from error
-        end = time.perf_counter()
-        if not feed.training:
-            return
+
+    def _count(self, runtime: StageRuntime, action: Action, version: int | None, start: float, end: float) -> None:
+        """An action of a training run ran from ``start`` to ``end`` seconds."""
         if action.op in COMPUTE_OPS:
             runtime.audit.compute_s += end - start
             if self._trace:
@@ -207,7 +220,12 @@ class Executor:
             runtime.audit.exposed_comm_s += end - start
         if self.first_start_s is None:
             self.first_start_s = start
-        self.last_end_s = end
+        self.last_end_s = max(self.last_end_s, end)
+
+    def settle(self) -> None:
+        """Wait until all that was issued has run and is counted."""
+        for runtime in self.runtimes.values():
+            runtime.clock.settle()
 
     # --- one method an operation; computations return the version of the weights that they used ---
 
@@ -226,6 +244,7 @@ class Executor:
         loss = feed.losses.get(m) if stage.is_last else None
         audit = runtime.audit
         version = audit.version
+        runtime.updater.before_forward(whole=runtime.weights.whole or not feed.training)
         if feed.training:
             window = m // runtime.accumulation
             version, context = runtime.weights.for_forward(window, audit.version, feed.start_window)
@@ -246,6 +265,7 @@ class Executor:
         stage, audit, m, split = runtime.stage, runtime.audit, action.index, action.op is Op.I
         version, context = runtime.weights.for_backward(audit.version_at_forward(m), audit.version)
         audit.backward(action, version, m // runtime.accumulation, stage.kept_bytes(m)[1])
+        runtime.updater.before_reading()
         gradients = () if stage.is_last else runtime.received.pop((Op.RECV_B, m)).tensors
         with context:
             outgoing = stage.backward(m, gradients, split=split)
@@ -262,8 +282,7 @@ class Executor:
 
     def _update(self, runtime: StageRuntime, action: Action, feed: Feed) -> int:
         version = runtime.audit.version
-        runtime.weights.begin_update(version)
-        done = runtime.updater.update(runtime.divisor)
+        done = runtime.updater.update(runtime.divisor, partial(runtime.weights.begin_update, version))
         runtime.audit.update(done.grad_norm, done.nonfinite)
         if runtime.after_update is not None:
             runtime.after_update()

@@ -169,6 +169,11 @@ def stream_handle(stream: Any) -> int:
     return int(pair[1])
 
 
+def current_stream(device: torch.device) -> int:
+    """Handle of the stream that torch gives its work to on a device; 0 on the CPU."""
+    return 0 if device.type == "cpu" else int(torch.cuda.current_stream(device).cuda_stream)
+
+
 def empty_flat(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A flat zeroed tensor of ``numel`` elements, aligned to 64 bytes, on large pages where the system has them."""
     tensor = torch.empty(numel, dtype=dtype, device=device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from paci_rt import microbatch, policies, schedules, versions
 from paci_rt.action import Action
 from paci_rt.audit import RankAudit, StageAudit
+from paci_rt.clock import clock_for
 from paci_rt.errors import PaciError, StageError
 from paci_rt.executor import Executor, Feed, StageRuntime
 from paci_rt.feed import cut_batch
@@ -25,6 +26,7 @@ from paci_rt.state import collect_state, load_state, pipeline_stats
 from paci_rt.tied import TiedExchange
 from paci_rt.trace import Event
 from paci_rt.transport import Transport
+from paci_rt.update_stream import joined
 
 
 class Pipeline:
@@ -151,6 +153,7 @@ class Pipeline:
         named = {name: param for name, param in named.items() if param not in followers}
         family, shape, policy = self._lowering.family, self._lowering.shape, self._policy
         bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
+        bound.compute_products_by(stage.wgrad)
         self._bounds.append(bound)
         held = policies.versions_held(policy, family, shape, rank.rank)
         drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
@@ -171,6 +174,7 @@ class Pipeline:
             divisor=divisor,
             recompute=policies.recomputes(policy, family, shape, rank.rank),
             ties=ties,
+            clock=clock_for(stage.device),
         )
 
     # --- running ---
@@ -198,6 +202,7 @@ class Pipeline:
     @property
     def events(self) -> list[Event]:
         """Compute actions executed so far, with ``trace=True``."""
+        self._executor.settle()
         return self._executor.events
 
     def step(
@@ -245,13 +250,18 @@ class Pipeline:
         return self._results(feed, losses)
 
     def drain(self) -> None:
-        """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree."""
+        """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree.
+
+        On a GPU an update may still be on its way when an asynchronous schedule's :meth:`step` returns, on a stream of
+        its own: drain before you read or change parameters.
+        """
         start, end = self._start_window, self._next_window
         if start < end:
             streams = {rank: self._lowering.drain(rank, start, end) for rank in self._ranks}
             self._run(streams, Feed())
             self._start_window = end
             self._restart(end)
+        self._await_updates()
         self._executor.transport.flush()
 
     def eval(
@@ -306,10 +316,12 @@ class Pipeline:
         ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of
         weights, masters, optimizer, accumulators, versions (extra weights), activations (peak) and total.
         """
+        self._executor.settle()
         return pipeline_stats(self._lowering, self._policy, self._executor, self._bounds)
 
     def reset_stats(self) -> None:
         """Start counting anew, for example after the first window."""
+        self._executor.settle()
         for runtime in self._executor.runtimes.values():
             runtime.audit.reset()
             runtime.weights.reset_stats()
@@ -362,12 +374,20 @@ class Pipeline:
         for param, _ in kept:
             param.grad = None
         try:
-            self._executor.run(streams, feed)
+            with joined(self.stages):
+                self._executor.run(streams, feed)
         except BaseException as error:
             self._failure = error
             raise
+        if self._lowering.family.flush or not feed.training:
+            self._await_updates()
         for param, grad in kept:
             param.grad = grad if param.grad is None else grad.add_(param.grad)
+
+    def _await_updates(self) -> None:
+        """On a GPU: what the caller does from now on sees all updates."""
+        for bound in self._bounds:
+            bound.before_reading()
 
     def _results(self, feed: Feed, losses: list[Tensor] | None) -> Any:
         if losses is not None and self.has_last:

@@ -55,7 +55,7 @@ def pipeline_stats(
         "peak_rank_in_flight": {rank.rank: rank.peak_in_flight for rank in ranks.values()},
         "lookahead_s": sum(runtime.weights.ahead_s for runtime in runtimes),
         "lookahead_forwards": sum(runtime.weights.ahead_forwards for runtime in runtimes),
-        "nonfinite_gradients": sum(audit.nonfinite_gradients for audit in audits),
+        "nonfinite_gradients": sum(int(audit.nonfinite_gradients) for audit in audits),
         "memory": memory,
         "peak_bytes": max(
             rank.peak_held_bytes

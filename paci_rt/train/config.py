@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from paci_rt import policies, schedules
+from paci_rt import native, policies, schedules
+from paci_rt.errors import TritonMissingError
+from paci_rt.stage import usable
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
 from paci_rt.transport import TRANSPORTS
 
@@ -18,6 +22,9 @@ OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd
 BETA2 = {"lion": 0.99}
 MOMENTUM = {"muon": 0.95}
 """Defaults of optimizers that differ from the others'."""
+
+CPU_TRANSPORTS = ("gloo", "shm")
+"""Transports whose messages lie in the CPU's memory."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,7 +54,8 @@ class TrainConfig:
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
             autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
             2 bytes a parameter for every micro-batch in flight, the very weight stash that PACI does without.
-        seed: of weights and batches. device: ``cpu``, which ``auto`` means in this version.
+        seed: of weights and batches. device: ``cpu``; ``cuda``, the GPUs of this host, one a process, or all stages on
+            the first with the local transport; ``cuda:N`` one of them; ``auto`` is ``cuda`` where it can be used.
         eval_interval: windows between validations, 0 for one at the end only; a tenth of steps.
         eval_batches: batches of batch_size sequences that make the held-back set.
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
@@ -122,13 +130,40 @@ class TrainConfig:
         _known("--optimizer", self.optimizer, OPTIMIZERS)
         _known("--dtype", self.dtype, DTYPES)
         _known("--transport", self.transport, TRANSPORTS)
-        if self.device not in ("cpu", "auto"):
-            raise ValueError(f"--device {self.device}: this version runs on the CPU only; use --device cpu")
+        self._check_device()
         if self.dtype == "bf16" and self.optimizer.startswith("torch-"):
             raise ValueError(
                 f"--dtype bf16 with --optimizer {self.optimizer}: torch's optimizers keep no fp32 masters, so small "
                 f"updates would be rounded away; use --optimizer {self.optimizer.removeprefix('torch-')}"
             )
+
+    def _check_device(self) -> None:
+        """Resolve ``auto``, and refuse what cannot work."""
+        if self.device == "auto":
+            there = torch.cuda.is_available() and native.cuda_devices()[0] > 0
+            self._fill("device", "cuda" if there else "cpu", always=True)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"--device {self.device}: give cpu, cuda, cuda:N or auto")
+        if self.device == "cpu":
+            return
+        try:
+            usable(torch.device(self.device))
+        except (ValueError, TritonMissingError) as error:
+            raise ValueError(f"--device {self.device}: {error}; or use --device cpu") from None
+        if self.transport == "auto" and (self.stages == 1 or ":" in self.device or torch.cuda.device_count() == 1):
+            self._fill("transport", "local", always=True)
+        if self.transport in CPU_TRANSPORTS:
+            raise ValueError(
+                f"--transport {self.transport} carries messages between CPUs: with --device {self.device} use "
+                "--transport local, which runs all stages on one GPU"
+            )
+
+    def torch_device(self, rank: int) -> torch.device:
+        """Where the stages of a process run."""
+        if self.device != "cuda":
+            return torch.device(self.device)
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
 
     def _check_integers(self) -> None:
         positive = (

@@ -76,6 +76,7 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
             rest(step, validate=validate, save=save)
             clock.start()
         x, y = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
+        x, y = to_stages(pipeline, x, y)
         losses: list[Tensor] = []
         inputs = (x,) if pipeline.has_first else ()
         target = y if pipeline.has_last else None
@@ -147,8 +148,9 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
     if ctx.local:
         options |= {"schedule": config.schedule, "chunks": config.chunks}
         options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
-        return paci_rt.LocalPipeline(modules, **options), lr_schedulers
-    stages = [paci_rt.PipelineStage(module, at, pieces) for module, at in zip(modules, here, strict=True)]
+        return paci_rt.LocalPipeline(modules, device=config.torch_device(0), **options), lr_schedulers
+    device = config.torch_device(ctx.rank)
+    stages = [paci_rt.PipelineStage(module, at, pieces, device) for module, at in zip(modules, here, strict=True)]
     options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
     return paci_rt.get_schedule_class(config.schedule)(stages, **options), lr_schedulers
 
@@ -194,10 +196,20 @@ def set_learning_rate(lr_schedulers: Sequence[LambdaLR], config: TrainConfig, st
             group["lr"] = config.lr * config.lr_factor(step)
 
 
+def to_stages(pipeline: Pipeline, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs where this process's first stage is and targets where its last one is."""
+    if pipeline.stages[0].device.type == "cpu":
+        return x, y
+    # Pinned, so that the copies run beside what the GPU still has to do.
+    first, last = pipeline.stages[0].device, pipeline.stages[-1].device
+    return x.pin_memory().to(first, non_blocking=True), y.pin_memory().to(last, non_blocking=True)
+
+
 def evaluate(pipeline: Pipeline, x: Tensor, y: Tensor, batch_size: int) -> float | None:
     """Mean nats per token over sequences x and their targets y, int64 ``[sequences, seq]``; None off the last stage."""
     means = []
     for inputs, targets in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):  # [batch, seq]
+        inputs, targets = to_stages(pipeline, inputs, targets)
         losses: list[Tensor] = []
         args = (inputs,) if pipeline.has_first else ()
         pipeline.eval(*args, target=targets if pipeline.has_last else None, losses=losses, return_outputs=False)
@@ -217,7 +229,7 @@ def params_sha256(config: TrainConfig, pipeline: Pipeline, ctx: Context, group: 
     if ctx.rank > 0:
         for name in shapes:
             if name in mine:
-                dist.send(mine[name].detach().contiguous().view(-1).view(torch.uint8), 0, group=group)
+                dist.send(mine[name].detach().cpu().contiguous().view(-1).view(torch.uint8), 0, group=group)
         return None
 
     def in_order() -> Iterator[tuple[str, Tensor]]:
