@@ -12,8 +12,9 @@ every micro-batch and all weights at the end, each as ``|x - y| / |y|`` over all
 - bf16 parameters with fp32 masters with fp32, both on the GPU. A bf16 weight or activation is off by up to 2^-9 of
   itself; over all weights, that and the steps that small gradients take the other way stay below 2^-6, and the losses,
   in which independent roundings average out, below 2^-8. (On a CPU: 0.005 and 0.0007.)
-- A run with the same run again, and with a run in which the host waits for every kernel (``CUDA_LAUNCH_BLOCKING=1``, in
-  a process of its own), so that streams cannot overlap: the same bits, all of them.
+- A run, in which every stage computes on a stream of its own, with the same run again; with a run in which all stages
+  share one stream; and with a run in which the host waits for every kernel (``CUDA_LAUNCH_BLOCKING=1``, in a process of
+  its own), so that nothing overlaps, updates included: the same bits, all of them.
 
 Kernels whose order of summation varies are off (``torch.use_deterministic_algorithms``, attention by plain products):
 only then can a difference be ours.
@@ -58,6 +59,7 @@ class Case:
         dtype: of the parameters, ``fp32`` or ``bf16``.
         windows: local updates.
         perturbed: the first weights are each off by up to a rounding unit.
+        one_stream: all stages compute on one stream; on a GPU.
     """
 
     schedule: str
@@ -65,6 +67,7 @@ class Case:
     windows: int
     dtype: str = "fp32"
     perturbed: bool = False
+    one_stream: bool = False
 
     @property
     def key(self) -> str:
@@ -114,15 +117,15 @@ def train(case: Case) -> Trained:
     modules = [build_stage(MODELS["gpt-tiny"], stage, STAGES, dtype=dtype) for stage in range(STAGES)]
     if case.perturbed:
         perturb(modules)
-    # On the CPU the argument is left out: there is nothing to choose.
-    where: dict[str, Any] = {} if case.device == "cpu" else {"device": case.device}
+    streams = [None] * STAGES if case.one_stream else None
     pipeline = paci_rt.LocalPipeline(
         modules,
         schedule=case.schedule,
         n_microbatches=ACCUMULATION,
         loss_fn=cross_entropy,
         optimizer=lambda params: paci_rt.AdamW(params, lr=LEARNING_RATE),
-        **where,
+        device=case.device,
+        streams=streams,
     )
     collected: list[Tensor] = []
     with sdpa_kernel(SDPBackend.MATH):
@@ -236,11 +239,16 @@ class Comparison:
         self.attempt(f"{schedule}: bf16 with masters as fp32", lambda name: self.bf16(name, schedule))
         self.attempt("run again: the same bits", lambda name: self.bits(name, train))
 
+        def together(case: Case) -> Trained:
+            return train(replace(case, one_stream=True))
+
+        self.attempt("all stages on one stream: the same bits", lambda name: self.bits(name, together))
+
         def waiting(name: str) -> None:
             others = one_at_a_time(self._device, self._schedules, self._windows)
             self.bits(name, lambda case: others[case.key])
 
-        self.attempt("streams beside each other or not: the same bits", waiting)
+        self.attempt("nothing beside anything: the same bits", waiting)
 
 
 def settle() -> None:

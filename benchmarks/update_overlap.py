@@ -70,8 +70,7 @@ class Setting:
 def make_pipeline(
     modules: Sequence[nn.Module], schedule: str, accumulation: int, device: str, *, updates: bool = True
 ) -> paci_rt.LocalPipeline:
-    """All stages on one device, double-buffered, so that updates have somewhere to read from meanwhile."""
-    where: dict[str, Any] = {} if device == "cpu" else {"device": device}
+    """All stages on one device."""
     kind = paci_rt.AdamW if updates else Unmoved
     return paci_rt.LocalPipeline(
         modules,
@@ -79,8 +78,7 @@ def make_pipeline(
         n_microbatches=accumulation,
         loss_fn=cross_entropy,
         optimizer=lambda params: kind(params, lr=1e-5),
-        buffers=2,
-        **where,
+        device=device,
     )
 
 
