@@ -254,7 +254,8 @@ class Comparison:
 def settle() -> None:
     """Fixed orders of summation, and no TF32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-    torch.use_deterministic_algorithms(True)
+    # A warning suffices: what then differs shows in the bits.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_float32_matmul_precision("highest")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -125,6 +126,11 @@ def test_arrays_that_cannot_be_borrowed_are_refused() -> None:
     assert borrow(good[::2]).stride() == (2,)
     tensor = torch.zeros(2)
     assert borrow(tensor, device="cpu") is tensor
+
+
+def test_the_pages_example_runs() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "interop.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
 
 
 # --- on a GPU ---
