@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def measure(
 
     Args:
         name: what was measured.
-        value: None where it could not be; ``note`` then says why. NaN reaches no target.
+        value: None where it could not be; ``note`` then says why. What is not finite reaches no target.
         unit: of the value.
         at_least, at_most: the target, one of them or none, where the row only informs.
     """
@@ -72,6 +73,8 @@ def measure(
     ok = None
     if value is not None and target is not None:
         ok = bool(value >= at_least) if at_least is not None else bool(value <= at_most)  # type: ignore[operator]
+    if value is not None and not math.isfinite(value):  # JSON has no such numbers
+        value, ok, note = None, None if target is None else False, f"it was {value}"
     row = {"measure": name, "value": value, "unit": unit, "target": target, "ok": ok}
     return row if note is None else {**row, "note": note}
 

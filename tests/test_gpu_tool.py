@@ -178,12 +178,13 @@ def test_junit_counts_what_ran(tmp_path: Path) -> None:
         read_junit(xml)
 
 
-def test_pytest_itself_as_a_step(runner: Runner, tmp_path: Path) -> None:
+def test_pytest_itself_as_a_step(runner: Runner, said: list[str], tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
     command = ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={out}", "test_x.py")
     outcome = runner.run_step(Step(name="tests", does="", command=command, limit_s=60, reads="junit"))
     assert outcome.failure is None
     assert (only_row(outcome)["value"], only_row(outcome)["verdict"]) == (1, "MISSED")
+    assert any("FAILED test_x.py::test_b" in line for line in said)  # which one, where it is read
 
 
 def test_verdicts_and_table() -> None:

@@ -61,6 +61,7 @@ def test_an_error_is_judged_by_its_size(error: float, fp32: bool, bf16: bool) ->
     honest = Case(schedule="paci", device="cpu", windows=1)
     comparison._done[replace(honest, device="cuda")] = comparison.trained(honest)
     comparison.bf16("bf16", "paci")
+    json.dumps(comparison.measures, allow_nan=False)
     found = verdicts(comparison)
     assert (found["fp32, weights"], found["bf16, weights"]) == (fp32, bf16)
     assert found["fp32, losses"] and found["bf16, losses"]

@@ -225,7 +225,7 @@ class Runner:
         measures, document, failure = self._results(step, out, exit_code)
         if exit_code is None:
             failure = f"it was ended at its limit of {limit_s:.0f} s"
-        if failure is not None:
+        if failure is not None or any(verdict(measure) == MISSED for measure in measures):
             self._say(tail(self._log, begins))
         return Outcome(
             step=step, seconds=seconds, exit_code=exit_code, failure=failure, measures=measures, document=document

@@ -22,7 +22,7 @@ STEPS: tuple[Step, ...] = (
         does="everything in tests/ that needs a GPU",
         command=("{python}", "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--junitxml={out}"),
         reads="junit",
-        limit_s=180,
+        limit_s=240,
     ),
     Step(
         name="kernels",
@@ -40,6 +40,6 @@ STEPS: tuple[Step, ...] = (
         name="overlap",
         does="what an update costs beside the next micro-batch, and that nothing waits for the device",
         command=("{python}", "benchmarks/update_overlap.py", "--json", "{out}"),
-        limit_s=90,
+        limit_s=120,
     ),
 )
