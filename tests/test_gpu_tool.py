@@ -345,6 +345,16 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_copy_without_git_can_be_told_its_revision(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert gpu_environment.revision(tmp_path) == "unknown"
+    for known, expected in (("unknown", "revision 123 (as stated);"), ("abc", "revision abc;")):
+        found = without(revision=known)
+        assert run_main(monkeypatch, found, ["--revision", "123", "--dry-run"], [writes("good", [FAST])]) == 0
+        assert expected in capsys.readouterr().out
+
+
 def test_options_that_cannot_be_end_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,7 @@ def parse(arguments: Sequence[str] | None, steps: Sequence[Step]) -> argparse.Na
     parser.add_argument(
         "--budget-s", type=float, default=BUDGET_S, help=f"seconds for all steps (default {BUDGET_S:.0f})"
     )
+    parser.add_argument("--revision", help="what was checked out, where git is not there to say it")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what is missing; run nothing")
     options = parser.parse_args(arguments)
     if options.budget_s <= 0:
@@ -99,6 +100,8 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     options = parse(arguments, steps)
     start = time.monotonic()
     environment = gpu_environment.examine(sys.executable, ROOT)
+    if options.revision is not None and environment["revision"] == "unknown":
+        environment["revision"] = f"{options.revision} (as stated)"
     problems = gpu_environment.problems(environment)
     print(gpu_environment.heading(environment))
     for problem in problems:
