@@ -16,6 +16,7 @@ from typing import Any
 from common import finish, list_of, median_spread, positive, print_table
 from paci_rt import launch, schedules
 from paci_rt.train.gpt import MODELS
+from paci_rt.transport import TRANSPORTS
 from pipelines import PEERS, Case, Pipe
 
 Measured = dict[Case, list[dict[str, float]]]
@@ -57,15 +58,25 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
                 "slack": case.slack,
                 "emulated_ms": case.emulate_ms,
                 "message_bytes": case.message_bytes if case.emulate_ms else None,
+                "transport": "gloo" if case.schedule in PEERS else case.transport,
                 "micro_batches_per_s": median_spread([micro_batches / wall for wall in walls])[0],
                 "utilization": None if case.schedule in PEERS else median_spread(busy)[0],
                 "nominal_utilization": None if nominal is None else median_spread(nominal)[0],
+                "exposed_comm_percent": None if case.schedule in PEERS else exposed_comm_percent(repeats),
                 "max_drift": max(int(stage["max_drift"]) for stage in repeats[0]),
                 "peak_bytes": max(int(stage["peak_weight_and_activation_bytes"]) for stage in repeats[0]),
                 "repeats": {"micro_batches_per_s": [micro_batches / wall for wall in walls], "utilization": busy},
             }
         )
     return rows
+
+
+def exposed_comm_percent(repeats: list[tuple[dict[str, float], ...]]) -> float:
+    """Exposed communication over compute, both of a mean micro-batch and stage; median of the repeats."""
+    shares = [
+        sum(stage["exposed_comm_s"] for stage in one) / sum(stage["compute_s"] for stage in one) for one in repeats
+    ]
+    return 100 * median_spread(shares)[0]
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,6 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--slack", type=list_of(int), default=[0], help="in-flight slack of the asynchronous ones")
     parser.add_argument("--emulate-ms", type=_pair, default=None, metavar="F,B", help="sleep instead of computing")
     parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
+    parser.add_argument("--transport", choices=[name for name in TRANSPORTS if name != "local"], default="auto")
     parser.add_argument("--peer", choices=["torch"], default=None, help="also run torch.distributed.pipelining")
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-mini")
     parser.add_argument("--rows", type=positive, default=2, help="sequences a micro-batch")
@@ -162,6 +174,7 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
                     seq_len=args.seq_len,
                     emulate_ms=args.emulate_ms,
                     message_bytes=args.message_bytes,
+                    transport=args.transport,
                 )
                 for slack in slacks
             ]
@@ -174,7 +187,7 @@ def main() -> None:
     if args.emulate_ms is not None:
         what = f"EMULATED compute: sleeps of {args.emulate_ms[0]:g} ms F and {args.emulate_ms[1]:g} ms B"
     how = f"{args.repeats} repeats of {args.windows} windows"
-    print(f"{args.stages} processes over gloo, one thread each; {what}; {how}")
+    print(f"{args.stages} processes, transport {args.transport}, one thread each; {what}; {how}")
 
     def progress(report: dict[str, Any]) -> None:
         print(f"  round {report['round']} of {args.repeats} done", flush=True)
@@ -184,7 +197,7 @@ def main() -> None:
     )
     rows = summarise(per_rank, args.windows)
     print_table(
-        ["schedule", "a", "micro-batches/s", "utilization", "nominal", "max drift", "peak MiB"],
+        ["schedule", "a", "micro-batches/s", "utilization", "nominal", "exposed %", "max drift", "peak MiB"],
         [
             [
                 row["schedule"],
@@ -192,6 +205,7 @@ def main() -> None:
                 row["micro_batches_per_s"],
                 "-" if row["utilization"] is None else row["utilization"],
                 "-" if row["nominal_utilization"] is None else row["nominal_utilization"],
+                "-" if row["exposed_comm_percent"] is None else row["exposed_comm_percent"],
                 row["max_drift"],
                 row["peak_bytes"] / 2**20,
             ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import paci_rt
 from paci_rt.train.gpt import MODELS, build_stage
+from paci_rt.transport import Transport, make_transport
 
 PR_SET_TIMERSLACK = 29
 PEERS = ("torch-1f1b", "torch-1f1b-fused")
@@ -31,6 +32,7 @@ class Case:
         emulate_ms: milliseconds of a process for one micro-batch that a sleep takes instead of the model: forward and
             backward, or forward, I and W; None for the real model.
         message_bytes: size of what emulated stages exchange.
+        transport: of our schedules, a name that ``paci_rt.transport.make_transport`` takes; torch's take gloo.
         rows, seq_len: sequences a micro-batch and tokens a sequence of the real model.
     """
 
@@ -46,6 +48,7 @@ class Case:
     seq_len: int = 1
     emulate_ms: tuple[float, ...] | None = None
     message_bytes: int = 1024
+    transport: str = "auto"
 
     @property
     def label(self) -> str:
@@ -183,9 +186,16 @@ class Pipe:
             slack=case.slack,
             policy=case.policy,
             costs=case.costs,
+            transport=self._transport(),
             lookahead=False,  # what it costs and gives is for convergence.py to say
             trace=self.trace,
         )
+
+    def _transport(self) -> Transport | None:
+        case = self.case
+        if case.transport == "auto":
+            return None  # the schedule finds it
+        return make_transport(case.transport, group=None, num_stages=case.pieces, chunks=case.chunks)
 
     def _build_torch(self, module: nn.Module, loss_fn: Any) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
