@@ -10,7 +10,7 @@ from interpreted import Interpreter
 from pool import WorkerPool
 
 torch.set_num_threads(1)
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for `replay`, the harness of the convergence benchmark
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # what benchmarks are made of is tested, too
 
 
 @pytest.fixture(scope="session")
