@@ -122,6 +122,22 @@ def test_a_wire_that_one_process_cannot_have_is_left_out_by_all() -> None:
     assert {row["transport"] for row in report.summarise(found, asked)} == {"torch-gloo-isend"}
 
 
+@pytest.mark.parametrize(
+    ("device", "order"),
+    [("cpu", {0: ["irecv", "isend"], 1: ["irecv", "isend"]}), ("cuda", {0: ["isend", "irecv"], 1: ["irecv", "isend"]})],
+)
+def test_both_ends_of_an_nccl_link_issue_the_same_transfer_first(
+    monkeypatch: pytest.MonkeyPatch, device: str, order: dict[int, list[str]]
+) -> None:
+    for rank, calls in order.items():
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        wire = wires.TorchWire(None, batched=False, device=torch.device(device))
+        tensors = {1 - rank: torch.zeros(1)}
+        assert [(call.__name__, peer) for call, _, peer in wire._calls(tensors, tensors)] == [
+            (name, 1 - rank) for name in calls
+        ]
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
