@@ -1,28 +1,17 @@
-"""How stages exchange tensors: ``local`` inside one process, ``gloo`` between processes."""
+"""How stages exchange tensors: ``local`` inside one process, ``shm`` and ``gloo`` between processes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from paci_rt.transport.base import Message, Transport
+from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, Transport
+from paci_rt.transport.factory import TRANSPORTS, check_transport, make_transport
 from paci_rt.transport.local import LocalTransport
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-TRANSPORTS = ("auto", "local", "gloo")
-
-__all__ = ["TRANSPORTS", "LocalTransport", "Message", "Transport", "make_transport"]
-
-
-def make_transport(name: str, *, group: ProcessGroup | None, num_stages: int, chunks: int = 1) -> Transport:
-    """The transport ``name`` between the processes of ``group``.
-
-    Raises:
-        ValueError: no such transport between processes.
-    """
-    if name not in ("auto", "gloo"):
-        raise ValueError(f"no transport between processes is called {name!r}: choose auto or gloo")
-    from paci_rt.transport.gloo import GlooTransport  # imports torch.distributed
-
-    return GlooTransport(group, num_stages=num_stages, chunks=chunks)
+__all__ = [
+    "DEFAULT_TIMEOUT_S",
+    "TRANSPORTS",
+    "LocalTransport",
+    "Message",
+    "Transport",
+    "check_transport",
+    "make_transport",
+]
