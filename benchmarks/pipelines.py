@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import paci_rt
 from paci_rt.train.gpt import MODELS, build_stage
-from paci_rt.transport import Transport, make_transport
 
 PR_SET_TIMERSLACK = 29
 PEERS = ("torch-1f1b", "torch-1f1b-fused")
@@ -32,7 +31,7 @@ class Case:
         emulate_ms: milliseconds of a process for one micro-batch that a sleep takes instead of the model: forward and
             backward, or forward, I and W; None for the real model.
         message_bytes: size of what emulated stages exchange.
-        transport: of our schedules, a name that ``paci_rt.transport.make_transport`` takes; torch's take gloo.
+        transport: of our schedules, a name of ``paci_rt.transport.TRANSPORTS``; torch's take gloo.
         rows, seq_len: sequences a micro-batch and tokens a sequence of the real model.
     """
 
@@ -186,16 +185,10 @@ class Pipe:
             slack=case.slack,
             policy=case.policy,
             costs=case.costs,
-            transport=self._transport(),
+            transport=case.transport,
             lookahead=False,  # what it costs and gives is for convergence.py to say
             trace=self.trace,
         )
-
-    def _transport(self) -> Transport | None:
-        case = self.case
-        if case.transport == "auto":
-            return None  # the schedule finds it
-        return make_transport(case.transport, group=None, num_stages=case.pieces, chunks=case.chunks)
 
     def _build_torch(self, module: nn.Module, loss_fn: Any) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B

@@ -157,10 +157,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_transport(args: argparse.Namespace) -> None:
-    from paci_rt.transport import TRANSPORTS
+    from paci_rt.transport import check_transport
 
-    if args.transport not in TRANSPORTS:
-        raise ValueError(f"--transport {args.transport} is not known: choose from {', '.join(TRANSPORTS)}")
+    check_transport(args.transport, "--transport")
     if args.measure_link and args.transport == "local":
         raise ValueError(
             "--measure-link measures between two processes, and --transport local has one: leave one of them out"

@@ -166,7 +166,7 @@ def refused(capsys, argv: list[str]) -> str:
         ("--memory-limit 1GB,2GB,3GB", "3 memory limits for 2 stages"),
         ("--hop-ms -1", "--hop-ms: '-1' is no time of at least 0 milliseconds"),
         ("--bandwidth 0", "'0' is no size above 0"),
-        ("--transport pigeon", "--transport pigeon is not known: choose from auto, local, gloo"),
+        ("--transport shn", "unknown --transport 'shn': did you mean 'shm'? choose from auto, local, gloo"),
         ("--transport local --measure-link", "--transport local has one: leave one of them out"),
         ("--drift-limit -1", "drift limit is -1"),
         ("--device-speeds 1,0", "device speed 0"),

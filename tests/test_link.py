@@ -11,7 +11,7 @@ from paci_rt import StageFailed
 from paci_rt.link import Clock, measure_link, ping_pong
 
 
-@pytest.mark.parametrize("transport", ["auto", "gloo"])
+@pytest.mark.parametrize("transport", ["auto", "gloo", "shm"])
 def test_the_link_between_two_processes(transport):
     link = measure_link(1 << 18, transport=transport, rounds=3)
     assert 0 <= link.hop_s < 1
