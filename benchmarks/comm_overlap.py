@@ -84,8 +84,8 @@ def refusal(name: str, processes: int) -> str | None:
     if kind.device == "cuda":
         if not torch.cuda.is_available():
             return (
-                "needs a CUDA device and torch finds none: run this on a machine with an NVIDIA GPU "
-                "(paci-rt doctor says what is missing), or leave it out of --transport"
+                "torch finds no CUDA device: run this on a machine with an NVIDIA GPU (paci-rt doctor says what is "
+                "missing), or name others with --transport"
             )
         if kind.rival and not dist.is_nccl_available():
             return "this torch was built without NCCL: install one with CUDA"
@@ -99,28 +99,23 @@ def refusal(name: str, processes: int) -> str | None:
     return None
 
 
-def choose(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
-    """Wires to measure; lines about those left out; and which of these lines are about what was asked for."""
+def choose(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """Wires to measure, and why others are left out, by name."""
     asked = args.transport or TRANSPORTS
     devices = {WIRES[name].device for name in asked}
-    names = [name for name in WIRES if name in asked]
-    if args.rivals:
-        names += [name for name, kind in WIRES.items() if kind.rival and kind.device in devices]
-    usable, skipped, failed = [], [], []
-    for name in names:
-        reason = refusal(name, args.processes)
-        if reason is None:
-            usable.append(name)
-        else:
-            _leave_out(name, reason, args, skipped, failed)
-    return usable, skipped, failed
+    names = [
+        name for name, kind in WIRES.items() if name in asked or (args.rivals and kind.rival and kind.device in devices)
+    ]
+    refused = {name: reason for name in names if (reason := refusal(name, args.processes)) is not None}
+    return [name for name in names if name not in refused], refused
 
 
-def _leave_out(name: str, reason: str, args: argparse.Namespace, skipped: list[str], failed: list[str]) -> None:
-    line = f"{name}: {reason}"
-    skipped.append(line)
-    if name in (args.transport or ()):
-        failed.append(line)
+def lines_about(refused: dict[str, str]) -> list[str]:
+    """One line a reason."""
+    return [
+        f"{', '.join(name for name in refused if refused[name] == reason)}: {reason}"
+        for reason in dict.fromkeys(refused.values())
+    ]
 
 
 def make_plan(args: argparse.Namespace, device: str, wires: list[str]) -> measure.Plan:
@@ -182,7 +177,7 @@ def _ratio_cells(entry: report.Row) -> list[Any]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    usable, skipped, failed = choose(args)
+    usable, refused = choose(args)
     rows: list[report.Row] = []
     for device in ("cpu", "cuda"):
         wires = [name for name in usable if WIRES[name].device == device]
@@ -193,22 +188,22 @@ def main(argv: list[str] | None = None) -> None:
             per_rank = run(plan, device)
         except (StageFailed, TimeoutError) as error:
             sys.exit(f"comm_overlap.py: {error}\nFAILED")
-        for name, reason in per_rank[0].refused.items():
-            _leave_out(name, reason, args, skipped, failed)
+        refused |= per_rank[0].refused
         rows += report.summarise(per_rank, plan)
     compared = report.ratios(rows)
     if rows:
         print_rows(rows, compared)
     print()
-    for line in skipped:
+    for line in lines_about(refused):
         print(f"skipped {line}")
     if args.plot and rows:
         picture.draw(args.plot, rows, f"Messages among {args.processes} processes, hidden behind compute and exposed")
         print(f"wrote {args.plot}")
-    if not rows:
-        failed = failed or ["nothing could be measured"]
-    short = report.missed(rows, compared, cores=machine()["cores"])
-    finish("comm_overlap", [*rows, *compared], [*failed, *short], args.json)
+    missed = lines_about({name: reason for name, reason in refused.items() if name in (args.transport or ())})
+    if not (rows or missed):
+        missed = ["nothing could be measured"]
+    missed += report.missed(rows, compared, cores=machine()["cores"])
+    finish("comm_overlap", [*rows, *compared], missed, args.json)
 
 
 if __name__ == "__main__":

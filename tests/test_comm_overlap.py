@@ -173,22 +173,22 @@ def test_a_transport_that_was_asked_for_and_cannot_work_fails(no_gpu: None, caps
         comm_overlap.main(["--transport", "ipc", "--no-rivals"])
     out = capsys.readouterr().out
     assert stop.value.code == 1 and out.endswith("FAILED\n")
-    line = "ipc: needs a CUDA device and torch finds none: run this on a machine with an NVIDIA GPU"
+    line = "ipc: torch finds no CUDA device: run this on a machine with an NVIDIA GPU"
     assert f"skipped {line}" in out and f"below what was asked: {line}" in out
 
 
 def test_by_default_what_cannot_work_is_only_said(no_gpu: None) -> None:
-    usable, skipped, failed = comm_overlap.choose(comm_overlap.parse_arguments([]))
+    usable, refused = comm_overlap.choose(comm_overlap.parse_arguments([]))
     assert usable == ["shm", "gloo", "torch-gloo-isend", "torch-gloo-batch"]
-    assert [line.split(":")[0] for line in skipped] == ["nccl", "ipc", "torch-nccl-isend", "torch-nccl-batch"]
-    assert failed == []
+    (line,) = comm_overlap.lines_about(refused)
+    assert line.startswith("nccl, ipc, torch-nccl-isend, torch-nccl-batch: torch finds no CUDA device")
 
 
 def test_rivals_are_those_of_the_devices_asked_for(no_gpu: None) -> None:
-    usable, skipped, _ = comm_overlap.choose(comm_overlap.parse_arguments(["--transport", "gloo"]))
-    assert (usable, skipped) == (["gloo", "torch-gloo-isend", "torch-gloo-batch"], [])
-    usable, _, _ = comm_overlap.choose(comm_overlap.parse_arguments(["--transport", "gloo", "--no-rivals"]))
-    assert usable == ["gloo"]
+    chosen = comm_overlap.choose(comm_overlap.parse_arguments(["--transport", "gloo"]))
+    assert chosen == (["gloo", "torch-gloo-isend", "torch-gloo-batch"], {})
+    chosen = comm_overlap.choose(comm_overlap.parse_arguments(["--transport", "gloo", "--no-rivals"]))
+    assert chosen == (["gloo"], {})
 
 
 def test_torchs_nccl_wants_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,7 @@ def link_cells(row: Row) -> list[Any]:
 
 def overlap_cells(row: Row) -> list[Any]:
     times = [f"{row[key]:.0f}" for key in ("compute_us", "transfer_us", "both_us", "exposed_us")]
-    shares = [f"{row['exposed_percent']:.1f}", f"{row['hidden_share']:.2f}", f"{row['compute_slowdown']:.3f}"]
+    hidden = "< -1" if row["hidden_share"] < -1 else f"{row['hidden_share']:.2f}"
+    shares = [f"{row['exposed_percent']:.1f}", hidden, f"{row['compute_slowdown']:.3f}"]
     sms = "-" if row["sms_used"] is None else row["sms_used"]
     return [row["transport"], size(row["bytes"]), row["compute"], *times, *shares, sms]
