@@ -15,8 +15,8 @@ from paci_rt.lowering import Channel
 from paci_rt.transport import make_transport
 from paci_rt.transport.base import Message
 
-AHEAD = 4
-"""Messages under way in each direction of a link, where the transport's channels hold as many."""
+AHEAD = 2
+"""Messages under way in each direction of a link, one that arrives and one that leaves, where channels hold as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,11 @@ class TransportWire:
     def __init__(self, name: str, rank: int, processes: int) -> None:
         self._rank = rank
         self._transport = make_transport(name, group=None, num_stages=processes)
-        self._transport.open([_channel(peer, rank) for peer in neighbours(rank, processes)])
+        try:
+            self._transport.open([_channel(peer, rank) for peer in neighbours(rank, processes)])
+        except BaseException:
+            self._transport.close()
+            raise
         capacity = self._transport.capacity
         self.ahead = AHEAD if capacity is None else min(AHEAD, capacity)
         self._sent: Counter[int] = Counter()
