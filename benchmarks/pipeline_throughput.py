@@ -10,19 +10,19 @@ brackets. README.md in this folder defines each number.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections import defaultdict
 from typing import Any
 
 from common import finish, list_of, median_spread, positive, print_table
 from paci_rt import launch, schedules
 from paci_rt.train.gpt import MODELS
-from paci_rt.transport import TRANSPORTS
 from pipelines import PEERS, Case, Pipe
 
 LARGE_BYTES = 4 << 20
 LARGE_UTILIZATION, LARGE_EXPOSED_PERCENT = 0.95, 3.0
 
-Measured = dict[Case, list[dict[str, float]]]
+Measured = dict[Case, list[dict[str, Any]]]
 
 
 def measure(ctx: launch.Context, cases: list[Case], windows: int, repeats: int) -> Measured:
@@ -61,7 +61,7 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
                 "slack": case.slack,
                 "emulated_ms": case.emulate_ms,
                 "message_bytes": case.message_bytes if case.emulate_ms else None,
-                "transport": "gloo" if case.schedule in PEERS else case.transport,
+                "transport": repeats[0][0]["transport"],
                 "micro_batches_per_s": median_spread([micro_batches / wall for wall in walls])[0],
                 "utilization": None if case.schedule in PEERS else median_spread(busy)[0],
                 "nominal_utilization": None if nominal is None else median_spread(nominal)[0],
@@ -74,12 +74,12 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
     return rows
 
 
-def exposed_comm_percent(repeats: list[tuple[dict[str, float], ...]]) -> float:
+def exposed_comm_percent(repeats: list[tuple[dict[str, Any], ...]]) -> float:
     """Exposed communication over compute, both of a mean micro-batch and stage; median of the repeats."""
     shares = [
         sum(stage["exposed_comm_s"] for stage in one) / sum(stage["compute_s"] for stage in one) for one in repeats
     ]
-    return 100 * median_spread(shares)[0]
+    return 100 * statistics.median(shares)
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,11 +138,12 @@ def _emulated(args: argparse.Namespace, *, large: bool = False) -> bool:
 
 def short_with_large_messages(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
     """What PACI lacks with large messages through shared memory, at the best slack of those that ran."""
-    if not (_emulated(args, large=True) and args.transport == "shm"):
+    if not _emulated(args, large=True):
         return []
+    shared = [row for row in rows if row["schedule"].startswith("paci") and row["transport"] == "shm"]
     missed = []
     for accumulation in args.accumulation:
-        ours = [row for row in rows if row["schedule"].startswith("paci") and row["accumulation"] == accumulation]
+        ours = [row for row in shared if row["accumulation"] == accumulation]
         if not ours:
             continue
         utilization = max(row["utilization"] for row in ours)
@@ -162,7 +163,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--slack", type=list_of(int), default=[0], help="in-flight slack of the asynchronous ones")
     parser.add_argument("--emulate-ms", type=_pair, default=None, metavar="F,B", help="sleep instead of computing")
     parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
-    parser.add_argument("--transport", choices=[name for name in TRANSPORTS if name != "local"], default="auto")
+    parser.add_argument(
+        "--transport", choices=("auto", "shm", "gloo"), default="auto", help="between paci_rt's stages (torch's: gloo)"
+    )
     parser.add_argument("--peer", choices=["torch"], default=None, help="also run torch.distributed.pipelining")
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-mini")
     parser.add_argument("--rows", type=positive, default=2, help="sequences a micro-batch")
@@ -214,7 +217,7 @@ def main() -> None:
     if args.emulate_ms is not None:
         what = f"EMULATED compute: sleeps of {args.emulate_ms[0]:g} ms F and {args.emulate_ms[1]:g} ms B"
     how = f"{args.repeats} repeats of {args.windows} windows"
-    print(f"{args.stages} processes, transport {args.transport}, one thread each; {what}; {how}")
+    print(f"{args.stages} processes, one thread each; transport {args.transport}; {what}; {how}")
 
     def progress(report: dict[str, Any]) -> None:
         print(f"  round {report['round']} of {args.repeats} done", flush=True)

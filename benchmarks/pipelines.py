@@ -31,7 +31,7 @@ class Case:
         emulate_ms: milliseconds of a process for one micro-batch that a sleep takes instead of the model: forward and
             backward, or forward, I and W; None for the real model.
         message_bytes: size of what emulated stages exchange.
-        transport: of our schedules, a name of ``paci_rt.transport.TRANSPORTS``; torch's take gloo.
+        transport: how the stages of paci_rt's schedules reach each other; torch's go over gloo.
         rows, seq_len: sequences a micro-batch and tokens a sequence of the real model.
     """
 
@@ -225,6 +225,7 @@ class Pipe:
         dist.barrier()
         return {
             "wall_s": wall_s,
+            "transport": stats.get("transport", "gloo"),
             "compute_s": stats.get("compute_s", float("nan")),
             "exposed_comm_s": stats.get("exposed_comm_s", float("nan")),
             "max_drift": stats.get("max_drift", 0),

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from paci_rt import launch
-from paci_rt.transport import make_transport
+from paci_rt.transport import check_transport, make_transport
 from paci_rt.transport.base import Message
 
 SMALL_BYTES = 16 << 10
 """Small for its transfer, but more than travels inside a header."""
 ROUNDS, WARM_UP = 60, 10
 TIMEOUT_S = 120.0
+ON_GPUS = ("nccl", "ipc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +90,21 @@ def measure_link(large_bytes: int = 4 << 20, *, transport: str = "auto", rounds:
         rounds: round trips of each size.
 
     Raises:
-        ValueError: ``large_bytes`` is too small to tell the two apart, or ``rounds`` below 1.
+        ValueError: ``large_bytes`` is too small to tell the two apart, ``rounds`` below 1, no such transport, or one
+            for GPUs where there are none.
         StageFailed: a process failed, or the transport does not work here.
     """
     if large_bytes < 4 * SMALL_BYTES:
         raise ValueError(f"large_bytes is {large_bytes}: give at least {4 * SMALL_BYTES}")
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: give at least 1")
+    check_transport(transport)
+    if transport == "local":
+        raise ValueError("transport 'local' passes messages by reference and has no link: give 'auto', 'shm' or 'gloo'")
+    if transport in ON_GPUS and not torch.cuda.is_available():
+        raise ValueError(
+            f"transport {transport!r} is for GPUs, and torch finds none here: give 'auto', 'shm' or 'gloo'"
+        )
     sizes = (SMALL_BYTES, large_bytes)
     small_s, large_s = launch.run(_measure, 2, (transport, sizes, rounds), timeout_s=TIMEOUT_S)[0]
     # Noise can make the larger one no slower; a message then costs nothing but its latency.
@@ -108,8 +117,13 @@ def measure_link(large_bytes: int = 4 << 20, *, transport: str = "auto", rounds:
 
 def _measure(ctx: launch.Context, name: str, sizes: tuple[int, ...], rounds: int) -> list[float]:
     """Run by both processes: median seconds of one way, by size."""
-    transport = make_transport(name, group=None, num_stages=2)
     device = torch.device("cpu")
+    where: dict[str, Any] = {}
+    if name in ON_GPUS:
+        device = torch.device("cuda", ctx.rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        where = {"device": device}
+    transport = make_transport(name, num_stages=2, **where)
     here, there = ctx.rank, 1 - ctx.rank
     kind, answer = ("F", "B") if here == 0 else ("B", "F")  # what this process sends and receives
     transport.open([(answer, there, here)])

@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from paci_rt import StageFailed
 from paci_rt.link import Clock, measure_link, ping_pong
 
 
@@ -18,13 +17,19 @@ def test_the_link_between_two_processes(transport):
     assert link.bandwidth_bytes_per_s > 0
 
 
-def test_links_that_cannot_be_measured():
+def test_links_that_cannot_be_measured(monkeypatch):
     with pytest.raises(ValueError, match="large_bytes is 1024: give at least 65536"):
         measure_link(1024)
     with pytest.raises(ValueError, match="rounds is 0"):
         measure_link(rounds=0)
-    with pytest.raises(StageFailed, match="'pigeon'"):
+    with pytest.raises(ValueError, match="unknown transport 'pigeon'"):
         measure_link(transport="pigeon")
+    with pytest.raises(ValueError, match="transport 'local' passes messages by reference and has no link"):
+        measure_link(transport="local")
+    monkeypatch.setattr("paci_rt.link.check_transport", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="transport 'nccl' is for GPUs, and torch finds none here"):
+        measure_link(transport="nccl")
 
 
 def test_to_and_fro_on_two_clocks(monkeypatch):

@@ -28,20 +28,22 @@ def test_rows_have_exposed_communication() -> None:
 
 
 def row(schedule: str, utilization: float, exposed: float, accumulation: int = 8) -> dict[str, Any]:
-    numbers = {"utilization": utilization, "exposed_comm_percent": exposed}
+    numbers = {"utilization": utilization, "exposed_comm_percent": exposed, "transport": "shm"}
     return {"schedule": schedule, "accumulation": accumulation, **numbers}
 
 
 def test_what_is_asked_of_large_messages_through_shared_memory() -> None:
-    args = Namespace(emulate_ms=(10.0, 20.0), stages=8, message_bytes=4 << 20, transport="shm", accumulation=[4, 8])
+    args = Namespace(emulate_ms=(10.0, 20.0), stages=8, message_bytes=4 << 20, accumulation=[4, 8])
     rows = [row("1f1b", 0.5, 90.0), row("paci", 0.93, 4.0), row("paci+slack1", 0.96, 3.5)]
     assert pipeline_throughput.short_with_large_messages(rows, args) == ["exposed % of paci at a=8: 3.50 > 3.0"]
     rows.append(row("paci", 0.94, 2.0, accumulation=4))
     found = pipeline_throughput.short_with_large_messages(rows, args)
     assert found == ["utilization of paci at a=4: 0.940 < 0.95", "exposed % of paci at a=8: 3.50 > 3.0"]
     assert pipeline_throughput.asked(args) == pipeline_throughput.asked_utilization(args) == {}
-    for changes in ({"transport": "gloo"}, {"message_bytes": 1024}, {"stages": 4}):
+    for changes in ({"message_bytes": 1024}, {"stages": 4}):
         assert pipeline_throughput.short_with_large_messages(rows, Namespace(**{**vars(args), **changes})) == []
+    over_gloo = [{**one, "transport": "gloo"} for one in rows]
+    assert pipeline_throughput.short_with_large_messages(over_gloo, args) == []
     assert pipeline_throughput.asked(Namespace(**{**vars(args), "message_bytes": 1024})) == {
         ("paci / 1f1b", 8): (1.84, None)
     }

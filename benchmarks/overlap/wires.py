@@ -88,9 +88,10 @@ def neighbours(rank: int, processes: int) -> list[int]:
 class TransportWire:
     """A transport of this runtime: activations go up the ranks, gradients down."""
 
-    def __init__(self, name: str, rank: int, processes: int) -> None:
+    def __init__(self, kind: WireKind, rank: int, processes: int) -> None:
         self._rank = rank
-        self._transport = make_transport(name, group=None, num_stages=processes)
+        where = {"device": torch.device("cuda", torch.cuda.current_device())} if kind.device == "cuda" else {}
+        self._transport = make_transport(kind.name, num_stages=processes, **where)
         try:
             self._transport.open([_channel(peer, rank) for peer in neighbours(rank, processes)])
         except BaseException:
@@ -193,7 +194,7 @@ def make_wire(kind: WireKind, rank: int, processes: int, nccl_group: dist.Proces
         ValueError, PaciError: it does not work here; the message says why, and what to do.
     """
     if not kind.rival:
-        return TransportWire(kind.name, rank, processes)
+        return TransportWire(kind, rank, processes)
     device = torch.device(kind.device, torch.cuda.current_device() if kind.device == "cuda" else None)
     group = nccl_group if kind.backend == "nccl" else None
     return TorchWire(group, batched=kind.batched, device=device)
