@@ -55,6 +55,14 @@ class Clock:
         return [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
 
 
+def written_bytes(count: int, device: torch.device) -> torch.Tensor:
+    """``count`` bytes that have been written to, since all pages of fresh zeros can be one page of memory.
+
+    On a GPU this launches no kernel: loading one for the first time may wait for receives that are posted already.
+    """
+    return torch.ones(count, dtype=torch.uint8).to(device)
+
+
 def ping_pong(
     send: Callable[[], object], recv: Callable[[], object], *, first: bool, rounds: int, clock: Clock
 ) -> list[float]:
@@ -141,8 +149,7 @@ def _measure(ctx: launch.Context, name: str, sizes: tuple[int, ...], rounds: int
 
     medians = []
     for size in sizes:
-        # Ones, because all pages of fresh zeros can be one page of memory.
-        message = Message((torch.ones(size, dtype=torch.uint8, device=device),), (False,))
+        message = Message((written_bytes(size, device),), (False,))
         times = ping_pong(send, recv, first=here == 0, rounds=rounds, clock=Clock(device))
         medians.append(statistics.median(times))
     transport.flush()

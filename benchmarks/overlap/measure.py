@@ -17,7 +17,7 @@ from overlap.sms import blocks_in_use
 from overlap.wires import WIRES, Wire, WireKind, make_wire, neighbours
 from paci_rt import launch
 from paci_rt.errors import PaciError
-from paci_rt.link import Clock, ping_pong
+from paci_rt.link import Clock, ping_pong, written_bytes
 
 WARM_UP = 4
 MOST_ROUNDS, LEAST_ROUNDS = 200, 12
@@ -121,21 +121,23 @@ class _Process:
 
     def measure(self, kind: WireKind, *, first: bool) -> None:
         """Every size over one wire, once."""
-        if kind.name in self.results.refused:
-            return
-        wire = self._connect(kind)
+        for nbytes in self.plan.sizes if first and self.device.type == "cuda" else ():
+            if kind.name not in self.results.refused:
+                self.results.blocks[kind.name, nbytes] = self._blocks(kind, nbytes)
+        wire = None if kind.name in self.results.refused else self._connect(kind)
         if wire is None:
             return
         for nbytes in self.plan.sizes:
             verified = self._verify(wire, kind.name, nbytes)
             if first:
                 self.results.verified_bytes[kind.name, nbytes] = verified
-                if self.device.type == "cuda":
-                    self.results.blocks[kind.name, nbytes] = self._blocks(wire, nbytes)
             self.results.add(("link", kind.name, nbytes), self._link(wire, nbytes))
             for (name, ms), compute in self.computes.items():
                 sample = self._overlap(wire, nbytes, compute, self.plan.steps(ms))
                 self.results.add(("overlap", kind.name, nbytes, name, ms), sample)
+        self._disconnect(wire)
+
+    def _disconnect(self, wire: Wire) -> None:
         wire.flush()
         self._settle()  # nobody leaves while a neighbour still reads
         wire.close()
@@ -157,21 +159,20 @@ class _Process:
         return wire
 
     def _settle(self) -> None:
-        """All processes have done what they began."""
+        """All processes have done what they began. A GPU may still have receives posted, for which nobody waits."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         dist.barrier()
 
     def _message(self, nbytes: int) -> Tensor:
-        # Written to, because all pages of fresh zeros can be one page of memory.
-        return torch.ones(nbytes, dtype=torch.uint8, device=self.device)
+        return written_bytes(nbytes, self.device)
 
     # ------------------------------------------------------------------------------------------------- are they right
 
     def _verify(self, wire: Wire, name: str, nbytes: int) -> int:
         """Send random bytes to all neighbours and compare what arrives; warms the wire up, too."""
         for number in range(WARM_UP):
-            outgoing = {peer: self._random(self.rank, peer, number, nbytes) for peer in self.around}
+            outgoing = {peer: self._random(self.rank, peer, number, nbytes).to(self.device) for peer in self.around}
             wire.begin(outgoing, dict.fromkeys(self.around, nbytes))
             self._compare(wire.finish(), name, number, nbytes)
         self._settle()
@@ -179,7 +180,7 @@ class _Process:
 
     def _compare(self, arrived: dict[int, Tensor], name: str, number: int, nbytes: int) -> None:
         for peer, tensor in arrived.items():
-            if not torch.equal(tensor, self._random(peer, self.rank, number, nbytes)):
+            if not torch.equal(tensor.cpu(), self._random(peer, self.rank, number, nbytes)):
                 raise RuntimeError(
                     f"{name}: message {number} of {nbytes} bytes from rank {peer} arrived at rank {self.rank} with "
                     "other bytes than were sent"
@@ -187,7 +188,7 @@ class _Process:
 
     def _random(self, sender: int, receiver: int, number: int, nbytes: int) -> Tensor:
         generator = torch.Generator().manual_seed((sender * self.plan.processes + receiver) * WARM_UP + number)
-        return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator).to(self.device)
+        return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator)
 
     # ------------------------------------------------------------------------------------------------------ the links
 
@@ -316,15 +317,18 @@ class _Process:
 
     # ----------------------------------------------------------------------------------------------------- beside them
 
-    def _blocks(self, wire: Wire, nbytes: int) -> int:
+    def _blocks(self, kind: WireKind, nbytes: int) -> int:
+        """Over a wire of its own, since the profiler waits for the device, and posted receives would keep it waiting."""
         message = self._message(nbytes)
         outgoing, incoming = dict.fromkeys(self.around, message), dict.fromkeys(self.around, nbytes)
-        self._settle()
 
         def transfers() -> None:
-            for _ in range(PROFILED_STEPS):
+            wire = self._connect(kind)
+            for _ in range(PROFILED_STEPS if wire is not None else 0):
                 wire.begin(outgoing, incoming)
                 wire.finish()
+            if wire is not None:
+                self._disconnect(wire)
 
         return blocks_in_use(transfers)
 
@@ -334,7 +338,7 @@ class _Process:
         for nbytes in self.plan.sizes if self.rank == 0 else ():
             source = self._message(nbytes)
             there = torch.device("cuda", 1 % torch.cuda.device_count()) if source.is_cuda else self.device
-            target = torch.ones(nbytes, dtype=torch.uint8, device=there)
+            target = written_bytes(nbytes, there)
             rounds = self.plan.rounds(nbytes)
 
             def copy(count: int, target: Tensor = target, source: Tensor = source) -> None:

@@ -15,8 +15,9 @@ import torch
 def blocks_in_use(work: Callable[[], None]) -> int:
     """Run ``work`` under ``torch.profiler``: the largest number of thread blocks that its kernels had at once.
 
-    A block of a transfer kernel occupies one multiprocessor (NCCL's have up to 640 threads), so this is the number of
-    multiprocessors that transfers take from compute at most. Copies by copy engines launch no kernel and count 0.
+    A block of a transfer kernel occupies one multiprocessor (NCCL's have up to 640 threads), whether it moves bytes or
+    waits for the other side, so this is the number of multiprocessors that transfers take from compute at most. Copies
+    by copy engines launch no kernel and count 0. ``work`` must leave nothing on the device that waits.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
