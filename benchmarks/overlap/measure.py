@@ -318,7 +318,7 @@ class _Process:
     # ----------------------------------------------------------------------------------------------------- beside them
 
     def _blocks(self, kind: WireKind, nbytes: int) -> int:
-        """Over a wire of its own, since the profiler waits for the device, and posted receives would keep it waiting."""
+        """Over a wire of its own: the profiler waits for the device, which posted receives would keep waiting."""
         message = self._message(nbytes)
         outgoing, incoming = dict.fromkeys(self.around, message), dict.fromkeys(self.around, nbytes)
 
