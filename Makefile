@@ -45,6 +45,7 @@ bench: venv
 	$(BIN)/python benchmarks/pipeline_throughput.py --peer torch --json runs/pipeline_throughput.json
 	$(BIN)/python benchmarks/pipeline_throughput.py --stages 8 --accumulation 8 --emulate-ms 10,20 --slack 0,1 \
 	  --json runs/pipeline_throughput_emulated.json
+	$(BIN)/python benchmarks/comm_overlap.py --json runs/comm_overlap.json --plot runs/comm_overlap.png
 
 gpu:
 	$(GPU_PYTHON) tools/gpu.py $(GPU_ARGS)

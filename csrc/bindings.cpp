@@ -162,6 +162,13 @@ void set_error(const char* name, const std::exception& error) {
   py::set_error(py::module_::import("paci_rt.errors").attr(name), error.what());
 }
 
+// Errors that know their action take it as their first argument.
+template <typename... More>
+void set_action_error(const char* name, const TransferError& error, const More&... more) {
+  const py::object type = py::module_::import("paci_rt.errors").attr(name);
+  PyErr_SetObject(type.ptr(), type(error.action, error.what(), more...).ptr());
+}
+
 }  // namespace
 }  // namespace paci_rt
 
@@ -175,11 +182,20 @@ PYBIND11_MODULE(_C, m) {
       set_error("AccumulatorStateError", error);
     } catch (const CudaError& error) {
       set_error("CudaError", error);
+    } catch (const OrderError& error) {
+      set_error("ScheduleError", error);
+    } catch (const ResourceError& error) {
+      set_error("TransportError", error);
+    } catch (const TransferTimeout& error) {
+      set_action_error("TransferTimeoutError", error);
+    } catch (const PeerLost& error) {
+      set_action_error("PeerLostError", error, error.origin);
     }
   });
   bind_streams(m);
   bind_host_twin(m);
   bind_accumulator(m);
+  bind_p2p(m);
   bind_steps(m);
   bind_ahead(m);
   m.def("available_isas", &available_isas);

@@ -40,6 +40,9 @@ struct StreamArg {
 void bind_streams(pybind11::module_& m);      // StreamOps, Stream, Event, WeightGate, what is known of CUDA
 void bind_host_twin(pybind11::module_& m);    // _testing.HostTwin
 void bind_accumulator(pybind11::module_& m);  // Accumulator
+void bind_p2p(pybind11::module_& m);          // Endpoint, Outgoing, Incoming
+
+void check_signals();  // for waits that gave the interpreter lock away; throws what a signal's handler raised
 
 }  // namespace paci_rt
 

@@ -4,6 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace paci_rt {
 
@@ -15,6 +16,40 @@ class StateError : public std::runtime_error {
 
 // A failed call of CUDA, with its file, line and CUDA's own text; reaches Python as paci_rt.errors.CudaError.
 class CudaError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// A message that came where another one was due; reaches Python as paci_rt.errors.ScheduleError.
+class OrderError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// A wait for another stage that did not end well; `action` is what waited, for example "1RECV_F7".
+class TransferError : public std::runtime_error {
+ public:
+  TransferError(std::string action, const std::string& text) : std::runtime_error(text), action(std::move(action)) {}
+  const std::string action;
+};
+
+// A wait that outlasted its deadline; reaches Python as paci_rt.errors.TransferTimeoutError.
+class TransferTimeout : public TransferError {
+ public:
+  using TransferError::TransferError;
+};
+
+// The stage at the other end died, failed or closed; reaches Python as paci_rt.errors.PeerLostError. `origin` is what
+// is known of the first stage to go, for passing on.
+class PeerLost : public TransferError {
+ public:
+  PeerLost(std::string action, const std::string& text, std::string origin)
+      : TransferError(std::move(action), text), origin(std::move(origin)) {}
+  const std::string origin;
+};
+
+// Memory or another resource that the system refused; reaches Python as paci_rt.errors.TransportError.
+class ResourceError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };

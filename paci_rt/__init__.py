@@ -16,6 +16,8 @@ from paci_rt.errors import (
     ScheduleError,
     StageError,
     StageFailed,
+    TransferTimeoutError,
+    TransportError,
     TritonMissingError,
 )
 from paci_rt.hashing import params_sha256
@@ -76,6 +78,8 @@ __all__ = [
     "StageFailed",
     "StepCosts",
     "TiedWeight",
+    "TransferTimeoutError",
+    "TransportError",
     "TritonMissingError",
     "get_schedule_class",
     "params_sha256",

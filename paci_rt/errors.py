@@ -42,12 +42,35 @@ class ActionError(PaciError, RuntimeError):
         super().__init__(message)
         self.action = action
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
         return type(self), (self.action, str(self))
 
 
 class PeerLostError(ActionError):
-    """The connection to a neighbouring stage broke: the cause lies with that stage, not with this one."""
+    """The connection to a neighbouring stage broke: the cause lies with that stage, or with one further on.
+
+    ``origin`` is what is known of the stage that went first, empty where nothing is.
+    """
+
+    def __init__(self, action: str, message: str, origin: str = "") -> None:
+        super().__init__(action, message)
+        self.origin = origin
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), (self.action, str(self), self.origin)
+
+
+class TransferTimeoutError(ActionError):
+    """A wait for a neighbouring stage outlasted its deadline (``transfer_timeout_s``).
+
+    The message names the edge and its direction, the micro-batch (of tied weights: the window), slot, bytes, the last
+    completed sequence numbers of both sides, the remedy, and the file with the last events of every channel.
+    """
+
+
+class TransportError(PaciError, RuntimeError):
+    """A transport cannot work here or cannot go on: memory that the system refuses, stages on several hosts, no
+    operating system support; the message has the remedy."""
 
 
 class NativeCoreError(PaciError, ImportError):

@@ -17,7 +17,7 @@ from paci_rt.errors import NativeCoreError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from paci_rt._C import Accumulator, Event, Stream, WeightGate
+    from paci_rt._C import Accumulator, Event, ShmIncoming, ShmOutgoing, ShmSegment, Stream, WeightGate
 
 _core: ModuleType | None
 _import_error: ImportError | None
@@ -219,6 +219,42 @@ def make_weight_gate(buckets: int, device: torch.device) -> WeightGate:
     """
     gate: WeightGate = core().WeightGate(buckets, device_code(device, "the weights"))
     return gate
+
+
+def make_shm_segment() -> ShmSegment:
+    """Memory for what this process sends to others of its host.
+
+    Raises:
+        TransportError: the system has no such memory, or no more of it.
+    """
+    segment: ShmSegment = core().ShmSegment.create()
+    return segment
+
+
+def attach_shm_segment(pid: int, fd: int, token: int) -> ShmSegment:
+    """Another process's segment, by what its own object says of itself; raises as :func:`make_shm_segment` does."""
+    segment: ShmSegment = core().ShmSegment.attach(pid, fd, token)
+    return segment
+
+
+def make_shm_outgoing(
+    channel: tuple[str, int, int], own: ShmSegment, peer: ShmSegment, *, slots: int, held: int, timeout_s: float
+) -> ShmOutgoing:
+    """Sending end of a channel between the makers of two segments; see ``csrc/p2p_shm.hpp``."""
+    end: ShmOutgoing = core().ShmOutgoing(*channel, own=own, peer=peer, slots=slots, held=held, timeout_s=timeout_s)
+    return end
+
+
+def make_shm_incoming(channel: tuple[str, int, int], peer: ShmSegment, *, slots: int, timeout_s: float) -> ShmIncoming:
+    """Receiving end of a channel whose sender made ``peer``."""
+    end: ShmIncoming = core().ShmIncoming(*channel, peer=peer, slots=slots, timeout_s=timeout_s)
+    return end
+
+
+def shm_memory_limit() -> tuple[int, str]:
+    """Bytes that can still be allocated for messages, and the name of the limit that says so."""
+    limit: tuple[int, str] = core().shm_memory_limit()
+    return limit
 
 
 class Ahead(NamedTuple):

@@ -13,7 +13,7 @@ from paci_rt.lowering import TiedWeight
 from paci_rt.runtime import Pipeline
 from paci_rt.schedules import StepCosts
 from paci_rt.stage import LossFn, PipelineStage, usable
-from paci_rt.transport import LocalTransport, Transport
+from paci_rt.transport import DEFAULT_TIMEOUT_S, LocalTransport, Transport, make_transport
 
 NamedParams = list[tuple[str, nn.Parameter]]
 
@@ -29,7 +29,9 @@ class _Schedule(Pipeline):
         optimizer: steps with the schedule; None leaves gradients in ``.grad`` (flush schedules only). One for each
             stage, as a list, where there are several.
         lr_scheduler: any ``torch.optim.lr_scheduler``, stepped after each local update; likewise.
-        transport: None finds one: gloo between processes, local where the pipeline has one stage.
+        transport: how stages reach each other: a name of :data:`paci_rt.transport.TRANSPORTS`, see
+            :func:`paci_rt.transport.make_transport`, or a ready-made transport.
+        transfer_timeout_s: deadline of every single wait for another stage, in seconds; for a transport by name.
 
     The other arguments are those of :class:`Pipeline`.
     """
@@ -54,7 +56,8 @@ class _Schedule(Pipeline):
         costs: StepCosts | None = None,
         buffers: int | None = None,
         tied_weights: Sequence[TiedWeight] = (),
-        transport: Transport | None = None,
+        transport: Transport | str | None = "auto",
+        transfer_timeout_s: float = DEFAULT_TIMEOUT_S,
         trace: bool = False,
     ) -> None:
         for name, spec in (
@@ -81,7 +84,7 @@ class _Schedule(Pipeline):
             costs=costs,
             buffers=buffers,
             tied_weights=tied_weights,
-            transport=_find_transport(stages) if transport is None else transport,
+            transport=_find_transport(transport, stages, transfer_timeout_s),
             trace=trace,
             scale_grads=scale_grads,
         )
@@ -97,12 +100,16 @@ def _one_each(name: str, given: Any, stages: Sequence[PipelineStage]) -> list[An
     return listed
 
 
-def _find_transport(stages: Sequence[PipelineStage]) -> Transport:
-    if len(stages) == stages[0].num_stages:
-        return LocalTransport()
-    from paci_rt.transport.gloo import GlooTransport  # imports torch.distributed
-
-    return GlooTransport(stages[0].group, num_stages=stages[0].num_stages, chunks=len(stages))
+def _find_transport(transport: Transport | str | None, stages: Sequence[PipelineStage], timeout_s: float) -> Transport:
+    if transport is not None and not isinstance(transport, str):
+        return transport
+    return make_transport(
+        transport or "auto",
+        group=stages[0].group,
+        num_stages=stages[0].num_stages,
+        chunks=len(stages),
+        timeout_s=timeout_s,
+    )
 
 
 class SchedulePACI(_Schedule):

@@ -308,9 +308,9 @@ class Pipeline:
     def stats(self) -> dict[str, Any]:
         """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
 
-        Keys: ``schedule policy stages chunks accumulation slack windows micro_batches wall_s compute_s utilization
-        exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending peak_rank_in_flight
-        lookahead_s lookahead_forwards memory peak_bytes``. Seconds and bytes; ``utilization`` is
+        Keys: ``schedule policy transport stages chunks accumulation slack windows micro_batches wall_s compute_s
+        utilization exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
+        peak_rank_in_flight lookahead_s lookahead_forwards memory peak_bytes``. Seconds and bytes; ``utilization`` is
         ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (see :mod:`paci_rt.policies`) map
         stage to a histogram over micro-batches; ``peak_pending`` counts micro-batches between I and W;
         ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of
@@ -378,6 +378,7 @@ class Pipeline:
                 self._executor.run(streams, feed)
         except BaseException as error:
             self._failure = error
+            self._executor.transport.fail(error)
             raise
         if self._lowering.family.flush or not feed.training:
             self._await_updates()

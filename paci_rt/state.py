@@ -35,6 +35,7 @@ def pipeline_stats(
     return {
         "schedule": lowering.family.name,
         "policy": policy,
+        "transport": executor.transport.name,
         "stages": shape.num_stages,
         "chunks": shape.chunks,
         "accumulation": shape.accumulation,

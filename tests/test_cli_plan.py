@@ -102,11 +102,22 @@ def test_train_takes_the_command_of_every_schedule(capsys, stored, name):
 
 
 def test_links_that_are_measured(capsys, stored, monkeypatch):
-    monkeypatch.setattr("paci_rt.link.measure_link", lambda large_bytes: Link(hop_s=3e-3, bandwidth_bytes_per_s=2**30))
+    measured = []
+
+    def measure_link(large_bytes: int, *, transport: str) -> Link:
+        measured.append(transport)
+        return Link(hop_s=3e-3, bandwidth_bytes_per_s=2**30)
+
+    monkeypatch.setattr("paci_rt.link.measure_link", measure_link)
     assert cli.main(["plan", "--profile", stored, "--measure-link"]) == 0
     assert "Messages between stages: 3 ms latency, 1 GiB/s." in capsys.readouterr().out
     assert cli.main(["plan", "--profile", stored, "--measure-link", "--hop-ms", "1"]) == 0
-    assert "Messages between stages: 1 ms latency, 1 GiB/s." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Messages between stages: 1 ms latency, 1 GiB/s." in out
+    assert "--transport" not in out
+    assert cli.main(["plan", "--profile", stored, "--measure-link", "--transport", "gloo"]) == 0
+    assert "--transport gloo" in capsys.readouterr().out
+    assert measured == ["auto", "auto", "gloo"]
 
 
 def test_a_model_that_train_does_not_know(capsys, stored):
@@ -155,6 +166,8 @@ def refused(capsys, argv: list[str]) -> str:
         ("--memory-limit 1GB,2GB,3GB", "3 memory limits for 2 stages"),
         ("--hop-ms -1", "--hop-ms: '-1' is no time of at least 0 milliseconds"),
         ("--bandwidth 0", "'0' is no size above 0"),
+        ("--transport shn", "unknown --transport 'shn': did you mean 'shm'? choose from auto, local, gloo"),
+        ("--transport local --measure-link", "--transport local has one: leave one of them out"),
         ("--drift-limit -1", "drift limit is -1"),
         ("--device-speeds 1,0", "device speed 0"),
         ("--slack -1", "slack is -1"),

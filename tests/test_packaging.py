@@ -87,12 +87,21 @@ def test_package_is_typed_and_stubs_match_the_native_module() -> None:
         if isinstance(node, ast.FunctionDef):
             assert arguments_of(getattr(core, name)) == arguments_declared(node), name
         elif isinstance(node, ast.ClassDef):
-            methods = {member.name: member for member in node.body if isinstance(member, ast.FunctionDef)}
+            methods = methods_declared(node, declared)
             bound = getattr(core, name)
             assert set(methods) - {"__init__", "__cuda_stream__"} == {n for n in dir(bound) if not n.startswith("_")}
             for method, declaration in methods.items():
                 if not declaration.decorator_list:
                     assert arguments_of(getattr(bound, method)) == arguments_declared(declaration), (name, method)
+
+
+def methods_declared(node: ast.ClassDef, classes: dict[str, Any]) -> dict[str, ast.FunctionDef]:
+    """Methods of a class of the stub, those of its bases included."""
+    methods = {}
+    for base in node.bases:
+        assert isinstance(base, ast.Name)
+        methods |= methods_declared(classes[base.id], classes)
+    return methods | {member.name: member for member in node.body if isinstance(member, ast.FunctionDef)}
 
 
 def arguments_declared(node: ast.FunctionDef) -> list[str]:

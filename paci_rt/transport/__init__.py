@@ -1,10 +1,17 @@
-"""How stages exchange tensors: ``local`` inside one process, ``gloo`` between processes."""
+"""How stages exchange tensors: ``local`` inside one process, ``shm`` and ``gloo`` between processes."""
 
 from __future__ import annotations
 
-from paci_rt.transport.base import Message, Transport
+from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, Transport
+from paci_rt.transport.factory import TRANSPORTS, check_transport, make_transport
 from paci_rt.transport.local import LocalTransport
 
-TRANSPORTS = ("auto", "local", "gloo")
-
-__all__ = ["TRANSPORTS", "LocalTransport", "Message", "Transport"]
+__all__ = [
+    "DEFAULT_TIMEOUT_S",
+    "TRANSPORTS",
+    "LocalTransport",
+    "Message",
+    "Transport",
+    "check_transport",
+    "make_transport",
+]

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from paci_rt.lowering import Channel
 
+DEFAULT_TIMEOUT_S = 300.0
+"""Deadline of a wait for another stage, unless the user says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -27,8 +30,14 @@ class Message:
 class Transport(Protocol):
     """Ordered, reliable message channels between the stages of one pipeline.
 
-    Messages of a channel arrive in the order in which they were sent; ``index`` is checked on arrival.
+    Messages of a channel arrive in the order in which they were sent; ``index`` is checked on arrival. Between
+    processes, a wait that outlasts its deadline raises :class:`~paci_rt.errors.TransferTimeoutError`, and one for a
+    stage that is gone :class:`~paci_rt.errors.PeerLostError`.
     """
+
+    @property
+    def name(self) -> str:
+        """Which one it is: the name by which users ask for it."""
 
     @property
     def capacity(self) -> int | None:
@@ -52,6 +61,9 @@ class Transport(Protocol):
 
     def flush(self) -> None:
         """Wait until every message sent so far has left this process."""
+
+    def fail(self, error: BaseException) -> None:
+        """This process goes no further, because of ``error``: let those who wait for it know, where possible."""
 
     def close(self) -> None:
         """Release threads and buffers. Idempotent."""

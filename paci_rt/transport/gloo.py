@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -23,10 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci_rt.errors import PaciError, PeerLostError, ScheduleError
+from paci_rt.errors import PaciError, PeerLostError, ScheduleError, TransferTimeoutError
 from paci_rt.lowering import Channel
 from paci_rt.transport import wire
-from paci_rt.transport.base import Message
+from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message
+from paci_rt.transport.diagnosis import action_of, standing, timeout_text
+from paci_rt.transport.rendezvous import check_group
 
 DEPTH = 2
 _LANES = 512  # tags a channel
@@ -70,9 +73,9 @@ def _fits(meta: wire.TensorMeta, guess: wire.Meta, at: int) -> bool:
 class _Outgoing:
     """Sending end of one channel."""
 
-    def __init__(self, tags: _Tags, peer: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, tags: _Tags, peer: int, group: dist.ProcessGroup | None, timeout: timedelta) -> None:
         self._tags = tags
-        self._peer, self._group = peer, group
+        self._peer, self._group, self._timeout = peer, group, timeout
         self._sequence = 0
         self._sent: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
         self._leaving: deque[list[tuple[Work, Tensor]]] = deque()
@@ -111,7 +114,7 @@ class _Outgoing:
         """Drop the first ``taken`` messages of the channel, waiting for those that have not left."""
         while self._leaving and self._let_go < taken:
             for work, _piece in self._leaving.popleft():
-                work.wait()
+                work.wait(self._timeout)
             self._let_go += 1
 
     def flush(self) -> None:
@@ -120,6 +123,11 @@ class _Outgoing:
     @property
     def held(self) -> int:
         return len(self._leaving)
+
+    def standing(self) -> str:
+        """For error messages: the message that waits, as far as it is known, and how far both sides are."""
+        size = sum(piece.nbytes for _work, piece in self._leaving[0]) if self._leaving else 0
+        return standing(self._let_go % DEPTH, f"{size} bytes", self._let_go - 1, None)
 
 
 def _unused(metas: wire.Meta, guess: wire.Meta, inline: bool) -> list[int]:
@@ -149,10 +157,12 @@ class _Posted:
 class _Incoming:
     """Receiving end of one channel."""
 
-    def __init__(self, channel: Channel, tags: _Tags, peer: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, channel: Channel, tags: _Tags, peer: int, group: dist.ProcessGroup | None, timeout: timedelta
+    ) -> None:
         self._channel = channel
         self._tags = tags
-        self._peer, self._group = peer, group
+        self._peer, self._group, self._timeout = peer, group, timeout
         self.sequence = 0
         self.acknowledged = 0
         self._seen: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
@@ -167,7 +177,7 @@ class _Incoming:
 
     def take(self, index: int) -> Message:
         posted = self._posted.popleft()
-        posted.control_work.wait()
+        posted.control_work.wait(self._timeout)
         raw = posted.control.numpy()
         sequence, arrived, taken, metas, inline = wire.unpack_header(raw[: wire.HEADER_BYTES].tobytes())
         if sequence != self.sequence or arrived != index:
@@ -177,12 +187,17 @@ class _Incoming:
             )
         tensors = self._inline(posted, metas) if inline else self._payload(posted, metas)
         for at in _unused(metas, posted.guess, inline):
-            posted.lanes[at][0].wait()
+            posted.lanes[at][0].wait(self._timeout)
         self.sequence += 1
         self.acknowledged = taken
         self._seen.append(metas if not inline else ())
         self._post()
         return Message(tensors, tuple(meta.requires_grad for meta in metas))
+
+    def standing(self) -> str:
+        """For error messages: the message that is waited for, as far as it is known, and how far both sides are."""
+        size = sum(meta.nbytes for meta in self._seen[0])
+        return standing(self.sequence % DEPTH, f"about {size} bytes" if size else "few bytes", None, self.sequence - 1)
 
     def _inline(self, posted: _Posted, metas: wire.Meta) -> tuple[Tensor | None, ...]:
         tensors: list[Tensor | None] = []
@@ -208,7 +223,7 @@ class _Incoming:
                 tensors.append(torch.empty(meta.shape, dtype=meta.dtype) if meta.present else None)
                 continue
             work, buffer = spilled[at] if at in spilled else posted.lanes[at]
-            work.wait()
+            work.wait(self._timeout)
             tensors.append(buffer[: meta.nbytes].view(meta.dtype).view(meta.shape))
         return tuple(tensors)
 
@@ -220,31 +235,31 @@ class GlooTransport:
         group: a gloo process group, or None for the default group.
         num_stages: stages of the pipeline.
         chunks: stages a process.
+        timeout_s: deadline of every single wait, in seconds.
 
     Raises:
         ValueError: ``torch.distributed`` is not initialised, the group has another size, or its CPU backend is
             not gloo.
     """
 
+    name = "gloo"
     capacity = None  # gloo starts a send at once, whether or not its receive is posted
     _made: ClassVar[WeakKeyDictionary[dist.ProcessGroup, int]] = WeakKeyDictionary()
 
-    def __init__(self, group: dist.ProcessGroup | None, *, num_stages: int, chunks: int = 1) -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise ValueError(
-                "the gloo transport needs torch.distributed: call "
-                "torch.distributed.init_process_group('gloo') first, or use paci_rt.LocalPipeline in one process"
-            )
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        *,
+        num_stages: int,
+        chunks: int = 1,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        check_group(group, num_stages, chunks, self.name)
         backend = dist.get_backend_config(group)
         if "gloo" not in backend:
             raise ValueError(f"the process group's backend is {backend!r}: the gloo transport needs a gloo group")
-        if dist.get_world_size(group) * chunks != num_stages:
-            each = "one process a stage" if chunks == 1 else f"one process for {chunks} stages"
-            raise ValueError(
-                f"{num_stages} stages on a process group of {dist.get_world_size(group)}: start {each}, or pass "
-                "PipelineStage(group=...) with a group of that size"
-            )
         self._group, self._ranks, self._chunks = group, num_stages // chunks, chunks
+        self._timeout = timedelta(seconds=timeout_s)
         # All processes make their pipelines in the same order, so they agree on the number without talking.
         members = dist.group.WORLD if group is None else group
         assert members is not None
@@ -258,9 +273,9 @@ class GlooTransport:
             self._receiver(channel)
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
-        opposite = self._incoming.get(_opposite(channel))
-        with _losing(channel[2], f"{channel[1]}SEND_{channel[0]}{index}"):
-            self._sender(channel).start(index, message, 0 if opposite is None else opposite.sequence)
+        opposite, outgoing = self._incoming.get(_opposite(channel)), self._sender(channel)
+        with self._losing(channel, index, outgoing):
+            outgoing.start(index, message, 0 if opposite is None else opposite.sequence)
 
     def ready(self, channel: Channel) -> bool:
         return True
@@ -270,7 +285,7 @@ class GlooTransport:
 
     def recv(self, channel: Channel, index: int) -> Message:
         incoming, opposite = self._receiver(channel), self._outgoing.get(_opposite(channel))
-        with _losing(channel[1], f"{channel[2]}RECV_{channel[0]}{index}"):
+        with self._losing(channel, index, incoming):
             message = incoming.take(index)
             if opposite is not None:
                 opposite.let_go(incoming.acknowledged)
@@ -278,8 +293,11 @@ class GlooTransport:
 
     def flush(self) -> None:
         for channel, outgoing in self._outgoing.items():
-            with _losing(channel[2], f"{channel[1]}SEND_{channel[0]}{outgoing.last_index}"):
+            with self._losing(channel, outgoing.last_index, outgoing):
                 outgoing.flush()
+
+    def fail(self, error: BaseException) -> None:
+        """Gloo has no way to tell; neighbours notice when this process ends, or at their deadline."""
 
     @property
     def held_messages(self) -> int:
@@ -293,14 +311,16 @@ class GlooTransport:
     def _sender(self, channel: Channel) -> _Outgoing:
         outgoing = self._outgoing.get(channel)
         if outgoing is None:
-            outgoing = self._outgoing[channel] = _Outgoing(self._tags(channel), self._rank(channel[2]), self._group)
+            outgoing = self._outgoing[channel] = _Outgoing(
+                self._tags(channel), self._rank(channel[2]), self._group, self._timeout
+            )
         return outgoing
 
     def _receiver(self, channel: Channel) -> _Incoming:
         incoming = self._incoming.get(channel)
         if incoming is None:
             incoming = self._incoming[channel] = _Incoming(
-                channel, self._tags(channel), self._rank(channel[1]), self._group
+                channel, self._tags(channel), self._rank(channel[1]), self._group, self._timeout
             )
         return incoming
 
@@ -312,22 +332,27 @@ class GlooTransport:
         rank = stage % self._ranks
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
+    @contextmanager
+    def _losing(self, channel: Channel, index: int, end: _Outgoing | _Incoming) -> Iterator[None]:
+        """Gloo's errors mean that the deadline is over or the stage at the other end gone; our own pass as they are."""
+        try:
+            yield
+        except PaciError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            sending = isinstance(end, _Outgoing)
+            action, peer = action_of(channel, index, sending=sending), channel[2] if sending else channel[1]
+            if "timed out" in reason.lower():
+                timeout_s = self._timeout.total_seconds()
+                text = timeout_text(channel, index, reason, end.standing(), timeout_s, sending=sending)
+                raise TransferTimeoutError(action, text) from error
+            message = f"action {action} lost the connection to stage {peer}, which failed or was ended: {reason}"
+            raise PeerLostError(action, message) from error
+
 
 def _opposite(channel: Channel) -> Channel:
     """The channel that answers: gradients to activations, tied weights to their gradients."""
     kind, sender, receiver = channel
     answers = {"F": "B", "B": "F"}.get(kind) or kind[0] + ("W" if kind[1] == "G" else "G") + kind[2:]
     return answers, receiver, sender
-
-
-@contextmanager
-def _losing(stage: int, action: str) -> Iterator[None]:
-    """Gloo's errors mean that ``stage`` is gone; our own pass as they are."""
-    try:
-        yield
-    except PaciError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        message = f"action {action} lost the connection to stage {stage}, which failed or was ended: {reason}"
-        raise PeerLostError(action, message) from error

@@ -30,6 +30,8 @@ class LocalTransport:
         capacity: messages that fit into a mailbox, None for any number.
     """
 
+    name = "local"
+
     def __init__(self, capacity: int | None = None) -> None:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity is {capacity}: a channel holds at least 1 message")
@@ -63,6 +65,9 @@ class LocalTransport:
 
     def flush(self) -> None:
         """Every message is handed over the moment it is sent."""
+
+    def fail(self, error: BaseException) -> None:
+        """Nobody waits elsewhere."""
 
     def close(self) -> None:
         self._mailboxes.clear()

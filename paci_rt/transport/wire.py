@@ -82,7 +82,7 @@ def pack_header(sequence: int, index: int, taken: int, metas: Meta, inline: bool
     Raises:
         StageError: more or higher-dimensional tensors than a header can describe.
     """
-    packed = struct.pack("<5q", sequence, index, taken, len(metas), int(inline)) + _pack_metas(metas)
+    packed = struct.pack("<5q", sequence, index, taken, len(metas), int(inline)) + pack_metas(metas)
     if len(packed) > HEADER_BYTES:
         raise StageError(
             f"a message of {len(metas)} tensors needs a header of {len(packed)} bytes, more than {HEADER_BYTES}: "
@@ -92,7 +92,8 @@ def pack_header(sequence: int, index: int, taken: int, metas: Meta, inline: bool
 
 
 @lru_cache(maxsize=64)  # messages of a channel look alike
-def _pack_metas(metas: Meta) -> bytes:
+def pack_metas(metas: Meta) -> bytes:
+    """The part of a header that describes the tensors; the native core reads it too (``csrc/p2p.hpp``)."""
     fields: list[int] = []
     for meta in metas:
         flags = (_PRESENT if meta.present else 0) | (_REQUIRES_GRAD if meta.requires_grad else 0)

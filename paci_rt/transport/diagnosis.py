@@ -1,0 +1,91 @@
+"""What is left for people when a transfer ends badly: a file with the last events of every channel of a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from paci_rt.errors import PeerLostError
+from paci_rt.lowering import Channel
+
+
+def dump_events(
+    transport: str,
+    rank: int,
+    error: BaseException,
+    channels: Sequence[str],
+    folder: str | os.PathLike[str] | None = None,
+) -> str:
+    """Write one JSON file: ``transport``, ``rank``, ``pid``, ``error``, both clocks' ``monotonic_ns`` and ``unix_s`` at
+    the same moment, and ``channels``, which holds one object for each end of a channel: ``edge side slots timeout_s
+    sent taken`` and ``events``, each with ``time_ns`` on the monotonic clock of the host, ``event``, and as far as they
+    apply ``sequence index slot bytes``.
+
+    Args:
+        channels: the channels' objects as JSON.
+        folder: where to; it is made if need be. None is the system's folder for temporary files.
+
+    Returns:
+        The file's path, or why it could not be written: no second error may hide the first.
+    """
+    head = {
+        "transport": transport,
+        "rank": rank,
+        "pid": os.getpid(),
+        "error": str(error),
+        "monotonic_ns": time.monotonic_ns(),
+        "unix_s": time.time(),
+    }
+    text = json.dumps(head)[:-1] + ', "channels": [\n' + ",\n".join(channels) + "\n]}\n"
+    target = Path(tempfile.gettempdir() if folder is None else folder) / f"paci_rt_events_rank{rank}_{os.getpid()}.json"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    except OSError as refusal:
+        return f"{target} could not be written ({refusal.strerror})"
+    return str(target)
+
+
+def origin_of(error: BaseException, rank: int) -> str:
+    """What ``error`` says of the stage that went first, in one line."""
+    if isinstance(error, PeerLostError) and error.origin:
+        return error.origin
+    said = str(error).splitlines()[0] if str(error) else "without a word"
+    return f"rank {rank} failed: {type(error).__name__}: {said}"
+
+
+def action_of(channel: Channel, index: int, *, sending: bool) -> str:
+    """The action that sends or receives message ``index``, for example ``0SEND_F7``."""
+    kind, sender, receiver = channel
+    return f"{sender}SEND_{kind}{index}" if sending else f"{receiver}RECV_{kind}{index}"
+
+
+def standing(slot: int, size: str, sent: int | None, taken: int | None) -> str:
+    """How far a channel is; None is what this side cannot know. The native core writes the same words."""
+
+    def word(sequence: int | None) -> str:
+        return "unknown" if sequence is None else "none" if sequence < 0 else str(sequence)
+
+    return f"slot {slot}, {size}; last completed sequence number: sender {word(sent)}, receiver {word(taken)}"
+
+
+def timeout_text(channel: Channel, index: int, doing: str, where: str, timeout_s: float, *, sending: bool) -> str:
+    """What a :class:`~paci_rt.errors.TransferTimeoutError` says, in the words of ``Endpoint::time_out`` in the core.
+
+    Args:
+        doing: what was waited for.
+        where: as :func:`standing` gives it.
+    """
+    kind, sender, receiver = channel
+    action, peer = action_of(channel, index, sending=sending), receiver if sending else sender
+    what = {"F": "activations", "B": "gradients"}.get(kind, "a tied weight or its gradient")
+    return (
+        f"action {action} timed out after {timeout_s:g} s: {doing}; edge {kind} {sender}->{receiver} ({what} from "
+        f"stage {sender} to stage {receiver}), {'micro-batch' if kind in 'FB' else 'window'} {index}, {where}. Look "
+        f"for what holds stage {peer} up, or, if it may take that long, raise transfer_timeout_s "
+        f"(--transfer-timeout), which is {timeout_s:g}"
+    )

@@ -1,0 +1,109 @@
+"""How the processes of a pipeline learn of each other: small values in ``torch.distributed``'s store."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+
+from paci_rt.errors import TransportError
+
+POLL_S = 0.002
+"""How often a process looks for what is missing, at first; the pause doubles up to ``MAX_POLL_S``."""
+MAX_POLL_S = 0.05
+LEAST_TIMEOUT_S = 300.0
+"""A meeting waits at least so long: processes start at different times, however short the deadline of a message is."""
+
+
+def check_group(group: dist.ProcessGroup | None, num_stages: int, chunks: int, transport: str) -> None:
+    """Make sure that ``group`` has one process for every ``chunks`` of ``num_stages`` stages.
+
+    Raises:
+        ValueError: ``torch.distributed`` is not initialised, or the group has another size.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            f"the {transport} transport needs torch.distributed: call "
+            "torch.distributed.init_process_group('gloo') first, or use paci_rt.LocalPipeline in one process"
+        )
+    size = dist.get_world_size(group)
+    if size * chunks != num_stages:
+        each = "one process a stage" if chunks == 1 else f"one process for {chunks} stages"
+        raise ValueError(
+            f"{num_stages} stages on a process group of {size}: start {each}, or pass PipelineStage(group=...) with a "
+            "group of that size"
+        )
+
+
+def host_identity() -> dict[str, str]:
+    """What tells hosts apart: ``name`` for people, ``boot`` and ``pids`` (the namespace of process numbers, which is
+    another one in another container) for the comparison."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    try:
+        return {
+            "name": socket.gethostname(),
+            "boot": boot.read_text().strip(),
+            "pids": os.readlink("/proc/self/ns/pid"),
+        }
+    except OSError:  # not Linux, or no /proc
+        return {"name": socket.gethostname(), "boot": socket.gethostname(), "pids": ""}
+
+
+class Meeting:
+    """All processes of a group come together here, in the same order everywhere, and tell each other values.
+
+    Processes make their pipelines in the same order, so they agree on the number of a meeting without talking.
+
+    Args:
+        group: None is the default group.
+        timeout_s: how long to wait for the others; at least ``LEAST_TIMEOUT_S``.
+    """
+
+    _held: ClassVar[dict[str, int]] = {}  # meetings by the name of the group
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
+        members = dist.group.WORLD if group is None else group
+        assert members is not None
+        name = members.group_name
+        self.number = self._held.get(name, 0)
+        self._held[name] = self.number + 1
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._timeout_s = max(timeout_s, LEAST_TIMEOUT_S)
+        self._store = dist.PrefixStore(f"paci_rt/{name}/{self.number}", dist.distributed_c10d._get_default_store())
+
+    def exchange(self, topic: str, value: Any) -> list[Any]:
+        """Tell everybody ``value`` (JSON-ready), and return the values of all, by rank.
+
+        Raises:
+            TransportError: some processes did not come in time.
+        """
+        self._store.set(f"{topic}/{self.rank}", json.dumps(value))
+        deadline, pause_s = time.monotonic() + self._timeout_s, POLL_S
+        keys = [f"{topic}/{rank}" for rank in range(self.size)]
+        while not self._store.check(keys):
+            if time.monotonic() > deadline:
+                missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+                raise TransportError(
+                    f"the processes of rank {', '.join(missing)} have not made their pipeline within "
+                    f"{self._timeout_s:g} s: look for what holds them up"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_POLL_S)
+        return [json.loads(self._store.get(key)) for key in keys]
+
+
+def hosts_by_name(identities: list[dict[str, str]]) -> dict[str, list[int]]:
+    """Ranks by host, in words; hosts of one name are told apart."""
+    keys: dict[tuple[str, str], list[int]] = {}
+    for rank, identity in enumerate(identities):
+        keys.setdefault((identity["boot"], identity["pids"]), []).append(rank)
+    found: dict[str, list[int]] = {}
+    for ranks in keys.values():
+        name = identities[ranks[0]]["name"]
+        found[name if name not in found else f"{name} (another boot or container, {len(found) + 1})"] = ranks
+    return found
