@@ -36,7 +36,7 @@ from paci_rt.pipeline import (
     ScheduleZBH2,
     get_schedule_class,
 )
-from paci_rt.schedules import FAMILIES, StepCosts
+from paci_rt.schedules import FAMILIES, StepCosts, plan_slack
 from paci_rt.stage import PipelineStage
 
 __version__ = "0.1.0"
@@ -79,4 +79,5 @@ __all__ = [
     "TritonMissingError",
     "get_schedule_class",
     "params_sha256",
+    "plan_slack",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 from paci_rt import schedules
 from paci_rt.lowering import TiedWeight
 from paci_rt.runtime import Pipeline
-from paci_rt.schedules import StepCosts
+from paci_rt.schedules import Slack, StepCosts
 from paci_rt.stage import LossFn, PipelineStage
 from paci_rt.transport import LocalTransport, Transport
 
@@ -48,7 +48,7 @@ class _Schedule(Pipeline):
         *,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Any = None,
-        slack: int = 0,
+        slack: Slack | Sequence[int] = 0,
         policy: str | None = None,
         lookahead: bool | None = None,
         costs: StepCosts | None = None,
@@ -211,7 +211,7 @@ class LocalPipeline(Pipeline):
         optimizer: Callable[[NamedParams], torch.optim.Optimizer] | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | Sequence[Any] | None = None,
         chunks: int = 1,
-        slack: int = 0,
+        slack: Slack | Sequence[int] = 0,
         policy: str | None = None,
         lookahead: bool | None = None,
         costs: StepCosts | None = None,

@@ -1,8 +1,9 @@
 """Asynchronous 1F1B with windowed local updates: PACI, arXiv 2606.07881.
 
-Stage ``i`` runs ``w = P-1-i`` forwards ahead, then alternates F and B for ever. The backward that completes a
-window is followed at once by a local update; nothing is flushed, stashed or told to anyone. Between the forward
-and the backward of a micro-batch lie exactly ``w`` other backwards, hence at most ``ceil(w / a)`` updates.
+Stage ``i`` runs ``w = P-1-i`` forwards ahead, and those of its slack (:mod:`paci_rt.schedules.slack`), then alternates
+F and B for ever. The backward that completes a window is followed at once by a local update; nothing is flushed,
+stashed or told to anyone. Between the forward and the backward of a micro-batch lie exactly ``w`` other backwards,
+hence at most ``ceil(w / a)`` updates.
 """
 
 from __future__ import annotations
@@ -14,12 +15,6 @@ from paci_rt.action import Codes, Op
 from paci_rt.schedules.base import ScheduleFamily, Shape, weave
 
 
-def warm_up(shape: Shape, stage: int) -> int:
-    """Forwards that ``stage`` runs ahead of its backwards; the last stage never does, whatever the slack."""
-    ahead = shape.num_stages - 1 - stage
-    return ahead + shape.slack if ahead else 0
-
-
 def _backwards(shape: Shape, stage: int, m: Codes, has: Any) -> tuple[tuple[Op, int, Codes, Any], ...]:
     """Columns of backwards, and of the updates after those that complete a window."""
     ends_window = (m + 1) % shape.accumulation == 0
@@ -28,17 +23,17 @@ def _backwards(shape: Shape, stage: int, m: Codes, has: Any) -> tuple[tuple[Op, 
 
 def _windows(shape: Shape, stage: int, first: int, end: int, start: int) -> Codes:
     m = shape.micro_batches(first, end)
-    back = m - warm_up(shape, stage)
+    back = m - shape.warm_up(stage)
     return weave((Op.F, stage, m, True), *_backwards(shape, stage, back, back >= start * shape.accumulation))
 
 
 def _drain(shape: Shape, stage: int, start: int, end: int) -> Codes:
     m = shape.micro_batches(start, end)
-    return weave(*_backwards(shape, stage, m, m >= end * shape.accumulation - warm_up(shape, stage)))
+    return weave(*_backwards(shape, stage, m, m >= end * shape.accumulation - shape.warm_up(stage)))
 
 
 def _drift_bound(shape: Shape, stage: int) -> int:
-    return -(-warm_up(shape, stage) // shape.accumulation)
+    return -(-shape.warm_up(stage) // shape.accumulation)
 
 
 PACI = ScheduleFamily(
@@ -47,7 +42,7 @@ PACI = ScheduleFamily(
     windows=_windows,
     drain=_drain,
     drift_bound=_drift_bound,
-    in_flight_bound=lambda shape, stage: warm_up(shape, stage) + 1,
+    in_flight_bound=lambda shape, stage: shape.warm_up(stage) + 1,
     policies=("bounded", "stash", "2bw", "predict", "recompute"),
     takes_slack=True,
     looks_ahead=True,
