@@ -111,6 +111,12 @@ class SchedulePACI(_Schedule):
     name = "paci"
 
 
+class SchedulePACISplit(_Schedule):
+    """PACI whose backwards come as I and W, so that a gradient leaves before W: hides links of up to half a W."""
+
+    name = "paci-split"
+
+
 class ScheduleAsync1F1B(_Schedule):
     """Asynchronous 1F1B that updates after every backward; ``n_microbatches`` updates a ``step``."""
 

@@ -54,7 +54,9 @@ def check_slack(slack: Any, num_stages: int) -> Slack:
     if isinstance(slack, (tuple, list)):
         return _one_if_uniform(_check_each(tuple(slack), num_stages))
     if not _is_count(slack):
-        raise ValueError(f"slack is {slack!r}: give an integer of at least 0, or one for each stage with 0 for the last")
+        raise ValueError(
+            f"slack is {slack!r}: give an integer of at least 0, or one for each stage with 0 for the last"
+        )
     return slack  # type: ignore[no-any-return]
 
 
@@ -204,7 +206,9 @@ class _Loops:
         if not self.stages:
             raise ValueError("stage_times is empty: give one time a stage")
         if len(links) != self.stages - 1:
-            raise ValueError(f"hops has {len(links)} values for {self.stages} stages: give {self.stages - 1}, one a link")
+            raise ValueError(
+                f"hops has {len(links)} values for {self.stages} stages: give {self.stages - 1}, one a link"
+            )
         if len(late) != self.stages or (late > whole).any():
             raise ValueError("after_send must give each stage a part of its stage_times")
         # A loop meets what comes after the send only on its first stage, where it waits for the next forward.
