@@ -91,7 +91,7 @@ def test_train_takes_the_command_of_every_schedule(capsys, stored, name):
     for policy in schedules.get(name).policies:
         argv = ["plan", "--profile", stored, "--stages", "2", "--schedules", name, "--policies", policy]
         argv += ["--delay-limit", "none"]
-        assert cli.main([*argv, "--slack", "0,2", "--hop-ms", "20", "--json", "plan.json"]) == 0
+        assert cli.main([*argv, "--hop-ms", "20", "--json", "plan.json"]) == 0
         found = json.loads(Path("plan.json").read_text())
         config = train_config(found["command"])
         assert (config.schedule, config.policy, config.slack) == (name, policy, found["slack"])
@@ -99,6 +99,22 @@ def test_train_takes_the_command_of_every_schedule(capsys, stored, name):
         assert (config.chunks, config.stages, config.seq_len) == (found["chunks"], 2, 8)
         assert (config.step_costs is not None) == schedules.get(name).takes_costs
         assert f"Plan for 2 stages: {name}, policy {policy}" in capsys.readouterr().out
+
+
+def test_slack_has_its_price_beside_it(capsys, stored):
+    argv = ["plan", "--profile", stored, "--stages", "4", "--schedules", "paci", "--json", "plan.json"]
+    assert cli.main([*argv, "--hop-ms", "5"]) == 0
+    out, found = capsys.readouterr().out, json.loads(Path("plan.json").read_text())
+    assert train_config(found["command"]).slack == tuple(found["slack"]) == (3, 2, 1, 0)
+    assert "policy bounded, look-ahead, slack 3,2,1,0" in out and "--slack 3,2,1,0" in found["command"]
+    gain = found["predicted"]["micro_batches_per_s"] / found["without_slack"]["micro_batches_per_s"]
+    price = re.search(r"slack +makes it ([0-9.]+) times as fast as the strict order on the same stages", out)
+    assert float(price[1]) == pytest.approx(gain, abs=1e-3) and gain > 1.1
+    assert f"drift {found['predicted']['drift']} instead of {found['without_slack']['drift']}" in out
+    assert cli.main([*argv, "--hop-ms", "5", "--slack", "1,1,0,0"]) == 0
+    assert json.loads(Path("plan.json").read_text())["slack"] == [1, 1, 0, 0]
+    assert cli.main(argv) == 0  # no hop
+    assert "strict order" not in capsys.readouterr().out.split("slack 1,1,0,0")[-1].split("Run it")[1]
 
 
 def test_links_that_are_measured(capsys, stored, monkeypatch):

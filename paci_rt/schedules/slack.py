@@ -2,15 +2,17 @@
 
 Stage ``i`` of ``P`` warms up with ``w_i = P-1-i + s_i`` forwards; ``s_i`` is its slack. In the steady state it then
 alternates: forward ``m``, backward ``m - w_i``. Let ``T_i`` be what both take together and ``c_i`` the latency of the
-link from ``i`` to ``i+1``, the same in both directions. Who waits for whom is a graph in which every closed walk falls
-into these loops, one for each run of stages ``a ... b``::
+link from ``i`` to ``i+1``, the same in both directions. Who waits for whom is a graph. Forwards lead down the pipeline
+only and backwards up only, so a closed walk that meets nothing twice goes down some run of stages ``a ... b``, turns,
+and comes back up the same::
 
     forward m of stages a, a+1, ... b, backward of b for micro-batch m - w_b, backwards of b-1, ... a for that one,
     and, next on stage a, forward m - w_b + w_a + 1
 
-The loop takes ``T_a + ... + T_b + 2 (c_a + ... + c_{b-1})`` and gets ``w_a - w_b + 1`` micro-batches further. A system
-of such waits settles to the longest time a micro-batch of all loops (the maximum cycle ratio: Baccelli, Cohen, Olsder,
-Quadrat, Synchronization and Linearity, 1992, chapter 3). So
+The loop takes ``T_a + ... + T_b + 2 (c_a + ... + c_{b-1})`` and gets ``w_a - w_b + 1`` micro-batches further. (Where W
+comes after the gradient has been sent, the loop meets that of stage ``a`` only.) A system of such waits settles to the
+longest time a micro-batch of all loops (the maximum cycle ratio: Baccelli, Cohen, Olsder, Quadrat, Synchronization and
+Linearity, 1992, chapter 3). So
 
     period = max over a <= b of  (T_a + ... + T_b + 2 (c_a + ... + c_{b-1})) / (w_a - w_b + 1)
 
@@ -52,7 +54,7 @@ def check_slack(slack: Any, num_stages: int) -> Slack:
         ValueError: no such slack, or one with which no order would run to its end.
     """
     if isinstance(slack, (tuple, list)):
-        return _one_if_uniform(_check_each(tuple(slack), num_stages))
+        return one_if_uniform(_check_each(tuple(slack), num_stages))
     if not _is_count(slack):
         raise ValueError(
             f"slack is {slack!r}: give an integer of at least 0, or one for each stage with 0 for the last"
@@ -85,7 +87,8 @@ def _check_each(slack: tuple[Any, ...], num_stages: int) -> tuple[int, ...]:
     return slack
 
 
-def _one_if_uniform(slack: tuple[int, ...]) -> Slack:
+def one_if_uniform(slack: tuple[int, ...]) -> Slack:
+    """A single number where it says the same as one a stage."""
     return slack[0] if len(set(slack[:-1])) <= 1 else slack
 
 
@@ -122,25 +125,101 @@ def slack_text(slack: Slack | str) -> str:
 # ---------------------------------------------------------------------------------------------------------- planning
 
 
-def steady_period(
-    stage_times: Sequence[float], hops: Sequence[float], slack: Slack = 0, *, after_send: Sequence[float] = ()
-) -> float:
-    """Time from one micro-batch to the next in the steady state; updates come on top.
+class Loops:
+    """Who waits for whom in a pipeline, see the top of this file.
 
     Args:
         stage_times: forward and backward of a micro-batch, by stage; any unit.
         hops: latency of each link, the same in both directions; one less than stages.
-        slack: the order's.
-        after_send: part of each stage's time that comes after its gradient has been sent (its W); default none.
+        after_send: part of each stage's time that comes after its gradient has been sent (its W); none by default.
+        least_period: what nothing can beat anyway, such as the time that a link is busy with one message.
+
+    Attributes:
+        stages: how many.
+        shortest_period: what the slowest stage takes, or ``least_period``.
 
     Raises:
         ValueError: times that are no times, or numbers that do not fit together.
     """
-    loops = _Loops(stage_times, hops, after_send)
-    warm_up = np.array(warm_ups(check_slack(slack, loops.stages), loops.stages))
-    further = warm_up[:, None] - warm_up[None, :] + 1
-    inside = np.triu(np.ones_like(further, dtype=bool))
-    return float((loops.times[inside] / further[inside]).max())
+
+    def __init__(
+        self,
+        stage_times: Sequence[float],
+        hops: Sequence[float],
+        *,
+        after_send: Sequence[float] = (),
+        least_period: float = 0.0,
+    ) -> None:
+        whole, links = _times("stage_times", stage_times), _times("hops", hops)
+        late = _times("after_send", after_send) if len(after_send) else np.zeros_like(whole)
+        self.stages = len(whole)
+        if not self.stages:
+            raise ValueError("stage_times is empty: give one time a stage")
+        if len(links) != self.stages - 1:
+            raise ValueError(
+                f"hops has {len(links)} values for {self.stages} stages: give one a link, {self.stages - 1}"
+            )
+        if len(late) != self.stages or (late > whole).any():
+            raise ValueError("after_send must give each stage a part of its stage_times")
+        # A loop meets what comes after the send only on its first stage, where it waits for the next forward.
+        before = np.concatenate(([0.0], np.cumsum(whole - late)))
+        linked = np.concatenate(([0.0], np.cumsum(links)))
+        # [a, b]: what the loop over stages a ... b takes.
+        self._times = before[None, 1:] - before[:-1, None] + late[:, None] + 2 * (linked[None, :] - linked[:, None])
+        self.shortest_period = max(float(whole.max()), _time("least_period", least_period))
+
+    def period(self, slack: Slack | Sequence[int] = 0) -> float:
+        """Time from one micro-batch to the next in the steady state; updates come on top.
+
+        Raises:
+            ValueError: no slack that these stages can have.
+        """
+        warm_up = np.array(warm_ups(check_slack(slack, self.stages), self.stages))
+        further = warm_up[:, None] - warm_up[None, :] + 1
+        inside = np.triu(np.ones_like(further, dtype=bool))
+        return max(float((self._times[inside] / further[inside]).max()), self.shortest_period)
+
+    def least_slack(self, period: float) -> tuple[int, ...]:
+        """The least slack, by stage, that keeps ``period``, or else the shortest that can be: no stage could do with
+        less."""
+        period = max(period, self.shortest_period)
+        last = self.stages - 1
+        warm_up = [0] * self.stages
+        for stage in reversed(range(last)):
+            warm_up[stage] = last - stage
+            for end in range(stage + 1, self.stages):
+                rounds = float(self._times[stage, end]) / period if period else 0.0
+                warm_up[stage] = max(warm_up[stage], warm_up[end] + max(0, math.ceil(rounds * (1 - _ROUNDING)) - 1))
+        return tuple(count - (last - stage) for stage, count in enumerate(warm_up))
+
+    def plan(self, tolerance: float = TOLERANCE) -> tuple[int, ...]:
+        """The least slack with which a micro-batch takes at most ``1 + tolerance`` times the shortest period.
+
+        Raises:
+            ValueError: a tolerance that is no share.
+        """
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance is {tolerance!r}: give a share of at least 0, such as 0.01")
+        return self.least_slack(self.shortest_period * (1 + tolerance))
+
+    def choices(self, step: float = TOLERANCE) -> list[Slack]:
+        """No slack, what :meth:`plan` finds without tolerance, and what lies between: each is the least for its period
+        and shortens the one before it by a share of ``step`` at least, but for the last."""
+        found: list[Slack] = [0]
+        while (period := self.period(found[-1])) > self.shortest_period * (1 + _ROUNDING):
+            found.append(one_if_uniform(self.least_slack(period * (1 - step))))
+        return found
+
+
+def steady_period(
+    stage_times: Sequence[float],
+    hops: Sequence[float],
+    slack: Slack | Sequence[int] = 0,
+    *,
+    after_send: Sequence[float] = (),
+) -> float:
+    """Time from one micro-batch to the next in the steady state of an order with ``slack``; see :class:`Loops`."""
+    return Loops(stage_times, hops, after_send=after_send).period(slack)
 
 
 def plan_slack(
@@ -160,73 +239,17 @@ def plan_slack(
         (3, 2, 1, 0)
         >>> plan_slack([3, 3, 3, 3], [1, 0, 0])  # only the first link is slow
         (1, 0, 0, 0)
+        >>> plan_slack([3, 3, 3, 3], [0.5, 0.5, 0.5], after_send=[1, 1, 1, 1])  # W runs while the gradient travels
+        (0, 0, 0, 0)
 
     Args:
-        stage_times, hops, after_send: as for :func:`steady_period`.
-        least_period: what nothing can beat anyway, such as the time that a link is busy with one message.
+        stage_times, hops, after_send, least_period: as for :class:`Loops`.
         tolerance: share of the period that may be lost.
 
     Raises:
         ValueError: times that are no times, or numbers that do not fit together.
     """
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance is {tolerance!r}: give a share of at least 0, such as 0.01")
-    loops = _Loops(stage_times, hops, after_send)
-    return loops.least_slack(max(loops.slowest, _time("least_period", least_period)) * (1 + tolerance))
-
-
-def slack_choices(
-    stage_times: Sequence[float],
-    hops: Sequence[float],
-    *,
-    after_send: Sequence[float] = (),
-    least_period: float = 0.0,
-    step: float = TOLERANCE,
-) -> list[Slack]:
-    """From none to what :func:`plan_slack` finds with no tolerance, what lies between: each is the least slack for its
-    period, and shortens the period before it by a share of ``step`` at least, but for the last."""
-    loops = _Loops(stage_times, hops, after_send)
-    target = max(loops.slowest, _time("least_period", least_period))
-    found: list[Slack] = [0]
-    while target > 0:
-        period = steady_period(stage_times, hops, found[-1], after_send=after_send)
-        if period <= target * (1 + _ROUNDING):
-            break
-        found.append(_one_if_uniform(loops.least_slack(max(target, period * (1 - step)))))
-    return found
-
-
-class _Loops:
-    """``times[a, b]``: what the loop over stages ``a ... b`` takes."""
-
-    def __init__(self, stage_times: Sequence[float], hops: Sequence[float], after_send: Sequence[float]) -> None:
-        whole, links = _times("stage_times", stage_times), _times("hops", hops)
-        late = _times("after_send", after_send) if len(after_send) else np.zeros_like(whole)
-        self.stages = len(whole)
-        if not self.stages:
-            raise ValueError("stage_times is empty: give one time a stage")
-        if len(links) != self.stages - 1:
-            raise ValueError(
-                f"hops has {len(links)} values for {self.stages} stages: give {self.stages - 1}, one a link"
-            )
-        if len(late) != self.stages or (late > whole).any():
-            raise ValueError("after_send must give each stage a part of its stage_times")
-        # A loop meets what comes after the send only on its first stage, where it waits for the next forward.
-        before = np.concatenate(([0.0], np.cumsum(whole - late)))
-        linked = np.concatenate(([0.0], np.cumsum(links)))
-        self.times = before[None, 1:] - before[:-1, None] + late[:, None] + 2 * (linked[None, :] - linked[:, None])
-        self.slowest = float(whole.max())
-
-    def least_slack(self, period: float) -> tuple[int, ...]:
-        """The least slack that keeps ``period``, which is at least that of the slowest stage."""
-        last = self.stages - 1
-        warm_up = [0] * self.stages
-        for stage in reversed(range(last)):
-            warm_up[stage] = last - stage
-            for end in range(stage + 1, self.stages):
-                rounds = float(self.times[stage, end]) / period if period else 0.0
-                warm_up[stage] = max(warm_up[stage], warm_up[end] + max(0, math.ceil(rounds * (1 - _ROUNDING)) - 1))
-        return tuple(count - (last - stage) for stage, count in enumerate(warm_up))
+    return Loops(stage_times, hops, after_send=after_send, least_period=least_period).plan(tolerance)
 
 
 def _times(name: str, values: Sequence[float]) -> npt.NDArray[np.float64]:
