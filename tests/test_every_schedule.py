@@ -138,6 +138,18 @@ def test_a_flush_schedule_equals_a_plain_loop_of_our_own_optimizers(optimizer: s
     same(train_local(run)["params"], plain)
 
 
+@pytest.mark.parametrize("policy", ["bounded", "stash", "2bw", "predict", "recompute"])
+@pytest.mark.parametrize("slack", [0, (3, 1, 1, 0)])
+def test_paci_split_is_paci_to_the_bit(policy: str, slack: Any) -> None:
+    options: dict[str, Any] = {"stages": 4, "accumulation": 6, "slack": slack, "policy": policy, "eval_every": 3}
+    whole, split = (train_local(Run(schedule=name, **options)) for name in ("paci", "paci-split"))
+    same(split["params"], whole["params"])
+    assert split["losses"] == whole["losses"]
+    for key in ("drift", "delay", "peak_in_flight"):
+        assert split["stats"][key] == whole["stats"][key]
+    assert set(split["stats"]["peak_pending"].values()) == {1} and set(whole["stats"]["peak_pending"].values()) == {0}
+
+
 @pytest.mark.parametrize("schedule", FAMILIES)
 def test_bounded_mailboxes_run_what_the_validator_has_proved(schedule: str) -> None:
     """With the fewest messages a channel for which the validator finds an end, the executor finds it too."""
