@@ -46,6 +46,8 @@ bench: venv
 	$(BIN)/python benchmarks/pipeline_throughput.py --stages 8 --accumulation 8 --emulate-ms 10,20 --slack 0,1 \
 	  --json runs/pipeline_throughput_emulated.json
 	$(BIN)/python benchmarks/comm_overlap.py --json runs/comm_overlap.json --plot runs/comm_overlap.png
+	$(BIN)/python benchmarks/pipeline_throughput.py --stages 8 --accumulation 8 --emulate-ms 20,20,20 \
+	  --schedules paci,paci-split --hop-ms 5,10 --slack 0,auto --json runs/pipeline_throughput_slow_links.json
 
 gpu:
 	$(GPU_PYTHON) tools/gpu.py $(GPU_ARGS)

@@ -29,7 +29,7 @@ Measured = dict[Case, list[dict[str, Any]]]
 
 ALL = (
     *("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "async-1f1b", "pipedream"),
-    *("pipedream-2bw", "paci", "paci+stash", "paci+2bw", "paci+predict", "paci+recompute"),
+    *("pipedream-2bw", "paci", "paci-split", "paci+stash", "paci+2bw", "paci+predict", "paci+recompute"),
 )
 NEAR_S = 2e-3  # what arrived so long ago was there for certain
 MOST_ERROR = 0.03

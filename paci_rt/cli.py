@@ -205,12 +205,16 @@ def _target(text: str) -> float | None:
 # fmt: off
 def _add_pipeline(options: _Options) -> None:
     from paci_rt.policies import POLICIES
+    from paci_rt.train import slack
 
     options.add("stages", int, "P", "pipeline stages, one process each")
     options.add("chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only; default there: 2)")
     options.add("accumulation", int, "A", "micro-batches per local update (default: 4; async-1f1b: always 1)")
-    options.add("slack", int, "S", "more warm-up forwards on every stage but the last; hides link latency, costs "
-                "activations and drift; asynchronous schedules only")
+    options.add("slack", slack.argument, "S|S,S,...,0|auto", "more warm-up forwards, which hide link latency and cost "
+                "activations and drift: on every stage but the last, or one number a stage, or what --profile shows to "
+                "be enough; asynchronous schedules only")
+    options.add("profile", str, "FILE", "for --slack auto: how long stages and messages take, as written by paci-rt "
+                "plan --profile FILE --measure-link")
     options.add("policy", str, "NAME", f"which weights forwards and backwards use: {', '.join(POLICIES)} (default: the "
                 "schedule's own)")
     options.switch("lookahead", "run forwards that come before an update of theirs at the weights that the gradients "

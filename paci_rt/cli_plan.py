@@ -23,8 +23,8 @@ with one device for each stage. Ends with the paci-rt train command that runs th
 """
 
 JSON_HELP = (
-    "write the plan: partition accumulation slack predicted schedule policy chunks step_costs runners_up stages "
-    "command profile"
+    "write the plan: partition accumulation slack predicted schedule policy chunks step_costs without_slack runners_up "
+    "stages command profile"
 )
 
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -80,7 +80,8 @@ def _milliseconds(text: str) -> float:
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``paci-rt plan``."""
     from paci_rt.policies import POLICIES
-    from paci_rt.schedules import FAMILIES
+    from paci_rt.schedules import AUTO, FAMILIES
+    from paci_rt.train import slack
     from paci_rt.train.config import DTYPES
     from paci_rt.train.gpt import MODELS
     from paci_rt.transport import TRANSPORTS
@@ -106,8 +107,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     option(group, "--policies", names, "NAME,...", f"from {', '.join(POLICIES)} (default: all that a schedule takes)")
     group.add_argument("--lookahead", action=argparse.BooleanOptionalAction, help="early forwards look ahead (default: "
                        "as the schedule does; paci does)")
-    option(group, "--slack", integers, "S,S,...", "more warm-up forwards, for schedules that take slack (default: 0,1)",
-           (0, 1))
+    option(group, "--slack", slack.argument, "S|S,S,...,0|auto", "more warm-up forwards, for schedules that take "
+           "slack: on all stages but the last, or one number a stage (default: auto, as much as pays)", AUTO)
     option(group, "--chunks", integers, "V,V,...", "stages a device, for schedules that take chunks (default: 2)", (2,))
     group = parser.add_argument_group("limits and devices")
     option(group, "--memory-limit", _list_of(size, "sizes"), "SIZE[,SIZE...]", "of every device, or of each in order, "
@@ -178,7 +179,7 @@ def _plan(args: argparse.Namespace, profile: Profile) -> planner.Plan:
         device_speeds=args.device_speeds,
         schedules=args.schedules,
         policies=args.policies,
-        slacks=args.slack,
+        slack=args.slack,
         chunks=args.chunks,
     )
 

@@ -11,7 +11,7 @@ from torch import nn
 from paci_rt import schedules
 from paci_rt.lowering import TiedWeight
 from paci_rt.runtime import Pipeline
-from paci_rt.schedules import StepCosts
+from paci_rt.schedules import Slack, StepCosts
 from paci_rt.stage import LossFn, PipelineStage, usable
 from paci_rt.transport import DEFAULT_TIMEOUT_S, LocalTransport, Transport, make_transport
 
@@ -50,7 +50,7 @@ class _Schedule(Pipeline):
         *,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Any = None,
-        slack: int = 0,
+        slack: Slack | Sequence[int] = 0,
         policy: str | None = None,
         lookahead: bool | None = None,
         costs: StepCosts | None = None,
@@ -116,6 +116,12 @@ class SchedulePACI(_Schedule):
     """Asynchronous 1F1B with a local update every ``n_microbatches`` (PACI, arXiv 2606.07881)."""
 
     name = "paci"
+
+
+class SchedulePACISplit(_Schedule):
+    """PACI whose backwards come as I and W, so that a gradient leaves before W: hides links of up to half a W."""
+
+    name = "paci-split"
 
 
 class ScheduleAsync1F1B(_Schedule):
@@ -221,7 +227,7 @@ class LocalPipeline(Pipeline):
         optimizer: Callable[[NamedParams], torch.optim.Optimizer] | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | Sequence[Any] | None = None,
         chunks: int = 1,
-        slack: int = 0,
+        slack: Slack | Sequence[int] = 0,
         policy: str | None = None,
         lookahead: bool | None = None,
         costs: StepCosts | None = None,

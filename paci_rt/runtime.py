@@ -20,7 +20,8 @@ from paci_rt.feed import cut_batch
 from paci_rt.lookahead import can_look_ahead, require_look_ahead
 from paci_rt.lowering import Lowering, TiedWeight, validate
 from paci_rt.optim import BoundOptimizer, bind_optimizer
-from paci_rt.schedules import Shape, StepCosts
+from paci_rt.schedules import Shape, Slack, StepCosts
+from paci_rt.schedules.slack import slack_text
 from paci_rt.stage import LossFn, PipelineStage
 from paci_rt.state import collect_state, load_state, pipeline_stats
 from paci_rt.tied import TiedExchange
@@ -41,7 +42,8 @@ class Pipeline:
         optimizers: one a stage, or None to leave gradients in ``.grad`` (flush schedules only).
         lr_schedulers: one a stage, stepped after each local update.
         chunks: stages a rank (``interleaved-1f1b``).
-        slack: additional warm-up forwards on every stage but the last (asynchronous schedules).
+        slack: additional warm-up forwards (asynchronous schedules): one number for every stage but the last, or one a
+            stage; :func:`paci_rt.plan_slack` says how many hide the latency of links.
         policy: which weights forwards and backwards use, see :mod:`paci_rt.policies`; None is the schedule's own.
         lookahead: run forwards that come before an update of theirs at the weights that the gradients seen so far
             would make of the present ones (asynchronous schedules; :mod:`paci_rt.lookahead`). None does so under
@@ -67,7 +69,7 @@ class Pipeline:
         optimizers: Sequence[torch.optim.Optimizer | None],
         lr_schedulers: Sequence[Any] | None,
         chunks: int,
-        slack: int,
+        slack: Slack | Sequence[int],
         policy: str | None,
         lookahead: bool | None,
         costs: StepCosts | None,
@@ -80,18 +82,19 @@ class Pipeline:
         family = schedules.get(schedule)
         if not isinstance(n_microbatches, int) or n_microbatches < 1:
             raise ValueError(f"n_microbatches is {n_microbatches!r}: give an integer of at least 1")
-        if slack and not family.takes_slack:
-            raise ValueError(f"slack is {slack}: {family.name} flushes and takes no slack; leave it at 0")
         if chunks > 1 and not family.takes_chunks:
             raise ValueError(f"{chunks} stages a rank: {family.name} runs one; use interleaved-1f1b")
         accumulation = 1 if family.one_micro_batch_windows else n_microbatches
         shape = Shape(
             num_stages=stages[0].num_stages,
             accumulation=accumulation,
-            slack=slack,
+            slack=slack,  # type: ignore[arg-type]  # Shape makes a tuple of any list
             chunks=chunks,
             costs=StepCosts() if costs is None else costs,
         )
+        if shape.slack and not family.takes_slack:
+            shown = slack_text(shape.slack)
+            raise ValueError(f"slack is {shown}: {family.name} flushes and takes no slack; leave it at 0")
         if any(optimizer is None for optimizer in optimizers):
             if not family.flush:
                 raise ValueError(

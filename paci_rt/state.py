@@ -39,7 +39,7 @@ def pipeline_stats(
         "stages": shape.num_stages,
         "chunks": shape.chunks,
         "accumulation": shape.accumulation,
-        "slack": shape.slack,
+        "slack": list(shape.slack) if isinstance(shape.slack, tuple) else shape.slack,
         "windows": max(audit.windows for audit in audits),
         "micro_batches": max(audit.micro_batches for audit in audits),
         "wall_s": wall_s,

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from paci_rt import native, policies, schedules
 from paci_rt.errors import TritonMissingError
 from paci_rt.stage import usable
+from paci_rt.train import slack
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
 from paci_rt.transport import TRANSPORTS
 
@@ -37,7 +38,9 @@ class TrainConfig:
     """Options of ``paci-rt train``; None means the default that is named here, and is filled in on construction.
 
     Attributes:
-        schedule, slack, policy, buffers: as for ``paci_rt.SchedulePACI``.
+        schedule, policy, buffers: as for ``paci_rt.SchedulePACI``.
+        slack: as there, or ``"auto"``: as much as hides the latency of messages, by ``profile``, a file that ``paci-rt
+            plan --profile`` wrote. It is replaced by the numbers, and ``profile`` by None.
         lookahead: as there; where the schedule does so of its own and the optimizer can.
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, and 2 for ``interleaved-1f1b``.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
@@ -71,7 +74,8 @@ class TrainConfig:
     stages: int = 2
     accumulation: int = AUTO
     chunks: int = AUTO
-    slack: int = 0
+    slack: Any = 0
+    profile: str | None = None
     policy: str | None = None
     lookahead: bool = AUTO
     step_costs: schedules.StepCosts | None = None
@@ -177,7 +181,7 @@ class TrainConfig:
             "eval_batches",
             "threads",
         )
-        not_negative = ("slack", "seed", "warmup_steps", "eval_interval", "save_interval", "port")
+        not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port")
         for name, bound in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < bound):
@@ -202,8 +206,6 @@ class TrainConfig:
             raise ValueError(
                 f"--accumulation is {accumulation}: {family.name} updates after every micro-batch; use --accumulation 1"
             )
-        if self.slack and not family.takes_slack:
-            raise ValueError(f"--slack is {self.slack}: {family.name} flushes and takes none; use --slack 0")
         if self.batch_size % accumulation:
             raise ValueError(
                 f"--batch-size {self.batch_size} cannot be cut into {accumulation} equal micro-batches; "
@@ -219,13 +221,11 @@ class TrainConfig:
         shape = schedules.Shape(
             num_stages=pieces,
             accumulation=accumulation,
-            slack=self.slack,
+            slack=slack.checked(self.slack, family, pieces),
             chunks=self.chunks,
             costs=self.step_costs or schedules.StepCosts(),
         )
         family.check(shape)
-        self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
-        self._check_lookahead(family)
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
         default = default_partition(model, pieces, seq_len=seq_len)
@@ -236,8 +236,24 @@ class TrainConfig:
                 f"and add up to the {model.layers} of {model.name}; for example {','.join(map(str, default))}"
             )
         object.__setattr__(self, "partition", sizes)
+        shape = self._with_slack(family, shape)
+        self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
+        self._check_lookahead(family)
         if self.save_interval and self.out is None:
             raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")
+
+    def _with_slack(self, family: schedules.ScheduleFamily, shape: schedules.Shape) -> schedules.Shape:
+        """``shape`` with the slack that was asked for, planned where it is auto."""
+        if self.slack == schedules.AUTO:
+            run = {"rows": self.batch_size // self.accumulation}
+            run |= {name: getattr(self, name) for name in ("model", "dtype", "seq_len", "threads")}
+            found = slack.from_profile(self.profile, run, self.partition, family, shape, self.policy)
+            shape = replace(shape, slack=found)
+        elif self.profile is not None:
+            raise ValueError("--profile tells --slack auto how long messages take: give that too, or leave it out")
+        self._fill("profile", None, always=True)
+        self._fill("slack", shape.slack, always=True)
+        return shape
 
     def _check_lookahead(self, family: schedules.ScheduleFamily) -> None:
         still = self.optimizer == "sgd" and self.momentum == 0
