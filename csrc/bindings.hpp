@@ -40,6 +40,7 @@ struct StreamArg {
 void bind_streams(pybind11::module_& m);      // StreamOps, Stream, Event, WeightGate, what is known of CUDA
 void bind_host_twin(pybind11::module_& m);    // _testing.HostTwin
 void bind_accumulator(pybind11::module_& m);  // Accumulator
+void bind_green(pybind11::module_& m);        // SmPartition and how a GPU is split into them; after the streams
 
 }  // namespace paci_rt
 

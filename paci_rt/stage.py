@@ -76,6 +76,7 @@ class PipelineStage:
         group: process group whose rank ``i`` runs stage ``i``; None is the default group.
         stream: on a GPU the stream that forwards and backwards run on, a ``torch.cuda.Stream``; None is the one that is
             current when a step is called. Several stages on one GPU overlap only on streams of their own.
+        update_stream: likewise the one that updates run on; None is a new one.
 
     Raises:
         ValueError: index or count out of range, or a device that cannot be used; the reason is in the message.
@@ -94,15 +95,17 @@ class PipelineStage:
         *,
         group: Any = None,
         stream: torch.cuda.Stream | None = None,
+        update_stream: torch.cuda.Stream | None = None,
     ) -> None:
         if not isinstance(submodule, nn.Module):
             raise StageError(f"submodule is a {type(submodule).__name__}: give a torch.nn.Module")
         if not 0 <= stage_index < num_stages:
             raise ValueError(f"stage_index is {stage_index} of num_stages {num_stages}: give 0 to {num_stages - 1}")
         self.device = usable(torch.device(device))
-        if stream is not None and self.device.type == "cpu":
-            raise ValueError("stream was given for a stage on the CPU, which has none: leave it out")
-        self.stream = stream
+        for name, given in (("stream", stream), ("update_stream", update_stream)):
+            if given is not None and self.device.type == "cpu":
+                raise ValueError(f"{name} was given for a stage on the CPU, which has none: leave it out")
+        self.stream, self.update_stream = stream, update_stream
         self.submod = submodule.to(self.device)
         self.stage_index = stage_index
         self.num_stages = num_stages
