@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,9 @@ class GradAccumulator:
     Raises:
         ValueError: ``buffers`` is neither 1 nor 2.
     """
+
+    product_by: Callable[..., None] | None = None
+    """Computes weight gradients on a GPU, such as a :class:`paci_rt.kernels.WgradRoutes`; None is the default route."""
 
     def __init__(self, group: FlatGroup, *, buffers: int = 1) -> None:
         if buffers not in (1, 2):

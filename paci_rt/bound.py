@@ -54,6 +54,12 @@ class BoundOptimizer(GradSink):
         self.order = update_order(self.groups[0].device if self.groups else None)
         self._buckets: Buckets | None = None
 
+    def compute_products_by(self, wgrad: Callable[..., None] | None) -> None:
+        """What weight gradients are computed by on a GPU; None is the default route."""
+        if wgrad is not None:
+            for accumulator in self.accumulators:
+                accumulator.product_by = wgrad
+
     def place(self, param: nn.Parameter) -> tuple[GradAccumulator, int]:
         home = self._home.get(id(param))
         if home is None:

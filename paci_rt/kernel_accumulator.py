@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +13,6 @@ from paci_rt.kernels.wgrad import default_route, wgrad
 
 PENDING_BYTES = 256 << 20
 """Gradients that wait for their launch hold memory: this much at most, but for the last one."""
-
-Product = Callable[..., None]
-"""Computes a weight gradient into the sums; called as :func:`paci_rt.kernels.wgrad.wgrad` is, without a route."""
 
 
 class KernelAccumulator(GradAccumulator):
@@ -36,9 +32,6 @@ class KernelAccumulator(GradAccumulator):
         self._pending: dict[int, Tensor] = {}
         self._pending_bytes = 0
         self._unmeasured: set[int] = set()
-        self.product_by: Product | None = None
-        """Computes weight gradients in place of the route that torch and the dtype allow, such as a
-        :class:`paci_rt.kernels.WgradRoutes`."""
 
     def add(self, index: int, grad: Tensor) -> None:
         """Add a gradient to the front buffer, with others in one launch. It must not change before :meth:`flush`.
@@ -118,4 +111,4 @@ def _unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-__all__ = ["PENDING_BYTES", "KernelAccumulator", "Product"]
+__all__ = ["PENDING_BYTES", "KernelAccumulator"]

@@ -154,6 +154,7 @@ class Pipeline:
         named = {name: param for name, param in named.items() if param not in followers}
         family, shape, policy = self._lowering.family, self._lowering.shape, self._policy
         bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
+        bound.compute_products_by(stage.wgrad)
         self._bounds.append(bound)
         if stage.update_stream is not None:
             bound.order.move_to(stage.update_stream)
