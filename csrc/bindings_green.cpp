@@ -15,6 +15,14 @@ void bind_green(py::module_& m) {
       .def_readonly("sms", &SmPartition::sms)
       .def(
           "stream", [](const SmPartition& self, int priority) { return make_stream(self, priority); },
+          py::arg("priority") = 0, Released())
+      // Never destroyed, like torch's own streams: whenever torch's allocator takes a tensor back, be it at exit, it
+      // records an event on every stream that used the tensor.
+      .def(
+          "lasting_stream",
+          [](const SmPartition& self, int priority) {
+            return (new StreamHandle(make_stream(self, priority)))->get().handle;
+          },
           py::arg("priority") = 0, Released());
   m.def(
       "sm_counts",

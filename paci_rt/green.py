@@ -33,13 +33,9 @@ class SmPartition:
     def stream(self, *, priority: int = 0) -> torch.cuda.Stream:
         """A new stream of torch whose kernels run on these SMs; a lower ``priority`` goes first.
 
-        The stream is destroyed with the object that is returned, which must outlive all tensors that were used on it:
-        torch's allocator records events on their streams when it takes them back.
+        Like torch's own streams it stays until the process ends, and so does its partition.
         """
-        owner = self._native.stream(priority)
-        stream = torch.cuda.ExternalStream(owner.handle, self.device)
-        stream._paci_rt_owner = owner  # type: ignore[attr-defined]
-        return stream
+        return torch.cuda.ExternalStream(self._native.lasting_stream(priority), self.device)
 
 
 @dataclass(frozen=True)
