@@ -8,15 +8,18 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu tests/cpp/*.cpp)
 TSAN_PROGRAM ?= build/tsan/protocol_stress
 TSAN_SOURCES := tests/cpp/protocol_stress.cpp csrc/host_twin.cpp csrc/lifecycle.cpp csrc/weight_gate.cpp
 PY_DIRS := paci_rt tests benchmarks examples tools setup.py
+# Where nothing can be installed: PYTHON if it was given, else .venv if there is one, else the python3 that is there.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 DEMO_OUT ?= runs/demo
 DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --steps 400 --eval-interval 20
 
-.PHONY: help venv test demo bench lint format imports tsan clean
+.PHONY: help venv test demo bench gpu lint format imports tsan clean
 
 help:
 	@echo "make demo    train a GPT on real text with 1F1B-flush and with PACI, and compare (about 5 minutes)"
 	@echo "make test    run the tests"
 	@echo "make bench   measure the native kernels and the pipelines"
+	@echo "make gpu     build, test and measure on a GPU, offline, with the Python that has torch (GPU_ARGS=--dry-run: the plan)"
 	@echo "make lint    ruff, clang-format and mypy;  make format rewrites what they would refuse"
 	@echo "make tsan    the order of streams and events under ThreadSanitizer, without a GPU"
 	@echo "make venv    only set up $(VENV);  make clean removes what was built"
@@ -42,6 +45,9 @@ bench: venv
 	$(BIN)/python benchmarks/pipeline_throughput.py --peer torch --json runs/pipeline_throughput.json
 	$(BIN)/python benchmarks/pipeline_throughput.py --stages 8 --accumulation 8 --emulate-ms 10,20 --slack 0,1 \
 	  --json runs/pipeline_throughput_emulated.json
+
+gpu:
+	$(GPU_PYTHON) tools/gpu.py $(GPU_ARGS)
 
 lint: venv
 	$(BIN)/ruff check $(PY_DIRS)

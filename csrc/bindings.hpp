@@ -31,7 +31,7 @@ inline DType dtype_of(int code) {
 }
 
 // A stream as Python passes it: an integer, anything with __cuda_stream__ (a method or a pair, version and handle), or
-// a stream of torch before 2.10, which has `cuda_stream` instead.
+// a stream of torch before 2.10 or CuPy before 14, which have `cuda_stream` and `ptr` instead.
 struct StreamArg {
   std::uintptr_t handle = 0;
   Stream on(int device = kCpu) const { return {device, handle}; }
@@ -55,6 +55,8 @@ struct pybind11::detail::type_caster<paci_rt::StreamArg> {
     }
     if (!hasattr(source, "__cuda_stream__")) {
       if (hasattr(source, "cuda_stream")) return load(source.attr("cuda_stream"), true);
+      // CuPy's arrays' memory has a ptr too, but nothing waits for events on it.
+      if (hasattr(source, "wait_event") && hasattr(source, "ptr")) return load(source.attr("ptr"), true);
       throw type_error(repr(source).cast<std::string>() +
                        " is no stream: pass an integer handle or an object with __cuda_stream__");
     }

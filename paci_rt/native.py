@@ -149,7 +149,8 @@ def device_code(device: torch.device, what: str) -> int:
 
 def stream_handle(stream: Any) -> int:
     """A stream as an integer: an int, anything with ``__cuda_stream__`` (a method or a tuple, version and handle), or a
-    stream of torch before 2.10, which has ``cuda_stream`` instead. All calls of the core take streams in these forms.
+    stream of torch before 2.10 or CuPy before 14, which have ``cuda_stream`` and ``ptr`` instead. All calls of the core
+    take streams in these forms.
 
     Raises:
         TypeError: ``stream`` is neither.
@@ -159,6 +160,9 @@ def stream_handle(stream: Any) -> int:
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is None and isinstance(getattr(stream, "cuda_stream", None), int):
         return int(stream.cuda_stream)
+    # CuPy's arrays' memory has a ptr too, but nothing waits for events on it.
+    if protocol is None and hasattr(stream, "wait_event") and isinstance(getattr(stream, "ptr", None), int):
+        return int(stream.ptr)
     if protocol is None:
         raise TypeError(f"{stream!r} is no stream: pass an integer handle or an object with __cuda_stream__")
     pair = protocol() if callable(protocol) else protocol

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -139,7 +140,9 @@ class _AnyTorch(BoundOptimizer):
         self._stepping = True
         try:
             # Backwards of micro-batches still in flight must accept these weights; the schedule bounds their drift.
-            with torch.autograd._unsafe_preserve_version_counter(self._params):
+            with ExitStack() as stack:
+                for param in self._params:  # all in one call only since torch 2.7
+                    stack.enter_context(torch.autograd._unsafe_preserve_version_counter(param))
                 self.optimizer.step()
         finally:
             self._stepping = False

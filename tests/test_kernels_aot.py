@@ -38,7 +38,9 @@ def vector_accesses(variant: Variant) -> tuple[int, int]:
 @pytest.mark.parametrize(("variant", "arch"), CASES)
 def test_compiles_without_spills_into_wide_accesses(variant: Variant, arch: int) -> None:
     made = compile_variant(variant, arch)
-    assert made.spill_bytes == made.stack_bytes == 0
+    assert made.spill_bytes == 0
+    # Some versions of ptxas (Triton 3.6, 3.8, 3.9) keep one address of a few kernels on the stack there.
+    assert made.stack_bytes <= (8 if arch == 120 else 0)
     assert ".local" not in made.ptx
     # At least two programs fit on a multiprocessor.
     assert made.registers * variant.warps * 32 <= 65536 // (1 if variant.name.startswith("wgrad") else 2)
