@@ -11,28 +11,25 @@ One thread issues everything ahead of the GPU; README.md in this folder defines 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import paci_rt
-from common import list_of, median_spread, positive, print_table
+from common import finish_measures, gpu_facts, list_of, measure, median_spread, positive, print_table
 from onegpu.place import CONNECTIONS, GpuPlace, Place
 from onegpu.reading import Reading, predict, read, step_costs
 from onegpu.run import Case, Model, Sample, make_batch, make_modules, run
 from paci_rt import policies, schedules
 from paci_rt.action import Op
 from paci_rt.schedules import StepCosts
-from paci_rt.train.machine import machine
 from schedules import Link, read_link
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,13 +58,13 @@ class Bench:
     windows: int
     repeats: int
 
-    def sample(self, case: Case, windows: int) -> Sample:
+    def sample(self, case: Case) -> Sample:
         rows = case.accumulation * self.model.tokens
         batch = (self.batch[0][:rows], self.batch[1][:rows])
-        return run(case, self.modules, batch, self.place, latency_us=self.latency_us, windows=windows)
+        return run(case, self.modules, batch, self.place, latency_us=self.latency_us, windows=self.windows)
 
-    def reading(self, case: Case, sample: Sample, windows: int) -> Reading:
-        return read(sample.events, case, case.warm_up - 1, case.warm_up - 1 + windows)
+    def reading(self, case: Case, sample: Sample) -> Reading:
+        return read(sample.events, case, case.warm_up - 1, case.warm_up - 1 + self.windows)
 
 
 Measured = dict[Case, list[tuple[Sample, Reading]]]
@@ -78,24 +75,23 @@ def calibrate(bench: Bench, stages: int, accumulation: int) -> StepCosts:
     links, reading = [], None
     for schedule in (SPLIT, BASE, SPLIT, BASE):
         case = Case(schedule=schedule, stages=stages, accumulation=accumulation)
-        sample = bench.sample(case, bench.windows)
+        sample = bench.sample(case)
         if schedule == BASE:
             links.append(read_link(sample.events))
         else:
-            reading = bench.reading(case, sample, bench.windows)
+            reading = bench.reading(case, sample)
     assert reading is not None
     return step_costs(reading, max(0.0, links[-1].hop_s))
 
 
-def measure(bench: Bench, cases: Sequence[Case]) -> Measured:
+def take_turns(bench: Bench, cases: Sequence[Case]) -> Measured:
     """All cases, in alternation; the first round warms up."""
     results: Measured = defaultdict(list)
     for round_number in range(bench.repeats + 1):
         for case in cases:
-            windows = bench.windows if round_number else 1
-            sample = bench.sample(case, windows)
+            sample = bench.sample(case)
             if round_number:
-                results[case].append((sample, bench.reading(case, sample, windows)))
+                results[case].append((sample, bench.reading(case, sample)))
         print(f"  a={cases[0].accumulation}: round {round_number} of {bench.repeats} done", flush=True)
     return dict(results)
 
@@ -155,35 +151,28 @@ def summarise(bench: Bench, measured: Measured) -> list[dict[str, Any]]:
 
 
 def measures_of(rows: Sequence[dict[str, Any]], *, latency_us: int) -> list[dict[str, Any]]:
-    """What is asked of a GPU and what only informs, in the form that ``make gpu`` reads."""
+    """What is asked of a GPU, and what only informs: rows of ``make gpu``'s table."""
     found = []
     for row in rows:
-        name = f"one GPU, {row['stages']} stages, a={row['accumulation']}: {row['schedule']}"
+        name = f"{row['stages']} stages, a={row['accumulation']}, {row['schedule']}"
+        judged = row["host_ms"] is not None  # on the CPU nothing is
         asked = (
             row["schedule"] == "paci"
             and (row["stages"], row["accumulation"]) == (ASKED_STAGES, ASKED_ACCUMULATION)
             and not latency_us
         )
-        share = None if row["host_ms"] is None else row["host_ms"] / row["period_ms"]
         if row["schedule"] != BASE:
             found.append(
-                {
-                    "measure": f"{name} over 1F1B-flush",
-                    "value": row["relative_to_1f1b"],
-                    "unit": f"of at most {row['limit']:.3f}",
-                    "target": f">= {ASKED_RATIO}" if asked else None,
-                    "ok": row["relative_to_1f1b"] >= ASKED_RATIO if asked and share is not None else None,
-                }
+                measure(
+                    f"{name} over 1F1B-flush",
+                    row["relative_to_1f1b"],
+                    f"of at most {row['limit']:.3f}",
+                    at_least=ASKED_RATIO if judged and asked else None,
+                )
             )
-        found.append(
-            {
-                "measure": f"{name}, host time",
-                "value": share,
-                "unit": "of a period",
-                "target": f"<= {HOST_SHARE}",
-                "ok": None if share is None else not row["host_bound"],
-            }
-        )
+        if judged:
+            share = row["host_ms"] / row["period_ms"]
+            found.append(measure(f"{name}: host time", share, "of a period", at_most=HOST_SHARE))
     return found
 
 
@@ -216,27 +205,6 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
     print_table(columns, table)
 
 
-def finish(args: argparse.Namespace, place: Place, rows: Sequence[dict[str, Any]], costs: StepCosts | None) -> int:
-    """Verdict and JSON; returns the exit code."""
-    measures = measures_of(rows, latency_us=args.latency_us)
-    missed = [row for row in measures if row["ok"] is False]
-    if args.json:
-        document = {
-            "benchmark": "one_gpu",
-            "machine": {**machine(), **place.facts},
-            "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-            "step_costs_ms": None if costs is None else costs._asdict(),
-            "rows": list(rows),
-            "measures": measures,
-            "missed": [row["measure"] for row in missed],
-        }
-        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for row in missed:
-        print(f"missed: {row['measure']}: {row['value']:.3f} {row['unit']}, asked {row['target']}")
-    print("FAILED" if missed else "OK")
-    return 1 if missed else 0
-
-
 # --------------------------------------------------------------------------------------------------------------- main
 
 
@@ -255,7 +223,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-sms", type=positive, default=None, help="multiprocessors a stage (as many as possible)")
     parser.add_argument("--windows", type=positive, default=3, help="windows to measure in a repeat")
     parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--json", default=None)
     args = parser.parse_args(arguments)
     if args.device == "cpu" and args.latency_us:
         parser.error(f"--latency-us {args.latency_us}: links have a latency on a GPU only; leave it out")
@@ -317,9 +285,9 @@ def find_place(args: argparse.Namespace) -> Place:
             "is missing), or see with --device cpu and small sizes that it works"
         )
     place = GpuPlace(torch.device("cuda", torch.cuda.current_device()), args.stages, min_sms=args.min_sms)
-    facts = place.facts
+    facts, versions = place.facts, gpu_facts()
     print(
-        f"{facts['gpu']}, driver {facts['driver']}, CUDA {facts['cuda']}, torch {torch.__version__}: "
+        f"{versions['gpu']}, driver {facts['driver']}, CUDA {versions['cuda']}, torch {torch.__version__}: "
         f"{args.stages} stages of {facts['sms_per_stage']} of {facts['sms']} SMs, links on {facts['sms_of_links']}"
     )
     if facts["false_dependencies"]:
@@ -363,9 +331,15 @@ def execute(args: argparse.Namespace, place: Place) -> int:
             for case in cases
             if case.accumulation == accumulation
         ]
-        rows += summarise(bench, measure(bench, mine))
+        rows += summarise(bench, take_turns(bench, mine))
     report(rows)
-    return finish(args, place, rows, costs)
+    details = {
+        "place": place.facts,
+        "options": {key: value for key, value in vars(args).items() if key != "json"},
+        "step_costs_ms": None if costs is None else costs._asdict(),
+        "rows": rows,
+    }
+    return finish_measures("one_gpu", measures_of(rows, latency_us=args.latency_us), details, args.json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

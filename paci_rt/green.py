@@ -1,9 +1,9 @@
 """A GPU's multiprocessors (SMs) in disjoint partitions, each with streams whose work runs there and nowhere else.
 
 With a partition a stage, one GPU runs a pipeline as several smaller GPUs would, but for what they share: memory, its
-bandwidth, the second-level cache and the power budget. Partitions are CUDA's green contexts, all cut from the SMs in one
-go. (``torch.cuda.green_contexts`` cuts anew for each context and takes the first group every time, so two of its contexts
-overlap.) They need NVIDIA's driver for CUDA 12.5 or later.
+bandwidth, the second-level cache and the power budget. Partitions are CUDA's green contexts, all of them from a single
+split. (``torch.cuda.green_contexts`` splits anew for each context and takes the first group every time, so two of its
+contexts overlap.) They need NVIDIA's driver for CUDA 12.5 or later.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ class GpuPlace(Place):
             "streams": len(everything),
             "hardware_queues": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset"),
             "false_dependencies": false_dependencies(everything, self._hold, HOLD_US),
-            **versions(device),
+            "driver": driver_version(),
+            "core_cuda": native.info()["cuda_runtime"],
         }
 
     def transport(self, latency_us: int) -> LinkTransport:
@@ -149,19 +150,11 @@ def false_dependencies(
     return found
 
 
-def versions(device: torch.device) -> dict[str, Any]:
-    """What a GPU's numbers depend on besides the machine: GPU, driver, CUDA, Triton."""
-    import triton
-
+def driver_version() -> str:
+    """NVIDIA's driver, as nvidia-smi has it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        driver = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split("\n")[0].strip()
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
-        driver = ""
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "driver": driver or "unknown",
-        "cuda": torch.version.cuda,
-        "core_cuda": native.info()["cuda_runtime"],
-        "triton": triton.__version__,
-    }
+        said = ""
+    return said.split("\n")[0].strip() or "unknown"
