@@ -41,6 +41,7 @@ void bind_streams(pybind11::module_& m);      // StreamOps, Stream, Event, Weigh
 void bind_host_twin(pybind11::module_& m);    // _testing.HostTwin
 void bind_accumulator(pybind11::module_& m);  // Accumulator
 void bind_p2p(pybind11::module_& m);          // Endpoint, Outgoing, Incoming
+void bind_green(pybind11::module_& m);        // SmPartition and how a GPU is split into them; after the streams
 
 void check_signals();  // for waits that gave the interpreter lock away; throws what a signal's handler raised
 

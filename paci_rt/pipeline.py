@@ -213,6 +213,7 @@ class LocalPipeline(Pipeline):
         device: where the stages run, one device for all or one a stage; None is where each module is.
         streams: on GPUs one ``torch.cuda.Stream`` a stage, for example of an SM partition of its own; a stage with None
             computes on the stream that is current in a step. Without ``streams`` every stage gets a new one.
+        update_streams: likewise the streams of their updates; None is a new one a stage.
 
     The other arguments are those of :class:`Pipeline`.
     """
@@ -238,10 +239,11 @@ class LocalPipeline(Pipeline):
         transport: Transport | None = None,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
         streams: Sequence[torch.cuda.Stream | None] | None = None,
+        update_streams: Sequence[torch.cuda.Stream | None] | None = None,
     ) -> None:
         if not modules:
             raise ValueError("modules is empty: give one module a stage")
-        stages = _stages(modules, device, streams)
+        stages = _stages(modules, device, streams, update_streams)
         optimizers: list[Any] = [None] * len(stages)
         if callable(optimizer):
             optimizers = [optimizer(list(stage.named_parameters())) for stage in stages]
@@ -273,14 +275,15 @@ def _stages(
     modules: Sequence[nn.Module],
     device: torch.device | str | Sequence[torch.device | str] | None,
     streams: Sequence[torch.cuda.Stream | None] | None,
+    update_streams: Sequence[torch.cuda.Stream | None] | None,
 ) -> list[PipelineStage]:
-    """A stage for each module, on its device and stream."""
+    """A stage for each module, on its device and streams."""
     count = len(modules)
     if device is None:
         devices: list[torch.device | str] = [_device_of(module) for module in modules]
     else:
         devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
-    for name, given in (("device", devices), ("streams", streams)):
+    for name, given in (("device", devices), ("streams", streams), ("update_streams", update_streams)):
         if given is not None and len(given) != count:
             raise ValueError(f"{len(given)} of {name} for {count} stages: give one a stage")
     stages = []
@@ -290,7 +293,8 @@ def _stages(
             stream = streams[at]
         else:
             stream = torch.cuda.Stream(place) if place.type == "cuda" else None
-        stages.append(PipelineStage(module, at, count, place, stream=stream))
+        updates = None if update_streams is None else update_streams[at]
+        stages.append(PipelineStage(module, at, count, place, stream=stream, update_stream=updates))
     return stages
 
 

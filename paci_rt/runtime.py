@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from paci_rt import microbatch, policies, schedules, versions
 from paci_rt.action import Action
 from paci_rt.audit import RankAudit, StageAudit
-from paci_rt.clock import clock_for
+from paci_rt.clock import HostClock, clock_for
 from paci_rt.errors import PaciError, StageError
 from paci_rt.executor import Executor, Feed, StageRuntime
 from paci_rt.feed import cut_batch
@@ -124,6 +124,7 @@ class Pipeline:
         self._failure: BaseException | None = None
         self._closed = False
         self._bounds: list[BoundOptimizer] = []
+        self._clocks: dict[torch.device, HostClock] = {}  # one a device, so that stages there share its origin
         self._lr_schedulers = list(lr_schedulers or ())
         runtimes = []
         audits = {rank: RankAudit(rank=rank) for rank in self._ranks}
@@ -158,6 +159,10 @@ class Pipeline:
         bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
         bound.compute_products_by(stage.wgrad)
         self._bounds.append(bound)
+        if stage.update_stream is not None:
+            bound.order.move_to(stage.update_stream)
+        if stage.device not in self._clocks:
+            self._clocks[stage.device] = clock_for(stage.device)
         held = policies.versions_held(policy, family, shape, rank.rank)
         drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
         updates = family.drift_bound(shape, rank.rank)
@@ -177,7 +182,7 @@ class Pipeline:
             divisor=divisor,
             recompute=policies.recomputes(policy, family, shape, rank.rank),
             ties=ties,
-            clock=clock_for(stage.device),
+            clock=self._clocks[stage.device],
         )
 
     # --- running ---

@@ -76,6 +76,7 @@ class PipelineStage:
         group: process group whose rank ``i`` runs stage ``i``; None is the default group.
         stream: on a GPU the stream that forwards and backwards run on, a ``torch.cuda.Stream``; None is the one that is
             current when a step is called. Several stages on one GPU overlap only on streams of their own.
+        update_stream: likewise the one that updates run on; None is a new one.
         wgrad: on a GPU what computes weight gradients, a :class:`paci_rt.kernels.WgradRoutes` for the fastest route of
             each shape. Routes differ in their last bits, so the default is one that does not depend on measurements.
 
@@ -96,6 +97,7 @@ class PipelineStage:
         *,
         group: Any = None,
         stream: torch.cuda.Stream | None = None,
+        update_stream: torch.cuda.Stream | None = None,
         wgrad: Callable[..., None] | None = None,
     ) -> None:
         if not isinstance(submodule, nn.Module):
@@ -103,10 +105,10 @@ class PipelineStage:
         if not 0 <= stage_index < num_stages:
             raise ValueError(f"stage_index is {stage_index} of num_stages {num_stages}: give 0 to {num_stages - 1}")
         self.device = usable(torch.device(device))
-        for name, given in (("stream", stream), ("wgrad", wgrad)):
+        for name, given in (("stream", stream), ("update_stream", update_stream), ("wgrad", wgrad)):
             if given is not None and self.device.type == "cpu":
                 raise ValueError(f"{name} was given for a stage on the CPU, where it means nothing: leave it out")
-        self.stream, self.wgrad = stream, wgrad
+        self.stream, self.update_stream, self.wgrad = stream, update_stream, wgrad
         self.submod = submodule.to(self.device)
         self.stage_index = stage_index
         self.num_stages = num_stages

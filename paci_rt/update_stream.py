@@ -42,6 +42,9 @@ class InLine:
     def wait_all(self) -> None:
         """What is computed from now on may read all weights."""
 
+    def move_to(self, stream: torch.cuda.Stream) -> None:
+        """Updates run on this stream. Before the first of them only."""
+
 
 class UpdateStream(InLine):
     """Updates of a stage on a GPU, on a stream of their own.
@@ -79,6 +82,9 @@ class UpdateStream(InLine):
 
     def wait_all(self) -> None:
         self._gate.wait_all(native.current_stream(self._device))
+
+    def move_to(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
 
 
 @contextmanager

@@ -116,6 +116,8 @@ def test_throughput_over_zero_latency_is_by_repeats(monkeypatch: pytest.MonkeyPa
         return {
             "wall_s": wall_s,
             "compute_s": 1.0,
+            "exposed_comm_s": 0.5,
+            "transport": "gloo",
             "max_drift": 1,
             "peak_weight_and_activation_bytes": 8,
             "stats": stats,

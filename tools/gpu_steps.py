@@ -42,4 +42,10 @@ STEPS: tuple[Step, ...] = (
         command=("{python}", "benchmarks/update_overlap.py", "--json", "{out}"),
         limit_s=120,
     ),
+    Step(
+        name="one_gpu",
+        does="eight stages on partitions of the GPU: PACI and zero bubble against 1F1B-flush",
+        command=("{python}", "benchmarks/one_gpu.py", "--accumulation", "8", "--repeats", "2", "--json", "{out}"),
+        limit_s=150,
+    ),
 )
