@@ -120,6 +120,8 @@ class ShmSegment:
     def close(self) -> None: ...
     def lost(self, who: str, look: bool = True) -> str: ...
 
+class Copier: ...
+
 class ShmOutgoing(Outgoing):
     def __init__(
         self,
@@ -131,6 +133,7 @@ class ShmOutgoing(Outgoing):
         slots: int,
         held: int,
         timeout_s: float,
+        copier: Copier | None = None,
     ) -> None: ...
     def wake(self) -> None: ...
 

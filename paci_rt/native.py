@@ -17,7 +17,7 @@ from paci_rt.errors import NativeCoreError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from paci_rt._C import Accumulator, Event, ShmIncoming, ShmOutgoing, ShmSegment, Stream, WeightGate
+    from paci_rt._C import Accumulator, Copier, Event, ShmIncoming, ShmOutgoing, ShmSegment, Stream, WeightGate
 
 _core: ModuleType | None
 _import_error: ImportError | None
@@ -237,11 +237,24 @@ def attach_shm_segment(pid: int, fd: int, token: int) -> ShmSegment:
     return segment
 
 
+def make_copier() -> Copier:
+    """A thread that copies large messages for the channels that it is given to."""
+    copier: Copier = core().Copier()
+    return copier
+
+
 def make_shm_outgoing(
-    channel: tuple[str, int, int], own: ShmSegment, peer: ShmSegment, *, slots: int, held: int, timeout_s: float
+    channel: tuple[str, int, int], own: ShmSegment, peer: ShmSegment, *, copier: Copier | None = None, **options: Any
 ) -> ShmOutgoing:
-    """Sending end of a channel between the makers of two segments; see ``csrc/p2p_shm.hpp``."""
-    end: ShmOutgoing = core().ShmOutgoing(*channel, own=own, peer=peer, slots=slots, held=held, timeout_s=timeout_s)
+    """Sending end of a channel between the makers of two segments; see ``csrc/p2p_shm.hpp``.
+
+    Args:
+        channel: kind, sending and receiving stage.
+        own, peer: segments of the two.
+        copier: copies large messages; None leaves that to whoever sends.
+        options: ``slots``, ``held`` and ``timeout_s``.
+    """
+    end: ShmOutgoing = core().ShmOutgoing(*channel, own=own, peer=peer, copier=copier, **options)
     return end
 
 
