@@ -20,6 +20,7 @@ from typing import Any
 
 from common import finish, list_of, median_spread, positive, print_table
 from paci_rt import launch, schedules
+from paci_rt.link import SMALL_BYTES, measure_link
 from paci_rt.schedules.slack import check_slack
 from paci_rt.train.gpt import MODELS
 from pipelines import PEERS, Case, Pipe
@@ -154,7 +155,7 @@ def asked_utilization(args: argparse.Namespace) -> dict[str, float]:
 
 def _emulated(args: argparse.Namespace, *, large: bool = False) -> bool:
     """Whether these are the 8 stages of 10 and 20 ms of which something is asked, with small or large messages."""
-    stages = args.emulate_ms == (10.0, 20.0) and args.stages == 8
+    stages = args.emulate_ms in ((10.0, 20.0), (10.0, 10.0, 10.0)) and args.stages == 8
     return stages and large == (args.message_bytes >= LARGE_BYTES)
 
 
@@ -254,8 +255,16 @@ def planned_slack(name: str, stages: int, hop_ms: float, emulate_ms: tuple[float
     return check_slack(slack, stages)
 
 
-def make_cases(args: argparse.Namespace) -> dict[Case, bool]:
-    """The cases, and whether the slack of each was planned for its hop."""
+def link_ms(args: argparse.Namespace) -> float:
+    """How long a message takes by itself, measured between two processes, where slack is to be planned for it."""
+    if schedules.AUTO not in args.slack:
+        return 0.0
+    link = measure_link(max(args.message_bytes, 4 * SMALL_BYTES), transport=args.transport)
+    return 1e3 * (link.hop_s + args.message_bytes / link.bandwidth_bytes_per_s)
+
+
+def make_cases(args: argparse.Namespace, link_ms: float = 0.0) -> dict[Case, bool]:
+    """The cases, and whether the slack of each was planned for its hop, which takes ``link_ms`` at least."""
     cases: dict[Case, bool] = {}
     hops = dict.fromkeys([0.0, *args.hop_ms])
     for accumulation, name in itertools.product(args.accumulation, [*args.schedules, *(PEERS if args.peer else ())]):
@@ -265,7 +274,7 @@ def make_cases(args: argparse.Namespace) -> dict[Case, bool]:
                 continue
             planned = slack == schedules.AUTO
             if planned:
-                slack = planned_slack(name, args.stages, hop_ms, args.emulate_ms)
+                slack = planned_slack(name, args.stages, max(hop_ms, link_ms), args.emulate_ms)
             case = Case(
                 schedule=name,
                 stages=args.stages,
@@ -286,12 +295,15 @@ def make_cases(args: argparse.Namespace) -> dict[Case, bool]:
 
 def main() -> None:
     args = parse_arguments()
-    cases = make_cases(args)
+    measured_ms = link_ms(args)
+    cases = make_cases(args, measured_ms)
     what = f"model {args.model}, {args.rows} x {args.seq_len} tokens a micro-batch"
     if args.emulate_ms is not None:
         names = "FB" if len(args.emulate_ms) == 2 else "FIW"
         times = zip(args.emulate_ms, names, strict=True)
         what = "EMULATED compute: sleeps of " + ", ".join(f"{ms:g} ms {name}" for ms, name in times)
+    if measured_ms:
+        what += f"; a message takes {measured_ms:.3f} ms between two processes, and slack is planned for that"
     if any(args.hop_ms):
         what += "; EMULATED latency of messages where it says so"
     how = f"{args.repeats} repeats of {args.windows} windows"
