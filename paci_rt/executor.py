@@ -20,6 +20,7 @@ from paci_rt.audit import StageAudit
 from paci_rt.clock import HostClock
 from paci_rt.errors import ActionError, PaciError, ScheduleError
 from paci_rt.lowering import Channel, TiedWeight, channels
+from paci_rt.microbatch import on_device
 from paci_rt.stage import PipelineStage
 from paci_rt.trace import Event
 from paci_rt.transport.base import Message, Transport
@@ -72,6 +73,7 @@ class Feed:
         losses: functions from the last stage's output to the loss.
         training: False for a forward-only pass.
         start_window: window before which the pipeline was last empty.
+        from_gpu: some of it is on a GPU, perhaps still to be computed there by the caller.
     """
 
     args: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class Feed:
     training: bool = True
     start_window: int = 0
     keep_outputs: bool = False
+    from_gpu: bool = False
     outputs: dict[int, Any] = field(default_factory=dict)
     loss_values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -232,7 +235,7 @@ class Executor:
     def _forward(self, runtime: StageRuntime, action: Action, feed: Feed) -> int:
         stage, m = runtime.stage, action.index
         if stage.is_first:
-            args = feed.args[m]
+            args = on_device(feed.args[m], stage.device)
         else:
             message = runtime.received.pop((Op.RECV_F, m))
             args = message.tensors
@@ -240,7 +243,7 @@ class Executor:
                 for tensor, requires_grad in zip(message.tensors, message.requires_grad, strict=True):
                     if requires_grad and tensor is not None:
                         tensor.requires_grad_()
-        kwargs = feed.kwargs.get((stage.stage_index, m), {})
+        kwargs = on_device(feed.kwargs.get((stage.stage_index, m), {}), stage.device)
         loss = feed.losses.get(m) if stage.is_last else None
         audit = runtime.audit
         version = audit.version

@@ -121,6 +121,7 @@ class Pipeline:
         self._n_microbatches = n_microbatches
         self._windows_per_step = n_microbatches // accumulation
         self._next_window = self._start_window = 0
+        self._was_empty = True  # since the caller could change weights
         self._failure: BaseException | None = None
         self._closed = False
         self._bounds: list[BoundOptimizer] = []
@@ -227,6 +228,10 @@ class Pipeline:
         A flush schedule returns with the pipeline empty. An asynchronous one returns with it full: the backwards of
         the last micro-batches run in the next ``step``, or in :meth:`drain`.
 
+        Stages on a GPU take inputs and targets from the CPU, best in pinned memory. Several of them in one process then
+        go from one asynchronous step to the next without a gap. Inputs that are on the GPU may still have to be
+        computed by the caller's stream, which follows the step before, so that all stages wait for that.
+
         Args:
             args: the whole batch; on the first stage only.
             target: the whole batch of targets; on the last stage only.
@@ -257,6 +262,12 @@ class Pipeline:
         self._run(streams, feed)
         return self._results(feed, losses)
 
+    def synchronize(self) -> None:
+        """Wait until all that was issued has run; on the CPU it has."""
+        for stage in self.stages:
+            if stage.device.type == "cuda":
+                torch.cuda.synchronize(stage.device)
+
     def drain(self) -> None:
         """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree.
 
@@ -270,6 +281,7 @@ class Pipeline:
             self._start_window = end
             self._restart(end)
         self._await_updates()
+        self._was_empty = True
         self._executor.transport.flush()
 
     def eval(
@@ -382,13 +394,14 @@ class Pipeline:
         for param, _ in kept:
             param.grad = None
         try:
-            with joined(self.stages):
+            with joined(self.stages, behind_caller=self._was_empty or feed.from_gpu):
                 self._executor.run(streams, feed)
         except BaseException as error:
             self._failure = error
             self._executor.transport.fail(error)
             raise
-        if self._lowering.family.flush or not feed.training:
+        self._was_empty = self._lowering.family.flush or not feed.training
+        if self._was_empty:
             self._await_updates()
         for param, grad in kept:
             param.grad = grad if param.grad is None else grad.add_(param.grad)

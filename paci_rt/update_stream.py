@@ -88,11 +88,17 @@ class UpdateStream(InLine):
 
 
 @contextmanager
-def joined(stages: Iterable[PipelineStage]) -> Iterator[None]:
-    """Within it, stages work on streams of their own, behind what the caller's streams have so far; behind it, the
-    caller's streams go on behind all that the stages computed. Updates may still be on their way."""
+def joined(stages: Iterable[PipelineStage], *, behind_caller: bool) -> Iterator[None]:
+    """Within it, stages work on streams of their own; behind it, the caller's streams go on behind all that the stages
+    computed. Updates may still be on their way.
+
+    Args:
+        stages: of this process.
+        behind_caller: the stages begin behind what the caller's streams have so far; and so behind the step before,
+            if the caller's streams went on behind that.
+    """
     streams = [stage.stream for stage in stages if stage.stream is not None]
-    for stream in streams:
+    for stream in streams if behind_caller else ():
         stream.wait_stream(torch.cuda.current_stream(stream.device))
     try:
         yield

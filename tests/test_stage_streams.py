@@ -12,6 +12,7 @@ from torch import Tensor
 from toy import Run, batch, loss_fn, make_optimizer, module
 
 import paci_rt
+from paci_rt import microbatch
 
 RUN = Run(schedule="paci", stages=3, accumulation=2, lookahead=True)
 
@@ -24,8 +25,7 @@ def pipeline(run: Run = RUN, **options: Any) -> paci_rt.LocalPipeline:
         loss_fn=loss_fn,
         optimizer=lambda params: make_optimizer(run.optimizer, params),
         policy=run.policy,
-        lookahead=run.lookahead,
-        **options,
+        **{"lookahead": run.lookahead, **options},
     )
 
 
@@ -90,8 +90,9 @@ def test_a_stage_waits_for_its_messages_and_the_caller_for_all(monkeypatch: pyte
     pipe.close()
 
 
-def test_stages_wait_for_the_caller_and_updates_for_their_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_wait_for_inputs_on_the_gpu_and_updates_for_their_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(microbatch, "on_gpu", lambda value: True)
     pipe = pipeline()
     fake_cuda.give_streams(pipe.stages)
     updates: list[Any] = [bound.order.stream for bound in pipe._bounds]  # type: ignore[attr-defined]
@@ -104,6 +105,36 @@ def test_stages_wait_for_the_caller_and_updates_for_their_readers(monkeypatch: p
     gate.set()
     for event in behind:
         event.synchronize()
+    pipe.close()
+
+
+def test_steps_with_inputs_from_the_cpu_go_on_without_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch)
+    pipe = pipeline(lookahead=False)
+    fake_cuda.give_streams(pipe.stages)
+    first, last = pipe.stages[0].stream, pipe.stages[-1].stream
+    step(pipe, 0)
+    gate = fake_cuda.hold(last)  # type: ignore[arg-type]
+    step(pipe, 1)
+    step(pipe, 2)  # three forwards ahead of the last stage's backwards
+    issued = first.record_event()  # type: ignore[union-attr]
+    caller = fake_cuda.FakeStream.current.record_event()
+    time.sleep(0.05)
+    assert not caller.query() and not issued.query()  # both wait for the last stage, the first for its gradients only
+    gate.set()
+    issued.synchronize()
+    pipe.drain()
+    gate = fake_cuda.hold(fake_cuda.FakeStream.current)  # perhaps the caller changes weights now
+    step(pipe, 3)
+    event = first.record_event()  # type: ignore[union-attr]
+    time.sleep(0.05)
+    assert not event.query()
+    gate.set()
+    event.synchronize()
+    gate = fake_cuda.hold(fake_cuda.FakeStream.current)
+    step(pipe, 4)
+    first.record_event().synchronize()  # type: ignore[union-attr]  # whatever the caller does meanwhile
+    gate.set()
     pipe.close()
 
 
