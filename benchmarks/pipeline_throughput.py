@@ -18,7 +18,7 @@ from paci_rt import launch, schedules
 from paci_rt.train.gpt import MODELS
 from pipelines import PEERS, Case, Pipe
 
-Measured = dict[Case, list[dict[str, float]]]
+Measured = dict[Case, list[dict[str, Any]]]
 
 
 def measure(ctx: launch.Context, cases: list[Case], windows: int, repeats: int) -> Measured:
@@ -57,6 +57,7 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
                 "slack": case.slack,
                 "emulated_ms": case.emulate_ms,
                 "message_bytes": case.message_bytes if case.emulate_ms else None,
+                "transport": repeats[0][0]["transport"],
                 "micro_batches_per_s": median_spread([micro_batches / wall for wall in walls])[0],
                 "utilization": None if case.schedule in PEERS else median_spread(busy)[0],
                 "nominal_utilization": None if nominal is None else median_spread(nominal)[0],
@@ -124,6 +125,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--slack", type=list_of(int), default=[0], help="in-flight slack of the asynchronous ones")
     parser.add_argument("--emulate-ms", type=_pair, default=None, metavar="F,B", help="sleep instead of computing")
     parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
+    parser.add_argument(
+        "--transport", choices=("auto", "shm", "gloo"), default="auto", help="between paci_rt's stages (torch's: gloo)"
+    )
     parser.add_argument("--peer", choices=["torch"], default=None, help="also run torch.distributed.pipelining")
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-mini")
     parser.add_argument("--rows", type=positive, default=2, help="sequences a micro-batch")
@@ -162,6 +166,7 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
                     seq_len=args.seq_len,
                     emulate_ms=args.emulate_ms,
                     message_bytes=args.message_bytes,
+                    transport=args.transport,
                 )
                 for slack in slacks
             ]
@@ -174,7 +179,7 @@ def main() -> None:
     if args.emulate_ms is not None:
         what = f"EMULATED compute: sleeps of {args.emulate_ms[0]:g} ms F and {args.emulate_ms[1]:g} ms B"
     how = f"{args.repeats} repeats of {args.windows} windows"
-    print(f"{args.stages} processes over gloo, one thread each; {what}; {how}")
+    print(f"{args.stages} processes, one thread each; transport {args.transport}; {what}; {how}")
 
     def progress(report: dict[str, Any]) -> None:
         print(f"  round {report['round']} of {args.repeats} done", flush=True)

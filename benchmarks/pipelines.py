@@ -31,6 +31,7 @@ class Case:
         emulate_ms: milliseconds of a process for one micro-batch that a sleep takes instead of the model: forward and
             backward, or forward, I and W; None for the real model.
         message_bytes: size of what emulated stages exchange.
+        transport: how the stages of paci_rt's schedules reach each other; torch's go over gloo.
         rows, seq_len: sequences a micro-batch and tokens a sequence of the real model.
     """
 
@@ -46,6 +47,7 @@ class Case:
     seq_len: int = 1
     emulate_ms: tuple[float, ...] | None = None
     message_bytes: int = 1024
+    transport: str = "auto"
 
     @property
     def label(self) -> str:
@@ -183,6 +185,7 @@ class Pipe:
             slack=case.slack,
             policy=case.policy,
             costs=case.costs,
+            transport=case.transport,
             lookahead=False,  # what it costs and gives is for convergence.py to say
             trace=self.trace,
         )
@@ -222,6 +225,7 @@ class Pipe:
         dist.barrier()
         return {
             "wall_s": wall_s,
+            "transport": stats.get("transport", "gloo"),
             "compute_s": stats.get("compute_s", float("nan")),
             "exposed_comm_s": stats.get("exposed_comm_s", float("nan")),
             "max_drift": stats.get("max_drift", 0),

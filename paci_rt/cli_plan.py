@@ -120,7 +120,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option(group, "--hop-ms", _milliseconds, "MS", "latency of messages between stages (default: the profile's, or 0)")
     option(group, "--bandwidth", size, "SIZE", "bytes per second of such messages, such as 10GB (default: the "
            "profile's, or no limit)")
-    group.add_argument("--measure-link", action="store_true", help="measure both between two processes here, over gloo")
+    group.add_argument("--measure-link", action="store_true", help="measure both between two processes here")
 # fmt: on
 
 
