@@ -90,7 +90,9 @@ void bind_shm(py::module_& m) {
       .def("fail", &ShmSegment::fail, py::arg("reason"))
       .def("close", &ShmSegment::close)
       .def("lost", &ShmSegment::lost, py::arg("who"), py::arg("look") = true);
-  py::class_<Copier, std::shared_ptr<Copier>>(m, "Copier").def(py::init<>());
+  py::class_<Copier, std::shared_ptr<Copier>>(m, "Copier")
+      .def(py::init<std::int64_t>(), py::arg("from_bytes") = Copier::kFromBytes)
+      .def("wait", &Copier::wait, Released());
   py::class_<ShmOutgoing, Outgoing, std::shared_ptr<ShmOutgoing>>(m, "ShmOutgoing")
       .def(py::init([](const std::string& kind, int sender, int receiver, std::shared_ptr<ShmSegment> own,
                        std::shared_ptr<ShmSegment> peer, std::int64_t slots, std::int64_t held, double timeout_s,

@@ -7,7 +7,7 @@
 
 namespace paci_rt {
 
-Copier::Copier() {
+Copier::Copier(std::int64_t from_bytes) : from_bytes_(from_bytes) {
   // Signals are for the threads of Python, which looks at them between two waits.
   sigset_t all, before;
   sigfillset(&all);

@@ -24,8 +24,6 @@ namespace {
 
 constexpr std::int64_t kInlineBytes = 4096 + 512;  // 4 KiB and the description of a few tensors
 constexpr std::int64_t kTrimEvery = 256;           // messages
-// From here on a message is copied by the copier: waking it takes about as long as copying this much.
-constexpr std::int64_t kCopierBytes = std::int64_t{256} << 10;
 
 constexpr std::int64_t align_up(std::int64_t bytes) {
   return (bytes + Layout::kAlign - 1) / Layout::kAlign * Layout::kAlign;
@@ -166,6 +164,8 @@ std::int64_t ShmOutgoing::send(std::int64_t index, std::shared_ptr<const Layout>
   const std::int64_t bytes = align_up(description_bytes) + layout->bytes;
   wait_for_credit(index, bytes);
 
+  // The message that was in this slot before has been taken, hence copied: what the copier wrote there is over.
+  const bool behind_copies = copied_.load(std::memory_order_acquire) != sent_;
   Descriptor& message = channel_->descriptor(sent_);
   message.buffer = bytes <= kInlineBytes ? -1 : pick_buffer(bytes);
   message.sequence = sent_;
@@ -182,7 +182,7 @@ std::int64_t ShmOutgoing::send(std::int64_t index, std::shared_ptr<const Layout>
   const std::int64_t sequence = sent_++;
   Copy copy{sequence, index, bytes, body + align_up(description_bytes), layout_, addresses};
   // Messages of a channel keep their order: behind one that is being copied, small ones wait as well.
-  const bool beside = copier_ != nullptr && (bytes >= kCopierBytes || copied_.load() != sequence);
+  const bool beside = copier_ != nullptr && (bytes >= copier_->from_bytes() || behind_copies);
   if (beside) {
     copier_->hand_over([this, copy = std::move(copy)] { carry_out(copy); });
   } else {

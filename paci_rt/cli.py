@@ -50,7 +50,7 @@ JSON_HELP = {
     "utilization max_drift drift_bound peak_memory_bytes params_sha256, and the curves",
     "compare": "write the result: runs[] (each with the keys of train --json, time_to_target_s and tokens_to_target), "
     "target_loss, and speedup_vs: {A: {B: how many times as fast as A schedule B reached the target}}",
-    "doctor": "write the findings: native torch gloo cuda nccl triton gpus cores memory_bytes advice usable ...",
+    "doctor": "write the findings: native torch gloo shm cuda nccl triton gpus cores memory_bytes advice usable ...",
 }
 
 
@@ -257,8 +257,10 @@ def _add_training(options: _Options) -> None:
     options.add("eval_interval", int, "N", "local updates between validations (default: a tenth of --steps)")
     options.add("eval_batches", int, "N", "held-back batches per validation")
     options.add("device", str, "NAME", "cpu, cuda (one GPU a process), cuda:N, or auto, cuda where it can be used")
-    options.add("transport", str, "NAME", f"{', '.join(TRANSPORTS)}; local runs all stages in one process, auto is "
-                "gloo between processes")
+    options.add("transport", str, "NAME", f"{', '.join(TRANSPORTS)}; local runs all stages in one process, auto is shm "
+                "between processes of one host, else gloo")
+    options.add("transfer_timeout", float, "SECONDS", "how long a stage waits for another one before the run ends with "
+                "an error that says for what")
     options.add("threads", int, "N", "threads a stage computes on")
     options.add("port", int, "N", "port on 127.0.0.1 where the stages meet; 0 takes a free one")
 

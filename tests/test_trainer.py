@@ -249,6 +249,7 @@ def stage_result(stage: int, **changes: Any) -> StageResult:
         "lookahead_s": 0.25,
         "nonfinite_gradients": stage,
         "policy": "bounded",
+        "transport": "shm",
         "max_delay": 1 - stage,
         "drift": {stage: {0: 3}},
         "delay": {stage: {0: 3}},

@@ -17,7 +17,7 @@ from paci_rt.errors import TritonMissingError
 from paci_rt.stage import usable
 from paci_rt.train import slack
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
-from paci_rt.transport import TRANSPORTS
+from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 
 OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd")
 BETA2 = {"lion": 0.99}
@@ -63,7 +63,9 @@ class TrainConfig:
         eval_batches: batches of batch_size sequences that make the held-back set.
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
         resume: such a folder to go on from, with any number of stages and any schedule.
-        transport, threads, port: how the launcher starts the stages; ``local`` runs all of them in one process.
+        transport: a name of ``paci_rt.transport.TRANSPORTS``; ``local`` runs all stages in one process.
+        transfer_timeout: seconds that a stage waits for another one before the run ends with an error.
+        threads, port: how the launcher starts the stages.
         trace: record every action, for a Perfetto file or a timeline.
 
     Raises:
@@ -104,6 +106,7 @@ class TrainConfig:
     save_interval: int = 0
     resume: str | None = None
     transport: str = "auto"
+    transfer_timeout: float = DEFAULT_TIMEOUT_S
     threads: int = 1
     port: int = 0
     trace: bool = False
@@ -133,7 +136,7 @@ class TrainConfig:
         _known("--model", self.model, MODELS)
         _known("--optimizer", self.optimizer, OPTIMIZERS)
         _known("--dtype", self.dtype, DTYPES)
-        _known("--transport", self.transport, TRANSPORTS)
+        check_transport(self.transport, "--transport")
         self._check_device()
         if self.dtype == "bf16" and self.optimizer.startswith("torch-"):
             raise ValueError(
@@ -199,6 +202,9 @@ class TrainConfig:
                 raise ValueError(f"{_flag(name)} is {value!r}: give a number of at least 0")
             if name in ("beta1", "beta2", "momentum") and value >= 1:
                 raise ValueError(f"{_flag(name)} is {value!r}: give a number below 1")
+
+        if not isinstance(self.transfer_timeout, (int, float)) or not 0 < self.transfer_timeout < math.inf:
+            raise ValueError(f"--transfer-timeout is {self.transfer_timeout!r}: give a number of seconds above 0")
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
         accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt

@@ -26,6 +26,7 @@ from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
+from paci_rt.transport import make_transport
 
 
 class Context(Protocol):
@@ -44,7 +45,7 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
 
     Raises:
         ValueError: unusable data, or a checkpoint that does not fit.
-        ActionError, PeerLostError, DriftBoundError: the pipeline failed.
+        ActionError, PeerLostError, TransferTimeoutError, DriftBoundError: the pipeline failed.
     """
     corpus, first_step = preflight(config)
     pipeline, lr_schedulers = build_pipeline(config, ctx)
@@ -154,6 +155,13 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
     device = config.torch_device(ctx.rank)
     stages = [paci_rt.PipelineStage(module, at, pieces, device) for module, at in zip(modules, here, strict=True)]
     options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
+    options["transport"] = make_transport(
+        config.transport,
+        num_stages=pieces,
+        chunks=config.chunks,
+        timeout_s=config.transfer_timeout,
+        events_dir=config.out,
+    )
     return paci_rt.get_schedule_class(config.schedule)(stages, **options), lr_schedulers
 
 
