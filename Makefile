@@ -7,18 +7,26 @@ STAMP := $(VENV)/.paci_rt-installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu tests/cpp/*.cpp)
 TSAN_PROGRAM ?= build/tsan/protocol_stress
 TSAN_SOURCES := tests/cpp/protocol_stress.cpp csrc/host_twin.cpp csrc/lifecycle.cpp csrc/weight_gate.cpp
+P2P_TSAN_PROGRAM ?= build/tsan/p2p_stress
+P2P_ASAN_PROGRAM ?= build/asan/p2p_stress
+P2P_SOURCES := tests/cpp/p2p_stress.cpp csrc/copier.cpp csrc/p2p.cpp csrc/p2p_shm.cpp csrc/shm_segment.cpp
+P2P_BREAK ?=# for the tests: what of the protocol to break, for example -DPACI_RT_P2P_PUBLISH=std::memory_order_relaxed
 PY_DIRS := paci_rt tests benchmarks examples tools setup.py
+# Where nothing can be installed: PYTHON if it was given, else .venv if there is one, else the python3 that is there.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 DEMO_OUT ?= runs/demo
 DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --steps 400 --eval-interval 20
 
-.PHONY: help venv test demo bench lint format imports tsan clean
+.PHONY: help venv test demo bench gpu lint format imports tsan asan clean
 
 help:
 	@echo "make demo    train a GPT on real text with 1F1B-flush and with PACI, and compare (about 5 minutes)"
 	@echo "make test    run the tests"
 	@echo "make bench   measure the native kernels and the pipelines"
+	@echo "make gpu     build, test and measure on a GPU, offline, with the Python that has torch (GPU_ARGS=--dry-run: the plan)"
 	@echo "make lint    ruff, clang-format and mypy;  make format rewrites what they would refuse"
-	@echo "make tsan    the order of streams and events under ThreadSanitizer, without a GPU"
+	@echo "make tsan    streams, events and shared-memory channels under ThreadSanitizer, without a GPU"
+	@echo "make asan    shared-memory channels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make venv    only set up $(VENV);  make clean removes what was built"
 
 venv: $(STAMP)
@@ -42,6 +50,12 @@ bench: venv
 	$(BIN)/python benchmarks/pipeline_throughput.py --peer torch --json runs/pipeline_throughput.json
 	$(BIN)/python benchmarks/pipeline_throughput.py --stages 8 --accumulation 8 --emulate-ms 10,20 --slack 0,1 \
 	  --json runs/pipeline_throughput_emulated.json
+	$(BIN)/python benchmarks/comm_overlap.py --json runs/comm_overlap.json --plot runs/comm_overlap.png
+	$(BIN)/python benchmarks/pipeline_throughput.py --stages 8 --accumulation 8 --emulate-ms 20,20,20 \
+	  --schedules paci,paci-split --hop-ms 5,10 --slack 0,auto --json runs/pipeline_throughput_slow_links.json
+
+gpu:
+	$(GPU_PYTHON) tools/gpu.py $(GPU_ARGS)
 
 lint: venv
 	$(BIN)/ruff check $(PY_DIRS)
@@ -57,12 +71,27 @@ format: venv
 imports: venv
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-tsan: $(TSAN_PROGRAM)
+tsan: $(TSAN_PROGRAM) $(P2P_TSAN_PROGRAM)
 	$(TSAN_PROGRAM) 400 $$(date +%s)
+	$(P2P_TSAN_PROGRAM) threads 100 $$(date +%s)
+	$(P2P_TSAN_PROGRAM) processes 100 $$(date +%s)
+
+asan: $(P2P_ASAN_PROGRAM)
+	$(P2P_ASAN_PROGRAM) threads 200 $$(date +%s)
+	$(P2P_ASAN_PROGRAM) processes 200 $$(date +%s)
 
 $(TSAN_PROGRAM): $(TSAN_SOURCES) $(wildcard csrc/*.hpp)
 	@mkdir -p $(dir $@)
 	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -Wall -Wextra -Icsrc $(TSAN_SOURCES) -pthread -o $@
+
+$(P2P_TSAN_PROGRAM): $(P2P_SOURCES) $(wildcard csrc/*.hpp)
+	@mkdir -p $(dir $@)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread $(P2P_BREAK) -Wall -Wextra -Icsrc $(P2P_SOURCES) -pthread -o $@
+
+$(P2P_ASAN_PROGRAM): $(P2P_SOURCES) $(wildcard csrc/*.hpp)
+	@mkdir -p $(dir $@)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Icsrc \
+	  $(P2P_SOURCES) -pthread -o $@
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info paci_rt/_C*.so runs

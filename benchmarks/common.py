@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from paci_rt.train.machine import machine
 
@@ -45,6 +48,61 @@ def list_of(convert: Any) -> Any:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return parse
+
+
+def measure(
+    name: str,
+    value: float | None,
+    unit: str = "",
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    note: str | None = None,
+) -> dict[str, Any]:
+    """A row of ``make gpu``'s table: see ``tools/gpu_runner.py``.
+
+    Args:
+        name: what was measured.
+        value: None where it could not be; ``note`` then says why. What is not finite reaches no target.
+        unit: of the value.
+        at_least, at_most: the target, one of them or none, where the row only informs.
+    """
+    target = None
+    if at_least is not None or at_most is not None:
+        target = f">= {at_least:.3g}" if at_least is not None else f"<= {at_most:.3g}"
+    ok = None
+    if value is not None and target is not None:
+        ok = bool(value >= at_least) if at_least is not None else bool(value <= at_most)  # type: ignore[operator]
+    if value is not None and not math.isfinite(value):  # JSON has no such numbers
+        value, ok, note = None, None if target is None else False, f"it was {value}"
+    row = {"measure": name, "value": value, "unit": unit, "target": target, "ok": ok}
+    return row if note is None else {**row, "note": note}
+
+
+def gpu_facts() -> dict[str, Any]:
+    """What a GPU's numbers depend on beside the machine; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    import triton
+
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+
+
+def finish_measures(
+    benchmark: str, measures: list[dict[str, Any]], details: dict[str, Any], json_path: str | None
+) -> int:
+    """Write measures and details as JSON, print the measures and the verdict; returns the exit code."""
+    bad = [row for row in measures if row["ok"] is False]
+    for row in measures:
+        value = "-" if row["value"] is None else f"{row['value']:.4g} {row['unit']}".strip()
+        word = "MISSED" if row["ok"] is False else "OK" if row["ok"] else ""
+        note = f"({row['note']})" if row.get("note") else ""
+        print(f"{row['measure']:52s} {value:>24s}  {row['target'] or '':12s} {word} {note}".rstrip())
+    if json_path:
+        document = {"benchmark": benchmark, "machine": {**machine(), **gpu_facts()}, "measures": measures, **details}
+        Path(json_path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print("FAILED" if bad else "OK")
+    return 1 if bad else 0
 
 
 def finish(benchmark: str, rows: list[dict[str, Any]], missed: Sequence[str], json_path: str | None) -> None:

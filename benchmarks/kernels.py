@@ -230,18 +230,17 @@ def main_cuda(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
         parser.error(
             "--device cuda: torch sees no CUDA device here; run it where there is one, or leave the option out"
         )
-    import triton
-
+    from common import gpu_facts
     from kernels_cuda import run_all
 
     rows = run_all(options.megabytes * 2**18, options.rounds, only=options.only)
     ok = all(row["ok"] for row in rows)
     if options.json is not None:
-        versions = {"triton": triton.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
         document = {
             "benchmark": "kernels --device cuda",
-            "machine": {**machine(), **versions},
+            "machine": {**machine(), **gpu_facts()},
             "options": _plain(options),
+            "measures": [judged for row in rows for judged in row["measures"]],
             "rows": rows,
             "ok": ok,
         }

@@ -5,20 +5,30 @@ brackets. README.md in this folder defines each number.
 
     python benchmarks/pipeline_throughput.py --stages 2 --accumulation 2,4 --peer torch
     python benchmarks/pipeline_throughput.py --stages 8 --accumulation 8 --emulate-ms 10,20 --slack 0,1
+    python benchmarks/pipeline_throughput.py --stages 8 --accumulation 8 --emulate-ms 10,20 --schedules paci \
+      --hop-ms 2.5,5 --slack 0,auto
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from common import finish, list_of, median_spread, positive, print_table
 from paci_rt import launch, schedules
+from paci_rt.link import SMALL_BYTES, measure_link
+from paci_rt.schedules.slack import check_slack
 from paci_rt.train.gpt import MODELS
 from pipelines import PEERS, Case, Pipe
 
-Measured = dict[Case, list[dict[str, float]]]
+LARGE_BYTES = 4 << 20
+LARGE_UTILIZATION, LARGE_EXPOSED_PERCENT = 0.95, 3.0
+
+Measured = dict[Case, list[dict[str, Any]]]
 
 
 def measure(ctx: launch.Context, cases: list[Case], windows: int, repeats: int) -> Measured:
@@ -55,17 +65,44 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
                 "stages": case.stages,
                 "accumulation": case.accumulation,
                 "slack": case.slack,
+                "hop_ms": case.hop_ms,
                 "emulated_ms": case.emulate_ms,
                 "message_bytes": case.message_bytes if case.emulate_ms else None,
+                "transport": repeats[0][0]["transport"],
                 "micro_batches_per_s": median_spread([micro_batches / wall for wall in walls])[0],
                 "utilization": None if case.schedule in PEERS else median_spread(busy)[0],
                 "nominal_utilization": None if nominal is None else median_spread(nominal)[0],
+                "exposed_comm_percent": None if case.schedule in PEERS else exposed_comm_percent(repeats),
                 "max_drift": max(int(stage["max_drift"]) for stage in repeats[0]),
+                "peak_activations": max(
+                    (peak for stage in repeats[0] for peak in stage["stats"].get("peak_in_flight", {}).values()),
+                    default=None,
+                ),
                 "peak_bytes": max(int(stage["peak_weight_and_activation_bytes"]) for stage in repeats[0]),
                 "repeats": {"micro_batches_per_s": [micro_batches / wall for wall in walls], "utilization": busy},
             }
         )
+    _add_zero_latency(rows, list(per_rank[0]))
     return rows
+
+
+def exposed_comm_percent(repeats: list[tuple[dict[str, Any], ...]]) -> float:
+    """Exposed communication over compute, both of a mean micro-batch and stage; median of the repeats."""
+    shares = [
+        sum(stage["exposed_comm_s"] for stage in one) / sum(stage["compute_s"] for stage in one) for one in repeats
+    ]
+    return 100 * statistics.median(shares)
+
+
+def _add_zero_latency(rows: list[dict[str, Any]], cases: list[Case]) -> None:
+    """Throughput over that of the same schedule in the strict order with no latency, repeat by repeat."""
+    row_of = dict(zip(cases, rows, strict=True))
+    for case, row in row_of.items():
+        base = row_of.get(replace(case, slack=0, hop_ms=0.0))
+        row["over_zero_latency"] = None
+        if base is not None and base is not row:
+            pairs = zip(row["repeats"]["micro_batches_per_s"], base["repeats"]["micro_batches_per_s"], strict=True)
+            row["over_zero_latency"] = median_spread([ours / theirs for ours, theirs in pairs])
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -73,7 +110,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_name = {(row["schedule"], row["accumulation"]): row for row in rows}
     found = []
     for (name, accumulation), row in by_name.items():
-        for base_name in ("1f1b", *PEERS):
+        for base_name in ("1f1b", *PEERS) if not row["hop_ms"] else ():
             base = by_name.get((base_name, accumulation))
             if base is None or base is row or name in PEERS:
                 continue
@@ -95,7 +132,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def asked(args: argparse.Namespace) -> dict[tuple[str, int], tuple[float | None, float | None]]:
     """What this project asks of itself, raw and normalised, for the configurations that README.md lists."""
-    if args.emulate_ms == (10.0, 20.0) and args.stages == 8:
+    if _emulated(args):
         return {("paci / 1f1b", 8): (1.84, None)}
     if args.emulate_ms is None and args.stages == 2:
         return {
@@ -109,11 +146,42 @@ def asked(args: argparse.Namespace) -> dict[tuple[str, int], tuple[float | None,
 
 
 def asked_utilization(args: argparse.Namespace) -> dict[str, float]:
-    if args.emulate_ms == (10.0, 20.0) and args.stages == 8:
+    if _emulated(args):
         return {"paci": 0.94, "paci+slack1": 0.97}
     if args.emulate_ms is None and args.stages == 2:
         return {"paci": 0.97}
     return {}
+
+
+def _emulated(args: argparse.Namespace, *, large: bool = False) -> bool:
+    """Whether these are the 8 stages of 10 and 20 ms of which something is asked, with small or large messages."""
+    stages = args.emulate_ms in ((10.0, 20.0), (10.0, 10.0, 10.0)) and args.stages == 8
+    return stages and large == (args.message_bytes >= LARGE_BYTES)
+
+
+def short_with_large_messages(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
+    """What PACI lacks with large messages through shared memory, at the best slack of those that ran."""
+    if not _emulated(args, large=True):
+        return []
+    shared = [row for row in rows if row["schedule"].startswith("paci") and row["transport"] == "shm"]
+    missed = []
+    for accumulation in args.accumulation:
+        ours = [row for row in shared if row["accumulation"] == accumulation]
+        if not ours:
+            continue
+        utilization = max(row["utilization"] for row in ours)
+        exposed = min(row["exposed_comm_percent"] for row in ours)
+        if utilization < LARGE_UTILIZATION:
+            missed.append(f"utilization of paci at a={accumulation}: {utilization:.3f} < {LARGE_UTILIZATION}")
+        if exposed > LARGE_EXPOSED_PERCENT:
+            missed.append(f"exposed % of paci at a={accumulation}: {exposed:.2f} > {LARGE_EXPOSED_PERCENT}")
+    return missed
+
+
+def asked_over_zero_latency(args: argparse.Namespace, row: dict[str, Any]) -> float | None:
+    """Slack that is planned keeps the throughput, up to a hop of half a forward."""
+    hidden = args.emulate_ms is not None and 0 < row["hop_ms"] <= args.emulate_ms[0] / 2
+    return 0.97 if hidden and row["planned_slack"] else None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -121,9 +189,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=positive, default=2)
     parser.add_argument("--accumulation", type=list_of(positive), default=[2, 4], help="micro-batches a window")
     parser.add_argument("--schedules", type=list_of(_schedule), default=["1f1b", "paci"])
-    parser.add_argument("--slack", type=list_of(int), default=[0], help="in-flight slack of the asynchronous ones")
-    parser.add_argument("--emulate-ms", type=_pair, default=None, metavar="F,B", help="sleep instead of computing")
+    parser.add_argument(
+        "--slack",
+        type=list_of(_slack),
+        default=[0],
+        help="in-flight slack of the asynchronous ones; auto hides the hops",
+    )
+    parser.add_argument(
+        "--hop-ms", type=list_of(_hop), default=[0.0], help="latency of messages, emulated; a row without comes along"
+    )
+    parser.add_argument(
+        "--emulate-ms", type=_times, default=None, metavar="F,B|F,I,W", help="sleep instead of computing"
+    )
     parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
+    parser.add_argument(
+        "--transport", choices=("auto", "shm", "gloo"), default="auto", help="between paci_rt's stages (torch's: gloo)"
+    )
     parser.add_argument("--peer", choices=["torch"], default=None, help="also run torch.distributed.pipelining")
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-mini")
     parser.add_argument("--rows", type=positive, default=2, help="sequences a micro-batch")
@@ -131,67 +212,135 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=positive, default=8, help="windows a repeat")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--json", default=None)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if schedules.AUTO in args.slack and args.emulate_ms is None:
+        parser.error("--slack auto needs --emulate-ms: of a real model nobody knows beforehand how long stages take")
+    return args
 
 
 def _schedule(text: str) -> str:
     return schedules.get(text).name
 
 
-def _pair(text: str) -> tuple[float, float]:
+def _times(text: str) -> tuple[float, ...]:
     try:
-        forward, backward = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: write F,B in milliseconds, for example 10,20") from error
-    return forward, backward
+        times = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        times = ()
+    if len(times) not in (2, 3) or min(times) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: write F,B or F,I,W in milliseconds, for example 10,20")
+    return times
 
 
-def make_cases(args: argparse.Namespace) -> list[Case]:
-    cases = []
-    for accumulation in args.accumulation:
-        for name in [*args.schedules, *(PEERS if args.peer else ())]:
-            slacks = args.slack if name not in PEERS and schedules.get(name).takes_slack else [0]
-            cases += [
-                Case(
-                    schedule=name,
-                    stages=args.stages,
-                    accumulation=accumulation,
-                    slack=slack,
-                    model=args.model,
-                    rows=args.rows,
-                    seq_len=args.seq_len,
-                    emulate_ms=args.emulate_ms,
-                    message_bytes=args.message_bytes,
-                )
-                for slack in slacks
-            ]
+def _slack(text: str) -> int | str:
+    slack = int(text) if text != schedules.AUTO else text
+    if isinstance(slack, int) and slack < 0:
+        raise ValueError(f"slack {text}: write an integer of at least 0, or auto")
+    return slack
+
+
+def _hop(text: str) -> float:
+    hop_ms = float(text)
+    if not 0 <= hop_ms < float("inf"):
+        raise ValueError(f"hop of {text} ms: write a number of at least 0")
+    return hop_ms
+
+
+def planned_slack(name: str, stages: int, hop_ms: float, emulate_ms: tuple[float, ...]) -> schedules.Slack:
+    """What hides hops of ``hop_ms`` between equal stages."""
+    weight_grad_ms = emulate_ms[2] if len(emulate_ms) == 3 and schedules.get(name).split else 0.0
+    slack = schedules.plan_slack(
+        [sum(emulate_ms)] * stages, [hop_ms] * (stages - 1), after_send=[weight_grad_ms] * stages
+    )
+    return check_slack(slack, stages)
+
+
+def link_ms(args: argparse.Namespace) -> float:
+    """How long a message takes by itself, measured between two processes, where slack is to be planned for it."""
+    if schedules.AUTO not in args.slack:
+        return 0.0
+    link = measure_link(max(args.message_bytes, 4 * SMALL_BYTES), transport=args.transport)
+    return 1e3 * (link.hop_s + args.message_bytes / link.bandwidth_bytes_per_s)
+
+
+def make_cases(args: argparse.Namespace, link_ms: float = 0.0) -> dict[Case, bool]:
+    """The cases, and whether the slack of each was planned for its hop, which takes ``link_ms`` at least."""
+    cases: dict[Case, bool] = {}
+    hops = dict.fromkeys([0.0, *args.hop_ms])
+    for accumulation, name in itertools.product(args.accumulation, [*args.schedules, *(PEERS if args.peer else ())]):
+        ours = name not in PEERS
+        for hop_ms, slack in itertools.product(hops if ours else [0.0], args.slack):
+            if slack and not (ours and schedules.get(name).takes_slack):
+                continue
+            planned = slack == schedules.AUTO
+            if planned:
+                slack = planned_slack(name, args.stages, max(hop_ms, link_ms), args.emulate_ms)
+            case = Case(
+                schedule=name,
+                stages=args.stages,
+                accumulation=accumulation,
+                slack=slack,
+                hop_ms=hop_ms,
+                model=args.model,
+                rows=args.rows,
+                seq_len=args.seq_len,
+                emulate_ms=args.emulate_ms,
+                message_bytes=args.message_bytes,
+                transport=args.transport,
+            )
+            cases[replace(case, slack=0, hop_ms=0.0)] = False  # what the others are measured by
+            cases[case] = cases.get(case, False) or planned
     return cases
 
 
 def main() -> None:
     args = parse_arguments()
+    measured_ms = link_ms(args)
+    cases = make_cases(args, measured_ms)
     what = f"model {args.model}, {args.rows} x {args.seq_len} tokens a micro-batch"
     if args.emulate_ms is not None:
-        what = f"EMULATED compute: sleeps of {args.emulate_ms[0]:g} ms F and {args.emulate_ms[1]:g} ms B"
+        names = "FB" if len(args.emulate_ms) == 2 else "FIW"
+        times = zip(args.emulate_ms, names, strict=True)
+        what = "EMULATED compute: sleeps of " + ", ".join(f"{ms:g} ms {name}" for ms, name in times)
+    if measured_ms:
+        what += f"; a message takes {measured_ms:.3f} ms between two processes, and slack is planned for that"
+    if any(args.hop_ms):
+        what += "; EMULATED latency of messages where it says so"
     how = f"{args.repeats} repeats of {args.windows} windows"
-    print(f"{args.stages} processes over gloo, one thread each; {what}; {how}")
+    print(f"{args.stages} processes, one thread each; transport {args.transport}; {what}; {how}")
 
     def progress(report: dict[str, Any]) -> None:
         print(f"  round {report['round']} of {args.repeats} done", flush=True)
 
     per_rank = launch.run(
-        measure, args.stages, (make_cases(args), args.windows, args.repeats), threads=1, on_report=progress
+        measure, args.stages, (list(cases), args.windows, args.repeats), threads=1, on_report=progress
     )
     rows = summarise(per_rank, args.windows)
+    for row, planned in zip(rows, cases.values(), strict=True):
+        row["planned_slack"] = planned
     print_table(
-        ["schedule", "a", "micro-batches/s", "utilization", "nominal", "max drift", "peak MiB"],
+        [
+            "schedule",
+            "a",
+            "micro-batches/s",
+            "over zero latency",
+            "utilization",
+            "nominal",
+            "exposed %",
+            "peak activations",
+            "max drift",
+            "peak MiB",
+        ],
         [
             [
                 row["schedule"],
                 row["accumulation"],
                 row["micro_batches_per_s"],
+                "-" if row["over_zero_latency"] is None else row["over_zero_latency"][0],
                 "-" if row["utilization"] is None else row["utilization"],
                 "-" if row["nominal_utilization"] is None else row["nominal_utilization"],
+                "-" if row["exposed_comm_percent"] is None else row["exposed_comm_percent"],
+                "-" if row["peak_activations"] is None else row["peak_activations"],
                 row["max_drift"],
                 row["peak_bytes"] / 2**20,
             ]
@@ -220,6 +369,11 @@ def main() -> None:
         if ask is not None and row["utilization"] < ask:
             where = f"{row['schedule']} at a={row['accumulation']}"
             missed.append(f"utilization of {where}: {row['utilization']:.3f} < {ask}")
+        ask = asked_over_zero_latency(args, row)
+        if ask is not None and row["over_zero_latency"] is not None and row["over_zero_latency"][0] < ask:
+            where = f"{row['schedule']} at a={row['accumulation']}"
+            missed.append(f"{where} over zero latency: {row['over_zero_latency'][0]:.3f} < {ask}")
+    missed += short_with_large_messages(rows, args)
     finish("pipeline_throughput", [*rows, *compared], missed, args.json)
 
 

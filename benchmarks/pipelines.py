@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import paci_rt
+from delayed import DelayedTransport
+from paci_rt.schedules import Slack
+from paci_rt.schedules.slack import slack_by_stage, slack_text
 from paci_rt.train.gpt import MODELS, build_stage
+from paci_rt.transport import make_transport
 
 PR_SET_TIMERSLACK = 29
 PEERS = ("torch-1f1b", "torch-1f1b-fused")
@@ -27,17 +31,20 @@ class Case:
         schedule: a schedule of paci_rt, or one of ``PEERS``: ``torch.distributed.pipelining.Schedule1F1B`` with
             ``torch.optim.AdamW`` as its tutorial writes it, or with ``fused=True``, the fastest that torch has.
         stages, chunks: processes, and pieces of the model in each.
-        policy, costs: as for ``paci_rt.SchedulePACI``.
+        slack, policy, costs: as for ``paci_rt.SchedulePACI``.
+        hop_ms: milliseconds that each message takes at least, emulated (``delayed.py``); 0 leaves the transport alone.
         emulate_ms: milliseconds of a process for one micro-batch that a sleep takes instead of the model: forward and
             backward, or forward, I and W; None for the real model.
         message_bytes: size of what emulated stages exchange.
+        transport: how the stages of paci_rt's schedules reach each other; torch's go over gloo.
         rows, seq_len: sequences a micro-batch and tokens a sequence of the real model.
     """
 
     schedule: str
     stages: int
     accumulation: int
-    slack: int = 0
+    slack: Slack = 0
+    hop_ms: float = 0.0
     chunks: int = 1
     policy: str | None = None
     costs: paci_rt.StepCosts | None = None
@@ -46,17 +53,23 @@ class Case:
     seq_len: int = 1
     emulate_ms: tuple[float, ...] | None = None
     message_bytes: int = 1024
+    transport: str = "auto"
 
     @property
     def label(self) -> str:
         extras = [self.policy] if self.policy else []
-        extras += [f"slack{self.slack}"] if self.slack else []
-        return "+".join([self.schedule, *extras])
+        extras += [f"slack{slack_text(self.slack)}"] if self.slack else []
+        return self.with_hop("+".join([self.schedule, *extras]))
+
+    def with_hop(self, name: str) -> str:
+        """``name`` over the links of this case."""
+        return f"{name}+hop{self.hop_ms:g}ms" if self.hop_ms else name
 
     @property
     def windows_to_steady(self) -> int:
         """Windows until every stage has left its warm-up behind."""
-        return 1 + -(-(self.stages + self.slack) // self.accumulation)
+        first = slack_by_stage(self.slack, self.stages)[0]  # no stage runs further ahead
+        return 1 + -(-(self.stages + first) // self.accumulation)
 
     @property
     def pieces(self) -> int:
@@ -133,6 +146,14 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output.view(-1, output.shape[-1]), target.view(-1))
 
 
+def _transport(case: Case, stages: list[paci_rt.PipelineStage]) -> DelayedTransport | str:
+    """The case's transport, behind links with latency where it asks for them."""
+    if not case.hop_ms:
+        return case.transport
+    inner = make_transport(case.transport, group=stages[0].group, num_stages=case.pieces, chunks=case.chunks)
+    return DelayedTransport(inner, case.hop_ms / 1e3)
+
+
 class Pipe:
     """One stage of one case, ready to step; the same face for our schedules and torch's."""
 
@@ -183,6 +204,7 @@ class Pipe:
             slack=case.slack,
             policy=case.policy,
             costs=case.costs,
+            transport=_transport(case, stages),
             lookahead=False,  # what it costs and gives is for convergence.py to say
             trace=self.trace,
         )
@@ -222,6 +244,7 @@ class Pipe:
         dist.barrier()
         return {
             "wall_s": wall_s,
+            "transport": stats.get("transport", "gloo"),
             "compute_s": stats.get("compute_s", float("nan")),
             "exposed_comm_s": stats.get("exposed_comm_s", float("nan")),
             "max_drift": stats.get("max_drift", 0),

@@ -1,7 +1,7 @@
 """Every schedule of the comparison through the same stages: throughput, bubbles, memory, drift, and what the
 simulator had predicted.
 
-Stages are processes over gloo, one thread each; schedules run in alternation. With --emulate-ms a sleep takes the
+Stages are processes, one thread each; schedules run in alternation. With --emulate-ms a sleep takes the
 place of the kernels, so that eight stages fit on two cores. README.md in this folder defines each number.
 
     python benchmarks/schedules.py --stages 8 --accumulation 4,8,24 --emulate-ms 20,20,20
@@ -29,7 +29,7 @@ Measured = dict[Case, list[dict[str, Any]]]
 
 ALL = (
     *("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "async-1f1b", "pipedream"),
-    *("pipedream-2bw", "paci", "paci+stash", "paci+2bw", "paci+predict", "paci+recompute"),
+    *("pipedream-2bw", "paci", "paci-split", "paci+stash", "paci+2bw", "paci+predict", "paci+recompute"),
 )
 NEAR_S = 2e-3  # what arrived so long ago was there for certain
 MOST_ERROR = 0.03
@@ -292,6 +292,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chunks", type=positive, default=2, help="pieces of the model a stage, for interleaved-1f1b")
     parser.add_argument("--emulate-ms", type=_times, default=None, metavar="F,I,W", help="sleep instead of computing")
     parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
+    parser.add_argument("--transport", choices=("auto", "shm", "gloo"), default="auto", help="between the stages")
     parser.add_argument("--model", choices=sorted(MODELS), default="gpt-mini")
     parser.add_argument("--rows", type=positive, default=2, help="sequences a micro-batch")
     parser.add_argument("--seq-len", type=positive, default=128)
@@ -339,6 +340,7 @@ def make_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
                 seq_len=args.seq_len,
                 emulate_ms=args.emulate_ms,
                 message_bytes=args.message_bytes,
+                transport=args.transport,
             )
             try:
                 _, shape = family_and_shape(case)
@@ -356,9 +358,8 @@ def main() -> None:
     what = f"model {args.model}, {args.rows} x {args.seq_len} tokens a micro-batch"
     if args.emulate_ms is not None:
         what = "EMULATED compute: sleeps of {:g} ms F, {:g} ms I and {:g} ms W".format(*args.emulate_ms)
-    print(
-        f"{args.stages} processes over gloo, one thread each; {what}; {args.repeats} repeats of {args.windows} windows"
-    )
+    how = f"{args.repeats} repeats of {args.windows} windows"
+    print(f"{args.stages} processes, one thread each; transport {args.transport}; {what}; {how}")
     cases, left_out = make_cases(args)
     for line in left_out:
         print(f"  left out: {line}")

@@ -54,7 +54,7 @@ def main() -> None:
     flushed_s = (args.accumulation + args.stages - 1) * sum(times_ms) / 1e3
     plots.timeline(args.out, lanes, span_s=(WINDOWS_SHOWN - 0.5) * flushed_s)
     print(
-        f"wrote {args.out}: executed over gloo, sleeps of {FORWARD_MS:g} ms F, {INPUT_GRAD_MS:g} ms I and "
+        f"wrote {args.out}: executed between processes, sleeps of {FORWARD_MS:g} ms F, {INPUT_GRAD_MS:g} ms I and "
         f"{WEIGHT_GRAD_MS:g} ms W in place of the kernels"
     )
 

@@ -28,12 +28,12 @@ if(paci_rt_no_cuda)
   return()
 endif()
 
-target_sources(_C PRIVATE csrc/cuda_check.cpp csrc/cuda_ops.cpp)
+target_sources(_C PRIVATE csrc/cuda_check.cpp csrc/cuda_ops.cpp csrc/green.cpp)
 target_include_directories(_C SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 # Static, so that the module loads, and says that there is no device, where no CUDA library is installed.
 target_link_libraries(_C PRIVATE CUDA::cudart_static)
 
-# An nvcc that refuses the C++ compiler here must not take the CPU half down with it: the device code is two small
+# An nvcc that refuses the C++ compiler here must not take the CPU half down with it: the device code is a few small
 # kernels for tests and measurements.
 set(paci_rt_no_nvcc "")
 if(NOT CUDAToolkit_NVCC_EXECUTABLE)

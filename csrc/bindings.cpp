@@ -200,6 +200,7 @@ PYBIND11_MODULE(_C, m) {
   bind_accumulator(m);
   bind_p2p(m);
   bind_device(m);
+  bind_green(m);
   bind_steps(m);
   bind_ahead(m);
   m.def("available_isas", &available_isas);

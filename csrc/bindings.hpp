@@ -39,7 +39,7 @@ inline DType dtype_of(int code) {
 }
 
 // A stream as Python passes it: an integer, anything with __cuda_stream__ (a method or a pair, version and handle), or
-// a stream of torch before 2.10, which has `cuda_stream` instead.
+// a stream of torch before 2.10 or CuPy before 14, which have `cuda_stream` and `ptr` instead.
 struct StreamArg {
   std::uintptr_t handle = 0;
   Stream on(int device = kCpu) const { return {device, handle}; }
@@ -50,6 +50,7 @@ void bind_host_twin(pybind11::module_& m);    // _testing.HostTwin
 void bind_accumulator(pybind11::module_& m);  // Accumulator
 void bind_device(pybind11::module_& m);       // NCCL, DeviceEngine and the ends of its channels; after the host twin
 void bind_p2p(pybind11::module_& m);          // Endpoint, Outgoing, Incoming
+void bind_green(pybind11::module_& m);        // SmPartition and how a GPU is split into them; after the streams
 
 void check_signals();  // for waits that gave the interpreter lock away; throws what a signal's handler raised
 
@@ -66,6 +67,8 @@ struct pybind11::detail::type_caster<paci_rt::StreamArg> {
     }
     if (!hasattr(source, "__cuda_stream__")) {
       if (hasattr(source, "cuda_stream")) return load(source.attr("cuda_stream"), true);
+      // CuPy's arrays' memory has a ptr too, but nothing waits for events on it.
+      if (hasattr(source, "wait_event") && hasattr(source, "ptr")) return load(source.attr("ptr"), true);
       throw type_error(repr(source).cast<std::string>() +
                        " is no stream: pass an integer handle or an object with __cuda_stream__");
     }

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.hpp"
+#include "copier.hpp"
 #include "dlpack.hpp"
 #include "p2p.hpp"
 #include "p2p_shm.hpp"
@@ -89,15 +90,19 @@ void bind_shm(py::module_& m) {
       .def("fail", &ShmSegment::fail, py::arg("reason"))
       .def("close", &ShmSegment::close)
       .def("lost", &ShmSegment::lost, py::arg("who"), py::arg("look") = true);
+  py::class_<Copier, std::shared_ptr<Copier>>(m, "Copier")
+      .def(py::init<std::int64_t>(), py::arg("from_bytes") = Copier::kFromBytes)
+      .def("wait", &Copier::wait, Released());
   py::class_<ShmOutgoing, Outgoing, std::shared_ptr<ShmOutgoing>>(m, "ShmOutgoing")
       .def(py::init([](const std::string& kind, int sender, int receiver, std::shared_ptr<ShmSegment> own,
-                       std::shared_ptr<ShmSegment> peer, std::int64_t slots, std::int64_t held, double timeout_s) {
+                       std::shared_ptr<ShmSegment> peer, std::int64_t slots, std::int64_t held, double timeout_s,
+                       std::shared_ptr<Copier> copier) {
              return std::make_shared<ShmOutgoing>(Edge{kind, sender, receiver},
                                                   Options{slots, timeout_s, check_signals}, std::move(own),
-                                                  std::move(peer), held);
+                                                  std::move(peer), held, std::move(copier));
            }),
            py::arg("kind"), py::arg("sender"), py::arg("receiver"), py::arg("own"), py::arg("peer"), py::arg("slots"),
-           py::arg("held"), py::arg("timeout_s"))
+           py::arg("held"), py::arg("timeout_s"), py::arg("copier") = nullptr)
       .def("wake", &ShmOutgoing::wake);
   py::class_<ShmIncoming, Incoming, std::shared_ptr<ShmIncoming>>(m, "ShmIncoming")
       .def(py::init([](const std::string& kind, int sender, int receiver, std::shared_ptr<ShmSegment> peer,

@@ -1,6 +1,7 @@
 // Stands in for the CUDA half where it was not built: the same functions, each of which says so.
 #include "cuda_ops.hpp"
 #include "device_ops.hpp"
+#include "green.hpp"
 
 namespace paci_rt {
 namespace {
@@ -27,5 +28,11 @@ CudaInfo cuda_info() { return {}; }
 CudaDevices cuda_devices() { return {0, "the native core was built without CUDA (" PACI_RT_NO_CUDA ")"}; }
 void cuda_spin(Stream stream, std::int64_t) { refuse(stream.device); }
 void cuda_fill(Stream stream, std::uintptr_t, std::int64_t, float) { refuse(stream.device); }
+
+SmCounts sm_counts(int device) { refuse(device); }
+int sm_groups(int device, int) { refuse(device); }
+StreamHandle make_stream(const SmPartition& partition, int) { refuse(partition.device); }
+SmSplit split_sms(int device, int, int) { refuse(device); }
+void mark_sms(Stream stream, std::uintptr_t, int, std::int64_t) { refuse(stream.device); }
 
 }  // namespace paci_rt

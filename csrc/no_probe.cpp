@@ -14,5 +14,6 @@ cudaError_t missing() {
 
 cudaError_t launch_spin(std::uintptr_t, std::int64_t) { return missing(); }
 cudaError_t launch_fill(std::uintptr_t, float*, std::int64_t, float) { return missing(); }
+cudaError_t launch_mark_sms(std::uintptr_t, std::int32_t*, int, std::int64_t) { return missing(); }
 
 }  // namespace paci_rt

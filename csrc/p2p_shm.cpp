@@ -104,8 +104,11 @@ void sleep_until(Word& word, Word* waits, double timeout_s, const Ready& ready, 
 // --- the sender ---
 
 ShmOutgoing::ShmOutgoing(Edge edge, Options options, std::shared_ptr<ShmSegment> own, std::shared_ptr<ShmSegment> peer,
-                         std::int64_t held)
-    : Outgoing(std::move(edge), std::move(options)), own_(std::move(own)), peer_(std::move(peer)) {
+                         std::int64_t held, std::shared_ptr<Copier> copier)
+    : Outgoing(std::move(edge), std::move(options)),
+      own_(std::move(own)),
+      peer_(std::move(peer)),
+      copier_(std::move(copier)) {
   check_value(held >= 0, "held is ", held, ": the receiver keeps 0 buffers or more");
   const std::int64_t buffers = slots() + held;
   const std::string what = concat("channel ", edge_.name());
@@ -115,9 +118,21 @@ ShmOutgoing::ShmOutgoing(Edge edge, Options options, std::shared_ptr<ShmSegment>
   events_->note(Moment::open, kNone, kNone, kNone, kNone);
 }
 
+// A message that is about to be copied to `to` and then published.
+struct ShmOutgoing::Copy {
+  std::int64_t sequence;
+  std::int64_t index;
+  std::int64_t bytes;
+  char* to;
+  std::shared_ptr<const Layout> layout;
+  std::vector<std::uintptr_t> addresses;
+};
+
+ShmOutgoing::~ShmOutgoing() { flush(); }
+
 bool ShmOutgoing::has_room() { return extend(sent_, channel_->taken.load()) > sent_ - PACI_RT_P2P_CREDITS(slots()); }
 
-Progress ShmOutgoing::progress() const { return {sent_ - 1, extend(sent_, channel_->taken.load()) - 1}; }
+Progress ShmOutgoing::progress() const { return {copied_.load() - 1, extend(sent_, channel_->taken.load()) - 1}; }
 
 void ShmOutgoing::wait_for_credit(std::int64_t index, std::int64_t bytes) {
   if (has_room()) return;
@@ -149,6 +164,8 @@ std::int64_t ShmOutgoing::send(std::int64_t index, std::shared_ptr<const Layout>
   const std::int64_t bytes = align_up(description_bytes) + layout->bytes;
   wait_for_credit(index, bytes);
 
+  // The message that was in this slot before has been taken, hence copied: what the copier wrote there is over.
+  const bool behind_copies = copied_.load(std::memory_order_acquire) != sent_;
   Descriptor& message = channel_->descriptor(sent_);
   message.buffer = bytes <= kInlineBytes ? -1 : pick_buffer(bytes);
   message.sequence = sent_;
@@ -161,20 +178,35 @@ std::int64_t ShmOutgoing::send(std::int64_t index, std::shared_ptr<const Layout>
     body = own_->at(message.offset);
   }
   if (fresh) std::memcpy(body, layout->packed.data(), layout->packed.size());
-  body += align_up(description_bytes);
-  for (std::size_t at = 0; at < addresses.size(); ++at) {
-    const std::int64_t size = layout->tensors[at].bytes();
-    if (size == 0) continue;
-    std::memcpy(body + layout->offsets[at], reinterpret_cast<const void*>(addresses[at]),
-                static_cast<std::size_t>(size));
-  }
   layout_ = std::move(layout);
-  events_->note(Moment::send, sent_, index, sent_ % slots(), bytes);
   const std::int64_t sequence = sent_++;
-  channel_->sent.store(static_cast<std::uint32_t>(sent_), PACI_RT_P2P_PUBLISH);
-  if (channel_->receiver_waits.load() != 0) futex_wake(channel_->sent);
+  Copy copy{sequence, index, bytes, body + align_up(description_bytes), layout_, addresses};
+  // Messages of a channel keep their order: behind one that is being copied, small ones wait as well.
+  const bool beside = copier_ != nullptr && (bytes >= copier_->from_bytes() || behind_copies);
+  if (beside) {
+    copier_->hand_over([this, copy = std::move(copy)] { carry_out(copy); });
+  } else {
+    carry_out(copy);
+  }
   if (sent_ % kTrimEvery == 0) trim();
   return sequence;
+}
+
+void ShmOutgoing::carry_out(const Copy& copy) {
+  for (std::size_t at = 0; at < copy.addresses.size(); ++at) {
+    const std::int64_t size = copy.layout->tensors[at].bytes();
+    if (size == 0) continue;
+    std::memcpy(copy.to + copy.layout->offsets[at], reinterpret_cast<const void*>(copy.addresses[at]),
+                static_cast<std::size_t>(size));
+  }
+  events_->note(Moment::send, copy.sequence, copy.index, copy.sequence % slots(), copy.bytes);
+  channel_->sent.store(static_cast<std::uint32_t>(copy.sequence + 1), PACI_RT_P2P_PUBLISH);
+  copied_.store(copy.sequence + 1, std::memory_order_release);
+  if (channel_->receiver_waits.load() != 0) futex_wake(channel_->sent);
+}
+
+void ShmOutgoing::flush() {
+  if (copied_.load() != sent_) copier_->wait();
 }
 
 std::int32_t ShmOutgoing::pick_buffer(std::int64_t bytes) {
@@ -229,6 +261,7 @@ void ShmOutgoing::wake() { futex_wake(channel_->sent); }
 void ShmOutgoing::close() {
   if (closed_) return;
   closed_ = true;
+  flush();
   events_->note(Moment::close, kNone, kNone, kNone, kNone);
   wake();
 }

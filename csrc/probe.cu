@@ -10,10 +10,21 @@ __device__ unsigned long long now_ns() {
   return ns;
 }
 
-__global__ void spin_kernel(unsigned long long ns) {
+// Sleeps most of the time, so that what shares its SM loses next to nothing.
+__device__ void stay(unsigned long long ns) {
   const unsigned long long start = now_ns();
-  while (now_ns() - start < ns) {
-  }
+  for (unsigned long long passed = 0; passed < ns; passed = now_ns() - start)
+    __nanosleep(ns - passed > 4000 ? 1000 : 50);
+}
+
+__global__ void spin_kernel(unsigned long long ns) { stay(ns); }
+
+// Blocks of half an SM's threads.
+__global__ void __launch_bounds__(1024) mark_sms_kernel(std::int32_t* flags, unsigned long long ns) {
+  unsigned sm;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+  if (threadIdx.x == 0) flags[sm] = 1;
+  stay(ns);
 }
 
 __global__ void fill_kernel(float* to, long long numel, float value) {
@@ -27,6 +38,12 @@ __global__ void fill_kernel(float* to, long long numel, float value) {
 cudaError_t launch_spin(std::uintptr_t stream, std::int64_t microseconds) {
   const auto ns = static_cast<unsigned long long>(microseconds) * 1000;
   spin_kernel<<<1, 1, 0, reinterpret_cast<cudaStream_t>(stream)>>>(ns);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_mark_sms(std::uintptr_t stream, std::int32_t* flags, int blocks, std::int64_t microseconds) {
+  const auto ns = static_cast<unsigned long long>(microseconds) * 1000;
+  mark_sms_kernel<<<static_cast<unsigned>(blocks), 1024, 0, reinterpret_cast<cudaStream_t>(stream)>>>(flags, ns);
   return cudaGetLastError();
 }
 

@@ -68,10 +68,20 @@ class StreamHandle {
     return {std::move(ops), {device, handle}, true};
   }
   static StreamHandle borrow(std::shared_ptr<StreamOps> ops, Stream stream) { return {std::move(ops), stream, false}; }
+  // One that was just made elsewhere, and is ours now; `keep` must outlive it.
+  static StreamHandle adopt(std::shared_ptr<StreamOps> ops, Stream stream, std::shared_ptr<void> keep) {
+    StreamHandle handle(std::move(ops), stream, true);
+    handle.keep_ = std::move(keep);
+    return handle;
+  }
 
   StreamHandle(StreamHandle&& other) noexcept
-      : ops_(std::move(other.ops_)), stream_(other.stream_), owned_(std::exchange(other.owned_, false)) {}
+      : keep_(std::move(other.keep_)),
+        ops_(std::move(other.ops_)),
+        stream_(other.stream_),
+        owned_(std::exchange(other.owned_, false)) {}
   StreamHandle& operator=(StreamHandle&& other) noexcept {
+    std::swap(keep_, other.keep_);
     std::swap(ops_, other.ops_);
     std::swap(stream_, other.stream_);
     std::swap(owned_, other.owned_);
@@ -89,6 +99,7 @@ class StreamHandle {
   StreamHandle(std::shared_ptr<StreamOps> ops, Stream stream, bool owned)
       : ops_(std::move(ops)), stream_(stream), owned_(owned) {}
 
+  std::shared_ptr<void> keep_;
   std::shared_ptr<StreamOps> ops_;
   Stream stream_;
   bool owned_;

@@ -30,6 +30,7 @@ from paci_rt.pipeline import (
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     SchedulePACI,
+    SchedulePACISplit,
     SchedulePipeDream,
     SchedulePipeDream2BW,
     ScheduleZB1P,
@@ -38,7 +39,7 @@ from paci_rt.pipeline import (
     ScheduleZBH2,
     get_schedule_class,
 )
-from paci_rt.schedules import FAMILIES, StepCosts
+from paci_rt.schedules import FAMILIES, StepCosts, plan_slack
 from paci_rt.stage import PipelineStage
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ __all__ = [
     "ScheduleGPipe",
     "ScheduleInterleaved1F1B",
     "SchedulePACI",
+    "SchedulePACISplit",
     "SchedulePipeDream",
     "SchedulePipeDream2BW",
     "ScheduleZB1P",
@@ -83,4 +85,5 @@ __all__ = [
     "TritonMissingError",
     "get_schedule_class",
     "params_sha256",
+    "plan_slack",
 ]

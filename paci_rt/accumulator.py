@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from paci_rt import native
 from paci_rt.errors import AccumulatorStateError
 from paci_rt.flat import FlatGroup
+from paci_rt.one_pass import one_pass_is_exact
 
 
 class GradAccumulator:
@@ -27,10 +28,11 @@ class GradAccumulator:
     >>> accumulator.sealed_view(0)            # the sum, shaped like parameter 0
     >>> accumulator.release()
 
-    On a GPU the kernels are launched by the caller, between :meth:`lend` and :meth:`seal`, and every call takes the
-    stream that its work is on: an integer handle or anything with ``__cuda_stream__``, 0 being CUDA's default stream.
-    A buffer that goes from one stream to another takes the order of its work along: the update's stream waits for the
-    seal, and the first gradient of a later window waits for the release. The host waits for nothing but statistics.
+    On a GPU :class:`paci_rt.kernel_accumulator.KernelAccumulator` adds; here the kernels are launched by the caller,
+    between :meth:`lend` and :meth:`seal`. Every call takes the stream that its work is on: an integer handle or
+    anything with ``__cuda_stream__``, 0 being CUDA's default stream; None is the one that is current in torch. A buffer
+    that goes from one stream to another takes the order of its work along: the update's stream waits for the seal, and
+    the first gradient of a later window waits for the release. The host waits for nothing but statistics.
 
     >>> overwrite = accumulator.lend(range(n), stream=compute)      # as often as the window has micro-batches
     >>> kernels.accumulate(layout, statistics, accumulator.front_flat, grads, overwrite=overwrite)
@@ -46,6 +48,9 @@ class GradAccumulator:
     Raises:
         ValueError: ``buffers`` is neither 1 nor 2.
     """
+
+    product_by: Callable[..., None] | None = None
+    """Computes weight gradients on a GPU, such as a :class:`paci_rt.kernels.WgradRoutes`; None is the default route."""
 
     def __init__(self, group: FlatGroup, *, buffers: int = 1) -> None:
         if buffers not in (1, 2):
@@ -73,28 +78,60 @@ class GradAccumulator:
         """Bytes of all buffers."""
         return sum(tensor.nbytes for tensor in self._tensors)
 
-    def add(self, index: int, grad: Tensor, *, stream: Any = 0) -> None:
+    def add(self, index: int, grad: Tensor) -> None:
         """Add a gradient to the front buffer; on the CPU only.
 
         Args:
             index: the parameter's position in the group.
             grad: fp32, bf16 or fp16, of the parameter's shape; made contiguous if it is not.
-            stream: 0 on the CPU.
 
         Raises:
             AccumulatorStateError: the front buffer is sealed or being consumed.
-            ValueError: wrong index, shape, dtype, device or stream.
+            ValueError: wrong index, shape, dtype or device.
         """
-        code = native.DTYPE_CODES.get(grad.dtype)
-        param = self.group.params[index]
-        if code is None or grad.layout is not torch.strided or grad.shape != param.shape or grad.device != self._device:
-            self._refuse(index, grad)
-        if not grad.is_contiguous():
-            grad = grad.contiguous()
-        assert code is not None
-        self._native.add(index, grad.data_ptr(), code, grad.numel(), stream, native.get_num_threads())
+        grad = self._checked(index, grad)
+        code = native.DTYPE_CODES[grad.dtype]
+        self._native.add(index, grad.data_ptr(), code, grad.numel(), 0, native.get_num_threads())
 
-    def front(self, index: int, *, stream: Any = 0) -> tuple[Tensor, bool]:
+    def add_product(
+        self, index: int, left: Tensor, right: Tensor, bias: tuple[GradAccumulator, int] | None = None
+    ) -> None:
+        """Add ``left @ right`` to the front buffer's sum of a matrix; in one pass where that gives the bits of two.
+
+        Args:
+            index: the parameter's position in the group; its shape is [n, k].
+            left: [n, rows]. right: [rows, k]; both of the parameter's dtype.
+            bias: accumulator and position of a parameter of shape [n], to whose sum the row sums of ``left`` are added.
+
+        Raises:
+            AccumulatorStateError: the front buffer is sealed or being consumed.
+        """
+        sizes = left.shape[0], left.shape[1], right.shape[1]
+        if left.dtype is torch.float32 and one_pass_is_exact(*sizes, torch.get_num_threads()):
+            total, overwrite = self.front(index)
+            if overwrite:
+                torch.mm(left, right, out=total)
+            else:
+                total.addmm_(left, right)
+        else:
+            self.add(index, torch.mm(left, right))
+        if bias is not None:
+            bias[0].add(bias[1], left.t().sum(0))
+
+    def flush(self) -> None:
+        """Issue what :meth:`add` may have put off; on the CPU it puts nothing off."""
+
+    def _checked(self, index: int, grad: Tensor) -> Tensor:
+        """A gradient that can be added, contiguous."""
+        fits = grad.dtype in native.DTYPE_CODES and grad.layout is torch.strided
+        if not fits or grad.shape != self.group.params[index].shape or grad.device != self._device:
+            self._refuse(index, grad)
+        return grad if grad.is_contiguous() else grad.contiguous()
+
+    def _on(self, stream: Any) -> Any:
+        return native.current_stream(self._device) if stream is None else stream
+
+    def front(self, index: int, *, stream: Any = None) -> tuple[Tensor, bool]:
         """For a caller that computes a parameter's gradient straight into the front buffer.
 
         Returns:
@@ -104,10 +141,10 @@ class GradAccumulator:
         Raises:
             AccumulatorStateError: the front buffer is sealed or being consumed.
         """
-        overwrite = self._native.lend(index, stream, native.get_num_threads())
+        overwrite = self._native.lend(index, self._on(stream), native.get_num_threads())
         return self.group.view(self._tensors[self._native.front], index), overwrite
 
-    def lend(self, indices: Sequence[int], *, stream: Any = 0) -> list[bool]:
+    def lend(self, indices: Sequence[int], *, stream: Any = None) -> list[bool]:
         """For a caller that adds many parameters' gradients itself, in work that it gives to ``stream`` next.
 
         Returns:
@@ -117,7 +154,7 @@ class GradAccumulator:
         Raises:
             AccumulatorStateError: the front buffer is sealed or being consumed.
         """
-        return self._native.lend_many(list(indices), stream)
+        return self._native.lend_many(list(indices), self._on(stream))
 
     @property
     def front_flat(self) -> Tensor:
@@ -158,12 +195,12 @@ class GradAccumulator:
             raise ValueError(f"the gradient of parameter {name!r} is on {grad.device}, the parameter on {self._device}")
         native.dtype_code(grad.dtype, f"the gradient of parameter {name!r}")
 
-    def seal(self, *, stream: Any = 0, totals: Tensor | None = None) -> None:
+    def seal(self, *, stream: Any = None, totals: Tensor | None = None) -> None:
         """End the window: the front buffer is sealed, parameters that got no gradient read as zero, and with two
         buffers the other one becomes the front.
 
         Args:
-            stream: 0 on the CPU.
+            stream: whose work on the buffer ends here.
             totals: on a GPU fp64 [2], written by work that ``stream`` has already: sum of squares and number of
                 non-finite elements. Without it those two are not known.
 
@@ -173,7 +210,7 @@ class GradAccumulator:
         """
         if totals is not None:
             self._check_totals(totals)
-        self._native.seal(stream, 0 if totals is None else totals.data_ptr())
+        self._native.seal(self._on(stream), 0 if totals is None else totals.data_ptr())
         self._totals = totals  # kept alive until the next seal
 
     def _check_totals(self, totals: Tensor) -> None:
@@ -185,31 +222,40 @@ class GradAccumulator:
                 f"{self._device}, as paci_rt.kernels.GradientStatistics.totals() returns it"
             )
 
-    def consume(self, *, stream: Any = 0) -> None:
+    def consume(self, *, stream: Any = None) -> None:
         """Begin to read the sealed buffer, in work that ``stream`` gets next.
 
         Raises:
             AccumulatorStateError: no buffer is sealed.
         """
-        self._consuming = self._native.consume(stream)
+        self._consuming = self._native.consume(self._on(stream))
 
-    def continue_on(self, *, stream: Any = 0) -> None:
+    def continue_on(self, *, stream: Any = None) -> None:
         """Read on from another stream, behind what the last one got, for example the update after an all-reduce.
 
         Raises:
             AccumulatorStateError: no buffer is being consumed.
         """
-        self._native.continue_on(stream)
+        self._native.continue_on(self._on(stream))
 
-    def release(self, *, stream: Any = 0) -> None:
+    def release(self, *, stream: Any = None) -> None:
         """End reading: the consumed buffer is empty as soon as the work that ``stream`` has is done.
 
         Raises:
             AccumulatorStateError: no buffer is being consumed.
         """
         before = None if self._consuming is None else (self._tensors[self._consuming], self.touched)
-        self._native.release(stream)
+        self._native.release(self._on(stream))
         self._consuming, self._before = None, before
+
+    def measured(self) -> tuple[Any, Any]:
+        """Sum of squares and number of non-finite elements of the sealed buffer: numbers, or on a GPU fp64 tensors of
+        one element, for which nothing waits.
+
+        Raises:
+            AccumulatorStateError: no buffer is sealed or being consumed.
+        """
+        return self.sum_of_squares, self.nonfinite_count
 
     @property
     def sum_of_squares(self) -> float:
@@ -248,3 +294,16 @@ class GradAccumulator:
     def sealed_view(self, index: int) -> Tensor:
         """The sum for one parameter, fp32, in its shape; valid between :meth:`consume` and :meth:`release`."""
         return self.group.view(self.sealed_flat, index)
+
+
+def make_accumulator(group: FlatGroup, buffers: int) -> GradAccumulator:
+    """The accumulator that fits the device of a group.
+
+    Raises:
+        TritonMissingError: the group is on a GPU, and Triton is not installed or too old.
+    """
+    if not group.uses_kernels:
+        return GradAccumulator(group, buffers=buffers)
+    from paci_rt.kernel_accumulator import KernelAccumulator
+
+    return KernelAccumulator(group, buffers=buffers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from paci_rt.action import Action, Op
 from paci_rt.errors import DriftBoundError
@@ -45,6 +46,7 @@ class StageAudit:
         drift: micro-batches by how many versions their backward's weights were ahead of their forward's.
         delay: micro-batches by how many versions the weights that their gradient changes are ahead of those that
             their forward used.
+        nonfinite_gradients, grad_norm: non-finite elements of all updates' gradients; 2-norm of the last one's.
         compute_s: seconds inside F, B, I, W and U; exposed_comm_s: seconds in receives and in starting sends.
     """
 
@@ -65,8 +67,8 @@ class StageAudit:
     exposed_comm_s: float = 0.0
     micro_batches: int = 0
     windows: int = 0
-    nonfinite_gradients: int = 0
-    grad_norm: float = 0.0
+    nonfinite_gradients: Any = 0
+    grad_norm: Any = 0.0
 
     def forward(self, micro_batch: int, version: int, kept_bytes: int) -> None:
         """A forward used ``version`` and keeps ``kept_bytes`` until its backward."""
@@ -122,7 +124,8 @@ class StageAudit:
         self.peak_activation_bytes = max(self.peak_activation_bytes, self.activation_bytes)
         self.rank.hold(0, more_bytes)
 
-    def update(self, grad_norm: float, nonfinite: int) -> None:
+    def update(self, grad_norm: Any, nonfinite: Any) -> None:
+        """An update has been issued. On a GPU both are tensors of one element, which are read when somebody asks."""
         self.version += 1
         self.windows += 1
         self.grad_norm = grad_norm

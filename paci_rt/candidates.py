@@ -14,9 +14,10 @@ from paci_rt import policies, schedules
 from paci_rt.action import OPS, Op, decode_fields
 from paci_rt.partition import Matrix, best_partition
 from paci_rt.profile_file import Profile
-from paci_rt.schedules import ScheduleFamily, Shape, StepCosts
+from paci_rt.schedules import ScheduleFamily, Shape, Slack, StepCosts
+from paci_rt.schedules.slack import Loops, slack_text
 from paci_rt.simulate import Costs, check_shape, simulate
-from paci_rt.stage_costs import Spans, stage_costs, step_costs
+from paci_rt.stage_costs import Spans, loops, stage_costs, step_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Candidate:
     policy: str
     accumulation: int
     lookahead: bool = False
-    slack: int = 0
+    slack: Slack = 0
     chunks: int = 1
     partition: tuple[int, ...] | None = None
     step_costs: StepCosts | None = None
@@ -113,7 +114,7 @@ class Candidate:
         """The options that make it, in words."""
         parts = [f"{self.schedule} with accumulation {self.accumulation}", f"policy {self.policy}"]
         parts += ["look-ahead"] if self.lookahead else []
-        parts += [f"slack {self.slack}"] if self.slack else []
+        parts += [f"slack {slack_text(self.slack)}"] if self.slack else []
         parts += [f"{self.chunks} chunks"] if self.chunks > 1 else []
         return ", ".join(parts)
 
@@ -165,11 +166,31 @@ class Evaluator:
         partition = self._partition(one, keeps if one.chunks == 1 else None)
         return self._too_large(one, keeps) if partition is None else replace(one, partition=partition)
 
+    def with_slack(self, one: Candidate, family: ScheduleFamily) -> list[Candidate]:
+        """``one``, which has no slack, and with as much as may pay: see :meth:`Loops.choices`, and :meth:`prepare`.
+
+        Slack depends on where the model is cut, and where it can be cut on the memory that slack takes, so the choices
+        of a few cuts are collected.
+        """
+        found, cuts = {one.slack: self.prepare(one, family)}, set[tuple[int, ...]]()
+        todo = list(found.values())
+        while todo and len(cuts) < FITTING_ROUNDS:
+            cut = todo.pop(0)
+            if cut.partition is None or cut.partition in cuts:
+                continue  # what does not fit without slack does not with it
+            cuts.add(cut.partition)
+            for slack in self._loops(cut, family).choices():
+                if slack not in found:
+                    found[slack] = self.prepare(replace(one, slack=slack), family)
+                    todo.append(found[slack])
+        return list(found.values())
+
     def at_most(self, one: Candidate, family: ScheduleFamily) -> float:
         """Micro-batches a second that ``one`` cannot exceed, whatever the details of its schedule.
 
         No device works faster than without pauses. A flush adds that a stage has nothing but its W and U to do while
-        the last gradient goes on to the first stage and the next window's first micro-batch comes from there.
+        the last gradient goes on to the first stage and the next window's first micro-batch comes from there; without
+        flushes neighbours wait for each other's messages.
         """
         assert one.partition is not None
         costs, stages = self._costs(one), self.ranks * one.chunks
@@ -186,6 +207,8 @@ class Evaluator:
             fillers = update + (one.accumulation * weight_grad if family.split else 0.0)
             busy = one.accumulation * work + update - fillers
             window_s = max(window_s, float((busy + np.maximum(fillers, gap)).max()))
+        elif not family.flush:
+            window_s = max(window_s, one.accumulation * self._loops(one, family).period(one.slack))
         return one.accumulation / window_s if window_s else math.inf
 
     def simulate(self, one: Candidate, family: ScheduleFamily) -> Candidate:
@@ -308,6 +331,9 @@ class Evaluator:
             return np.where(allowed, seconds / self.speeds[stage % self.ranks], np.inf)
 
         return time_of
+
+    def _loops(self, one: Candidate, family: ScheduleFamily) -> Loops:
+        return loops(self._costs(one), one.recomputing(self.ranks), split=family.split)
 
     def _costs(self, one: Candidate) -> Costs:
         assert one.partition is not None

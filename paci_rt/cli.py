@@ -50,7 +50,7 @@ JSON_HELP = {
     "utilization max_drift drift_bound peak_memory_bytes params_sha256, and the curves",
     "compare": "write the result: runs[] (each with the keys of train --json, time_to_target_s and tokens_to_target), "
     "target_loss, and speedup_vs: {A: {B: how many times as fast as A schedule B reached the target}}",
-    "doctor": "write the findings: native torch gloo cuda nccl triton gpus cores memory_bytes advice usable ...",
+    "doctor": "write the findings: native torch gloo shm cuda nccl triton gpus cores memory_bytes advice usable ...",
 }
 
 
@@ -205,12 +205,16 @@ def _target(text: str) -> float | None:
 # fmt: off
 def _add_pipeline(options: _Options) -> None:
     from paci_rt.policies import POLICIES
+    from paci_rt.train import slack
 
     options.add("stages", int, "P", "pipeline stages, one process each")
     options.add("chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only; default there: 2)")
     options.add("accumulation", int, "A", "micro-batches per local update (default: 4; async-1f1b: always 1)")
-    options.add("slack", int, "S", "more warm-up forwards on every stage but the last; hides link latency, costs "
-                "activations and drift; asynchronous schedules only")
+    options.add("slack", slack.argument, "S|S,S,...,0|auto", "more warm-up forwards, which hide link latency and cost "
+                "activations and drift: on every stage but the last, or one number a stage, or what --profile shows to "
+                "be enough; asynchronous schedules only")
+    options.add("profile", str, "FILE", "for --slack auto: how long stages and messages take, as written by paci-rt "
+                "plan --profile FILE --measure-link")
     options.add("policy", str, "NAME", f"which weights forwards and backwards use: {', '.join(POLICIES)} (default: the "
                 "schedule's own)")
     options.switch("lookahead", "run forwards that come before an update of theirs at the weights that the gradients "
@@ -252,9 +256,11 @@ def _add_training(options: _Options) -> None:
     options.add("seed", int, "N", "of weights and batches; equal seeds give equal parameters, bit for bit")
     options.add("eval_interval", int, "N", "local updates between validations (default: a tenth of --steps)")
     options.add("eval_batches", int, "N", "held-back batches per validation")
-    options.add("device", str, "NAME", "cpu; auto means the same in this version")
-    options.add("transport", str, "NAME", f"{', '.join(TRANSPORTS)}; local runs all stages in one process, auto is "
-                "gloo between processes")
+    options.add("device", str, "NAME", "cpu, cuda (one GPU a process), cuda:N, or auto, cuda where it can be used")
+    options.add("transport", str, "NAME", f"{', '.join(TRANSPORTS)}; local runs all stages in one process, auto is shm "
+                "between processes of one host, else gloo")
+    options.add("transfer_timeout", float, "SECONDS", "how long a stage waits for another one before the run ends with "
+                "an error that says for what")
     options.add("threads", int, "N", "threads a stage computes on")
     options.add("port", int, "N", "port on 127.0.0.1 where the stages meet; 0 takes a free one")
 

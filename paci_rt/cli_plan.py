@@ -23,8 +23,8 @@ with one device for each stage. Ends with the paci-rt train command that runs th
 """
 
 JSON_HELP = (
-    "write the plan: partition accumulation slack predicted schedule policy chunks step_costs runners_up stages "
-    "command profile"
+    "write the plan: partition accumulation slack predicted schedule policy chunks step_costs without_slack runners_up "
+    "stages command profile"
 )
 
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -80,9 +80,11 @@ def _milliseconds(text: str) -> float:
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``paci-rt plan``."""
     from paci_rt.policies import POLICIES
-    from paci_rt.schedules import FAMILIES
+    from paci_rt.schedules import AUTO, FAMILIES
+    from paci_rt.train import slack
     from paci_rt.train.config import DTYPES
     from paci_rt.train.gpt import MODELS
+    from paci_rt.transport import TRANSPORTS
 
     integers, names = _list_of(int, "integers such as 8,16"), _list_of(str, "names")
 
@@ -105,8 +107,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     option(group, "--policies", names, "NAME,...", f"from {', '.join(POLICIES)} (default: all that a schedule takes)")
     group.add_argument("--lookahead", action=argparse.BooleanOptionalAction, help="early forwards look ahead (default: "
                        "as the schedule does; paci does)")
-    option(group, "--slack", integers, "S,S,...", "more warm-up forwards, for schedules that take slack (default: 0,1)",
-           (0, 1))
+    option(group, "--slack", slack.argument, "S|S,S,...,0|auto", "more warm-up forwards, for schedules that take "
+           "slack: on all stages but the last, or one number a stage (default: auto, as much as pays)", AUTO)
     option(group, "--chunks", integers, "V,V,...", "stages a device, for schedules that take chunks (default: 2)", (2,))
     group = parser.add_argument_group("limits and devices")
     option(group, "--memory-limit", _list_of(size, "sizes"), "SIZE[,SIZE...]", "of every device, or of each in order, "
@@ -120,7 +122,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     option(group, "--hop-ms", _milliseconds, "MS", "latency of messages between stages (default: the profile's, or 0)")
     option(group, "--bandwidth", size, "SIZE", "bytes per second of such messages, such as 10GB (default: the "
            "profile's, or no limit)")
-    group.add_argument("--measure-link", action="store_true", help="measure both between two processes here, over gloo")
+    group.add_argument("--measure-link", action="store_true", help="measure both between two processes here, over "
+                       "--transport")
+    option(group, "--transport", str, "NAME", f"how the stages are to reach each other: {', '.join(TRANSPORTS)} "
+           "(default: auto)", "auto")
 # fmt: on
 
 
@@ -129,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     from paci_rt.train import plan_report
 
     outputs.check_file("--json", args.json)
+    _check_transport(args)
     stored = args.profile is not None and Path(args.profile).exists()
     if stored:
         profile = _stored(args)
@@ -144,9 +150,21 @@ def run(args: argparse.Namespace) -> int:
         source += f", and written to {args.profile}"
         outputs.write_json(args.profile, profile.to_json())
     command = plan_report.train_command(profile, found.chosen)
+    if command is not None and args.transport != "auto":
+        command += f" --transport {args.transport}"
     outputs.write_json(args.json, plan_report.to_json(profile, found, command))
     print(plan_report.report(profile, found, source=source, command=command))
     return 0
+
+
+def _check_transport(args: argparse.Namespace) -> None:
+    from paci_rt.transport import check_transport
+
+    check_transport(args.transport, "--transport")
+    if args.measure_link and args.transport == "local":
+        raise ValueError(
+            "--measure-link measures between two processes, and --transport local has one: leave one of them out"
+        )
 
 
 def _plan(args: argparse.Namespace, profile: Profile) -> planner.Plan:
@@ -161,7 +179,7 @@ def _plan(args: argparse.Namespace, profile: Profile) -> planner.Plan:
         device_speeds=args.device_speeds,
         schedules=args.schedules,
         policies=args.policies,
-        slacks=args.slack,
+        slack=args.slack,
         chunks=args.chunks,
     )
 
@@ -243,7 +261,7 @@ def _with_link(args: argparse.Namespace, profile: Profile) -> Profile:
         from paci_rt.link import SMALL_BYTES, measure_link
 
         largest = max(block.boundary_bytes for block in profile.blocks)
-        link = measure_link(max(largest, 4 * SMALL_BYTES))
+        link = measure_link(max(largest, 4 * SMALL_BYTES), transport=args.transport)
         profile = replace(profile, hop_s=link.hop_s, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s)
     if args.hop_ms is not None:
         profile = replace(profile, hop_s=args.hop_ms / 1e3)

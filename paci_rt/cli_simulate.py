@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from paci_rt import policies, schedules
-from paci_rt.schedules import ScheduleFamily, Shape, StepCosts
+from paci_rt.schedules import AUTO, ScheduleFamily, Shape, Slack, StepCosts
+from paci_rt.schedules.slack import slack_text
 from paci_rt.simulate import Costs, Simulation, check_shape, simulate
-from paci_rt.train import outputs, text
+from paci_rt.train import outputs, slack, text
 
 DESCRIPTION = """\
 Predict what a schedule does: bubbles, throughput, memory, drift and weight versions, from what each action costs.
@@ -30,7 +31,7 @@ backward, and work the mean of what they compute.
 
 JSON_HELP = (
     "write the result: bubble_rate makespan (ms) steady_utilization peak_activations (a number a stage) max_drift "
-    "weight_versions, and histograms of drift and delay, throughput, bytes ..."
+    "weight_versions slack, histograms of drift and delay, throughput, bytes ...; with slack also without_slack"
 )
 
 _MS = 1e-3
@@ -68,7 +69,8 @@ def add(parser: argparse.ArgumentParser) -> None:
            "each of them (default: 8)", 8)  # fmt: skip
     option(group, "--windows", int, "N", "updates (default: 1 for schedules that flush, for the others enough to be "
            "in the steady state for a while)")  # fmt: skip
-    option(group, "--slack", int, "S", "more warm-up forwards on every stage but the last", 0)
+    option(group, "--slack", slack.argument, "S|S,S,...,0|auto", "more warm-up forwards: on every stage but the last, "
+           "or one number a stage, or as many as hide the latency of messages (default: 0)", 0)  # fmt: skip
     option(group, "--chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only; default there: 2)")
     option(group, "--policy", str, "NAME", f"{', '.join(policies.POLICIES)} (default: the schedule's own)")
     group.add_argument(
@@ -123,6 +125,9 @@ def run(args: argparse.Namespace) -> int:
     shape = _shape(args, family)
     policy = policies.resolve(family, shape, args.policy)
     costs, partition = _costs(args, shape)
+    if args.slack == AUTO:
+        shape = replace(shape, slack=_planned(costs, family, shape, policy))
+        policies.resolve(family, shape, policy)
     if family.takes_costs:
         shape = Shape(
             num_stages=shape.num_stages,
@@ -138,8 +143,12 @@ def run(args: argparse.Namespace) -> int:
         plots.require_matplotlib("--plot")
     shown = args.grid or args.plot is not None or args.trace is not None
     found = simulate(family, shape, costs, windows=windows, policy=policy, lookahead=args.lookahead, keep_events=shown)
-    _write(args, found, partition)
-    print(report_text(found))
+    strict = None
+    if shape.slack:
+        order = replace(shape, slack=0)
+        strict = simulate(family, order, costs, windows=windows, policy=policy, lookahead=args.lookahead)
+    _write(args, found, strict, partition)
+    print(report_text(found, strict))
     if args.grid:
         from paci_rt.timegrid import format_timeline
 
@@ -152,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_integers(args: argparse.Namespace) -> None:
-    bounds = (("stages", 1), ("micro_batches", 1), ("windows", 1), ("chunks", 1), ("slack", 0), ("seed", 0))
+    bounds = (("stages", 1), ("micro_batches", 1), ("windows", 1), ("chunks", 1), ("seed", 0))
     for name, least in bounds:
         value = getattr(args, name)
         if value is not None and value < least:
@@ -163,8 +172,6 @@ def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
     chunks = args.chunks if args.chunks is not None else 2 if family.takes_chunks else 1
     if chunks > 1 and not family.takes_chunks:
         raise ValueError(f"--chunks is {chunks}: {family.name} runs one piece of the model a stage; use 1")
-    if args.slack and not family.takes_slack:
-        raise ValueError(f"--slack is {args.slack}: {family.name} flushes and takes none; use --slack 0")
     if args.partition is not None:
         if args.profile is None:
             raise ValueError("--partition cuts the blocks of a profile: give --profile FILE with it")
@@ -180,7 +187,7 @@ def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
     shape = Shape(
         num_stages=args.stages * chunks,
         accumulation=1 if family.one_micro_batch_windows else args.micro_batches,
-        slack=args.slack,
+        slack=slack.checked(args.slack, family, args.stages * chunks),
         chunks=chunks,
     )
     check_shape(family, shape)
@@ -265,6 +272,16 @@ def _step_costs(costs: Costs, family: ScheduleFamily, shape: Shape, policy: str)
     return fitted if any(costs.activation_bytes) else fitted._replace(stash=StepCosts().stash)
 
 
+def _planned(costs: Costs, family: ScheduleFamily, shape: Shape, policy: str) -> Slack:
+    found = slack.planned(costs, family, shape, policy)
+    if found is None:
+        raise ValueError(
+            "--slack auto: nothing says how long messages take; give --comm MS, or --message-bytes with --bandwidth, "
+            "or a --profile that knows, or --slack as numbers"
+        )
+    return found
+
+
 def _windows(args: argparse.Namespace, family: ScheduleFamily, shape: Shape) -> int:
     """Windows to play."""
     windows: int | None = args.windows
@@ -298,7 +315,9 @@ def _check_size(args: argparse.Namespace, family: ScheduleFamily, shape: Shape, 
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def _write(args: argparse.Namespace, found: Simulation, partition: tuple[int, ...] | None) -> None:
+def _write(
+    args: argparse.Namespace, found: Simulation, strict: Simulation | None, partition: tuple[int, ...] | None
+) -> None:
     if args.plot is not None:
         from paci_rt.train import plots
 
@@ -311,7 +330,11 @@ def _write(args: argparse.Namespace, found: Simulation, partition: tuple[int, ..
         from paci_rt.trace import write_perfetto
 
         write_perfetto(outputs.ready(args.trace), found.events)
-    outputs.write_json(args.json, to_json(found) | ({} if partition is None else {"partition": list(partition)}))
+    result = to_json(found)
+    if strict is not None:
+        whole = to_json(strict)
+        result["without_slack"] = {name: whole[name] for name in slack.PRICE}
+    outputs.write_json(args.json, result | ({} if partition is None else {"partition": list(partition)}))
 
 
 def to_json(found: Simulation) -> dict[str, Any]:
@@ -324,8 +347,8 @@ def _milliseconds(value_s: float) -> float:
     return float(f"{value_s / _MS:.12g}")
 
 
-def report_text(found: Simulation) -> str:
-    """The summary, and a table with a row a stage."""
+def report_text(found: Simulation, strict: Simulation | None = None) -> str:
+    """The summary, and a table with a row a stage; ``strict`` is the same without slack."""
     chunks = found.stages // found.ranks
     parts = [
         f"{found.schedule}: {_counted(found.ranks, 'stage')}" + (f" of {chunks} pieces" if chunks > 1 else ""),
@@ -334,6 +357,7 @@ def report_text(found: Simulation) -> str:
     ]
     whole = not found.steady_windows and not schedules.get(found.schedule).flush
     steady = " (of the whole run: more --windows have a steady part)" if whole else ""
+    parts += [f"slack {slack_text(found.slack)}"] if schedules.get(found.schedule).takes_slack else []
     lines = [
         ", ".join(parts),
         f"bubble rate {found.bubble_rate:.4f}",
@@ -341,7 +365,8 @@ def report_text(found: Simulation) -> str:
         f"steady utilization {found.steady_utilization:.4f}, {found.micro_batches_per_s:.5g} micro-batches/s{steady}",
         f"max drift {found.max_drift}, max delay {found.max_delay}",
     ]
-    return "\n".join(lines) + "\n\n" + _table(found)
+    compared = [] if strict is None else [slack.price_table([strict, found])]
+    return "\n\n".join(["\n".join(lines), *compared, _table(found)])
 
 
 def _counted(number: int, what: str) -> str:

@@ -6,10 +6,10 @@ each runs until its next receive has no message yet.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from paci_rt.action import COMPUTE_OPS, RECV_OPS, Action, Op
 from paci_rt.audit import StageAudit
+from paci_rt.clock import HostClock
 from paci_rt.errors import ActionError, PaciError, ScheduleError
 from paci_rt.lowering import Channel, TiedWeight, channels
+from paci_rt.microbatch import on_device
 from paci_rt.stage import PipelineStage
 from paci_rt.trace import Event
 from paci_rt.transport.base import Message, Transport
@@ -27,7 +29,9 @@ from paci_rt.transport.base import Message, Transport
 class Updater(Protocol):
     """The optimizer as the executor drives it; see ``paci_rt.optim.BoundOptimizer``."""
 
-    def update(self, divisor: int) -> Any: ...
+    def update(self, divisor: int, prepare: Callable[[], None]) -> Any: ...
+    def before_forward(self, *, whole: bool) -> None: ...
+    def before_reading(self) -> None: ...
 
 
 class Weights(Protocol):
@@ -35,6 +39,8 @@ class Weights(Protocol):
 
     @property
     def extra_bytes(self) -> int: ...
+    @property
+    def whole(self) -> bool: ...
     @property
     def ahead_s(self) -> float: ...
     @property
@@ -67,6 +73,7 @@ class Feed:
         losses: functions from the last stage's output to the loss.
         training: False for a forward-only pass.
         start_window: window before which the pipeline was last empty.
+        from_gpu: some of it is on a GPU, perhaps still to be computed there by the caller.
     """
 
     args: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
@@ -75,6 +82,7 @@ class Feed:
     training: bool = True
     start_window: int = 0
     keep_outputs: bool = False
+    from_gpu: bool = False
     outputs: dict[int, Any] = field(default_factory=dict)
     loss_values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -87,6 +95,7 @@ class StageRuntime:
         accumulation: micro-batches a window.
         divisor: what a window's summed gradients are divided by.
         recompute: forwards keep their arguments only and run again before the backward.
+        clock: tells when its actions began and ended.
     """
 
     stage: PipelineStage
@@ -98,6 +107,7 @@ class StageRuntime:
     recompute: bool = False
     after_update: Callable[[], None] | None = None
     ties: Ties | None = None
+    clock: HostClock = field(default_factory=HostClock)
     received: dict[tuple[Op, int], Message] = field(default_factory=dict)
     outgoing: dict[tuple[Op, int], Message] = field(default_factory=dict)
 
@@ -185,19 +195,25 @@ class Executor:
 
     def _execute(self, action: Action, feed: Feed) -> None:
         runtime = self.runtimes[action.stage]
+        with runtime.stage.computing():
+            begin = runtime.clock.mark()
+            version = self._perform(runtime, action, feed)
+            if feed.training:
+                runtime.clock.between(begin, runtime.clock.mark(), partial(self._count, runtime, action, version))
+
+    def _perform(self, runtime: StageRuntime, action: Action, feed: Feed) -> int | None:
         profiled = torch.autograd._profiler_enabled()
-        start = time.perf_counter()
         try:
             with torch.profiler.record_function(str(action)) if profiled else nullcontext():
-                version = self._run_op[action.op](runtime, action, feed)
+                return self._run_op[action.op](runtime, action, feed)
         except PaciError:
             raise
         except Exception as error:
             message = f"action {action} failed: {type(error).__name__}: {error}\n{self._explain(action)}"
             raise ActionError(str(action), message) from error
-        end = time.perf_counter()
-        if not feed.training:
-            return
+
+    def _count(self, runtime: StageRuntime, action: Action, version: int | None, start: float, end: float) -> None:
+        """An action of a training run ran from ``start`` to ``end`` seconds."""
         if action.op in COMPUTE_OPS:
             runtime.audit.compute_s += end - start
             if self._trace:
@@ -207,14 +223,19 @@ class Executor:
             runtime.audit.exposed_comm_s += end - start
         if self.first_start_s is None:
             self.first_start_s = start
-        self.last_end_s = end
+        self.last_end_s = max(self.last_end_s, end)
+
+    def settle(self) -> None:
+        """Wait until all that was issued has run and is counted."""
+        for runtime in self.runtimes.values():
+            runtime.clock.settle()
 
     # --- one method an operation; computations return the version of the weights that they used ---
 
     def _forward(self, runtime: StageRuntime, action: Action, feed: Feed) -> int:
         stage, m = runtime.stage, action.index
         if stage.is_first:
-            args = feed.args[m]
+            args = on_device(feed.args[m], stage.device)
         else:
             message = runtime.received.pop((Op.RECV_F, m))
             args = message.tensors
@@ -222,10 +243,11 @@ class Executor:
                 for tensor, requires_grad in zip(message.tensors, message.requires_grad, strict=True):
                     if requires_grad and tensor is not None:
                         tensor.requires_grad_()
-        kwargs = feed.kwargs.get((stage.stage_index, m), {})
+        kwargs = on_device(feed.kwargs.get((stage.stage_index, m), {}), stage.device)
         loss = feed.losses.get(m) if stage.is_last else None
         audit = runtime.audit
         version = audit.version
+        runtime.updater.before_forward(whole=runtime.weights.whole or not feed.training)
         if feed.training:
             window = m // runtime.accumulation
             version, context = runtime.weights.for_forward(window, audit.version, feed.start_window)
@@ -246,6 +268,7 @@ class Executor:
         stage, audit, m, split = runtime.stage, runtime.audit, action.index, action.op is Op.I
         version, context = runtime.weights.for_backward(audit.version_at_forward(m), audit.version)
         audit.backward(action, version, m // runtime.accumulation, stage.kept_bytes(m)[1])
+        runtime.updater.before_reading()
         gradients = () if stage.is_last else runtime.received.pop((Op.RECV_B, m)).tensors
         with context:
             outgoing = stage.backward(m, gradients, split=split)
@@ -262,8 +285,7 @@ class Executor:
 
     def _update(self, runtime: StageRuntime, action: Action, feed: Feed) -> int:
         version = runtime.audit.version
-        runtime.weights.begin_update(version)
-        done = runtime.updater.update(runtime.divisor)
+        done = runtime.updater.update(runtime.divisor, partial(runtime.weights.begin_update, version))
         runtime.audit.update(done.grad_norm, done.nonfinite)
         if runtime.after_update is not None:
             runtime.after_update()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paci_rt import microbatch
@@ -54,9 +55,10 @@ def cut_batch(
     if last.is_last:
         assert loss_fn is not None
         targets = microbatch.split(target, count, "target")
-        feed.losses = {m: _loss_of(loss_fn, part) for m, part in zip(indices, targets, strict=True)}
+        feed.losses = {m: _loss_of(loss_fn, part, last.device) for m, part in zip(indices, targets, strict=True)}
+    feed.from_gpu = microbatch.on_gpu((args, kwargs, target))
     return feed
 
 
-def _loss_of(loss_fn: LossFn, target: Any) -> Callable[[Any], Tensor]:
-    return lambda output: loss_fn(output, target)
+def _loss_of(loss_fn: LossFn, target: Any, device: torch.device) -> Callable[[Any], Tensor]:
+    return lambda output: loss_fn(output, microbatch.on_device(target, device))

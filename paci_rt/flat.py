@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from paci_rt import native
 from paci_rt.errors import StageError
 
+if TYPE_CHECKING:
+    from paci_rt.kernels.layout import FlatLayout
+
 ALIGNMENT_BYTES = 64
+
+
+def uses_kernels(device: torch.device) -> bool:
+    """Whether flat buffers on a device are worked on by the Triton kernels, and not by the native core."""
+    return device.type == "cuda"
 
 
 class FlatHome(NamedTuple):
@@ -100,6 +109,22 @@ class FlatGroup:
     def empty_like(self, dtype: torch.dtype) -> Tensor:
         """A zeroed flat buffer of this group's length on its device."""
         return native.empty_flat(self.numel, dtype, self.device)
+
+    @cached_property
+    def uses_kernels(self) -> bool:
+        """Whether the Triton kernels work on this group, and not the native core."""
+        return uses_kernels(self.device)
+
+    @cached_property
+    def layout(self) -> FlatLayout:
+        """The segments as the Triton kernels read them.
+
+        Raises:
+            TritonMissingError: Triton is not installed, or too old.
+        """
+        from paci_rt.kernels.layout import FlatLayout
+
+        return FlatLayout(self.segments, self.numel, self.device)
 
     @property
     def segments(self) -> list[tuple[int, int]]:

@@ -26,6 +26,11 @@ def adam_pass(
     step_sizes: Sequence[tuple[float, float]] = (),
 ) -> None:
     """One pass over weights, gradients and both moments; ``step_sizes`` as in :func:`paci_rt.native.adamw_step`."""
+    if state.group.uses_kernels:
+        from paci_rt import kernel_steps
+
+        kernel_steps.adam(state, grad_sum, divisor, positions, ahead, step_sizes)
+        return
     options = state.param_group
     native.adamw_step(
         **flat_arguments(state, grad_sum, divisor, positions),

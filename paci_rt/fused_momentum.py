@@ -76,6 +76,11 @@ class SGD(FusedOptimizer):
                 "the momentum of a parameter group became non-zero after the optimizer was given to a schedule: "
                 "construct SGD with momentum above 0"
             )
+        if state.group.uses_kernels:
+            from paci_rt import kernel_steps
+
+            kernel_steps.sgd(state, grad_sum, divisor, positions, ahead)
+            return
         native.sgd_step(
             **flat_arguments(state, grad_sum, divisor, positions),
             momentum_buffer=state.flat.get("momentum_buffer"),
@@ -131,6 +136,11 @@ class Lion(FusedOptimizer):
         ahead: native.Ahead | None = None,
     ) -> None:
         """One pass over weights, gradients and the momentum."""
+        if state.group.uses_kernels:
+            from paci_rt import kernel_steps
+
+            kernel_steps.lion(state, grad_sum, divisor, positions, ahead)
+            return
         beta1, beta2 = state.param_group["betas"]
         native.lion_step(
             **flat_arguments(state, grad_sum, divisor, positions),

@@ -27,6 +27,7 @@ class FusedState:
         flat: flat fp32 buffers by state name.
         master: fp32 weights of bf16/fp16 parameters, None where parameters are fp32 themselves.
         numbers: by state name, one number for each parameter, such as ``step``, the updates that it has had.
+        scalars: what the kernels on a GPU keep there between launches; see :mod:`paci_rt.kernel_steps`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class FusedState:
         numbers: Mapping[str, float] | None = None,
     ) -> None:
         self.group, self.param_group, self._optimizer = group, param_group, optimizer
+        self.scalars: dict[int, Any] = {}
         self.flat = {name: group.empty_like(torch.float32) for name in names}
         self.master: Tensor | None = None
         if group.dtype is not torch.float32:

@@ -181,7 +181,7 @@ def validate(lowering: Lowering, *, windows: int | None = None, capacity: int | 
     """
     shape = lowering.shape
     if windows is None:
-        ahead = 0 if lowering.family.flush else 2 * (shape.num_stages + shape.slack)
+        ahead = 0 if lowering.family.flush else 2 * (1 + shape.most_ahead)
         windows = 2 + -(-ahead // shape.accumulation)
     play_streams([lowering.stream(rank, windows) for rank in range(shape.ranks)], lowering, capacity)
 

@@ -43,3 +43,25 @@ def merge(outputs: Sequence[Any]) -> Any:
     if isinstance(first, dict):
         return {key: merge([output[key] for output in outputs]) for key in first}
     return list(outputs)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """``value`` with its CPU tensors on a GPU, copied without waiting; on the CPU ``value`` itself."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True) if value.device.type == "cpu" else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(on_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: on_device(item, device) for key, item in value.items()}
+    return value
+
+
+def on_gpu(value: Any) -> bool:
+    """Whether any tensor in ``value`` is on a GPU."""
+    if isinstance(value, Tensor):
+        return value.is_cuda
+    if isinstance(value, dict):
+        return any(map(on_gpu, value.values()))
+    return isinstance(value, (tuple, list)) and any(map(on_gpu, value))

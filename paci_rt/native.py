@@ -17,7 +17,7 @@ from paci_rt.errors import NativeCoreError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from paci_rt._C import Accumulator, Event, ShmIncoming, ShmOutgoing, ShmSegment, Stream, WeightGate
+    from paci_rt._C import Accumulator, Copier, Event, ShmIncoming, ShmOutgoing, ShmSegment, Stream, WeightGate
     from paci_rt._C import DeviceIncoming as DeviceIncoming  # for paci_rt.transport.device
     from paci_rt._C import DeviceOutgoing as DeviceOutgoing
 
@@ -151,7 +151,8 @@ def device_code(device: torch.device, what: str) -> int:
 
 def stream_handle(stream: Any) -> int:
     """A stream as an integer: an int, anything with ``__cuda_stream__`` (a method or a tuple, version and handle), or a
-    stream of torch before 2.10, which has ``cuda_stream`` instead. All calls of the core take streams in these forms.
+    stream of torch before 2.10 or CuPy before 14, which have ``cuda_stream`` and ``ptr`` instead. All calls of the core
+    take streams in these forms.
 
     Raises:
         TypeError: ``stream`` is neither.
@@ -161,10 +162,18 @@ def stream_handle(stream: Any) -> int:
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is None and isinstance(getattr(stream, "cuda_stream", None), int):
         return int(stream.cuda_stream)
+    # CuPy's arrays' memory has a ptr too, but nothing waits for events on it.
+    if protocol is None and hasattr(stream, "wait_event") and isinstance(getattr(stream, "ptr", None), int):
+        return int(stream.ptr)
     if protocol is None:
         raise TypeError(f"{stream!r} is no stream: pass an integer handle or an object with __cuda_stream__")
     pair = protocol() if callable(protocol) else protocol
     return int(pair[1])
+
+
+def current_stream(device: torch.device) -> int:
+    """Handle of the stream that torch gives its work to on a device; 0 on the CPU."""
+    return 0 if device.type == "cpu" else int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def empty_flat(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -230,11 +239,24 @@ def attach_shm_segment(pid: int, fd: int, token: int) -> ShmSegment:
     return segment
 
 
+def make_copier() -> Copier:
+    """A thread that copies large messages for the channels that it is given to."""
+    copier: Copier = core().Copier()
+    return copier
+
+
 def make_shm_outgoing(
-    channel: tuple[str, int, int], own: ShmSegment, peer: ShmSegment, *, slots: int, held: int, timeout_s: float
+    channel: tuple[str, int, int], own: ShmSegment, peer: ShmSegment, *, copier: Copier | None = None, **options: Any
 ) -> ShmOutgoing:
-    """Sending end of a channel between the makers of two segments; see ``csrc/p2p_shm.hpp``."""
-    end: ShmOutgoing = core().ShmOutgoing(*channel, own=own, peer=peer, slots=slots, held=held, timeout_s=timeout_s)
+    """Sending end of a channel between the makers of two segments; see ``csrc/p2p_shm.hpp``.
+
+    Args:
+        channel: kind, sending and receiving stage.
+        own, peer: segments of the two.
+        copier: copies large messages; None leaves that to whoever sends.
+        options: ``slots``, ``held`` and ``timeout_s``.
+    """
+    end: ShmOutgoing = core().ShmOutgoing(*channel, own=own, peer=peer, copier=copier, **options)
     return end
 
 

@@ -1,18 +1,16 @@
-"""Optimizers as a stage drives them: gradients go in one by one, whole windows come out as updates."""
+"""Every optimizer that a stage can have, and how it is bound to the stage's parameters."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paci_rt.accumulator import GradAccumulator
+from paci_rt.bound import BoundOptimizer, NamedParams, UpdateStats
 from paci_rt.errors import OptimizerOwnedError
-from paci_rt.flat import FlatGroup
 from paci_rt.fused import OWNED_MESSAGE, FusedOptimizer
 from paci_rt.fused_adam import AdamW, NAdam
 from paci_rt.fused_momentum import SGD, Lion
@@ -21,166 +19,6 @@ from paci_rt.fused_muon import Muon
 __all__ = ["SGD", "AdamW", "BoundOptimizer", "FusedBound", "Lion", "Muon", "NAdam", "UpdateStats", "bind_optimizer"]
 
 _GUARD = "_paci_rt_guard"
-NamedParams = list[tuple[str, nn.Parameter]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateStats:
-    """What an update saw.
-
-    Attributes:
-        grad_norm: 2-norm of this stage's mean gradient.
-        nonfinite: infinite and NaN elements in it.
-    """
-
-    grad_norm: float
-    nonfinite: int
-
-
-class BoundOptimizer(ABC):
-    """An optimizer tied to one stage's flat parameters and accumulators. Made by :func:`bind_optimizer`.
-
-    Attributes:
-        groups: flat groups, one for each optimizer group and dtype.
-        accumulators: one for each of them.
-        optimizer: the user's optimizer, None without one.
-    """
-
-    optimizer: torch.optim.Optimizer | None = None
-
-    def __init__(self, grouped: Sequence[NamedParams], frozen: Iterable[Tensor], buffers: int) -> None:
-        self.groups = [FlatGroup(named) for named in grouped]
-        self.accumulators = [GradAccumulator(group, buffers=buffers) for group in self.groups]
-        self._frozen_bytes = sum(tensor.nbytes for tensor in frozen)
-        self._home = {
-            id(param): (accumulator, position)
-            for group, accumulator in zip(self.groups, self.accumulators, strict=True)
-            for position, param in enumerate(group.params)
-        }
-
-    def accumulate(self, param: nn.Parameter, grad: Tensor) -> None:
-        """Add one micro-batch's gradient of one parameter to the current window.
-
-        Raises:
-            ValueError: the parameter is not one of the stage's, or the gradient is sparse, of a wrong shape or dtype.
-        """
-        home = self._home.get(id(param))
-        if home is None:
-            raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} is not among the {len(self._home)} that this stage's "
-                "optimizer was bound to"
-            )
-        home[0].add(home[1], grad)
-
-    def front(self, param: nn.Parameter) -> tuple[Tensor, bool]:
-        """Where a gradient can be computed in place; see :meth:`paci_rt.accumulator.GradAccumulator.front`."""
-        accumulator, position = self._home[id(param)]
-        return accumulator.front(position)
-
-    def update(self, divisor: int) -> UpdateStats:
-        """End the window: seal the sums, apply ``sum / divisor``, and leave the accumulators empty.
-
-        Parameters without a gradient in the window are left alone, as torch does with a ``grad`` of None.
-
-        Raises:
-            ValueError: ``divisor`` is below 1.
-            StageError: a parameter was moved off its flat buffer.
-        """
-        if divisor < 1:
-            raise ValueError(f"divisor={divisor}: gradients are divided by a number of micro-batches, at least 1")
-        for group in self.groups:
-            group.check_views()
-        live = [number for number, accumulator in enumerate(self.accumulators) if accumulator.state == "filling"]
-        for number in live:
-            self.accumulators[number].seal()
-            self.accumulators[number].consume()
-        squares = sum(self.accumulators[number].sum_of_squares for number in live)
-        nonfinite = sum(self.accumulators[number].nonfinite_count for number in live)
-        try:
-            self._apply(live, divisor)
-        finally:
-            for number in live:
-                self.accumulators[number].release()
-        return UpdateStats(grad_norm=squares**0.5 / divisor, nonfinite=nonfinite)
-
-    def _touched(self, number: int) -> list[int]:
-        """Positions in flat group ``number`` that got a gradient in the window being consumed."""
-        return [position for position, touched in enumerate(self.accumulators[number].touched) if touched]
-
-    @abstractmethod
-    def _apply(self, live: list[int], divisor: int) -> None:
-        """Update from the accumulators numbered ``live``, which are being consumed."""
-
-    @property
-    def memory(self) -> dict[str, int]:
-        """Bytes held for this stage: ``weights`` (frozen ones included), ``masters``, ``optimizer``,
-        ``accumulators``; padding included."""
-        return {
-            "weights": sum(group.weight.nbytes for group in self.groups) + self._frozen_bytes,
-            "masters": self._masters_bytes(),
-            "optimizer": self._optimizer_bytes(),
-            "accumulators": sum(accumulator.nbytes for accumulator in self.accumulators),
-        }
-
-    def _masters_bytes(self) -> int:
-        return 0
-
-    def _optimizer_bytes(self) -> int:
-        return 0
-
-    def state_by_name(self, *, copy: bool = True) -> dict[str, dict[str, Any]]:
-        """Optimizer state of every trainable parameter, keyed by its name; ``{}`` where it has none yet.
-
-        Args:
-            copy: return copies; False returns the tensors that the next update changes.
-        """
-        return {
-            name: {
-                key: value.clone() if copy and isinstance(value, Tensor) else value
-                for key, value in self._state_of(number, position).items()
-            }
-            for number, group in enumerate(self.groups)
-            for position, name in enumerate(group.names)
-        }
-
-    def load_state_by_name(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what :meth:`state_by_name` returned, perhaps from a stage cut differently.
-
-        Raises:
-            ValueError: names are missing or unexpected, or an entry does not fit the optimizer.
-        """
-        known = {name for group in self.groups for name in group.names}
-        missing, unexpected = sorted(known - states.keys()), sorted(states.keys() - known)
-        if missing or unexpected:
-            parts = [f"missing {', '.join(missing)}"] if missing else []
-            parts += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
-            raise ValueError(f"optimizer state does not fit this stage's parameters: {'; '.join(parts)}")
-        for number, group in enumerate(self.groups):
-            for position, name in enumerate(group.names):
-                self._load_state_of(number, position, dict(states[name]))
-
-    def state_views(self, number: int, position: int) -> dict[str, Any]:
-        """State of the parameter at ``position`` of flat group ``number``, as the tensors that the next update
-        changes; ``{}`` before its first update."""
-        return self._state_of(number, position)
-
-    def master(self, number: int) -> Tensor | None:
-        """Flat fp32 weights behind flat group ``number``, None where the parameters are all there is."""
-        return None
-
-    def _state_of(self, number: int, position: int) -> dict[str, Any]:
-        return {}
-
-    def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
-        if entry:
-            raise ValueError(
-                f"optimizer state for {self.groups[number].names[position]!r} was given, but the schedule has no "
-                "optimizer: load it into your own"
-            )
-
-    @abstractmethod
-    def unbind(self) -> None:
-        """Give the optimizer back to the user. Parameters stay views of their flat buffer, which does no harm."""
 
 
 class _GradsOnly(BoundOptimizer):
@@ -196,6 +34,7 @@ class _GradsOnly(BoundOptimizer):
                     param.grad = mean
                 else:
                     param.grad.add_(mean)
+        self._publish_all()
 
     def unbind(self) -> None:
         pass
@@ -218,11 +57,23 @@ class FusedBound(BoundOptimizer):
         optimizer.fused_states = self._states
 
     def _apply(self, live: list[int], divisor: int) -> None:
+        touched = {number: self._touched(number) for number in live}
         for number in live:
-            state, positions = self._states[number], self._touched(number)
-            state.refresh_masters()
-            self.optimizer.apply(state, self.accumulators[number].sealed_flat, positions, divisor)
-            state.publish(positions)
+            self._states[number].refresh_masters()
+        try:
+            for bucket in range(1 if self._buckets is None else self._buckets.count):
+                for number, positions in touched.items():
+                    part = positions
+                    if self._buckets is not None:
+                        part = self._buckets.part(bucket, number, positions)
+                    if part:
+                        grad_sum = self.accumulators[number].sealed_flat
+                        self.optimizer.apply(self._states[number], grad_sum, part, divisor)
+                        self._states[number].publish(part)
+                self.order.publish(bucket)
+        except BaseException:
+            self._publish_all()  # nobody may wait for what will not come
+            raise
         # torch's learning-rate schedulers look at this to warn about a scheduler that steps before the optimizer.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
@@ -233,6 +84,7 @@ class FusedBound(BoundOptimizer):
     def ahead(self, number: int, divisor: float, repeats: int, kept: Tensor | None, *, before: bool) -> list[int]:
         """Put the weights of flat group ``number`` where its next updates would bring them, by the gradients of the
         window in the making, or of the one before; see :meth:`paci_rt.fused.FusedOptimizer.ahead`."""
+        self.before_reading()
         grad_sum, known = self.accumulators[number].sums(before=before)
         self._states[number].refresh_masters()
         return self.optimizer.ahead(self._states[number], grad_sum, known, divisor, repeats, kept)
@@ -288,12 +140,15 @@ class _AnyTorch(BoundOptimizer):
         self._stepping = True
         try:
             # Backwards of micro-batches still in flight must accept these weights; the schedule bounds their drift.
-            with torch.autograd._unsafe_preserve_version_counter(self._params):
+            with ExitStack() as stack:
+                for param in self._params:  # all in one call only since torch 2.7
+                    stack.enter_context(torch.autograd._unsafe_preserve_version_counter(param))
                 self.optimizer.step()
         finally:
             self._stepping = False
             for param in self._params:
                 param.grad = None
+            self._publish_all()
 
     def _optimizer_bytes(self) -> int:
         values = (value for param in self._params for value in self.optimizer.state.get(param, {}).values())

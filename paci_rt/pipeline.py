@@ -11,8 +11,8 @@ from torch import nn
 from paci_rt import schedules
 from paci_rt.lowering import TiedWeight
 from paci_rt.runtime import Pipeline
-from paci_rt.schedules import StepCosts
-from paci_rt.stage import LossFn, PipelineStage
+from paci_rt.schedules import Slack, StepCosts
+from paci_rt.stage import LossFn, PipelineStage, usable
 from paci_rt.transport import DEFAULT_TIMEOUT_S, LocalTransport, Transport, make_transport
 
 NamedParams = list[tuple[str, nn.Parameter]]
@@ -50,7 +50,7 @@ class _Schedule(Pipeline):
         *,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Any = None,
-        slack: int = 0,
+        slack: Slack | Sequence[int] = 0,
         policy: str | None = None,
         lookahead: bool | None = None,
         costs: StepCosts | None = None,
@@ -117,6 +117,12 @@ class SchedulePACI(_Schedule):
     """Asynchronous 1F1B with a local update every ``n_microbatches`` (PACI, arXiv 2606.07881)."""
 
     name = "paci"
+
+
+class SchedulePACISplit(_Schedule):
+    """PACI whose backwards come as I and W, so that a gradient leaves before W: hides links of up to half a W."""
+
+    name = "paci-split"
 
 
 class ScheduleAsync1F1B(_Schedule):
@@ -205,6 +211,10 @@ class LocalPipeline(Pipeline):
             ``lambda params: paci_rt.AdamW(params, lr=3e-4)``; or a list of optimizers, one a stage; or None.
         lr_scheduler: a function from an optimizer to its learning-rate scheduler, or a list of schedulers.
         transport: None is unbounded mailboxes in this process.
+        device: where the stages run, one device for all or one a stage; None is where each module is.
+        streams: on GPUs one ``torch.cuda.Stream`` a stage, for example of an SM partition of its own; a stage with None
+            computes on the stream that is current in a step. Without ``streams`` every stage gets a new one.
+        update_streams: likewise the streams of their updates; None is a new one a stage.
 
     The other arguments are those of :class:`Pipeline`.
     """
@@ -219,7 +229,7 @@ class LocalPipeline(Pipeline):
         optimizer: Callable[[NamedParams], torch.optim.Optimizer] | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | Sequence[Any] | None = None,
         chunks: int = 1,
-        slack: int = 0,
+        slack: Slack | Sequence[int] = 0,
         policy: str | None = None,
         lookahead: bool | None = None,
         costs: StepCosts | None = None,
@@ -228,10 +238,13 @@ class LocalPipeline(Pipeline):
         trace: bool = False,
         scale_grads: bool = True,
         transport: Transport | None = None,
+        device: torch.device | str | Sequence[torch.device | str] | None = None,
+        streams: Sequence[torch.cuda.Stream | None] | None = None,
+        update_streams: Sequence[torch.cuda.Stream | None] | None = None,
     ) -> None:
         if not modules:
             raise ValueError("modules is empty: give one module a stage")
-        stages = [PipelineStage(module, at, len(modules)) for at, module in enumerate(modules)]
+        stages = _stages(modules, device, streams, update_streams)
         optimizers: list[Any] = [None] * len(stages)
         if callable(optimizer):
             optimizers = [optimizer(list(stage.named_parameters())) for stage in stages]
@@ -257,3 +270,35 @@ class LocalPipeline(Pipeline):
             trace=trace,
             scale_grads=scale_grads,
         )
+
+
+def _stages(
+    modules: Sequence[nn.Module],
+    device: torch.device | str | Sequence[torch.device | str] | None,
+    streams: Sequence[torch.cuda.Stream | None] | None,
+    update_streams: Sequence[torch.cuda.Stream | None] | None,
+) -> list[PipelineStage]:
+    """A stage for each module, on its device and streams."""
+    count = len(modules)
+    if device is None:
+        devices: list[torch.device | str] = [_device_of(module) for module in modules]
+    else:
+        devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
+    for name, given in (("device", devices), ("streams", streams), ("update_streams", update_streams)):
+        if given is not None and len(given) != count:
+            raise ValueError(f"{len(given)} of {name} for {count} stages: give one a stage")
+    stages = []
+    for at, (module, where) in enumerate(zip(modules, devices, strict=True)):
+        place = usable(torch.device(where))
+        if streams is not None:
+            stream = streams[at]
+        else:
+            stream = torch.cuda.Stream(place) if place.type == "cuda" else None
+        updates = None if update_streams is None else update_streams[at]
+        stages.append(PipelineStage(module, at, count, place, stream=stream, update_stream=updates))
+    return stages
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    first = next(module.parameters(), None)
+    return torch.device("cpu") if first is None else first.device

@@ -1,8 +1,9 @@
 """From a profile to a plan: where to cut the model, how many micro-batches make an update, which schedule to run.
 
-Every combination of schedule, policy, accumulation, slack and chunks is a candidate. For each, an exact dynamic program
-(:mod:`paci_rt.partition`) cuts the model such that the dearest stage is as quick as can be within the memory of each
-device; the simulator then says how fast the pipeline would run. Candidates that break a limit come back with the
+Every combination of schedule, policy, accumulation and chunks is a candidate, with no slack and, where messages take
+time, with as much by stage as hides some or all of it (:mod:`paci_rt.schedules.slack`). For each, an exact dynamic
+program (:mod:`paci_rt.partition`) cuts the model such that the dearest stage is as quick as can be within the memory of
+each device; the simulator then says how fast the pipeline would run. Candidates that break a limit come back with the
 reason. Memory counts what a stage keeps: weights, optimizer state, one accumulator, further weight versions,
 activations in flight and stashes. The workspace of a kernel and the process itself come on top.
 
@@ -15,13 +16,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paci_rt import policies as consistency
 from paci_rt import schedules as families
 from paci_rt.candidates import MEMORY, Candidate, Evaluator, Limits, Prediction, mib
 from paci_rt.profile_file import BlockProfile, Profile, load_profile, parse_profile
+from paci_rt.schedules.slack import check_slack, slack_by_stage
 from paci_rt.stage_costs import device_speeds_of, stage_costs, step_costs
 
 __all__ = [
@@ -55,11 +57,14 @@ class Plan:
             break a limit, the nearest miss first. Left out are those that, by :meth:`Evaluator.at_most`, cannot come
             near a simulated one of the same schedule and policy.
         limits, device_speeds: what was asked for, by device.
+        without_slack: the plan on the same stages in the strict order, for what its slack gives and takes; None where
+            it has none.
     """
 
     candidates: tuple[Candidate, ...]
     limits: Limits
     device_speeds: tuple[float, ...]
+    without_slack: Candidate | None = None
 
     @property
     def chosen(self) -> Candidate:
@@ -74,10 +79,12 @@ class Plan:
         return list(found.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Keys ``partition accumulation slack predicted schedule policy chunks step_costs runners_up``."""
+        """Keys ``partition accumulation slack predicted schedule policy chunks step_costs without_slack runners_up``;
+        ``without_slack`` is what was predicted for the strict order on the same stages, None where that is the plan."""
         chosen = self.chosen.to_json()
         del chosen["rejected"], chosen["needs_bytes"]
-        return {**chosen, "runners_up": [one.to_json() for one in self.candidates[1:]]}
+        strict = None if self.without_slack is None else self.without_slack.to_json()["predicted"]
+        return {**chosen, "without_slack": strict, "runners_up": [one.to_json() for one in self.candidates[1:]]}
 
 
 def plan(
@@ -92,7 +99,7 @@ def plan(
     device_speeds: Sequence[float] | None = None,
     schedules: Sequence[str] | None = None,
     policies: Sequence[str] | None = None,
-    slacks: Sequence[int] = (0, 1),
+    slack: families.Slack | Sequence[int] | str = families.AUTO,
     chunks: Sequence[int] = (2,),
 ) -> Plan:
     """Choose partition, schedule, policy, accumulation and slack for the highest throughput within the limits.
@@ -110,13 +117,14 @@ def plan(
         lookahead: whether early forwards look ahead, for schedules and policies that can; None as the schedule does.
         device_speeds: of each device, 1 being the one that was profiled.
         schedules, policies: names to choose from; all by default.
-        slacks: to choose from, for schedules that take slack.
+        slack: of schedules that take any: ``"auto"`` chooses, a number or one a stage is what they get.
         chunks: stages a device to choose from, for schedules that take chunks.
 
     Raises:
         ValueError: a value that cannot be; or nothing fits, then with the least memory that any candidate needs.
     """
-    _check_choices(profile, stages, accumulations, slacks, chunks)
+    _check_choices(profile, stages, accumulations, chunks)
+    given = None if slack == families.AUTO else check_slack(slack, stages)
     delay_limits = _delay_limits(delay_limit)
     if drift_limit is not None and drift_limit < 0:
         raise ValueError(f"drift limit is {drift_limit}: give a number of updates, at least 0")
@@ -129,14 +137,19 @@ def plan(
     )
     evaluator = Evaluator(profile=profile, speeds=speeds, limits=limits)
     fitting, rejected = [], []
-    for group in _groups(schedules, policies, accumulations, slacks, chunks, lookahead):
-        fit, misses = _evaluate(group, evaluator)
+    for group in _groups(schedules, policies, accumulations, given, chunks, lookahead):
+        fit, misses = _evaluate(group, evaluator, choose_slack=given is None)
         fitting += fit
         rejected += misses
     if not fitting:
         raise ValueError(_nothing_fits(rejected))
     rejected.sort(key=lambda one: one.severity)
-    return Plan(candidates=(*_ranked(fitting), *rejected), limits=limits, device_speeds=speeds)
+    ranked = _ranked(fitting)
+    strict = None
+    if ranked[0].slack:
+        family = families.get(ranked[0].schedule)
+        strict = evaluator.simulate(replace(ranked[0], slack=0, predicted=None), family)
+    return Plan(candidates=(*ranked, *rejected), limits=limits, device_speeds=speeds, without_slack=strict)
 
 
 def _delay_limits(limit: int | str | None) -> dict[bool, int | None]:
@@ -148,13 +161,10 @@ def _delay_limits(limit: int | str | None) -> dict[bool, int | None]:
     return {True: limit, False: limit}
 
 
-def _check_choices(
-    profile: Profile, stages: int, accumulations: Sequence[int], slacks: Sequence[int], chunks: Sequence[int]
-) -> None:
+def _check_choices(profile: Profile, stages: int, accumulations: Sequence[int], chunks: Sequence[int]) -> None:
     for name, values, least in (
         ("stages", (stages,), 1),
         ("accumulation", accumulations, 1),
-        ("slack", slacks, 0),
         ("chunks", chunks, 1),
     ):
         if not values:
@@ -187,7 +197,7 @@ def _groups(
     schedules: Sequence[str] | None,
     policies: Sequence[str] | None,
     accumulations: Sequence[int],
-    slacks: Sequence[int],
+    slack: families.Slack | None,
     chunks: Sequence[int],
     lookahead: bool | None,
 ) -> Iterator[list[Candidate]]:
@@ -205,11 +215,15 @@ def _groups(
             ahead = lookahead is not False and consistency.looks_ahead(takes, policy, None)
             yield [
                 Candidate(
-                    schedule=family, policy=policy, accumulation=count, lookahead=ahead, slack=slack, chunks=pieces
+                    schedule=family,
+                    policy=policy,
+                    accumulation=count,
+                    lookahead=ahead,
+                    slack=slack if slack is not None and takes.takes_slack else 0,
+                    chunks=pieces,
                 )
-                for count, slack, pieces in itertools.product(
+                for count, pieces in itertools.product(
                     _accumulations(takes, accumulations),
-                    dict.fromkeys(slacks) if takes.takes_slack else (0,),
                     dict.fromkeys(chunks) if takes.takes_chunks else (1,),
                 )
             ]
@@ -228,10 +242,15 @@ def _accumulations(family: families.ScheduleFamily, accumulations: Sequence[int]
     return counts
 
 
-def _evaluate(group: list[Candidate], evaluator: Evaluator) -> tuple[list[Candidate], list[Candidate]]:
+def _evaluate(
+    group: list[Candidate], evaluator: Evaluator, *, choose_slack: bool
+) -> tuple[list[Candidate], list[Candidate]]:
     """Candidates of one schedule and policy that were simulated and fit, and those that break a limit."""
     family = families.get(group[0].schedule)
-    prepared = [evaluator.prepare(one, family) for one in group]
+    prepared = []
+    for one in group:
+        found = choose_slack and family.takes_slack
+        prepared += evaluator.with_slack(one, family) if found else [evaluator.prepare(one, family)]
     fitting: list[Candidate] = []
     rejected = [one for one in prepared if one.rejected is not None]
     bounds = [(evaluator.at_most(one, family), one) for one in prepared if one.rejected is None]
@@ -260,7 +279,8 @@ def _ranked(fitting: list[Candidate]) -> list[Candidate]:
     def preference(one: Candidate) -> tuple[float, ...]:
         assert one.predicted is not None
         found = one.predicted
-        return max(found.peak_memory_bytes), found.delay, found.drift, one.accumulation, one.slack
+        slack = sum(slack_by_stage(one.slack, len(found.peak_memory_bytes)))
+        return max(found.peak_memory_bytes), found.delay, found.drift, one.accumulation, slack
 
     ranked: list[Candidate] = []
     left = sorted(fitting, key=lambda one: (-_speed(one), preference(one)))

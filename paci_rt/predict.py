@@ -53,6 +53,7 @@ class Predictor:
     @contextmanager
     def ahead(self, updates: int) -> Iterator[None]:
         """Within it, the parameters are where ``updates`` more updates would bring them."""
+        self._bound.before_reading()
         options = {id(param): group for group in self._optimizer.param_groups for param in group["params"]}
         with torch.no_grad():
             for number, group in enumerate(self._bound.groups):

@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from paci_rt import microbatch, policies, schedules, versions
 from paci_rt.action import Action
 from paci_rt.audit import RankAudit, StageAudit
+from paci_rt.clock import HostClock, clock_for
 from paci_rt.errors import PaciError, StageError
 from paci_rt.executor import Executor, Feed, StageRuntime
 from paci_rt.feed import cut_batch
 from paci_rt.lookahead import can_look_ahead, require_look_ahead
 from paci_rt.lowering import Lowering, TiedWeight, validate
 from paci_rt.optim import BoundOptimizer, bind_optimizer
-from paci_rt.schedules import Shape, StepCosts
+from paci_rt.schedules import Shape, Slack, StepCosts
+from paci_rt.schedules.slack import slack_text
 from paci_rt.stage import LossFn, PipelineStage
 from paci_rt.state import collect_state, load_state, pipeline_stats
 from paci_rt.tied import TiedExchange
 from paci_rt.trace import Event
 from paci_rt.transport import Transport
+from paci_rt.update_stream import joined
 
 
 class Pipeline:
@@ -39,7 +42,8 @@ class Pipeline:
         optimizers: one a stage, or None to leave gradients in ``.grad`` (flush schedules only).
         lr_schedulers: one a stage, stepped after each local update.
         chunks: stages a rank (``interleaved-1f1b``).
-        slack: additional warm-up forwards on every stage but the last (asynchronous schedules).
+        slack: additional warm-up forwards (asynchronous schedules): one number for every stage but the last, or one a
+            stage; :func:`paci_rt.plan_slack` says how many hide the latency of links.
         policy: which weights forwards and backwards use, see :mod:`paci_rt.policies`; None is the schedule's own.
         lookahead: run forwards that come before an update of theirs at the weights that the gradients seen so far
             would make of the present ones (asynchronous schedules; :mod:`paci_rt.lookahead`). None does so under
@@ -65,7 +69,7 @@ class Pipeline:
         optimizers: Sequence[torch.optim.Optimizer | None],
         lr_schedulers: Sequence[Any] | None,
         chunks: int,
-        slack: int,
+        slack: Slack | Sequence[int],
         policy: str | None,
         lookahead: bool | None,
         costs: StepCosts | None,
@@ -78,18 +82,19 @@ class Pipeline:
         family = schedules.get(schedule)
         if not isinstance(n_microbatches, int) or n_microbatches < 1:
             raise ValueError(f"n_microbatches is {n_microbatches!r}: give an integer of at least 1")
-        if slack and not family.takes_slack:
-            raise ValueError(f"slack is {slack}: {family.name} flushes and takes no slack; leave it at 0")
         if chunks > 1 and not family.takes_chunks:
             raise ValueError(f"{chunks} stages a rank: {family.name} runs one; use interleaved-1f1b")
         accumulation = 1 if family.one_micro_batch_windows else n_microbatches
         shape = Shape(
             num_stages=stages[0].num_stages,
             accumulation=accumulation,
-            slack=slack,
+            slack=slack,  # type: ignore[arg-type]  # Shape makes a tuple of any list
             chunks=chunks,
             costs=StepCosts() if costs is None else costs,
         )
+        if shape.slack and not family.takes_slack:
+            shown = slack_text(shape.slack)
+            raise ValueError(f"slack is {shown}: {family.name} flushes and takes no slack; leave it at 0")
         if any(optimizer is None for optimizer in optimizers):
             if not family.flush:
                 raise ValueError(
@@ -116,9 +121,11 @@ class Pipeline:
         self._n_microbatches = n_microbatches
         self._windows_per_step = n_microbatches // accumulation
         self._next_window = self._start_window = 0
+        self._was_empty = True  # since the caller could change weights
         self._failure: BaseException | None = None
         self._closed = False
         self._bounds: list[BoundOptimizer] = []
+        self._clocks: dict[torch.device, HostClock] = {}  # one a device, so that stages there share its origin
         self._lr_schedulers = list(lr_schedulers or ())
         runtimes = []
         audits = {rank: RankAudit(rank=rank) for rank in self._ranks}
@@ -151,7 +158,12 @@ class Pipeline:
         named = {name: param for name, param in named.items() if param not in followers}
         family, shape, policy = self._lowering.family, self._lowering.shape, self._policy
         bound = bind_optimizer(optimizer, named, buffers=buffers, asynchronous=not family.flush, ignored=followers)
+        bound.compute_products_by(stage.wgrad)
         self._bounds.append(bound)
+        if stage.update_stream is not None:
+            bound.order.move_to(stage.update_stream)
+        if stage.device not in self._clocks:
+            self._clocks[stage.device] = clock_for(stage.device)
         held = policies.versions_held(policy, family, shape, rank.rank)
         drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
         updates = family.drift_bound(shape, rank.rank)
@@ -171,6 +183,7 @@ class Pipeline:
             divisor=divisor,
             recompute=policies.recomputes(policy, family, shape, rank.rank),
             ties=ties,
+            clock=self._clocks[stage.device],
         )
 
     # --- running ---
@@ -198,6 +211,7 @@ class Pipeline:
     @property
     def events(self) -> list[Event]:
         """Compute actions executed so far, with ``trace=True``."""
+        self._executor.settle()
         return self._executor.events
 
     def step(
@@ -213,6 +227,10 @@ class Pipeline:
 
         A flush schedule returns with the pipeline empty. An asynchronous one returns with it full: the backwards of
         the last micro-batches run in the next ``step``, or in :meth:`drain`.
+
+        Stages on a GPU take inputs and targets from the CPU, best in pinned memory. Several of them in one process then
+        go from one asynchronous step to the next without a gap. Inputs that are on the GPU may still have to be
+        computed by the caller's stream, which follows the step before, so that all stages wait for that.
 
         Args:
             args: the whole batch; on the first stage only.
@@ -244,14 +262,26 @@ class Pipeline:
         self._run(streams, feed)
         return self._results(feed, losses)
 
+    def synchronize(self) -> None:
+        """Wait until all that was issued has run; on the CPU it has."""
+        for stage in self.stages:
+            if stage.device.type == "cuda":
+                torch.cuda.synchronize(stage.device)
+
     def drain(self) -> None:
-        """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree."""
+        """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree.
+
+        On a GPU an update may still be on its way when an asynchronous schedule's :meth:`step` returns, on a stream of
+        its own: drain before you read or change parameters.
+        """
         start, end = self._start_window, self._next_window
         if start < end:
             streams = {rank: self._lowering.drain(rank, start, end) for rank in self._ranks}
             self._run(streams, Feed())
             self._start_window = end
             self._restart(end)
+        self._await_updates()
+        self._was_empty = True
         self._executor.transport.flush()
 
     def eval(
@@ -307,10 +337,12 @@ class Pipeline:
         ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of
         weights, masters, optimizer, accumulators, versions (extra weights), activations (peak) and total.
         """
+        self._executor.settle()
         return pipeline_stats(self._lowering, self._policy, self._executor, self._bounds)
 
     def reset_stats(self) -> None:
         """Start counting anew, for example after the first window."""
+        self._executor.settle()
         for runtime in self._executor.runtimes.values():
             runtime.audit.reset()
             runtime.weights.reset_stats()
@@ -363,13 +395,22 @@ class Pipeline:
         for param, _ in kept:
             param.grad = None
         try:
-            self._executor.run(streams, feed)
+            with joined(self.stages, behind_caller=self._was_empty or feed.from_gpu):
+                self._executor.run(streams, feed)
         except BaseException as error:
             self._failure = error
             self._executor.transport.fail(error)
             raise
+        self._was_empty = self._lowering.family.flush or not feed.training
+        if self._was_empty:
+            self._await_updates()
         for param, grad in kept:
             param.grad = grad if param.grad is None else grad.add_(param.grad)
+
+    def _await_updates(self) -> None:
+        """On a GPU: what the caller does from now on sees all updates."""
+        for bound in self._bounds:
+            bound.before_reading()
 
     def _results(self, feed: Feed, losses: list[Tensor] | None) -> Any:
         if losses is not None and self.has_last:

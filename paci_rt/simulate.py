@@ -25,6 +25,7 @@ from paci_rt.action import decode
 from paci_rt.errors import ScheduleError
 from paci_rt.play import Floats, Work, play
 from paci_rt.schedules.base import ScheduleFamily, Shape
+from paci_rt.schedules.slack import slack_text
 from paci_rt.simulated import Simulation, measure
 
 __all__ = ["Costs", "Simulation", "simulate"]
@@ -172,7 +173,7 @@ def simulate(
 def check_shape(family: ScheduleFamily, shape: Shape) -> None:
     """Raise ValueError for a shape that ``family`` cannot have."""
     if shape.slack and not family.takes_slack:
-        raise ValueError(f"slack is {shape.slack}: {family.name} takes no slack; leave it at 0")
+        raise ValueError(f"slack is {slack_text(shape.slack)}: {family.name} takes no slack; leave it at 0")
     if shape.chunks > 1 and not family.takes_chunks:
         raise ValueError(f"chunks is {shape.chunks}: {family.name} runs one stage a rank; use 1, or interleaved-1f1b")
     if family.one_micro_batch_windows and shape.accumulation != 1:

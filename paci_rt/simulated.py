@@ -12,6 +12,7 @@ import numpy.typing as npt
 from paci_rt import policies
 from paci_rt.action import OPS, Codes, Op, decode, decode_fields
 from paci_rt.play import Floats, Work
+from paci_rt.schedules.slack import Slack
 from paci_rt.trace import Event
 
 _F, _B, _I, _W, _U = (OPS.index(op) for op in (Op.F, Op.B, Op.I, Op.W, Op.U))
@@ -25,7 +26,8 @@ class Simulation:
 
     Attributes:
         schedule, policy: names. lookahead: whether early forwards look ahead.
-        ranks, stages, windows, accumulation: what was played; with several chunks a rank, ``stages`` counts them all.
+        ranks, stages, windows, accumulation, slack: what was played; with several chunks a rank, ``stages`` counts them
+            all.
         makespan_s: from the start to the end of the last action.
         bubble_rate: ``(C - work) / C``. Of a flushed schedule ``C`` is, per window, the longest that any rank takes
             from the start of its first F to the end of its last B or W, and ``work`` the mean over ranks of their F, B,
@@ -62,6 +64,7 @@ class Simulation:
     stages: int
     windows: int
     accumulation: int
+    slack: Slack
     makespan_s: float
     bubble_rate: float
     steady_utilization: float
@@ -136,6 +139,7 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
         stages=shape.num_stages,
         windows=work.windows,
         accumulation=shape.accumulation,
+        slack=shape.slack,
         makespan_s=makespan,
         bubble_rate=spans.bubble_rate(),
         steady_utilization=utilization,

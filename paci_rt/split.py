@@ -8,9 +8,10 @@ after I). Whatever else a module does, parameters of other layers included, belo
 A layer is left to autograd, and so to I, where that is the only way to be right: inside ``torch.compile``, with a
 weight that another kind of layer uses too, with hooks on its weight, or under ``torch.autocast``.
 
-Gradients keep the bits of the unsplit backward. A matrix product that adds to its result does so too only as long as
-the BLAS goes through the summed dimension in one piece (384 rows with MKL's fp32 product on AVX-512); beyond that the
-product is taken by itself and added in a second pass. One try a shape tells which.
+On the CPU gradients keep the bits of the unsplit backward. A matrix product that adds to its result does so too only as
+long as the BLAS goes through the summed dimension in one piece (384 rows with MKL's fp32 product on AVX-512); beyond
+that the product is taken by itself and added in a second pass. One try a shape tells which. On a GPU a product is added
+in fp32 and rounded once, where the unsplit backward rounds it to the parameter's dtype first.
 """
 
 from __future__ import annotations
@@ -19,23 +20,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paci_rt.errors import StageError
-
-
-class GradSink(Protocol):
-    """Where gradients of a stage's parameters go; ``paci_rt.optim.BoundOptimizer`` is one."""
-
-    def accumulate(self, param: nn.Parameter, grad: Tensor) -> None:
-        """Add one gradient to the window's sum."""
-
-    def front(self, param: nn.Parameter) -> tuple[Tensor, bool]:
-        """The window's fp32 sum for a caller that writes it, and whether it must overwrite rather than add."""
+from paci_rt.sink import GradSink
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +86,7 @@ class SplitLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         gradients = self.gradients
+        gradients.before_layer(self.weight)
         if torch.compiler.is_compiling() or not (gradients.active and self._takes_part(x)):
             return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
         if not gradients.collecting:  # a forward inside a backward is one that checkpointing repeats
@@ -159,6 +151,9 @@ class _SplitLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
+_NODE = _SplitLinear.__name__ + "Backward"
+
+
 class WeightGradients:
     """Collects the weight gradients of one stage's linear layers and computes them into the sink.
 
@@ -170,6 +165,7 @@ class WeightGradients:
 
     def __init__(self, module: nn.Module, sink: GradSink) -> None:
         self._sink = sink
+        self.before_layer = sink.before_layer
         self._layers = list(find_layers(module))
         self.active = self.collecting = False
         self.used: list[SplitLayer] = []
@@ -216,6 +212,7 @@ class WeightGradients:
             self.active = self.collecting = False
         if not defer:
             self.compute(self._pending)
+        self._sink.flush()
 
     def take(self, gradient: WeightGradient) -> None:
         """Called by a layer's backward."""
@@ -238,27 +235,54 @@ class WeightGradients:
             if layer.bias is not None and layer.bias.requires_grad:
                 biases.setdefault(id(layer.bias), []).append(gradient)
         for uses in weights.values():
-            weight = uses[0].layer.weight
-            if len(uses) == 1:
-                self._into_front(weight, *uses[0].product())
-            else:
-                self._sink.accumulate(weight, _sum(torch.mm(*use.product()) for use in uses))
+            layer = uses[0].layer
+            if len(uses) > 1:
+                self._sink.accumulate(layer.weight, _sum(torch.mm(*use.product()) for use in uses))
+                continue
+            alone = layer.bias is not None and len(biases.get(id(layer.bias), ())) == 1 and not layer.transposed
+            self._sink.accumulate_product(layer.weight, *uses[0].product(), layer.bias if alone else None)
+            if alone:
+                del biases[id(layer.bias)]
         for uses in biases.values():
             bias = uses[0].layer.bias
             assert bias is not None
             self._sink.accumulate(bias, _sum(use.bias_gradient() for use in uses))
 
-    def _into_front(self, weight: nn.Parameter, left: Tensor, right: Tensor) -> None:
-        """``sum += left @ right``, in one pass where that gives the same bits as two."""
-        sizes = left.shape[0], left.shape[1], right.shape[1]
-        if weight.dtype is torch.float32 and _one_pass_is_exact(*sizes, torch.get_num_threads()):
-            total, overwrite = self._sink.front(weight)
-            if overwrite:
-                torch.mm(left, right, out=total)
-            else:
-                total.addmm_(left, right)
-        else:
-            self._sink.accumulate(weight, torch.mm(left, right))
+    @torch.no_grad()
+    def compute_left(self, gradients: Sequence[WeightGradient]) -> None:
+        """:meth:`compute` for what was left over, in a W of its own."""
+        self.compute(gradients)
+        self._sink.flush()
+
+    def learn_order(self, outputs: Sequence[Tensor], used: Sequence[SplitLayer]) -> None:
+        """Tell the sink which layers read their parameters, and nobody else does, by the graph of a forward."""
+        alone = read_by_layers_alone(outputs)
+        order: dict[int, SplitLayer] = {id(layer): layer for layer in used}
+        layers = [[param for param in (one.weight, one.bias) if param is not None] for one in order.values()]
+        self._sink.set_layer_order([params for params in layers if all(id(param) in alone for param in params)])
+
+
+def read_by_layers_alone(outputs: Sequence[Tensor]) -> set[int]:
+    """``id`` of the parameters that the graph of ``outputs`` shows in split layers and nowhere else.
+
+    What checkpointing hides is not in it.
+    """
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    layers: set[int] = set()
+    others: set[int] = set()
+    while pending:
+        node = pending.pop()
+        for parent, _ in node.next_functions:
+            if parent is None:
+                continue
+            param = getattr(parent, "variable", None)
+            if param is not None:
+                (layers if type(node).__name__ == _NODE else others).add(id(param))
+            elif parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+    return layers - others
 
 
 def find_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -321,17 +345,4 @@ def _sum(terms: Iterator[Tensor]) -> Tensor:
     return total
 
 
-@lru_cache(maxsize=4096)
-def _one_pass_is_exact(rows: int, summed: int, columns: int, _threads: int) -> bool:
-    """Whether ``c.addmm_(a, b)`` gives the bits of ``c + a @ b``: fp32, ``[rows, summed] @ [summed, columns]``."""
-    rows, columns = min(rows, 4096), min(columns, 4096)  # larger ones are worked off in blocks
-    generator = torch.Generator().manual_seed(summed)
-    left = torch.randn(summed, rows, generator=generator).t()
-    right = torch.randn(summed, columns, generator=generator)
-    start = torch.randn(rows, columns, generator=generator)
-    apart = start + torch.mm(left, right)
-    fresh = torch.mm(left, right, out=torch.empty_like(start))
-    return torch.equal(start.addmm_(left, right), apart) and torch.equal(fresh, torch.mm(left, right))
-
-
-__all__ = ["GradSink", "SplitLayer", "WeightGradient", "WeightGradients", "find_layers"]
+__all__ = ["SplitLayer", "WeightGradient", "WeightGradients", "find_layers"]

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from paci_rt import native
 from paci_rt.errors import StageError
 from paci_rt.saved import distinct_bytes, saved_bytes
-from paci_rt.split import GradSink, SplitLayer, WeightGradient, WeightGradients
+from paci_rt.sink import GradSink
+from paci_rt.split import SplitLayer, WeightGradient, WeightGradients
 from paci_rt.transport.base import Message
 
 # Since torch 2.7 or so a backward can start from a gradient edge, which keeps the graph but not the output's memory.
@@ -39,7 +41,7 @@ class _Again:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     loss: Callable[[Any], Tensor] | None
-    rng_state: Tensor
+    rng_states: tuple[Tensor, ...]
 
 
 @dataclass(slots=True)
@@ -68,13 +70,19 @@ class PipelineStage:
             and returns a tensor or a tuple of tensors.
         stage_index: 0 ... ``num_stages - 1``.
         num_stages: stages of the whole pipeline.
-        device: where the stage runs; the module is moved there. The native core of this version runs on ``"cpu"``.
+        device: where the stage runs, ``"cpu"`` or a CUDA device; the module is moved there.
         input_args, output_args: accepted because torch's constructor has them; shapes are discovered as
             micro-batches travel and may change from one to the next, so they are not needed.
         group: process group whose rank ``i`` runs stage ``i``; None is the default group.
+        stream: on a GPU the stream that forwards and backwards run on, a ``torch.cuda.Stream``; None is the one that is
+            current when a step is called. Several stages on one GPU overlap only on streams of their own.
+        update_stream: likewise the one that updates run on; None is a new one.
+        wgrad: on a GPU what computes weight gradients, a :class:`paci_rt.kernels.WgradRoutes` for the fastest route of
+            each shape. Routes differ in their last bits, so the default is one that does not depend on measurements.
 
     Raises:
-        ValueError: index or count out of range, or a device that this version cannot use.
+        ValueError: index or count out of range, or a device that cannot be used; the reason is in the message.
+        TritonMissingError: a CUDA device without Triton.
         StageError: ``submodule`` is no ``torch.nn.Module``.
     """
 
@@ -88,14 +96,19 @@ class PipelineStage:
         output_args: Any = None,
         *,
         group: Any = None,
+        stream: torch.cuda.Stream | None = None,
+        update_stream: torch.cuda.Stream | None = None,
+        wgrad: Callable[..., None] | None = None,
     ) -> None:
         if not isinstance(submodule, nn.Module):
             raise StageError(f"submodule is a {type(submodule).__name__}: give a torch.nn.Module")
         if not 0 <= stage_index < num_stages:
             raise ValueError(f"stage_index is {stage_index} of num_stages {num_stages}: give 0 to {num_stages - 1}")
-        self.device = torch.device(device)
-        if self.device.type != "cpu":
-            raise ValueError(f"device is {str(device)!r}: this version runs stages on 'cpu' only")
+        self.device = usable(torch.device(device))
+        for name, given in (("stream", stream), ("update_stream", update_stream), ("wgrad", wgrad)):
+            if given is not None and self.device.type == "cpu":
+                raise ValueError(f"{name} was given for a stage on the CPU, where it means nothing: leave it out")
+        self.stream, self.update_stream, self.wgrad = stream, update_stream, wgrad
         self.submod = submodule.to(self.device)
         self.stage_index = stage_index
         self.num_stages = num_stages
@@ -187,7 +200,7 @@ class PipelineStage:
         """
         inputs = () if self.is_first else tuple(arg for arg in args if isinstance(arg, Tensor))
         key = _signature(args, kwargs)
-        again = _Again(args, kwargs, loss, torch.get_rng_state()) if recompute else None
+        again = _Again(args, kwargs, loss, self._rng_states()) if recompute else None
         if again is not None and key in self._known:
             with torch.no_grad():
                 output, loss_value = self._compute(args, kwargs, loss)
@@ -197,6 +210,8 @@ class PipelineStage:
             if key not in self._known:
                 size = saved_bytes(outputs, inputs, self.parameters())
                 self._known[key] = _Known(size, tuple(tensor.requires_grad for tensor in outputs))
+                if self._gradients is not None:
+                    self._gradients.learn_order(outputs, used)
             graph = self._graph(outputs, used)
         known = self._known[key]
         held = graph if again is None else again
@@ -280,11 +295,21 @@ class PipelineStage:
         """The half of a split backward that was left; see :meth:`backward`."""
         pending = self._pending.pop(micro_batch)
         if self._gradients is not None:
-            self._gradients.compute(pending)
+            self._gradients.compute_left(pending)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Within it, work goes to the stage's own stream, if it has one."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def _rng_states(self) -> tuple[Tensor, ...]:
+        here = (torch.cuda.get_rng_state(self.device),) if self.device.type == "cuda" else ()
+        return (torch.get_rng_state(), *here)
 
     def _rebuild(self, again: _Again) -> _Graph:
-        with torch.random.fork_rng(devices=()):
-            torch.set_rng_state(again.rng_state)
+        with torch.random.fork_rng(devices=() if self.device.type == "cpu" else (self.device,)):
+            torch.set_rng_state(again.rng_states[0])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(again.rng_states[1], self.device)
             outputs, _, _, used = self._build_graph(again.args, again.kwargs, again.loss)
         return self._graph(outputs, used)
 
@@ -327,6 +352,28 @@ class PipelineStage:
                     "a tensor or a tuple of tensors, since that is what travels to the next stage"
                 )
         return outputs
+
+
+def usable(device: torch.device) -> torch.device:
+    """A device that stages can run on, with its number.
+
+    Raises:
+        ValueError: it is another kind of device, or CUDA is not there, or the native core was built without it.
+        TritonMissingError: a CUDA device, and Triton is missing or too old.
+    """
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ValueError(f"device is {str(device)!r}: stages run on 'cpu' or on a CUDA device")
+    if not torch.cuda.is_available():
+        built = "sees no GPU" if torch.version.cuda else "is a CPU build"
+        raise ValueError(
+            f"device is {str(device)!r}, and torch {torch.__version__} {built}: paci-rt doctor tells what is missing"
+        )
+    native.device_code(device, "the stage")
+    import paci_rt.kernels  # noqa: F401  what is missing should show now and not in the first backward
+
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _root(tensor: Tensor) -> Any:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from paci_rt.profile_file import Profile
 from paci_rt.schedules import StepCosts
+from paci_rt.schedules.slack import Loops
 from paci_rt.simulate import Costs
 
 Floats = npt.NDArray[np.float64]
@@ -94,6 +95,24 @@ def step_costs(costs: Costs, again: Sequence[bool]) -> StepCosts:
         weight_grad=costs.weight_grad_s,
         hop=costs.hop_s + transfer_s,
         stash=stashes / activations if activations else 0.0,
+    )
+
+
+def loops(costs: Costs, again: Sequence[bool], *, split: bool) -> Loops:
+    """What slack is planned from: who waits for whom on stages of these ``costs``, one a rank. ``again`` tells the
+    stages that run their forwards twice, ``split`` whether a gradient leaves before W."""
+    stages = len(again)
+    forward, input_grad, weight_grad = (
+        costs.per_stage(name, stages) * float(np.mean(costs.micro_batch_factors))
+        for name in ("forward_s", "input_grad_s", "weight_grad_s")
+    )
+    whole = forward + np.where(again, forward, 0.0) + input_grad + weight_grad
+    transfer_s = costs.per_stage("message_bytes", stages)[:-1] / costs.bandwidth_bytes_per_s
+    return Loops(
+        whole.tolist(),
+        (transfer_s + costs.hop_s).tolist(),
+        after_send=weight_grad.tolist() if split else (),
+        least_period=float(transfer_s.max(initial=0.0)),
     )
 
 

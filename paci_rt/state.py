@@ -40,7 +40,7 @@ def pipeline_stats(
         "stages": shape.num_stages,
         "chunks": shape.chunks,
         "accumulation": shape.accumulation,
-        "slack": shape.slack,
+        "slack": list(shape.slack) if isinstance(shape.slack, tuple) else shape.slack,
         "windows": max(audit.windows for audit in audits),
         "micro_batches": max(audit.micro_batches for audit in audits),
         "wall_s": wall_s,
@@ -57,7 +57,7 @@ def pipeline_stats(
         "peak_rank_in_flight": {rank.rank: rank.peak_in_flight for rank in ranks.values()},
         "lookahead_s": sum(runtime.weights.ahead_s for runtime in runtimes),
         "lookahead_forwards": sum(runtime.weights.ahead_forwards for runtime in runtimes),
-        "nonfinite_gradients": sum(audit.nonfinite_gradients for audit in audits),
+        "nonfinite_gradients": sum(int(audit.nonfinite_gradients) for audit in audits),
         "memory": memory,
         "peak_bytes": max(
             rank.peak_held_bytes

@@ -6,18 +6,19 @@ gradients and later takes over the updated weight, at the places that :mod:`paci
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from paci_rt.accumulator import GradAccumulator
+from paci_rt.accumulator import GradAccumulator, make_accumulator
 from paci_rt.flat import FlatGroup
 from paci_rt.lowering import TiedWeight
 from paci_rt.optim import BoundOptimizer
+from paci_rt.sink import GradSink
 
 
-class TiedExchange:
+class TiedExchange(GradSink):
     """One stage's side of all its tied weights.
 
     Args:
@@ -44,7 +45,7 @@ class TiedExchange:
                     params[number] = named_params[name]
         for number, param in self._read.items():
             group = FlatGroup([(ties[number].reader, param)])
-            self._accumulators[param] = GradAccumulator(group, buffers=1)
+            self._accumulators[param] = make_accumulator(group, 1)
         self._bound: BoundOptimizer | None = None
 
     @property
@@ -61,24 +62,31 @@ class TiedExchange:
         }
 
     def bind(self, bound: BoundOptimizer) -> None:
+        """The optimizer of the stage's own parameters."""
         self._bound = bound
 
-    def accumulate(self, param: nn.Parameter, grad: Tensor) -> None:
-        """Gradient of any parameter of the stage: the reader's own sum, or the optimizer's accumulator."""
-        accumulator = self._accumulators.get(param)
-        if accumulator is not None:
-            accumulator.add(0, grad)
-        else:
-            assert self._bound is not None
-            self._bound.accumulate(param, grad)
-
-    def front(self, param: nn.Parameter) -> tuple[Tensor, bool]:
-        """Where the gradient of any parameter of the stage can be computed in place."""
-        accumulator = self._accumulators.get(param)
-        if accumulator is not None:
-            return accumulator.front(0)
+    @property
+    def bound(self) -> BoundOptimizer:
+        """What :meth:`bind` was given."""
         assert self._bound is not None
-        return self._bound.front(param)
+        return self._bound
+
+    def place(self, param: nn.Parameter) -> tuple[GradAccumulator, int]:
+        """The reader's own accumulator, or the optimizer's."""
+        accumulator = self._accumulators.get(param)
+        return (accumulator, 0) if accumulator is not None else self.bound.place(param)
+
+    def flush(self) -> None:
+        for accumulator in self._accumulators.values():
+            accumulator.flush()
+        self.bound.flush()
+
+    def before_layer(self, param: nn.Parameter) -> None:
+        self.bound.before_layer(param)
+
+    def set_layer_order(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+        own = [params for params in layers if not any(param in self._accumulators for param in params)]
+        self.bound.set_layer_order(own)
 
     def gradient(self, tie: int) -> Tensor:
         """Reader: the fp32 sum of this window, and the accumulator is empty again."""
@@ -91,11 +99,11 @@ class TiedExchange:
 
     def add_gradient(self, tie: int, gradient: Tensor) -> None:
         """Owner: one more term of this window's sum."""
-        assert self._bound is not None
-        self._bound.accumulate(self._owned[tie], gradient)
+        self.bound.accumulate(self._owned[tie], gradient)
 
     def weight(self, tie: int) -> Tensor:
         """Owner: a copy of the weight, since the next update may come before it has been sent."""
+        self.bound.before_reading()
         return self._owned[tie].detach().clone()
 
     def take_weight(self, tie: int, weight: Tensor) -> None:

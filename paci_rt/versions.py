@@ -23,10 +23,12 @@ class StageWeights:
 
     Attributes:
         extra_bytes: of whole weights besides the current ones.
+        whole: a forward reads weights in other ways than by its layers, so the update must be over before it.
         ahead_s, ahead_forwards: seconds spent on look-ahead, and forwards that ran ahead.
     """
 
     extra_bytes = 0
+    whole = False
     ahead_s, ahead_forwards = 0.0, 0
 
     def for_forward(self, window: int, current: int, start: int) -> tuple[int, AbstractContextManager[None]]:
@@ -61,6 +63,8 @@ class KeptVersions(StageWeights):
         groups: the stage's flat parameters.
         held: versions to keep, the current one among them.
     """
+
+    whole = True
 
     def __init__(self, policy: str, groups: Sequence[FlatGroup], held: int) -> None:
         self._policy, self._groups, self._held = policy, list(groups), held

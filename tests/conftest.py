@@ -10,7 +10,8 @@ from interpreted import Interpreter
 from pool import WorkerPool
 
 torch.set_num_threads(1)
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for `replay`, the harness of the convergence benchmark
+# For `replay`, the harness of the convergence benchmark, and other scripts' modules.
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "tools")]
 
 
 @pytest.fixture(scope="session")

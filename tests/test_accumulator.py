@@ -261,7 +261,7 @@ def test_refused_gradients_name_the_parameter() -> None:
     with pytest.raises(ValueError, match="'p0' is on meta"):
         accumulator.add(0, torch.zeros(4, 3, device="meta"))
     with pytest.raises(ValueError, match="stream 3 was passed for work on the CPU, which has no streams"):
-        accumulator.add(0, torch.zeros(4, 3), stream=3)
+        accumulator.front(0, stream=3)
     assert accumulator.state == "empty"
     with pytest.raises(ValueError, match="buffers=3"):
         make([(2,)], buffers=3)

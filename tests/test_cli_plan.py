@@ -7,13 +7,14 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from paci_rt import cli, schedules
 from paci_rt.cli_plan import size
 from paci_rt.link import Link
-from paci_rt.train import blocks
+from paci_rt.train import blocks, compare
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.gpt import MODELS
 
@@ -91,7 +92,7 @@ def test_train_takes_the_command_of_every_schedule(capsys, stored, name):
     for policy in schedules.get(name).policies:
         argv = ["plan", "--profile", stored, "--stages", "2", "--schedules", name, "--policies", policy]
         argv += ["--delay-limit", "none"]
-        assert cli.main([*argv, "--slack", "0,2", "--hop-ms", "20", "--json", "plan.json"]) == 0
+        assert cli.main([*argv, "--hop-ms", "20", "--json", "plan.json"]) == 0
         found = json.loads(Path("plan.json").read_text())
         config = train_config(found["command"])
         assert (config.schedule, config.policy, config.slack) == (name, policy, found["slack"])
@@ -101,12 +102,73 @@ def test_train_takes_the_command_of_every_schedule(capsys, stored, name):
         assert f"Plan for 2 stages: {name}, policy {policy}" in capsys.readouterr().out
 
 
+def test_slack_has_its_price_beside_it(capsys, stored):
+    argv = ["plan", "--profile", stored, "--stages", "4", "--schedules", "paci", "--json", "plan.json"]
+    assert cli.main([*argv, "--hop-ms", "5"]) == 0
+    out, found = capsys.readouterr().out, json.loads(Path("plan.json").read_text())
+    assert train_config(found["command"]).slack == tuple(found["slack"]) == (3, 2, 1, 0)
+    assert "policy bounded, look-ahead, slack 3,2,1,0" in out and "--slack 3,2,1,0" in found["command"]
+    gain = found["predicted"]["micro_batches_per_s"] / found["without_slack"]["micro_batches_per_s"]
+    price = re.search(r"slack +makes it ([0-9.]+) times as fast as the strict order on the same stages", out)
+    assert float(price[1]) == pytest.approx(gain, abs=1e-3) and gain > 1.1
+    assert f"drift {found['predicted']['drift']} instead of {found['without_slack']['drift']}" in out
+    assert cli.main([*argv, "--hop-ms", "5", "--slack", "1,1,0,0"]) == 0
+    assert json.loads(Path("plan.json").read_text())["slack"] == [1, 1, 0, 0]
+    assert cli.main(argv) == 0  # no hop
+    assert "strict order" not in capsys.readouterr().out.split("slack 1,1,0,0")[-1].split("Run it")[1]
+
+
+def test_train_plans_slack_from_a_profile(capsys, stored):
+    def train(*more: str) -> TrainConfig:
+        options = ["--stages", "4", "--accumulation", "8", "--batch-size", "8", "--seq-len", "8"]
+        return TrainConfig(**cli._config_options(cli._parse(["train", *options, *more])))
+
+    def rewrite(**changes: Any) -> None:
+        Path(stored).write_text(json.dumps(json.loads(Path(stored).read_text()) | changes))
+
+    def refused_with(words: str, *more: str) -> None:
+        options = ["--stages", "4", "--accumulation", "8", "--batch-size", "8", "--seq-len", "8"]
+        assert words in refused(capsys, ["train", *options, *more])
+
+    refused_with("--slack auto needs to know how long stages and messages take: give --profile FILE", "--slack", "auto")
+    refused_with("says nothing about how long messages take", "--slack", "auto", "--profile", stored)
+    rewrite(hop_s=0.005)
+    config = train("--slack", "auto", "--profile", stored)
+    assert (config.slack, config.profile) == ((3, 2, 1, 0), None)
+    assert config == train("--slack", "3,2,1,0")  # equal configs give equal parameters
+    assert train("--slack", "auto", "--profile", stored, "--schedule", "paci-split").slack == 0
+    assert train("--slack", "auto", "--profile", stored, "--partition", "1,1,1,5").slack == 0
+    rewrite(hop_s=0.0, bandwidth_bytes_per_s=1e6)
+    assert train("--slack", "auto", "--profile", stored).slack == (3, 2, 1, 0)
+    for name, value in (("--seq-len", "16"), ("--batch-size", "16"), ("--threads", "2"), ("--dtype", "bf16")):
+        refused_with("was measured with", "--slack", "auto", "--profile", stored, name, value)
+    refused_with("--slack is auto: 1f1b flushes", "--slack", "auto", "--profile", stored, "--schedule", "1f1b")
+    refused_with("--profile tells --slack auto", "--slack", "1", "--profile", stored)
+    refused_with("profile nowhere.json cannot be read", "--slack", "auto", "--profile", "nowhere.json")
+    refused_with("needs at least 6 micro-batches a window", "--slack", "auto", "--profile", stored, "--policy", "2bw",
+                 "--accumulation", "4", "--batch-size", "4")  # fmt: skip
+    configs = compare.plan(["paci", "1f1b"], 1, {"stages": 4, "accumulation": 8, "batch_size": 8, "seq_len": 8,
+                           "slack": "auto", "profile": stored})  # fmt: skip
+    assert [one.slack for one in configs] == [(3, 2, 1, 0), 0]
+
+
 def test_links_that_are_measured(capsys, stored, monkeypatch):
-    monkeypatch.setattr("paci_rt.link.measure_link", lambda large_bytes: Link(hop_s=3e-3, bandwidth_bytes_per_s=2**30))
+    measured = []
+
+    def measure_link(large_bytes: int, *, transport: str) -> Link:
+        measured.append(transport)
+        return Link(hop_s=3e-3, bandwidth_bytes_per_s=2**30)
+
+    monkeypatch.setattr("paci_rt.link.measure_link", measure_link)
     assert cli.main(["plan", "--profile", stored, "--measure-link"]) == 0
     assert "Messages between stages: 3 ms latency, 1 GiB/s." in capsys.readouterr().out
     assert cli.main(["plan", "--profile", stored, "--measure-link", "--hop-ms", "1"]) == 0
-    assert "Messages between stages: 1 ms latency, 1 GiB/s." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Messages between stages: 1 ms latency, 1 GiB/s." in out
+    assert "--transport" not in out
+    assert cli.main(["plan", "--profile", stored, "--measure-link", "--transport", "gloo"]) == 0
+    assert "--transport gloo" in capsys.readouterr().out
+    assert measured == ["auto", "auto", "gloo"]
 
 
 def test_a_model_that_train_does_not_know(capsys, stored):
@@ -155,6 +217,8 @@ def refused(capsys, argv: list[str]) -> str:
         ("--memory-limit 1GB,2GB,3GB", "3 memory limits for 2 stages"),
         ("--hop-ms -1", "--hop-ms: '-1' is no time of at least 0 milliseconds"),
         ("--bandwidth 0", "'0' is no size above 0"),
+        ("--transport shn", "unknown --transport 'shn': did you mean 'shm'? choose from auto, local, gloo"),
+        ("--transport local --measure-link", "--transport local has one: leave one of them out"),
         ("--drift-limit -1", "drift limit is -1"),
         ("--device-speeds 1,0", "device speed 0"),
         ("--slack -1", "slack is -1"),

@@ -103,6 +103,42 @@ def test_chunks_share_the_times_of_their_stage():
     assert pieces["busy_s"] == pytest.approx([(1 + 3) * 4e-3 + 8e-3, (2 + 4) * 4e-3 + 8e-3])
 
 
+def test_slack_that_is_planned_comes_with_its_price(capsys):
+    found = simulated("--stages 8 --comm 0.5 --slack auto --activation-bytes 1024")
+    strict = found["without_slack"]
+    assert found["slack"] == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert found["steady_utilization"] >= 0.97 > 0.9 > strict["steady_utilization"]
+    assert found["peak_activations"] == [15, 13, 11, 9, 7, 5, 3, 1] and strict["peak_activations"][0] == 8
+    assert (found["max_drift"], strict["max_drift"]) == (2, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("look-ahead, slack 7,6,5,4,3,2,1,0")
+    rows = [re.split(r"  +", line) for line in lines[6:10]]
+    assert rows[0] == [
+        "slack", "steady utilization", "micro-batches/s", "peak activations", "peak size", "max drift", "max delay"
+    ]  # fmt: skip
+    assert rows[2] == ["0", "0.7742", "258.06", "8", "8 KiB", "1", "1"]
+    assert rows[3] == ["7,6,5,4,3,2,1,0", "1.0000", "333.33", "15", "15 KiB", "2", "2"]
+    split = simulated("--schedule paci-split --stages 8 --comm 0.5 --slack auto")
+    assert (split["slack"], split["peak_activations"][0], "without_slack" in split) == (0, 8, False)
+    assert split["steady_utilization"] >= 0.97
+    assert "slack 0" in capsys.readouterr().out
+    by_size = simulated("--stages 2 --slack auto --message-bytes 1e6 --bandwidth 1e9")
+    assert by_size["slack"] == 1  # one number says it all
+    assert simulated("--stages 4 --comm 0.5 --slack 3,2,1,0") == simulated("--stages 4 --comm 0.5 --slack auto")
+    assert simulated("--stages 4 --comm 0.5 --slack 1,1,1,0") == simulated("--stages 4 --comm 0.5 --slack 1")
+    assert simulated("--stages 4 --comm 1 --slack auto --policy recompute")["slack"] == [3, 2, 1, 0]
+    assert simulated("--schedule 1f1b --comm 1")["slack"] == 0
+
+
+def test_slack_is_planned_from_a_profile():
+    write_profile("profile.json")
+    found = simulated("--stages 3 --micro-batches 4 --profile profile.json --partition 2,2,2 --slack auto")
+    assert found["slack"] == 0  # the head makes the last stage so slow that the others have time for messages
+    slow = simulated("--stages 3 --micro-batches 4 --profile profile.json --partition 2,2,2 --slack auto --comm 12")
+    assert slow["slack"] != 0
+    assert slow["micro_batches_per_s"] == pytest.approx(found["micro_batches_per_s"], rel=0.02)
+
+
 def write_profile(path: str) -> None:
     def block(name: str, role: str, forward_s: float) -> BlockProfile:
         return BlockProfile(
@@ -183,6 +219,15 @@ def test_pictures(capsys):
         ("--micro-batches 0", "--micro-batches is 0"),
         ("--windows 0", "--windows is 0"),
         ("--slack -1", "--slack is -1"),
+        ("--slack fast", "--slack: 'fast' is no slack: write 2, or one number a stage such as 3,2,1,0, or auto"),
+        ("--slack 1,0", "--slack is 1,0, which is for 2 stages, and there are 4"),
+        ("--slack 0,2,1,0", "--slack is 0,2,1,0: stage 1 would run 4 forwards ahead"),
+        ("--slack 1,1,1,1", "--slack is 1,1,1,1: the last stage waits for nobody's gradient, so end with 0"),
+        ("--slack 1,1,0,0 --schedule 1f1b", "--slack is 1,1,0,0: 1f1b flushes and takes none"),
+        ("--slack auto --schedule 1f1b", "--slack is auto: 1f1b flushes and takes none"),
+        ("--slack auto", "--slack auto: nothing says how long messages take; give --comm MS"),
+        ("--slack auto --message-bytes 1000", "--slack auto: nothing says how long messages take"),
+        ("--slack auto --comm 1 --policy 2bw --micro-batches 3", "needs at least 6 micro-batches a window"),
         ("--slack 1 --schedule 1f1b", "--slack is 1: 1f1b flushes and takes none"),
         ("--chunks 2", "--chunks is 2: paci runs one piece of the model a stage"),
         ("--schedule interleaved-1f1b --micro-batches 6", "accumulation is 6: interleaved-1f1b"),

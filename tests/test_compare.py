@@ -50,6 +50,7 @@ def made_up_result(config: TrainConfig, losses: list[float], window_s: float) ->
         peak_memory_bytes=3 << 20,
         params_sha256="0" * 64,
         policy="bounded",
+        transport="shm",
         chunks=1,
         max_delay=1 if config.schedule == "paci" else 0,
         windows=STEPS,

@@ -45,6 +45,23 @@ DISTRIBUTED = [
     Run(schedule="paci", stages=3, accumulation=4, lookahead=True, policy="recompute"),
     *(Run(schedule="paci", stages=3, accumulation=2, lookahead=True, optimizer=kind) for kind in ("lion", "muon")),
     Run(schedule="interleaved-1f1b", stages=4, accumulation=2, chunks=2, policy="recompute"),
+    *(
+        Run(schedule="paci", stages=stages, accumulation=accumulation, slack=slack, windows=6, **more)
+        for stages, accumulation, slack, more in (
+            (3, 2, (2, 1, 0), {"optimizer": "torch-adamw", "eval_every": 3}),
+            (4, 3, (3, 2, 1, 0), {"lookahead": True, "optimizer": "sgd"}),
+            (4, 8, (4, 2, 1, 0), {"lookahead": True, "batch": 16, "eval_every": 2}),
+            (4, 2, (0, 1, 2, 0), {"policy": "stash"}),
+            (4, 1, (3, 1, 0, 0), {"policy": "stash", "optimizer": "torch-sgd"}),
+            (3, 5, (3, 1, 0), {"policy": "2bw", "batch": 15}),
+            (3, 2, (2, 2, 0), {"policy": "predict"}),
+            (4, 4, (2, 1, 1, 0), {"policy": "recompute", "wide": True}),
+        )
+    ),
+    Run(schedule="paci-split", stages=4, accumulation=4, slack=(3, 2, 1, 0), lookahead=True, buffers=2),
+    Run(schedule="paci-split", stages=3, accumulation=2, policy="stash", wide=True, windows=4, eval_every=2),
+    Run(schedule="async-1f1b", stages=3, accumulation=3, slack=(2, 1, 0)),
+    Run(schedule="pipedream", stages=4, accumulation=3, slack=(3, 2, 1, 0)),
 ]
 
 
@@ -65,7 +82,7 @@ GRID = [
 
 
 def name_of(run: Run) -> str:
-    return f"{run.schedule}-{run.stages}-{run.accumulation}-{run.chunks}-{run.policy or ''}-{run.optimizer}"
+    return f"{run.schedule}-{run.stages}-{run.accumulation}-{run.chunks}-{run.policy or ''}-{run.optimizer}-{run.slack}"
 
 
 @pytest.mark.parametrize("run", DISTRIBUTED + GRID, ids=name_of)
@@ -121,6 +138,18 @@ def test_a_flush_schedule_equals_a_plain_loop_of_our_own_optimizers(optimizer: s
     same(train_local(run)["params"], plain)
 
 
+@pytest.mark.parametrize("policy", ["bounded", "stash", "2bw", "predict", "recompute"])
+@pytest.mark.parametrize("slack", [0, (3, 1, 1, 0)])
+def test_paci_split_is_paci_to_the_bit(policy: str, slack: Any) -> None:
+    options: dict[str, Any] = {"stages": 4, "accumulation": 6, "slack": slack, "policy": policy, "eval_every": 3}
+    whole, split = (train_local(Run(schedule=name, **options)) for name in ("paci", "paci-split"))
+    same(split["params"], whole["params"])
+    assert split["losses"] == whole["losses"]
+    for key in ("drift", "delay", "peak_in_flight"):
+        assert split["stats"][key] == whole["stats"][key]
+    assert set(split["stats"]["peak_pending"].values()) == {1} and set(whole["stats"]["peak_pending"].values()) == {0}
+
+
 @pytest.mark.parametrize("schedule", FAMILIES)
 def test_bounded_mailboxes_run_what_the_validator_has_proved(schedule: str) -> None:
     """With the fewest messages a channel for which the validator finds an end, the executor finds it too."""
@@ -163,6 +192,13 @@ def build(schedule: str, modules: int = 4, **options: Any) -> paci_rt.LocalPipel
         ("1f1b", {"chunks": 2}, r"2 stages a rank: 1f1b runs one"),
         ("pipedream-2bw", {"n_microbatches": 2}, r"accumulation is 2: .*at least 3"),
         ("zb-h1", {"slack": 1}, r"slack is 1: zb-h1"),
+        ("zb-h1", {"slack": (1, 0, 0, 0)}, r"slack is 1,0,0,0: zb-h1 flushes"),
+        ("paci", {"slack": (2, 1, 0)}, r"slack is 2,1,0, which is for 3 stages, and there are 4"),
+        ("paci", {"slack": (0, 2, 1, 0)}, r"slack is 0,2,1,0: stage 1 would .* wait for ever; give stage 0 at least 1"),
+        ("paci", {"slack": (2, 1, 1, 1)}, r"slack is 2,1,1,1: .*so end with 0"),
+        ("paci", {"slack": (2, -1, 0, 0)}, r"slack is 2,-1,0,0: give integers of at least 0"),
+        ("paci", {"slack": "auto"}, r"slack is 'auto': give an integer of at least 0, or one for each stage"),
+        ("pipedream-2bw", {"slack": (2, 1, 0, 0)}, r"accumulation is 4: .*at least 5"),
         ("zb-h1", {"policy": "stash"}, r"'stash' under zb-h1"),
         ("zb-h3", {}, r"unknown schedule 'zb-h3': did you mean 'zb-h"),
         ("paci", {"policy": "bound"}, r"unknown policy 'bound': did you mean 'bounded'"),

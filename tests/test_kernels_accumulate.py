@@ -185,7 +185,8 @@ def test_statistics_tables_and_limits_on_a_gpu(check: Any) -> None:
 def test_a_captured_graph_adds_again_with_every_replay() -> None:
     flat = Flat(LARGE, "cuda")
     front, statistics, grads = flat.random(), GradientStatistics(flat.layout), flat.grads(torch.bfloat16)
-    accumulate(flat.layout, statistics, front, grads, overwrite=True)  # compiles
+    accumulate(flat.layout, statistics, front, grads, overwrite=True)  # compiles, as the next call does
+    statistics.totals()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         accumulate(flat.layout, statistics, front, grads, overwrite=False)

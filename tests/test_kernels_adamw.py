@@ -241,7 +241,9 @@ def check_limits(device: str) -> None:
     refused("as long as the layout, 96 elements", adamw_step, grad_sum=group.grad_sum[:80])
     refused("give one fp32 element", adamw_step, clip=torch.ones(2, device=device))
     refused("the last gradients have dtype torch.float32", adamw_step, grads=group.flat.grads(torch.float32))
-    refused("scalars are for 1 parameters", adamw_step, rows=ScalarRows(Flat((4,), device).layout))
+    other = ScalarRows(Flat((4,), device).layout)
+    other.set_adamw([1], divisor=1.0, **OPTIONS)
+    refused("scalars are for 1 parameters", adamw_step, rows=other)
     refused("got neither", adamw_ahead, weight=None, kept=None)
     refused("got both", adamw_ahead, kept=kept)
     for match, steps, changes in [

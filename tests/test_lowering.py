@@ -57,6 +57,8 @@ def test_schedules_that_run_far_ahead_need_room_for_it() -> None:
 def test_split_and_interleaved_backwards_send_where_they_should() -> None:
     middle = lowering("zb-h1", 3, 1).stream(1, 1)
     assert " ".join(map(str, middle)) == "1RECV_F0 1F0 1SEND_F0 1RECV_B0 1I0 1SEND_B0 1W0 1U0"
+    late = " ".join(map(str, lowering("paci-split", 3, 2).stream(1, 1)))
+    assert late.endswith("1RECV_B1 1I1 1SEND_B1 1W1 1U0")
     first = lowering("interleaved-1f1b", 4, 2, chunks=2).stream(0, 1)
     assert " ".join(map(str, first)) == (
         "0F0 0SEND_F0 0F1 0SEND_F1 2RECV_F0 2F0 2SEND_F0 2RECV_F1 2F1 2SEND_F1 "

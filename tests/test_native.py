@@ -203,13 +203,23 @@ def test_stream_handles() -> None:
     class OldTorch:
         cuda_stream = 43
 
+    class OldCuPy:
+        ptr = 44
+
+        def wait_event(self, event: object) -> None: ...
+
+    class Memory:
+        ptr = 45
+
     core = native.core()
     ops = core._testing.HostTwin()
-    for stream, handle in ((0, 0), (7, 7), (Method(), 41), (Attribute(), 42), (OldTorch(), 43)):
+    for stream, handle in ((0, 0), (7, 7), (Method(), 41), (Attribute(), 42), (OldTorch(), 43), (OldCuPy(), 44)):
         assert native.stream_handle(stream) == core.Stream.borrow(0, stream, ops).handle == handle
     for take in (native.stream_handle, lambda stream: core.Stream.borrow(0, stream, ops)):
         with pytest.raises(TypeError, match="'default' is no stream"):
             take("default")
+        with pytest.raises(TypeError, match=r"Memory object.*is no stream"):
+            take(Memory())
 
 
 def test_cpu_refuses_other_devices_and_streams() -> None:

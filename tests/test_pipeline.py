@@ -101,6 +101,30 @@ def test_drift_counted_in_a_run_is_the_formula(stages: int) -> None:
         assert stats["micro_batches"] == run.windows * accumulation and stats["windows"] == run.windows
 
 
+@pytest.mark.parametrize("slack", [(3, 2, 1, 0), (0, 1, 2, 0), (6, 1, 0, 0)])
+def test_slack_by_stage_keeps_its_bounds_exactly(slack: tuple[int, ...]) -> None:
+    ahead = [3 - stage + more for stage, more in enumerate(slack)]
+    for schedule, accumulation in itertools.product(("paci", "paci-split"), (1, 2, 3, 8)):
+        run = Run(schedule=schedule, stages=4, accumulation=accumulation, slack=slack, windows=30 // accumulation + 4)
+        stats = train_local(run)["stats"]
+        assert stats["slack"] == list(slack)
+        assert [max(stats["drift"][stage]) for stage in range(4)] == [math.ceil(w / accumulation) for w in ahead]
+        assert stats["max_drift"] == stats["drift_bound"] == math.ceil(ahead[0] / accumulation)
+        assert stats["peak_in_flight"] == {stage: w + 1 for stage, w in enumerate(ahead)}
+        assert stats["peak_rank_in_flight"][0] == ahead[0] + 1
+
+
+def test_one_number_of_slack_is_the_same_as_one_a_stage() -> None:
+    one, each, listed = (
+        train_local(Run(schedule="paci", stages=3, accumulation=2, slack=slack)) for slack in (2, (2, 2, 0), [2, 2, 0])
+    )
+    same(one["params"], each["params"])
+    same(one["params"], listed["params"])
+    assert one["stats"]["slack"] == each["stats"]["slack"] == listed["stats"]["slack"] == 2
+    other = train_local(Run(schedule="paci", stages=3, accumulation=2, slack=(2, 1, 0)))
+    assert any(not torch.equal(other["params"][name], param) for name, param in one["params"].items())
+
+
 def test_two_buffers_change_memory_and_nothing_else() -> None:
     one = train_local(Run(schedule="paci", stages=3, accumulation=2, buffers=1))
     two = train_local(Run(schedule="paci", stages=3, accumulation=2, buffers=2))
@@ -311,15 +335,21 @@ def train_tied(pipe: Any, windows: int) -> dict[str, Tensor]:
     return {name: p.detach().clone() for stage in pipe.stages for name, p in stage.named_parameters()}
 
 
-def train_tied_rank(rank: int, group: Any, schedule: str, accumulation: int, windows: int) -> dict[str, Tensor]:
+def train_tied_rank(
+    rank: int, group: Any, schedule: str, accumulation: int, windows: int, slack: Any = 0
+) -> dict[str, Tensor]:
     stage = paci_rt.PipelineStage(tied_modules()[rank], rank, 3, "cpu", group=group)
     optimizer = paci_rt.AdamW(stage.parameters(), lr=1e-2)
     cls = paci_rt.get_schedule_class(schedule)
-    return train_tied(cls(stage, accumulation, loss_fn, optimizer=optimizer, tied_weights=[TIE]), windows)
+    pipe = cls(stage, accumulation, loss_fn, optimizer=optimizer, tied_weights=[TIE], slack=slack)
+    return train_tied(pipe, windows)
 
 
-@pytest.mark.parametrize(("schedule", "accumulation"), [("1f1b", 3), ("paci", 1), ("paci", 3), ("paci", 4)])
-def test_weights_tied_across_stages(workers: WorkerPool, schedule: str, accumulation: int) -> None:
+TIED = [("1f1b", 3, 0), ("paci", 1, 0), ("paci", 3, 0), ("paci", 4, 0), ("paci", 3, (2, 1, 0)), ("paci", 1, (0, 1, 0))]
+
+
+@pytest.mark.parametrize(("schedule", "accumulation", "slack"), [*TIED, ("paci-split", 2, (3, 1, 0))])
+def test_weights_tied_across_stages(workers: WorkerPool, schedule: str, accumulation: int, slack: Any) -> None:
     windows = 6
     pipe = paci_rt.LocalPipeline(
         tied_modules(),
@@ -328,13 +358,14 @@ def test_weights_tied_across_stages(workers: WorkerPool, schedule: str, accumula
         loss_fn=loss_fn,
         optimizer=lambda params: paci_rt.AdamW(params, lr=1e-2),
         tied_weights=[TIE],
+        slack=slack,
     )
     local = train_tied(pipe, windows)
     assert torch.equal(local["embedding.weight"], local["head.weight"])  # after the drain the copies agree
     held = pipe.stats()["memory"]
     assert held[2]["weights"] >= 4 * (11 * 8 + 11) and held[2]["accumulators"] >= 4 * (11 * 8 + 11)
     assert held[2]["optimizer"] < 8 * 11 * 8  # the owner has the tied weight's moments
-    ranks = workers.run(train_tied_rank, 3, schedule, accumulation, windows)
+    ranks = workers.run(train_tied_rank, 3, schedule, accumulation, windows, slack)
     same({name: p for rank in ranks for name, p in rank.items()}, local)
     if schedule == "1f1b":
         same_as_one_shared_parameter(local, accumulation, windows)

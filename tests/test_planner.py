@@ -143,7 +143,7 @@ def test_the_cut_is_the_best_of_all_that_fit(seed):
     fastest = min(seconds for seconds, size in outcomes.values() if size <= limit)
     found = plan(
         profile, stages=stages, accumulations=[accumulation], memory_limit_bytes=limit, device_speeds=speeds,
-        schedules=[name], policies=[policy], slacks=[0], delay_limit=None,
+        schedules=[name], policies=[policy], slack=0, delay_limit=None,
     ).chosen  # fmt: skip
     assert outcomes[found.partition][0] == pytest.approx(fastest, rel=1e-9)
     assert outcomes[found.partition][1] <= limit
@@ -152,7 +152,7 @@ def test_the_cut_is_the_best_of_all_that_fit(seed):
     with pytest.raises(ValueError, match="the least that any needs is") as caught:
         plan(
             profile, stages=stages, accumulations=[accumulation], memory_limit_bytes=least * 0.999,
-            device_speeds=speeds, schedules=[name], policies=[policy], slacks=[0], delay_limit=None,
+            device_speeds=speeds, schedules=[name], policies=[policy], slack=0, delay_limit=None,
         )  # fmt: skip
     assert f"needs {least / 2**20:,.1f} MiB" in str(caught.value)
 
@@ -225,7 +225,7 @@ def test_limits_of_drift_and_delay():
     assert (chosen.schedule, chosen.accumulation, chosen.lookahead) == ("paci", 4, True)
     assert plan(model(8), **options, lookahead=False).chosen.schedule == "1f1b"
     assert plan(model(8), **options, lookahead=False, delay_limit=1).chosen.schedule == "paci"
-    fastest = plan(model(8), **options, delay_limit=None, policies=["bounded"], slacks=[0])
+    fastest = plan(model(8), **options, delay_limit=None, policies=["bounded"], slack=0)
     assert max(one.predicted.delay for one in fastest.candidates) == 3
     consistent = plan(model(8), **options, drift_limit=0, delay_limit=None)
     assert consistent.chosen.predicted.drift == 0
@@ -241,14 +241,61 @@ def test_limits_of_drift_and_delay():
 
 def test_slack_is_worth_its_memory_where_links_are_slow():
     options = {"stages": 4, "accumulations": [8], "schedules": ["paci"], "policies": ["bounded"]}
-    assert plan(model(4), **options).chosen.slack == 0
+    quick = plan(model(4), **options)
+    assert quick.chosen.slack == 0 and quick.without_slack is None
     slow = model(4, hop_s=0.02)
-    assert plan(slow, **options).chosen.slack == 1
-    no_slack = plan(slow, **options, slacks=[0]).chosen
-    assert no_slack.predicted.micro_batches_per_s < plan(slow, **options).chosen.predicted.micro_batches_per_s
-    tight = plan(slow, **options, memory_limit_bytes=max(no_slack.predicted.peak_memory_bytes))
+    found = plan(slow, **options)
+    best, strict = found.chosen.predicted, found.without_slack.predicted
+    assert found.chosen.slack == (3, 2, 1, 0)
+    assert found.without_slack.partition == found.chosen.partition
+    assert best.micro_batches_per_s > 0.99 * quick.chosen.predicted.micro_batches_per_s
+    assert best.micro_batches_per_s > 1.2 * strict.micro_batches_per_s
+    assert (strict.drift, best.drift) == (1, 1) and max(best.peak_memory_bytes) > max(strict.peak_memory_bytes)
+    assert found.to_json()["without_slack"]["drift"] == 1
+    assert plan(slow, **options, slack=0).chosen.predicted == strict
+    assert plan(slow, **options, slack=(2, 0, 1, 0)).chosen.slack == (2, 0, 1, 0)
+
+
+def test_slack_keeps_to_the_limits():
+    """As much as memory and delay allow, not all or nothing."""
+    options = {"stages": 4, "schedules": ["paci"], "policies": ["bounded"]}
+    slow = model(4, hop_s=0.02)
+    strict, free = plan(slow, **options, accumulations=[8], slack=0).chosen, plan(slow, **options, accumulations=[8])
+    tight = plan(slow, **options, accumulations=[8], memory_limit_bytes=max(strict.predicted.peak_memory_bytes))
     assert tight.chosen.slack == 0
-    assert any(one.slack == 1 and "over its limit" in (one.rejected or "") for one in tight.candidates)
+    assert any(one.slack == (3, 2, 1, 0) and "over its limit" in (one.rejected or "") for one in tight.candidates)
+    between = max(free.chosen.predicted.peak_memory_bytes) - 1
+    some = plan(slow, **options, accumulations=[8], memory_limit_bytes=between).chosen
+    assert some.slack not in (0, (3, 2, 1, 0))
+    speeds = [one.predicted.micro_batches_per_s for one in (strict, some, free.chosen)]
+    assert speeds == sorted(speeds) and len(set(speeds)) == 3
+    late = plan(slow, **options, accumulations=[4])
+    assert late.chosen.slack != 0 and late.chosen.predicted.delay == 1  # at most one forward more on the first stage
+    assert any(one.slack == (3, 2, 1, 0) and "delay 2" in (one.rejected or "") for one in late.candidates)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_slack_is_better(seed):
+    """Against all slack that three stages can have, within a limit of memory or without."""
+    rng = np.random.default_rng(seed)
+    profile = replace(random_model(rng, 5), hop_s=float(rng.uniform(0.002, 0.02)))
+    family, options = schedules.get("paci"), {"stages": 3, "accumulations": [8], "schedules": ["paci"]}
+    options |= {"policies": ["bounded"], "delay_limit": None}
+    limit = math.inf
+    if seed % 2:
+        # No room for all that it would like to have.
+        limit = np.mean([max(plan(profile, **options, slack=s).chosen.predicted.peak_memory_bytes) for s in (0, 1)])
+    judge = evaluator(profile, 3, memory=limit)
+    rates = []
+    for first, second in itertools.product(range(9), range(6)):
+        if second > first + 1:
+            continue
+        one = Candidate(schedule="paci", policy="bounded", accumulation=8, lookahead=True, slack=(first, second, 0))
+        one = judge.prepare(one, family)
+        one = one if one.rejected else judge.simulate(one, family)
+        rates += [one.predicted.micro_batches_per_s] if not one.rejected else []
+    found = plan(profile, **options, memory_limit_bytes=None if limit == math.inf else limit).chosen
+    assert found.predicted.micro_batches_per_s >= (1 - 2 * planner.AS_FAST) * max(rates)
 
 
 def test_a_slow_device_gets_less():
@@ -259,7 +306,7 @@ def test_a_slow_device_gets_less():
 @pytest.mark.parametrize("policy", ["predict", "bounded"])
 def test_masters_stand_in_for_the_copy_that_running_ahead_needs(policy):
     def peak(profile: Profile, **more) -> tuple[int, ...]:
-        options = {"schedules": ["paci"], "policies": [policy], "slacks": [0], "delay_limit": 1, **more}
+        options = {"schedules": ["paci"], "policies": [policy], "slack": 0, "delay_limit": 1, **more}
         found = plan(profile, stages=2, accumulations=[2], **options).chosen
         assert found.lookahead == (policy == "bounded" and "lookahead" not in more)
         return found.predicted.peak_memory_bytes
@@ -297,7 +344,7 @@ def test_candidates_that_cannot_win_are_not_simulated(monkeypatch):
         ({"stages": 0}, "stages is 0"),
         ({"accumulations": []}, "no accumulation to choose from"),
         ({"accumulations": [0]}, "accumulation is 0"),
-        ({"slacks": [-1]}, "slack is -1"),
+        ({"slack": -1}, "slack is -1"),
         ({"chunks": [0]}, "chunks is 0"),
         ({"memory_limit_bytes": -5}, "memory limit is -5 bytes"),
         ({"memory_limit_bytes": (1e9, 1e9, 1e9)}, "3 memory limits for 2 stages"),

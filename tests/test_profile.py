@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from paci_rt import profile as profiling
-from paci_rt.link import measure_link
 from paci_rt.planner import parse_profile
 from paci_rt.profile import Block, profile_blocks
 from paci_rt.saved import saved_bytes
@@ -151,13 +150,3 @@ def test_a_blocks_weights_do_not_depend_on_the_global_generator():
     torch.manual_seed(2)
     again = gpt_blocks(TINY)[0].build().state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-def test_the_link_between_two_processes():
-    link = measure_link(1 << 18, rounds=3)
-    assert 0 <= link.hop_s < 1
-    assert link.bandwidth_bytes_per_s > 0
-    with pytest.raises(ValueError, match="large_bytes is 1024: give at least 65536"):
-        measure_link(1024)
-    with pytest.raises(ValueError, match="rounds is 0"):
-        measure_link(rounds=0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from paci_rt.schedules import FAMILIES, Shape, StepCosts
 GRID = list(itertools.product(range(1, 9), (1, 2, 3, 4, 7, 8, 16), (0, 1, 3)))
 
 
-def short(name: str, stage: int, windows: int, **shape: int) -> str:
+def short(name: str, stage: int, windows: int, **shape: Any) -> str:
     stream = decode(schedules.get(name).stream(Shape(**shape), stage, windows))
     return " ".join(f"{action.op.value}{action.index}" for action in stream)
 
@@ -25,6 +26,10 @@ def test_orders_written_out_by_hand() -> None:
     assert short("paci", 0, 2, num_stages=3, accumulation=2) == "F0 F1 F2 B0 F3 B1 U0 B2 B3 U1"
     assert short("paci", 2, 2, num_stages=3, accumulation=2) == "F0 B0 F1 B1 U0 F2 B2 F3 B3 U1"
     assert short("paci", 0, 2, num_stages=2, accumulation=2, slack=1) == "F0 F1 F2 B0 F3 B1 U0 B2 B3 U1"
+    assert short("paci", 0, 2, num_stages=3, accumulation=2, slack=(2, 1, 0)) == "F0 F1 F2 F3 B0 B1 U0 B2 B3 U1"
+    assert short("paci", 1, 2, num_stages=3, accumulation=2, slack=(2, 1, 0)) == "F0 F1 F2 B0 F3 B1 U0 B2 B3 U1"
+    split = "F0 F1 F2 I0 W0 F3 I1 W1 U0 I2 W2 I3 W3 U1"
+    assert short("paci-split", 0, 2, num_stages=3, accumulation=2) == split
     assert short("async-1f1b", 0, 3, num_stages=2, accumulation=1) == "F0 F1 B0 U0 F2 B1 U1 B2 U2"
 
 
@@ -35,9 +40,9 @@ def counted_drift(name: str, stage: int, shape: Shape, windows: int) -> tuple[in
         if action.op is Op.F:
             at_forward[action.index] = version
             in_flight = max(in_flight, len(at_forward))
-        elif action.op is Op.B:
+        elif action.op in (Op.B, Op.I):
             drift = max(drift, version - at_forward.pop(action.index))
-        else:
+        elif action.op is Op.U:
             version += 1
     assert version == windows and not at_forward
     return drift, in_flight
@@ -49,9 +54,21 @@ def test_paci_drift_is_exactly_the_formula(stages: int, accumulation: int, slack
     windows = 4 * (stages + slack)
     for stage in range(stages):
         ahead = stages - 1 - stage + (slack if stage < stages - 1 else 0)
-        drift, in_flight = counted_drift("paci", stage, shape, windows)
-        assert drift == math.ceil(ahead / accumulation) == FAMILIES["paci"].drift_bound(shape, stage)
-        assert in_flight == ahead + 1 == FAMILIES["paci"].in_flight_bound(shape, stage)
+        for name in ("paci", "paci-split"):
+            drift, in_flight = counted_drift(name, stage, shape, windows)
+            assert drift == math.ceil(ahead / accumulation) == FAMILIES[name].drift_bound(shape, stage)
+            assert in_flight == ahead + 1 == FAMILIES[name].in_flight_bound(shape, stage)
+
+
+@pytest.mark.parametrize("slack", [(3, 2, 1, 0), (0, 1, 0, 0), (0, 1, 2, 0), (5, 0, 1, 0), (9, 9, 3, 0)])
+def test_slack_by_stage_has_its_drift_by_stage(slack: tuple[int, ...]) -> None:
+    for accumulation in (1, 2, 3, 5, 8):
+        shape = Shape(num_stages=4, accumulation=accumulation, slack=slack)
+        for stage, more in enumerate(slack):
+            ahead = 3 - stage + more
+            drift, in_flight = counted_drift("paci", stage, shape, 30)
+            assert drift == math.ceil(ahead / accumulation) == FAMILIES["paci"].drift_bound(shape, stage)
+            assert in_flight == ahead + 1 == FAMILIES["paci"].in_flight_bound(shape, stage)
 
 
 def test_drift_of_the_worked_examples() -> None:
@@ -84,7 +101,7 @@ def test_flush_schedules_repeat_window_by_window(name: str) -> None:
 
 
 def test_every_schedule_of_the_comparison_is_there() -> None:
-    expected = "gpipe 1f1b interleaved-1f1b zb-h1 zb-h2 zb-1p zb-2p async-1f1b pipedream pipedream-2bw paci"
+    expected = "gpipe 1f1b interleaved-1f1b zb-h1 zb-h2 zb-1p zb-2p async-1f1b pipedream pipedream-2bw paci paci-split"
     assert set(FAMILIES) == set(expected.split())
     assert all(schedules.get(name).name == name for name in FAMILIES)
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paci_rt
 from paci_rt.errors import StageError
+from paci_rt.sink import GradSink
 from paci_rt.split import find_layers
 
 WIDTH, ROWS = 24, 12
@@ -271,13 +272,30 @@ def test_i_leaves_the_weight_gradient_to_w() -> None:
     stage = paci_rt.PipelineStage(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)), 1, 2)
     sums: dict[int, Tensor] = {}
 
-    class Sink:
-        def accumulate(self, param: nn.Parameter, grad: Tensor) -> None:
-            sums[id(param)] = sums.get(id(param), torch.zeros_like(grad)) + grad
+    class Sums:
+        def __init__(self, param: nn.Parameter) -> None:
+            self.param = param
 
-        def front(self, param: nn.Parameter) -> tuple[Tensor, bool]:
-            first = id(param) not in sums
-            return sums.setdefault(id(param), torch.full_like(param, float("nan")).detach()), first
+        def add(self, index: int, grad: Tensor) -> None:
+            sums[id(self.param)] = sums.get(id(self.param), torch.zeros_like(grad)) + grad
+
+        def add_product(self, index: int, left: Tensor, right: Tensor, bias: tuple[Sums, int] | None) -> None:
+            self.add(index, left @ right)
+            if bias is not None:
+                bias[0].add(bias[1], left.sum(1))
+
+    class Sink(GradSink):
+        def place(self, param: nn.Parameter) -> tuple[Any, int]:
+            return Sums(param), 0
+
+        def flush(self) -> None:
+            pass
+
+        def before_layer(self, param: nn.Parameter) -> None:
+            pass
+
+        def set_layer_order(self, layers: object) -> None:
+            pass
 
     stage.attach(Sink())
     x = torch.randn(4, WIDTH, requires_grad=True)

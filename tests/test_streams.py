@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 import threading
 import time
@@ -13,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from sanitizers import build
 
 from paci_rt import native
 from paci_rt.errors import AccumulatorStateError
 
-ROOT = Path(__file__).resolve().parent.parent
 SEGMENTS, NUMEL = [(0, 16), (16, 16)], 32
 core = native.core()
 
@@ -331,19 +330,7 @@ def test_the_gate_on_the_cpu_counts() -> None:
 @pytest.fixture(scope="module")
 def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tests/cpp/protocol_stress.cpp under ThreadSanitizer."""
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
-    make = shutil.which("make")
-    if compiler is None or make is None:
-        pytest.skip("no C++ compiler or no make on PATH")
-    folder = tmp_path_factory.mktemp("tsan")
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    command = [compiler, "-fsanitize=thread", str(probe), "-o", str(folder / "probe")]
-    if subprocess.run(command, capture_output=True).returncode or subprocess.run([folder / "probe"]).returncode:
-        pytest.skip("this compiler, or this kernel, has no ThreadSanitizer")
-    program = folder / "protocol_stress"
-    subprocess.run([make, "-s", "-C", str(ROOT), f"TSAN_PROGRAM={program}", str(program)], check=True, timeout=300)
-    return program
+    return build(tmp_path_factory.mktemp("tsan"), "thread", "TSAN_PROGRAM")
 
 
 def run_stress(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -86,6 +86,17 @@ def run(config: TrainConfig) -> RunResult:
     return merge(config, [train(config, Alone())])
 
 
+def test_slack_by_stage_from_the_options_to_the_results(text: str, tmp_path: Path) -> None:
+    options = {"stages": 4, "accumulation": 1, "batch_size": 2, "steps": 8, "eval_interval": 0}
+    result = run(config_of(text, **options, slack=(3, 2, 1, 0), out=str(tmp_path)))
+    assert result.drift_bound == result.max_drift == 6
+    assert result.peak_in_flight == {0: 7, 1: 5, 2: 3, 3: 1}
+    assert result.to_json()["config"]["slack"] == [3, 2, 1, 0]
+    assert run(config_of(text, **options, slack=[3, 2, 1, 0])).params_sha256 == result.params_sha256
+    resumed = run(config_of(text, stages=2, slack=1, resume=str(tmp_path), steps=10))
+    assert resumed.windows == 2
+
+
 # ------------------------------------------------------------------------------------------- against plain training
 
 
@@ -238,6 +249,7 @@ def stage_result(stage: int, **changes: Any) -> StageResult:
         "lookahead_s": 0.25,
         "nonfinite_gradients": stage,
         "policy": "bounded",
+        "transport": "shm",
         "max_delay": 1 - stage,
         "drift": {stage: {0: 3}},
         "delay": {stage: {0: 3}},
@@ -440,6 +452,9 @@ def test_only_matrices_decay(name: str, kind: type) -> None:
         ({"batch_size": 6}, "--batch-size 6 cannot be cut into 4 equal micro-batches; .*such as 8"),
         ({"seq_len": 257}, "--seq-len 257 exceeds the 256 positions"),
         ({"schedule": "1f1b", "slack": 1}, "--slack is 1: 1f1b flushes"),
+        ({"slack": -1}, "--slack is -1: give an integer of at least 0"),
+        ({"slack": (1, 1, 0)}, "--slack is 1,1,0, which is for 3 stages, and there are 2"),
+        ({"slack": "auto"}, "--slack auto needs to know"),
         ({"schedule": "async-1f1b", "accumulation": 4}, "--accumulation is 4: async-1f1b .*--accumulation 1"),
         ({"dtype": "bf16", "optimizer": "torch-sgd"}, "no fp32 masters.*use --optimizer sgd"),
         ({"lr": math.nan}, "--lr is nan"),

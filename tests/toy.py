@@ -19,7 +19,7 @@ class Run:
     stages: int  # pieces of the model; with chunks, there are stages // chunks ranks
     accumulation: int
     windows: int = 5
-    slack: int = 0
+    slack: int | tuple[int, ...] = 0
     chunks: int = 1
     policy: str | None = None
     lookahead: bool = False

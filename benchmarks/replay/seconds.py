@@ -57,7 +57,7 @@ def profiled_costs(path: str, stages: int, accumulation: int) -> Costs:
         ValueError: the file is no profile, or has too few blocks.
     """
     profile = load_profile(path)
-    chosen = plan(profile, stages=stages, accumulations=[accumulation], schedules=["paci"], slacks=[0]).chosen
+    chosen = plan(profile, stages=stages, accumulations=[accumulation], schedules=["paci"], slack=0).chosen
     assert chosen.partition is not None
     return stage_costs(profile, chosen.partition)
 

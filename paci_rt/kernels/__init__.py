@@ -1,4 +1,4 @@
-"""Triton kernels over flat buffers: gradient accumulation, AdamW and SGD, and weight gradients of linear layers.
+"""Triton kernels over flat buffers: gradient accumulation, AdamW, NAdam, Lion and SGD, and weight gradients.
 
 They do on a GPU what the native core does on the CPU, to the bit where no sum is reordered. ``import paci_rt`` does
 not import this package, and this package is the only one that imports Triton.
@@ -34,12 +34,18 @@ if tuple(int(part) for part in _triton.__version__.split(".")[:2]) < (3, 6):
 from paci_rt.kernels.accumulate import GradientStatistics, accumulate, clip_coefficient
 from paci_rt.kernels.adamw import adamw_ahead, adamw_step
 from paci_rt.kernels.layout import FlatLayout
+from paci_rt.kernels.lion import lion_ahead, lion_step
+from paci_rt.kernels.nadam import nadam_ahead, nadam_step
 from paci_rt.kernels.rows import ScalarRows
 from paci_rt.kernels.sgd import sgd_ahead, sgd_step
 from paci_rt.kernels.traffic import (
     accumulate_bytes,
     adamw_ahead_bytes,
     adamw_bytes,
+    lion_ahead_bytes,
+    lion_bytes,
+    nadam_ahead_bytes,
+    nadam_bytes,
     sgd_ahead_bytes,
     sgd_bytes,
     wgrad_bytes,
@@ -59,6 +65,14 @@ __all__ = [
     "adamw_bytes",
     "adamw_step",
     "clip_coefficient",
+    "lion_ahead",
+    "lion_ahead_bytes",
+    "lion_bytes",
+    "lion_step",
+    "nadam_ahead",
+    "nadam_ahead_bytes",
+    "nadam_bytes",
+    "nadam_step",
     "routes_for",
     "sgd_ahead",
     "sgd_ahead_bytes",

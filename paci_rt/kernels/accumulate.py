@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paci_rt.kernels.device.accumulate import accumulate_kernel, totals_kernel
+from paci_rt.kernels.device.accumulate import accumulate_kernel, measure_kernel, totals_kernel
 from paci_rt.kernels.elements import element
 from paci_rt.kernels.launch import BLOCK, OPTIONS, TOTALS_BLOCK, TOTALS_WARPS, check_flat, on_device, options
 from paci_rt.kernels.layout import ABSENT, Entries, FlatLayout
@@ -24,8 +24,9 @@ from paci_rt.kernels.layout import ABSENT, Entries, FlatLayout
 class GradientStatistics:
     """Sum of squares and number of non-finite elements of a flat sum, kept chunk by chunk on the device.
 
-    :func:`accumulate` replaces the slots of the chunks that it writes, so that at the end of a window they describe
-    the sums, provided that parameters without a gradient in the window were cleared (:meth:`clear`).
+    :func:`accumulate` replaces the slots of the chunks that it writes, so that at the end of a window they describe the
+    sums, provided that parameters without a gradient in the window were cleared (:meth:`clear`) and those that
+    something else wrote were measured (:meth:`measure`).
 
     Attributes:
         squares: fp64 [chunks].
@@ -52,6 +53,18 @@ class GradientStatistics:
         else:
             _launch_totals(totals, self.squares, self.nonfinite)
         return totals
+
+    def measure(self, front: Tensor, positions: Sequence[int]) -> None:
+        """Statistics of sums that something else than :func:`accumulate` wrote, such as weight gradients; reads them
+        once, 4 bytes per parameter."""
+        check_flat(front, "the front buffer", self.layout.numel, (torch.float32,), self.layout.device)
+        numbers = self.layout.part(positions).numbers
+        if numbers.shape[0] == 0:
+            return
+        with on_device(front):
+            measure_kernel[(numbers.shape[0],)](
+                front, self.squares, self.nonfinite, numbers, self.layout.chunks, BLOCK=BLOCK, **options()
+            )
 
     def clear(self, front: Tensor, positions: Sequence[int]) -> None:
         """Zero the sums of parameters that got no gradient in the window, and their statistics."""

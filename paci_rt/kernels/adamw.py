@@ -38,6 +38,7 @@ def adamw_step(
     clip: Tensor | None = None,
     grads: Sequence[Tensor | None] | None = None,
     overwrite: bool | Sequence[bool] = False,
+    only: Sequence[int] | None = None,
 ) -> None:
     """One step of the parameters that ``rows`` has steps of.
 
@@ -55,20 +56,23 @@ def adamw_step(
             added on the way, and ``grad_sum`` stays as it is.
         overwrite: with ``grads``: they are the first of their window, and ``grad_sum`` does not count; for all, or one
             flag a parameter.
+        only: positions of the parameters that the launch is about; None is all. The others are left alone, whatever
+            the rows say, and cost nothing.
 
     Raises:
-        ValueError: a tensor does not fit the layout; see the limits above.
+        ValueError: a tensor does not fit the layout, see the limits above, or the rows are another optimizer's.
     """
+    rows.require("adamw")
     check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_weight(layout, weight)
     table, clip = check_rows(rows, layout), check_clip(layout, clip)
     codes = check_grads(layout, weight, grads, overwrite)
-    state = (master, weight, grad_sum, exp_avg, exp_avg_sq, table, layout.chunks, clip)
+    state = (master, weight, grad_sum, exp_avg, exp_avg_sq, table, layout.part_of(only), clip)
     present = [grad for grad in grads or () if grad is not None]
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.adamw(*state, present, codes)
     else:
-        _launch(*state, layout.entries(grads, codes) if grads is not None and codes else Entries())
+        launch(*state, layout.entries(grads, codes) if grads is not None and codes else Entries())
 
 
 def adamw_ahead(
@@ -81,6 +85,7 @@ def adamw_ahead(
     grad_sum: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    only: Sequence[int] | None = None,
 ) -> None:
     """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
 
@@ -93,20 +98,24 @@ def adamw_ahead(
         grad_sum: flat fp32 sums of the gradients that are in.
         exp_avg: flat fp32 first moments.
         exp_avg_sq: flat fp32 second moments.
+        only: as for :func:`adamw_step`.
 
     Raises:
-        ValueError: a tensor does not fit the layout, or none or both of ``weight`` and ``kept``.
+        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
+            optimizer's.
     """
+    rows.require("adamw")
     check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_ahead(layout, weight, kept)
-    state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.chunks)
+    state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.part_of(only))
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.adamw_ahead(*state, rows.repeats)
     else:
-        _launch_ahead(*state, rows.repeats)
+        launch_ahead(*state, rows.repeats)
 
 
-def _launch(
+# NAdam launches a step through this too.
+def launch(
     master: Tensor,
     weight: Tensor | None,
     grad_sum: Tensor,
@@ -116,7 +125,11 @@ def _launch(
     chunks: Tensor,
     clip: Tensor,
     entries: Entries,
+    *,
+    nesterov: bool = False,
 ) -> None:
+    if chunks.shape[0] == 0:
+        return
     with on_device(master):
         adamw_kernel[(chunks.shape[0],)](
             master,
@@ -131,11 +144,13 @@ def _launch(
             ELEMENT=element(entries.dtype),
             ALIGNED=entries.aligned,
             BLOCK=BLOCK,
+            NESTEROV=nesterov,
             **options(UPDATE_WARPS),
         )
 
 
-def _launch_ahead(
+# NAdam launches a look-ahead through this too.
+def launch_ahead(
     master: Tensor,
     weight: Tensor | None,
     kept: Tensor | None,
@@ -145,7 +160,11 @@ def _launch_ahead(
     rows: Tensor,
     chunks: Tensor,
     repeats: int,
+    *,
+    nesterov: bool = False,
 ) -> None:
+    if chunks.shape[0] == 0:
+        return
     with on_device(master):
         adamw_ahead_kernel[(chunks.shape[0],)](
             master,
@@ -158,6 +177,7 @@ def _launch_ahead(
             chunks,
             repeats,
             BLOCK=BLOCK,
+            NESTEROV=nesterov,
             **options(UPDATE_WARPS),
         )
 
@@ -181,7 +201,7 @@ def _adamw_op(
     codes: list[int],
 ) -> None:
     entries = Entries.fresh(grads, codes)
-    _launch(master, weight, grad_sum, exp_avg, exp_avg_sq, rows, chunks, clip, entries)
+    launch(master, weight, grad_sum, exp_avg, exp_avg_sq, rows, chunks, clip, entries)
 
 
 @torch.library.custom_op(
@@ -201,7 +221,7 @@ def _ahead_op(
     chunks: Tensor,
     repeats: int,
 ) -> None:
-    _launch_ahead(master, weight, kept, grad_sum, exp_avg, exp_avg_sq, rows, chunks, repeats)
+    launch_ahead(master, weight, kept, grad_sum, exp_avg, exp_avg_sq, rows, chunks, repeats)
 
 
 @_adamw_op.register_fake

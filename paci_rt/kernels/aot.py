@@ -21,9 +21,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from paci_rt.kernels.device.accumulate import accumulate_kernel, totals_kernel
+from paci_rt.kernels.device.accumulate import accumulate_kernel, measure_kernel, totals_kernel
 from paci_rt.kernels.device.adamw import adamw_ahead_kernel, adamw_kernel
 from paci_rt.kernels.device.entries import PER_LAUNCH, entries_kernel
+from paci_rt.kernels.device.lion import lion_ahead_kernel, lion_kernel
 from paci_rt.kernels.device.sgd import sgd_ahead_kernel, sgd_kernel
 from paci_rt.kernels.device.wgrad import bias_kernel, wgrad_kernel
 from paci_rt.kernels.launch import BLOCK, OPTIONS, TOTALS_BLOCK, TOTALS_WARPS, UPDATE_WARPS, WARPS
@@ -104,6 +105,12 @@ def accumulate_variants() -> Iterator[Variant]:
         aligned=("totals", "squares", "nonfinite"),
         warps=TOTALS_WARPS,
     )
+    yield Variant(
+        name="measure",
+        kernel=measure_kernel,
+        types={"front": "*fp32", "squares": "*fp64", "nonfinite": "*i32", "numbers": "*i64", "chunks": "*i64"},
+        constants={"BLOCK": BLOCK},
+    )
     addresses = {f"p{index}": "i64" for index in range(PER_LAUNCH)}
     yield Variant(
         name="entries",
@@ -115,7 +122,7 @@ def accumulate_variants() -> Iterator[Variant]:
     )
 
 
-def _step_variants(name: str, kernel: Any, state: dict[str, str]) -> Iterator[Variant]:
+def _step_variants(name: str, kernel: Any, state: dict[str, str], **switches: Any) -> Iterator[Variant]:
     """A step of each weight dtype, with and without the last gradients, which have the weight's dtype."""
     for low, element in ELEMENTS.items():
         for fused in (False, True):
@@ -126,27 +133,33 @@ def _step_variants(name: str, kernel: Any, state: dict[str, str]) -> Iterator[Va
                 name=f"{name} {low}" + (" + last gradients" if fused else ""),
                 kernel=kernel,
                 types=types,
-                constants={"ELEMENT": element, "ALIGNED": True, "BLOCK": BLOCK},
+                constants={"ELEMENT": element, "ALIGNED": True, "BLOCK": BLOCK, **switches},
                 warps=UPDATE_WARPS,
             )
 
 
-def _ahead_variants(name: str, kernel: Any, state: dict[str, str]) -> Iterator[Variant]:
+def _ahead_variants(name: str, kernel: Any, state: dict[str, str], **switches: Any) -> Iterator[Variant]:
     for low in ELEMENTS:
         weights = {"kept": "*fp32"} if low == "fp32" else {"low": f"*{low}"}
         types = {"master": "*fp32", **weights, **state, **FLAT, "repeats": "i32"}
-        aligned = tuple(key for key in types if key != "repeats")
-        label = f"{name} ahead {low}"
         yield Variant(
-            name=label, kernel=kernel, types=types, constants={"BLOCK": BLOCK}, aligned=aligned, warps=UPDATE_WARPS
+            name=f"{name} ahead {low}",
+            kernel=kernel,
+            types=types,
+            constants={"BLOCK": BLOCK, **switches},
+            aligned=tuple(key for key in types if key != "repeats"),
+            warps=UPDATE_WARPS,
         )
 
 
 def update_variants() -> Iterator[Variant]:
-    """AdamW and SGD."""
+    """AdamW, NAdam, Lion and SGD."""
     moments, buffer = {"exp_avg": "*fp32", "exp_avg_sq": "*fp32"}, {"buffer": "*fp32"}
-    yield from _step_variants("adamw", adamw_kernel, moments)
-    yield from _ahead_variants("adamw", adamw_ahead_kernel, moments)
+    for name, nesterov in (("adamw", False), ("nadam", True)):
+        yield from _step_variants(name, adamw_kernel, moments, NESTEROV=nesterov)
+        yield from _ahead_variants(name, adamw_ahead_kernel, moments, NESTEROV=nesterov)
+    yield from _step_variants("lion", lion_kernel, {"exp_avg": "*fp32"})
+    yield from _ahead_variants("lion", lion_ahead_kernel, {"exp_avg": "*fp32"})
     yield from _step_variants("sgd", sgd_kernel, {})
     yield from _step_variants("sgd momentum", sgd_kernel, buffer)
     yield from _ahead_variants("sgd", sgd_ahead_kernel, buffer)

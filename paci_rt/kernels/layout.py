@@ -49,6 +49,18 @@ class Entries(NamedTuple):
         return cls(table, present[0].dtype, _aligned(present))
 
 
+class Part(NamedTuple):
+    """The chunks of some of a layout's parameters.
+
+    Attributes:
+        chunks: int64 [count, 4] on the device, their rows of the layout's table.
+        numbers: int64 [count] on the device, where those are in the table.
+    """
+
+    chunks: Tensor
+    numbers: Tensor
+
+
 class FlatLayout:
     """The segments of a flat group on one device, cut into chunks.
 
@@ -86,6 +98,37 @@ class FlatLayout:
         self.one = torch.ones(1, dtype=torch.float32, device=device)
         self._tables: OrderedDict[tuple[int, ...], Entries] = OrderedDict()
         self._captured: list[Entries] = []
+        self._parts: dict[tuple[int, ...], Part] = {}
+
+    def part(self, positions: Sequence[int]) -> Part:
+        """The chunks of the parameters at ``positions``, for launches that leave the others alone.
+
+        Made once for each choice of positions, of which a program is expected to have few.
+
+        Raises:
+            ValueError: a position does not exist, or a CUDA graph is being captured and the part is not made yet.
+        """
+        key = tuple(positions)
+        made = self._parts.get(key)
+        if made is not None:
+            return made
+        wrong = [position for position in key if not 0 <= position < len(self.segments)]
+        if wrong:
+            raise ValueError(f"position {wrong[0]} does not exist: the layout has {len(self.segments)} parameters")
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"the part of {len(key)} parameters was not made before the capture of a CUDA graph, and making it "
+                "copies from host memory: call part() with these positions first"
+            )
+        numbers = [number for position in key for number in range(*self.ranges[position])]
+        host = torch.tensor(numbers, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        there = host.to(self.device, non_blocking=True)
+        made = self._parts[key] = Part(self.chunks[there], there)
+        return made
+
+    def part_of(self, only: Sequence[int] | None) -> Tensor:
+        """Rows of the chunks that a launch is about; all where ``only`` is None."""
+        return self.chunks if only is None else self.part(only).chunks
 
     def codes(self, grads: Sequence[Tensor | None], overwrite: bool | Sequence[bool]) -> list[int]:
         """What happens with every parameter's gradient: ``ABSENT``, ``ADD`` or ``OVERWRITE``.

@@ -8,7 +8,8 @@ before each replay.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from paci_rt.kernels.layout import FlatLayout
 
 WIDTH = 16
+MEAN_SIZE = 9
+"""Where AdamW and NAdam find what the first moment is multiplied by."""
 
 
 class ScalarRows:
@@ -24,6 +27,7 @@ class ScalarRows:
     Attributes:
         tensor: fp32 [parameters * repeats, 16] on the device.
         repeats: steps a parameter.
+        optimizer: whose scalars they are: ``adamw``, ``nadam``, ``sgd`` or ``lion``; None before they are set.
 
     Args:
         layout: the flat group.
@@ -37,6 +41,7 @@ class ScalarRows:
         if repeats < 1:
             raise ValueError(f"repeats={repeats}: a step or a look ahead takes at least one")
         self.repeats = repeats
+        self.optimizer: str | None = None
         self._count = len(layout.segments)
         self.tensor = torch.zeros(self._count * repeats, WIDTH, dtype=torch.float32, device=layout.device)
 
@@ -64,29 +69,41 @@ class ScalarRows:
             ValueError: a number of rows, a step or the divisor is wrong, or a CUDA graph is being captured.
         """
         known = self._check(steps, divisor, known)
-        rows: dict[tuple[int, bool], list[float]] = {}
-        for first, is_known in zip(steps, known, strict=True):
-            if first is None:
-                continue
-            if first == 1 and not is_known:
-                raise ValueError("step 1 of a parameter without a gradient has no mean of past ones: leave it out")
-            for step in range(first, first + self.repeats):
-                rows[step, is_known] = [
-                    1.0,
-                    divisor if is_known else 1.0,
-                    1.0 - lr * weight_decay,
-                    betas[0],
-                    1.0 - betas[0],
-                    betas[1],
-                    1.0 - betas[1],
-                    1.0 / math.sqrt(1.0 - betas[1] ** step),
-                    eps,
-                    -(lr / (1.0 - betas[0] ** step)),
-                    float(is_known),
-                    1.0 if is_known else 1.0 / (1.0 - betas[0] ** (step - 1)),
-                    float(1.0 - betas[0] < 0.5),
-                ]
-        self._upload(steps, known, rows)
+        row = partial(_adam_row, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, divisor=divisor)
+        self._upload("adamw", self._table(steps, known, row))
+
+    def set_nadam(
+        self,
+        steps: Sequence[int | None],
+        *,
+        step_sizes: Sequence[tuple[float, float]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        divisor: float,
+        known: Sequence[bool] | None = None,
+    ) -> None:
+        """Scalars of NAdam, whose weight decay is decoupled; other arguments and errors as for :meth:`set_adamw`.
+
+        Args:
+            step_sizes: what first moment and gradient are multiplied by, a pair for each parameter that takes a step,
+                in order, and within it for each of the ``repeats``.
+            lr: of the weight decay; the step sizes have it in them.
+        """
+        known = self._check(steps, divisor, known)
+        row = partial(_adam_row, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, divisor=divisor)
+        table = self._table(steps, known, row)
+        taken = [line for line in table if line]
+        if len(step_sizes) != len(taken):
+            raise ValueError(
+                f"{len(step_sizes)} step sizes for {len(taken) // self.repeats} parameters that take {self.repeats} "
+                "steps each: give a pair for every step"
+            )
+        for line, (mean, fresh) in zip(taken, step_sizes, strict=True):
+            line[MEAN_SIZE] = -mean
+            line.append(-fresh)
+        self._upload("nadam", table)
 
     def set_sgd(
         self,
@@ -102,27 +119,64 @@ class ScalarRows:
     ) -> None:
         """Scalars of SGD; arguments and errors as for :meth:`set_adamw`. Step 1 sets the momentum buffer."""
         known = self._check(steps, divisor, known)
-        rows: dict[tuple[int, bool], list[float]] = {}
-        for first, is_known in zip(steps, known, strict=True):
-            if first is None:
-                continue
+
+        def row(step: int, is_known: bool) -> list[float]:
             if not is_known and momentum == 0:
                 raise ValueError("momentum=0 says nothing about a parameter without a gradient: leave it out")
-            for step in range(first, first + self.repeats):
-                rows[step, is_known] = [
-                    1.0,
-                    divisor if is_known else 1.0,
-                    -lr,
-                    # The buffer of past gradients includes their weight decay.
-                    weight_decay if is_known else 0.0,
-                    momentum,
-                    1.0 - dampening,
-                    float(step == 1),
-                    float(is_known),
-                    1.0 if is_known else (1.0 - momentum) / (1.0 - dampening),
-                    float(nesterov),
-                ]
-        self._upload(steps, known, rows)
+            return [
+                1.0,
+                divisor if is_known else 1.0,
+                -lr,
+                # The buffer of past gradients includes their weight decay.
+                weight_decay if is_known else 0.0,
+                momentum,
+                1.0 - dampening,
+                float(step == 1),
+                float(is_known),
+                1.0 if is_known else (1.0 - momentum) / (1.0 - dampening),
+                float(nesterov),
+            ]
+
+        self._upload("sgd", self._table(steps, known, row))
+
+    def set_lion(
+        self,
+        steps: Sequence[int | None],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        divisor: float,
+        known: Sequence[bool] | None = None,
+    ) -> None:
+        """Scalars of Lion; arguments and errors as for :meth:`set_adamw`. What number a step has does not matter, and
+        looking ahead the momentum stands in for unknown gradients."""
+        known = self._check(steps, divisor, known)
+
+        def row(_: int, is_known: bool) -> list[float]:
+            return [
+                1.0,
+                divisor if is_known else 1.0,
+                1.0 - lr * weight_decay,
+                betas[0],
+                1.0 - betas[0],
+                betas[1],
+                1.0 - betas[1],
+                -lr,
+                float(is_known),
+            ]
+
+        self._upload("lion", self._table(steps, known, row))
+
+    def require(self, optimizer: str) -> None:
+        """What every launch begins with.
+
+        Raises:
+            ValueError: the scalars are those of another optimizer.
+        """
+        if self.optimizer != optimizer:
+            state = "not set" if self.optimizer is None else f"those of {self.optimizer}"
+            raise ValueError(f"the scalars are {state}: call set_{optimizer}() before a launch of {optimizer}")
 
     def _check(self, steps: Sequence[int | None], divisor: float, known: Sequence[bool] | None) -> Sequence[bool]:
         flags = [True] * self._count if known is None else known
@@ -142,19 +196,55 @@ class ScalarRows:
             )
         return flags
 
-    def _upload(
-        self, steps: Sequence[int | None], known: Sequence[bool], rows: dict[tuple[int, bool], list[float]]
-    ) -> None:
-        idle = [0.0] * WIDTH
-        padded = {key: row + [0.0] * (WIDTH - len(row)) for key, row in rows.items()}
-        table = [
-            idle if first is None else padded[first + repeat, is_known]
-            for first, is_known in zip(steps, known, strict=True)
-            for repeat in range(self.repeats)
-        ]
+    def _table(
+        self, steps: Sequence[int | None], known: Sequence[bool], row: Callable[[int, bool], list[float]]
+    ) -> list[list[float]]:
+        """A row for each parameter and repeat, empty where the parameter is left alone."""
+        made: dict[tuple[int, bool], list[float]] = {}
+        table: list[list[float]] = []
+        for first, is_known in zip(steps, known, strict=True):
+            for repeat in range(self.repeats):
+                key = None if first is None else (first + repeat, is_known)
+                if key is not None and key not in made:
+                    made[key] = row(*key)
+                table.append([] if key is None else list(made[key]))
+        return table
+
+    def _upload(self, optimizer: str, table: list[list[float]]) -> None:
+        padded = [row + [0.0] * (WIDTH - len(row)) for row in table]
         # Pinned, so that the copy does not wait; torch keeps the memory until the copy is done.
-        host = torch.tensor(table, dtype=torch.float32, pin_memory=self.tensor.is_cuda)
+        host = torch.tensor(padded, dtype=torch.float32, pin_memory=self.tensor.is_cuda)
         self.tensor.copy_(host, non_blocking=True)
+        self.optimizer = optimizer
+
+
+def _adam_row(
+    step: int,
+    is_known: bool,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    divisor: float,
+) -> list[float]:
+    if step == 1 and not is_known:
+        raise ValueError("step 1 of a parameter without a gradient has no mean of past ones: leave it out")
+    return [
+        1.0,
+        divisor if is_known else 1.0,
+        1.0 - lr * weight_decay,
+        betas[0],
+        1.0 - betas[0],
+        betas[1],
+        1.0 - betas[1],
+        1.0 / math.sqrt(1.0 - betas[1] ** step),
+        eps,
+        -(lr / (1.0 - betas[0] ** step)),
+        float(is_known),
+        1.0 if is_known else 1.0 / (1.0 - betas[0] ** (step - 1)),
+        float(1.0 - betas[0] < 0.5),
+    ]
 
 
 def check_rows(rows: ScalarRows, layout: FlatLayout) -> Tensor:

@@ -30,22 +30,24 @@ def sgd_step(
     clip: Tensor | None = None,
     grads: Sequence[Tensor | None] | None = None,
     overwrite: bool | Sequence[bool] = False,
+    only: Sequence[int] | None = None,
 ) -> None:
     """One step of the parameters that ``rows`` has steps of.
 
     Args:
-        layout, master, weight, grad_sum, clip, grads, overwrite: as for :func:`paci_rt.kernels.adamw.adamw_step`.
+        layout, master, weight, grad_sum, clip, grads, overwrite, only: as for :func:`paci_rt.kernels.adamw.adamw_step`.
         rows: scalars, set with :meth:`ScalarRows.set_sgd`.
         momentum_buffer: flat fp32; None steps without momentum, whatever the rows say.
 
     Raises:
-        ValueError: a tensor does not fit the layout.
+        ValueError: a tensor does not fit the layout, or the rows are another optimizer's.
     """
+    rows.require("sgd")
     check_buffers(layout, master=master, grad_sum=grad_sum, momentum_buffer=momentum_buffer)
     check_weight(layout, weight)
     table, clip = check_rows(rows, layout), check_clip(layout, clip)
     codes = check_grads(layout, weight, grads, overwrite)
-    state = (master, weight, grad_sum, momentum_buffer, table, layout.chunks, clip)
+    state = (master, weight, grad_sum, momentum_buffer, table, layout.part_of(only), clip)
     present = [grad for grad in grads or () if grad is not None]
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.sgd(*state, present, codes)
@@ -62,20 +64,23 @@ def sgd_ahead(
     kept: Tensor | None,
     grad_sum: Tensor,
     momentum_buffer: Tensor,
+    only: Sequence[int] | None = None,
 ) -> None:
     """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
 
     Args:
-        layout, master, weight, kept, grad_sum: as for :func:`paci_rt.kernels.adamw.adamw_ahead`.
+        layout, master, weight, kept, grad_sum, only: as for :func:`paci_rt.kernels.adamw.adamw_ahead`.
         rows: scalars of as many steps a parameter, set with ``known=``.
         momentum_buffer: flat fp32; without momentum there is nothing to look ahead by.
 
     Raises:
-        ValueError: a tensor does not fit the layout, or none or both of ``weight`` and ``kept``.
+        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
+            optimizer's.
     """
+    rows.require("sgd")
     check_buffers(layout, master=master, grad_sum=grad_sum, momentum_buffer=momentum_buffer)
     check_ahead(layout, weight, kept)
-    state = (master, weight, kept, grad_sum, momentum_buffer, check_rows(rows, layout), layout.chunks)
+    state = (master, weight, kept, grad_sum, momentum_buffer, check_rows(rows, layout), layout.part_of(only))
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.sgd_ahead(*state, rows.repeats)
     else:
@@ -92,6 +97,8 @@ def _launch(
     clip: Tensor,
     entries: Entries,
 ) -> None:
+    if chunks.shape[0] == 0:
+        return
     with on_device(master):
         sgd_kernel[(chunks.shape[0],)](
             master,
@@ -119,6 +126,8 @@ def _launch_ahead(
     chunks: Tensor,
     repeats: int,
 ) -> None:
+    if chunks.shape[0] == 0:
+        return
     with on_device(master):
         sgd_ahead_kernel[(chunks.shape[0],)](
             master, weight, kept, grad_sum, momentum_buffer, rows, chunks, repeats, BLOCK=BLOCK, **options(UPDATE_WARPS)

@@ -26,6 +26,30 @@ def adamw_ahead_bytes(numel: int, weight: torch.dtype) -> int:
     return numel * (4 * FP32_BYTES + (_low(weight) or 2 * FP32_BYTES))
 
 
+def nadam_bytes(numel: int, weight: torch.dtype, *, fused_gradient: bool = False) -> int:
+    """Bytes of one step of NAdam: AdamW's."""
+    return adamw_bytes(numel, weight, fused_gradient=fused_gradient)
+
+
+def nadam_ahead_bytes(numel: int, weight: torch.dtype) -> int:
+    """Bytes of looking ahead with NAdam by any number of steps: AdamW's."""
+    return adamw_ahead_bytes(numel, weight)
+
+
+def lion_bytes(numel: int, weight: torch.dtype, *, fused_gradient: bool = False) -> int:
+    """Bytes of one step of Lion.
+
+    >>> lion_bytes(1, torch.bfloat16), lion_bytes(1, torch.float32)
+    (22, 20)
+    """
+    return numel * (5 * FP32_BYTES + _low(weight) + (weight.itemsize if fused_gradient else 0))
+
+
+def lion_ahead_bytes(numel: int, weight: torch.dtype) -> int:
+    """Bytes of looking ahead with Lion by any number of steps."""
+    return numel * (3 * FP32_BYTES + (_low(weight) or 2 * FP32_BYTES))
+
+
 def sgd_bytes(numel: int, weight: torch.dtype, *, momentum: bool, fused_gradient: bool = False) -> int:
     """Bytes of one step of SGD."""
     fused = weight.itemsize if fused_gradient else 0

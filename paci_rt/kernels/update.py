@@ -1,4 +1,4 @@
-"""What the wrappers of AdamW and SGD share."""
+"""What the wrappers of the updates share."""
 
 from __future__ import annotations
 

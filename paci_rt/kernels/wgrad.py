@@ -37,6 +37,19 @@ def routes_for(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
     return triton_routes + ((CUBLAS,) if dtype is torch.float32 or low_precision else ())
 
 
+def default_route(dtype: torch.dtype, device: torch.device) -> str:
+    """The route taken unless another one was measured to be faster: cuBLAS where it can run, since what is chosen must
+    not differ between the processes of a run, whose results would then differ in their last bits.
+
+    Raises:
+        ValueError: no route can run factors of that dtype.
+    """
+    routes = routes_for(dtype, device)
+    if not routes:
+        raise ValueError(f"no route computes weight gradients of {dtype} on {device}: use fp32, bf16 or fp16")
+    return CUBLAS if CUBLAS in routes else routes[0]
+
+
 def wgrad(
     front: Tensor,
     dy: Tensor,

@@ -7,15 +7,16 @@ import difflib
 from paci_rt.schedules.base import ScheduleFamily, Shape, StepCosts
 from paci_rt.schedules.flush import GPIPE, ONE_F_ONE_B
 from paci_rt.schedules.interleaved import INTERLEAVED_1F1B
-from paci_rt.schedules.paci import ASYNC_1F1B, PACI
+from paci_rt.schedules.paci import ASYNC_1F1B, PACI, PACI_SPLIT
 from paci_rt.schedules.pipedream import PIPEDREAM, PIPEDREAM_2BW
 from paci_rt.schedules.search import ZB_1P, ZB_2P
+from paci_rt.schedules.slack import AUTO, Slack, plan_slack, steady_period
 from paci_rt.schedules.zero_bubble import ZB_H1, ZB_H2
 
 FAMILIES: dict[str, ScheduleFamily] = {
     family.name: family
     for family in (
-        *(PACI, ONE_F_ONE_B, GPIPE, INTERLEAVED_1F1B, ZB_H1, ZB_H2, ZB_1P, ZB_2P),
+        *(PACI, PACI_SPLIT, ONE_F_ONE_B, GPIPE, INTERLEAVED_1F1B, ZB_H1, ZB_H2, ZB_1P, ZB_2P),
         *(ASYNC_1F1B, PIPEDREAM, PIPEDREAM_2BW),
     )
 }
@@ -35,4 +36,14 @@ def get(name: str) -> ScheduleFamily:
     return family
 
 
-__all__ = ["FAMILIES", "ScheduleFamily", "Shape", "StepCosts", "get"]
+__all__ = [
+    "AUTO",
+    "FAMILIES",
+    "ScheduleFamily",
+    "Shape",
+    "Slack",
+    "StepCosts",
+    "get",
+    "plan_slack",
+    "steady_period",
+]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paci_rt.action import OPS, Codes, Op, decode_fields, encode
+from paci_rt.schedules.slack import Slack, check_slack
 
 
 class StepCosts(NamedTuple):
@@ -89,19 +90,20 @@ class Shape:
     Attributes:
         num_stages: pipeline stages; with several chunks a rank, those of all ranks together.
         accumulation: micro-batches a window, ``a``.
-        slack: warm-up forwards on top of the strict order, on every stage but the last.
+        slack: warm-up forwards on top of the strict order: on every stage but the last, or one number a stage; kept as
+            a single number where one says it all (see :mod:`paci_rt.schedules.slack`).
         chunks: stages a rank, ``v``; rank ``r`` runs stages ``r, r + P, r + 2P ...``.
         costs: what a searched schedule is fitted to; the others ignore it.
     """
 
     num_stages: int
     accumulation: int
-    slack: int = 0
+    slack: Slack = 0
     chunks: int = 1
     costs: StepCosts = field(default_factory=StepCosts)
 
     def __post_init__(self) -> None:
-        for name, least in (("num_stages", 1), ("accumulation", 1), ("slack", 0), ("chunks", 1)):
+        for name, least in (("num_stages", 1), ("accumulation", 1), ("chunks", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}: give an integer of at least {least}")
@@ -110,11 +112,24 @@ class Shape:
                 f"num_stages is {self.num_stages} and chunks {self.chunks}: every rank holds as many stages, so give "
                 "a multiple of chunks"
             )
+        object.__setattr__(self, "slack", check_slack(self.slack, self.num_stages))
 
     @property
     def ranks(self) -> int:
         """Processes of the pipeline, ``P``."""
         return self.num_stages // self.chunks
+
+    def warm_up(self, stage: int) -> int:
+        """Forwards that ``stage`` runs ahead of its backwards under the asynchronous schedules; none on the last."""
+        ahead = self.num_stages - 1 - stage
+        if isinstance(self.slack, tuple):
+            return ahead + self.slack[stage]
+        return ahead + self.slack if ahead else 0
+
+    @property
+    def most_ahead(self) -> int:
+        """The largest :meth:`warm_up` of any stage, which is the first one's: no order runs in which it is not."""
+        return self.warm_up(0)
 
     def rank_of(self, stage: int) -> int:
         """The process that runs ``stage``."""

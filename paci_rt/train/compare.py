@@ -81,8 +81,8 @@ class Comparison:
 def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[TrainConfig]:
     """The configs of all runs: schedules take turns within each seed, so that a busy hour hits all of them.
 
-    ``slack``, ``chunks``, ``step_costs``, ``lookahead`` and ``policy`` go to the schedules that can have them, and
-    ``accumulation`` to all but those whose window is one micro-batch.
+    ``slack``, ``profile``, ``chunks``, ``step_costs``, ``lookahead`` and ``policy`` go to the schedules that can have
+    them, and ``accumulation`` to all but those whose window is one micro-batch.
 
     Raises:
         ValueError: options that cannot work.
@@ -104,6 +104,7 @@ def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[Trai
             mine = {**options, "schedule": family.name, "seed": seed}
             for name, can_have in (
                 ("slack", family.takes_slack),
+                ("profile", family.takes_slack),
                 ("chunks", family.takes_chunks),
                 ("step_costs", family.takes_costs),
                 ("lookahead", not family.flush),

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from paci_rt import policies, schedules
+from paci_rt import native, policies, schedules
+from paci_rt.errors import TritonMissingError
+from paci_rt.stage import usable
+from paci_rt.train import slack
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
-from paci_rt.transport import TRANSPORTS
+from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 
 OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd")
 BETA2 = {"lion": 0.99}
 MOMENTUM = {"muon": 0.95}
 """Defaults of optimizers that differ from the others'."""
+
+CPU_TRANSPORTS = ("gloo", "shm")
+"""Transports whose messages lie in the CPU's memory."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -30,7 +38,9 @@ class TrainConfig:
     """Options of ``paci-rt train``; None means the default that is named here, and is filled in on construction.
 
     Attributes:
-        schedule, slack, policy, buffers: as for ``paci_rt.SchedulePACI``.
+        schedule, policy, buffers: as for ``paci_rt.SchedulePACI``.
+        slack: as there, or ``"auto"``: as much as hides the latency of messages, by ``profile``, a file that ``paci-rt
+            plan --profile`` wrote. It is replaced by the numbers, and ``profile`` by None.
         lookahead: as there; where the schedule does so of its own and the optimizer can.
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, and 2 for ``interleaved-1f1b``.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
@@ -47,12 +57,15 @@ class TrainConfig:
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
             autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
             2 bytes a parameter for every micro-batch in flight, the very weight stash that PACI does without.
-        seed: of weights and batches. device: ``cpu``, which ``auto`` means in this version.
+        seed: of weights and batches. device: ``cpu``; ``cuda``, the GPUs of this host, one a process, or all stages on
+            the first with the local transport; ``cuda:N`` one of them; ``auto`` is ``cuda`` where it can be used.
         eval_interval: windows between validations, 0 for one at the end only; a tenth of steps.
         eval_batches: batches of batch_size sequences that make the held-back set.
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
         resume: such a folder to go on from, with any number of stages and any schedule.
-        transport, threads, port: how the launcher starts the stages; ``local`` runs all of them in one process.
+        transport: a name of ``paci_rt.transport.TRANSPORTS``; ``local`` runs all stages in one process.
+        transfer_timeout: seconds that a stage waits for another one before the run ends with an error.
+        threads, port: how the launcher starts the stages.
         trace: record every action, for a Perfetto file or a timeline.
 
     Raises:
@@ -63,7 +76,8 @@ class TrainConfig:
     stages: int = 2
     accumulation: int = AUTO
     chunks: int = AUTO
-    slack: int = 0
+    slack: Any = 0
+    profile: str | None = None
     policy: str | None = None
     lookahead: bool = AUTO
     step_costs: schedules.StepCosts | None = None
@@ -92,6 +106,7 @@ class TrainConfig:
     save_interval: int = 0
     resume: str | None = None
     transport: str = "auto"
+    transfer_timeout: float = DEFAULT_TIMEOUT_S
     threads: int = 1
     port: int = 0
     trace: bool = False
@@ -121,14 +136,41 @@ class TrainConfig:
         _known("--model", self.model, MODELS)
         _known("--optimizer", self.optimizer, OPTIMIZERS)
         _known("--dtype", self.dtype, DTYPES)
-        _known("--transport", self.transport, TRANSPORTS)
-        if self.device not in ("cpu", "auto"):
-            raise ValueError(f"--device {self.device}: this version runs on the CPU only; use --device cpu")
+        check_transport(self.transport, "--transport")
+        self._check_device()
         if self.dtype == "bf16" and self.optimizer.startswith("torch-"):
             raise ValueError(
                 f"--dtype bf16 with --optimizer {self.optimizer}: torch's optimizers keep no fp32 masters, so small "
                 f"updates would be rounded away; use --optimizer {self.optimizer.removeprefix('torch-')}"
             )
+
+    def _check_device(self) -> None:
+        """Resolve ``auto``, and refuse what cannot work."""
+        if self.device == "auto":
+            there = torch.cuda.is_available() and native.cuda_devices()[0] > 0
+            self._fill("device", "cuda" if there else "cpu", always=True)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"--device {self.device}: give cpu, cuda, cuda:N or auto")
+        if self.device == "cpu":
+            return
+        try:
+            usable(torch.device(self.device))
+        except (ValueError, TritonMissingError) as error:
+            raise ValueError(f"--device {self.device}: {error}; or use --device cpu") from None
+        if self.transport == "auto" and (self.stages == 1 or ":" in self.device or torch.cuda.device_count() == 1):
+            self._fill("transport", "local", always=True)
+        if self.transport in CPU_TRANSPORTS:
+            raise ValueError(
+                f"--transport {self.transport} carries messages between CPUs: with --device {self.device} use "
+                "--transport local, which runs all stages on one GPU"
+            )
+
+    def torch_device(self, rank: int) -> torch.device:
+        """Where the stages of a process run."""
+        if self.device != "cuda":
+            return torch.device(self.device)
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
 
     def _check_integers(self) -> None:
         positive = (
@@ -142,7 +184,7 @@ class TrainConfig:
             "eval_batches",
             "threads",
         )
-        not_negative = ("slack", "seed", "warmup_steps", "eval_interval", "save_interval", "port")
+        not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port")
         for name, bound in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < bound):
@@ -161,14 +203,15 @@ class TrainConfig:
             if name in ("beta1", "beta2", "momentum") and value >= 1:
                 raise ValueError(f"{_flag(name)} is {value!r}: give a number below 1")
 
+        if not isinstance(self.transfer_timeout, (int, float)) or not 0 < self.transfer_timeout < math.inf:
+            raise ValueError(f"--transfer-timeout is {self.transfer_timeout!r}: give a number of seconds above 0")
+
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
         accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt
         if family.one_micro_batch_windows and accumulation != 1:
             raise ValueError(
                 f"--accumulation is {accumulation}: {family.name} updates after every micro-batch; use --accumulation 1"
             )
-        if self.slack and not family.takes_slack:
-            raise ValueError(f"--slack is {self.slack}: {family.name} flushes and takes none; use --slack 0")
         if self.batch_size % accumulation:
             raise ValueError(
                 f"--batch-size {self.batch_size} cannot be cut into {accumulation} equal micro-batches; "
@@ -184,13 +227,11 @@ class TrainConfig:
         shape = schedules.Shape(
             num_stages=pieces,
             accumulation=accumulation,
-            slack=self.slack,
+            slack=slack.checked(self.slack, family, pieces),
             chunks=self.chunks,
             costs=self.step_costs or schedules.StepCosts(),
         )
         family.check(shape)
-        self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
-        self._check_lookahead(family)
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
         default = default_partition(model, pieces, seq_len=seq_len)
@@ -201,8 +242,24 @@ class TrainConfig:
                 f"and add up to the {model.layers} of {model.name}; for example {','.join(map(str, default))}"
             )
         object.__setattr__(self, "partition", sizes)
+        shape = self._with_slack(family, shape)
+        self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
+        self._check_lookahead(family)
         if self.save_interval and self.out is None:
             raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")
+
+    def _with_slack(self, family: schedules.ScheduleFamily, shape: schedules.Shape) -> schedules.Shape:
+        """``shape`` with the slack that was asked for, planned where it is auto."""
+        if self.slack == schedules.AUTO:
+            run = {"rows": self.batch_size // self.accumulation}
+            run |= {name: getattr(self, name) for name in ("model", "dtype", "seq_len", "threads")}
+            found = slack.from_profile(self.profile, run, self.partition, family, shape, self.policy)
+            shape = replace(shape, slack=found)
+        elif self.profile is not None:
+            raise ValueError("--profile tells --slack auto how long messages take: give that too, or leave it out")
+        self._fill("profile", None, always=True)
+        self._fill("slack", shape.slack, always=True)
+        return shape
 
     def _check_lookahead(self, family: schedules.ScheduleFamily) -> None:
         still = self.optimizer == "sgd" and self.momentum == 0

@@ -24,6 +24,7 @@ import paci_rt
 from paci_rt import launch, native
 from paci_rt.errors import StageFailed
 from paci_rt.train import text
+from paci_rt.transport.shm import why_unusable
 
 GLOO_TIMEOUT_S = 60.0
 NVIDIA_SMI_TIMEOUT_S = 20.0
@@ -42,6 +43,7 @@ def examine(*, try_gloo: bool = True) -> dict[str, Any]:
         "native": {"version": paci_rt.__version__, **native.info()},
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
         "gloo": _gloo(try_gloo),
+        "shm": _shm(),
         "cuda": _cuda(gpus),  # after gloo: processes are not started once the driver is up
         "nccl": _nccl(),
         "triton": _package("triton"),
@@ -77,6 +79,7 @@ def _rows(findings: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("native core", _state(core["available"]), str(built)),
         ("torch", "ok", f"{findings['torch']['version']}, built {torch_build}"),
         ("gloo", _state(gloo["available"]), gloo["detail"]),
+        ("shm", _state(findings["shm"]["available"]), findings["shm"]["detail"]),
         ("cuda", _state(cuda["available"]), cuda["detail"]),
     ]
     for name in ("nccl", "triton", "cupy"):
@@ -115,6 +118,8 @@ def _advice(findings: dict[str, Any]) -> dict[str, str]:
             if gloo["tried"]
             else "or install a torch that was built with torch.distributed"
         )
+    if findings["native"]["available"] and not findings["shm"]["available"]:
+        advice["shm"] = "nothing need be done: --transport auto takes gloo then; the reason stands above"
     if findings["gpus"] and findings["torch"]["cuda"] is None:
         advice["torch"] = (
             "there is a GPU, but this torch was built for the CPU: install a CUDA build, see "
@@ -161,6 +166,26 @@ def _gloo(try_it: bool) -> dict[str, Any]:
     if results != [3.0, 3.0]:
         return {"available": False, "tried": True, "detail": f"two processes added 1 and 2 and got {results}"}
     return {"available": True, "tried": True, "detail": "two processes exchanged a tensor"}
+
+
+def _shm() -> dict[str, Any]:
+    """Whether stages can exchange messages through shared memory, how much of it there is, and what is in ``/dev/shm``,
+    which other programs use and this one does not."""
+    reason = why_unusable()
+    if reason:
+        return {"available": False, "detail": reason}
+    limit_bytes, limit = native.shm_memory_limit()
+    found: dict[str, Any] = {"available": True, "limit_bytes": limit_bytes, "limit": limit, "dev_shm": None}
+    detail = f"room for messages of {text.size(limit_bytes)} ({limit})"
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError:
+        detail += "; there is no /dev/shm, which is not needed"
+    else:
+        found["dev_shm"] = {"total_bytes": usage.total, "free_bytes": usage.free}
+        size = f"{text.size(usage.free)} of {text.size(usage.total)}"
+        detail += f"; /dev/shm, which is not needed, has {size} free"
+    return found | {"detail": detail}
 
 
 def _cuda(gpus: list[dict[str, Any]]) -> dict[str, Any]:

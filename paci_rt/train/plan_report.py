@@ -11,6 +11,7 @@ import numpy as np
 
 from paci_rt import policies, schedules
 from paci_rt.planner import AS_FAST, Candidate, Plan, Prediction, Profile, stage_costs
+from paci_rt.schedules.slack import slack_text
 from paci_rt.train import text
 from paci_rt.train.gpt import MODELS
 from paci_rt.train.machine import machine
@@ -52,7 +53,7 @@ def train_command(profile: Profile, chosen: Candidate) -> str | None:
         ("--seq-len", profiled["seq_len"]),
     ]
     if chosen.slack:
-        options.append(("--slack", chosen.slack))
+        options.append(("--slack", slack_text(chosen.slack)))
     if family.takes_chunks:
         options.append(("--chunks", chosen.chunks))
     if chosen.policy != family.policies[0]:
@@ -142,6 +143,7 @@ def _plan_text(profile: Profile, plan: Plan) -> str:
         f"  partition   {','.join(map(str, chosen.partition or ()))}",
         f"  throughput  {found.micro_batches_per_s:,.4g} micro-batches/s, {tokens_per_s:,.0f} tokens/s, at "
         f"{text.share(found.utilization)} utilization",
+        *_slack_lines(plan),
         f"  drift       at most {found.drift}, delay at most {found.delay}",
         f"  balance     the dearest device computes {_ms(max(seconds))} a micro-batch, all of them {_ms(mean_s)} on "
         f"average: {text.share(mean_s / max(seconds))}",
@@ -149,11 +151,25 @@ def _plan_text(profile: Profile, plan: Plan) -> str:
     return "\n".join(lines) + "\n\n" + _devices_table(profile, plan, seconds)
 
 
+def _slack_lines(plan: Plan) -> list[str]:
+    """What the slack of the plan gives, and what it takes."""
+    if plan.without_slack is None:
+        return []
+    found, strict = _predicted(plan.chosen), _predicted(plan.without_slack)
+    price = max(found.peak_memory_bytes) - max(strict.peak_memory_bytes)
+    return [
+        f"  slack       makes it {_speed(plan.chosen) / _speed(plan.without_slack):.3f} times as fast as the strict "
+        f"order on the same stages, for {text.size(price)} more on",
+        f"              the fullest device, drift {found.drift} instead of {strict.drift}, delay {found.delay} instead "
+        f"of {strict.delay}",
+    ]
+
+
 def _options(one: Candidate) -> str:
     """Policy, slack and chunks, as far as the schedule has a choice."""
     parts = [f"policy {one.policy}"]
     parts += ["look-ahead"] if one.lookahead else []
-    parts += [f"slack {one.slack}"] if schedules.get(one.schedule).takes_slack else []
+    parts += [f"slack {slack_text(one.slack)}"] if schedules.get(one.schedule).takes_slack else []
     parts += [f"{one.chunks} chunks a device"] if one.chunks > 1 else []
     return ", ".join(parts)
 
@@ -227,7 +243,7 @@ def _row(profile: Profile, one: Candidate, chosen: Candidate) -> tuple[str, ...]
     return (
         name + (" (plan)" if one is chosen else ""),
         one.policy + (", look-ahead" if one.lookahead else ""),
-        str(one.slack) if schedules.get(one.schedule).takes_slack else text.NOTHING,
+        slack_text(one.slack) if schedules.get(one.schedule).takes_slack else text.NOTHING,
         str(one.accumulation),
         str(one.accumulation * profile.profiled["rows"]),
         f"{found.micro_batches_per_s:,.4g}",

@@ -68,7 +68,7 @@ class RunResult:
         utilization: seconds of computing over seconds of training, mean over the stages, the same windows.
         max_drift, peak_memory_bytes: the largest of any stage; drift_bound: what the schedule allows.
         windows: local updates of this run, fewer than steps after a resume.
-        policy, chunks: as they were run. delay, max_delay: see ``paci_rt.policies``.
+        policy, transport, chunks: as they were run. delay, max_delay: see ``paci_rt.policies``.
         lookahead_s: what look-ahead took, all stages together.
         drift, delay, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were no numbers.
         curve, evals: loss over training; events: executed actions, not in the JSON.
@@ -90,6 +90,7 @@ class RunResult:
     params_sha256: str
 
     policy: str
+    transport: str
     chunks: int
     max_delay: int
     windows: int
@@ -145,6 +146,7 @@ def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
         peak_memory_bytes=max(one["peak_bytes"] for one in stats),
         params_sha256=results[0].params_sha256,
         policy=stats[0]["policy"],
+        transport=stats[0]["transport"],
         chunks=config.chunks,
         max_delay=max(one["max_delay"] for one in stats),
         windows=windows,

@@ -75,9 +75,11 @@ def report_text(result: RunResult) -> str:
             )
         )
     policy = "" if result.policy == "bounded" else f" ({result.policy})"
+    over = "" if result.transport == "local" else f", stages over {result.transport}"
+    took = f"{text.seconds(result.wall_s)} of training{over}"
     header = ("stage", "micro-batches by drift", "in flight", *MEMORY_PARTS)
     return f"""
-{result.schedule}{policy}: {result.steps} steps, {result.tokens:,} tokens, {text.seconds(result.wall_s)} of training
+{result.schedule}{policy}: {result.steps} steps, {result.tokens:,} tokens, {took}
   training loss    {result.train_loss:.4f}
   validation loss  {result.val_loss:.4f} nats per token, perplexity {perplexity:.4g}
   throughput       {result.tokens_per_s:,.0f} tokens/s at {text.share(result.utilization)} utilization

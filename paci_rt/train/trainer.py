@@ -26,6 +26,7 @@ from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
+from paci_rt.transport import make_transport
 
 
 class Context(Protocol):
@@ -44,7 +45,7 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
 
     Raises:
         ValueError: unusable data, or a checkpoint that does not fit.
-        ActionError, PeerLostError, DriftBoundError: the pipeline failed.
+        ActionError, PeerLostError, TransferTimeoutError, DriftBoundError: the pipeline failed.
     """
     corpus, first_step = preflight(config)
     pipeline, lr_schedulers = build_pipeline(config, ctx)
@@ -61,6 +62,8 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
     def rest(step: int, *, validate: bool, save: bool) -> None:
         """Empty the pipeline and stop the clock for what is not training."""
         pipeline.drain()
+        log.catch_up()
+        pipeline.synchronize()
         clock.stop()
         if validate:
             log.evaluated(step, evaluate(pipeline, *held_back, config.batch_size))
@@ -76,6 +79,7 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
             rest(step, validate=validate, save=save)
             clock.start()
         x, y = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
+        x, y = pinned(pipeline, x, y)
         losses: list[Tensor] = []
         inputs = (x,) if pipeline.has_first else ()
         target = y if pipeline.has_last else None
@@ -147,9 +151,17 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
     if ctx.local:
         options |= {"schedule": config.schedule, "chunks": config.chunks}
         options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
-        return paci_rt.LocalPipeline(modules, **options), lr_schedulers
-    stages = [paci_rt.PipelineStage(module, at, pieces) for module, at in zip(modules, here, strict=True)]
+        return paci_rt.LocalPipeline(modules, device=config.torch_device(0), **options), lr_schedulers
+    device = config.torch_device(ctx.rank)
+    stages = [paci_rt.PipelineStage(module, at, pieces, device) for module, at in zip(modules, here, strict=True)]
     options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
+    options["transport"] = make_transport(
+        config.transport,
+        num_stages=pieces,
+        chunks=config.chunks,
+        timeout_s=config.transfer_timeout,
+        events_dir=config.out,
+    )
     return paci_rt.get_schedule_class(config.schedule)(stages, **options), lr_schedulers
 
 
@@ -194,10 +206,16 @@ def set_learning_rate(lr_schedulers: Sequence[LambdaLR], config: TrainConfig, st
             group["lr"] = config.lr * config.lr_factor(step)
 
 
+def pinned(pipeline: Pipeline, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as the stages of this process can take them without waiting."""
+    return tensors if pipeline.stages[0].device.type == "cpu" else tuple(tensor.pin_memory() for tensor in tensors)
+
+
 def evaluate(pipeline: Pipeline, x: Tensor, y: Tensor, batch_size: int) -> float | None:
     """Mean nats per token over sequences x and their targets y, int64 ``[sequences, seq]``; None off the last stage."""
     means = []
     for inputs, targets in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):  # [batch, seq]
+        inputs, targets = pinned(pipeline, inputs, targets)
         losses: list[Tensor] = []
         args = (inputs,) if pipeline.has_first else ()
         pipeline.eval(*args, target=targets if pipeline.has_last else None, losses=losses, return_outputs=False)
@@ -217,7 +235,7 @@ def params_sha256(config: TrainConfig, pipeline: Pipeline, ctx: Context, group: 
     if ctx.rank > 0:
         for name in shapes:
             if name in mine:
-                dist.send(mine[name].detach().contiguous().view(-1).view(torch.uint8), 0, group=group)
+                dist.send(mine[name].detach().cpu().contiguous().view(-1).view(torch.uint8), 0, group=group)
         return None
 
     def in_order() -> Iterator[tuple[str, Tensor]]:
@@ -255,17 +273,33 @@ class TrainingClock:
 
 
 class Log:
-    """Keeps what this process saw and reports it from the last stage."""
+    """Keeps what this process saw and reports it from the last stage. Stages on a GPU are asked once in ``LATE`` steps,
+    since asking waits for them."""
+
+    LATE = 10
 
     def __init__(self, config: TrainConfig, ctx: Context, pipeline: Pipeline, clock: TrainingClock) -> None:
         self._config, self._ctx, self._pipeline, self._clock = config, ctx, pipeline, clock
         self._steps: list[StepPoint] = []
         self._evals: list[EvalPoint] = []
         self._mark: tuple[float, float, int] | None = None  # clock, seconds of computing and tokens after one window
+        self._late: list[tuple[int, float, list[Tensor]]] = []
+        self._every = 1 if pipeline.stages[0].device.type == "cpu" else self.LATE
 
     def stepped(self, step: int, losses: list[Tensor]) -> None:
         """``step`` windows have run; ``losses`` has one a micro-batch, on the last stage."""
-        elapsed_s, tokens = self._clock.seconds(), step * self._config.tokens_per_window
+        self._late.append((step, self._clock.seconds(), losses))
+        if self._mark is None or len(self._late) >= self._every:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Read what :meth:`stepped` was told."""
+        for step, elapsed_s, losses in self._late:
+            self._read(step, elapsed_s, losses)
+        self._late.clear()
+
+    def _read(self, step: int, elapsed_s: float, losses: list[Tensor]) -> None:
+        tokens = step * self._config.tokens_per_window
         if self._mark is None:
             self._mark = elapsed_s, self._pipeline.stats()["compute_s"], tokens
         if not self._pipeline.has_last:
@@ -275,7 +309,7 @@ class Log:
         steady_s, compute_s = self._steady()
         rates = {"tokens_per_s": self._config.tokens_per_window / elapsed_s, "utilization": 0.0}
         if tokens > self._mark[2]:
-            rates["tokens_per_s"] = (tokens - self._mark[2]) / steady_s
+            rates["tokens_per_s"] = (tokens - self._mark[2]) / (elapsed_s - self._mark[0])
             rates["utilization"] = compute_s / (steady_s * len(self._pipeline.ranks))
         self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates})
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 
 from paci_rt.errors import ScheduleError
 from paci_rt.lowering import Channel
 from paci_rt.transport.base import Message
 
 
+class _Mail(NamedTuple):
+    """A message, and on a GPU the stream that its tensors were made on with an event behind them."""
+
+    number: int
+    message: Message
+    stream: torch.cuda.Stream | None
+    made: torch.cuda.Event | None
+
+
 class LocalTransport:
-    """Mailboxes, one a channel. Tensors are shared, not copied.
+    """Mailboxes, one a channel. Tensors are shared, not copied. On a GPU the stream that receives waits for the one
+    that sent; both are those that are current in torch.
 
     Args:
         capacity: messages that fit into a mailbox, None for any number.
@@ -23,13 +36,18 @@ class LocalTransport:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity is {capacity}: a channel holds at least 1 message")
         self.capacity = capacity
-        self._mailboxes: dict[Channel, deque[tuple[int, Message]]] = {}
+        self._mailboxes: dict[Channel, deque[_Mail]] = {}
 
     def open(self, incoming: Sequence[Channel]) -> None:
         """Nothing needs to be posted ahead in one process."""
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
-        self._mailboxes.setdefault(channel, deque()).append((index, message))
+        device = _gpu_of(message)
+        stream = made = None
+        if device is not None:
+            stream = torch.cuda.current_stream(device)
+            made = stream.record_event()
+        self._mailboxes.setdefault(channel, deque()).append(_Mail(index, message, stream, made))
 
     def ready(self, channel: Channel) -> bool:
         return bool(self._mailboxes.get(channel))
@@ -38,10 +56,12 @@ class LocalTransport:
         return self.capacity is None or len(self._mailboxes.get(channel, ())) < self.capacity
 
     def recv(self, channel: Channel, index: int) -> Message:
-        arrived, message = self._mailboxes[channel].popleft()
-        if arrived != index:
-            raise ScheduleError(f"channel {channel}: message {arrived} arrived where {index} was due")
-        return message
+        mail = self._mailboxes[channel].popleft()
+        if mail.number != index:
+            raise ScheduleError(f"channel {channel}: message {mail.number} arrived where {index} was due")
+        if mail.stream is not None and mail.made is not None:
+            _follow(mail.stream, mail.made, mail.message)
+        return mail.message
 
     def flush(self) -> None:
         """Every message is handed over the moment it is sent."""
@@ -51,3 +71,18 @@ class LocalTransport:
 
     def close(self) -> None:
         self._mailboxes.clear()
+
+
+def _gpu_of(message: Message) -> torch.device | None:
+    return next((tensor.device for tensor in message.tensors if tensor is not None and tensor.is_cuda), None)
+
+
+def _follow(sender: torch.cuda.Stream, made: torch.cuda.Event, message: Message) -> None:
+    """The stream that receives waits, and keeps the tensors' memory until it is through with them."""
+    here = torch.cuda.current_stream(sender.device)
+    if here == sender:
+        return
+    here.wait_event(made)
+    for tensor in message.tensors:
+        if tensor is not None:
+            tensor.record_stream(here)

@@ -7,6 +7,7 @@ anonymous file that the others open through ``/proc``; nothing is left behind, h
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,11 +35,18 @@ HELD = 64
 class _Outgoing:
     """Sending end of one channel, and what its last message looked like."""
 
-    __slots__ = ("end", "metas")
+    __slots__ = ("end", "leaving", "metas")
 
     def __init__(self, end: ShmOutgoing) -> None:
         self.end = end
         self.metas: wire.Meta | None = None
+        self.leaving: deque[tuple[int, list[Tensor | None]]] = deque()  # being copied: they must stay as they are
+
+    def let_go(self) -> None:
+        """Forget tensors that have been copied."""
+        completed = self.end.completed()
+        while self.leaving and self.leaving[0][0] <= completed:
+            self.leaving.popleft()
 
 
 class ShmTransport:
@@ -93,6 +101,7 @@ class ShmTransport:
         self._incoming: dict[Channel, ShmIncoming] = {}
         self._own, self._addresses = self._meet(Meeting(group, timeout_s))
         self._peers: dict[int, ShmSegment] = {self._rank: self._own}
+        self._copier = native.make_copier()
 
     def _meet(self, meeting: Meeting) -> tuple[ShmSegment, list[Any]]:
         """This process's segment, and where everybody's is. Whatever is wrong somewhere is raised everywhere."""
@@ -131,10 +140,12 @@ class ShmTransport:
         tensors = [None if tensor is None else _plain(tensor) for tensor in message.tensors]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         try:
-            outgoing.end.send(index, packed, addresses)
+            sequence = outgoing.end.send(index, packed, addresses)
         except (TransferTimeoutError, PeerLostError) as error:
             self._explain(error)
         outgoing.metas = metas
+        outgoing.leaving.append((sequence, tensors))
+        self._let_go()
 
     def ready(self, channel: Channel) -> bool:
         return True
@@ -148,10 +159,18 @@ class ShmTransport:
             capsules, requires_grad = incoming.receive(index)
         except (TransferTimeoutError, PeerLostError) as error:
             self._explain(error)
+        self._let_go()
         return Message(tuple(None if one is None else from_dlpack(one) for one in capsules), requires_grad)
 
     def flush(self) -> None:
-        """A message has left this process's tensors by the time that ``send`` returns."""
+        for outgoing in self._outgoing.values():
+            outgoing.end.flush()
+            outgoing.leaving.clear()
+
+    def _let_go(self) -> None:
+        for outgoing in self._outgoing.values():
+            if outgoing.leaving:
+                outgoing.let_go()
 
     def fail(self, error: BaseException) -> None:
         """Tell the neighbours that this process goes no further: their waits end with ``error``'s first line."""
@@ -159,6 +178,7 @@ class ShmTransport:
         self._wake()
 
     def close(self) -> None:
+        self.flush()
         self._own.close()
         self._wake()
         self._outgoing.clear()
@@ -197,8 +217,8 @@ class ShmTransport:
         return segment
 
     def _sender(self, channel: Channel) -> _Outgoing:
-        peer, options = self._peer(channel[2]), {"slots": self.capacity, "held": self._held}
-        end = native.make_shm_outgoing(channel, self._own, peer, timeout_s=self._timeout_s, **options)
+        options = {"slots": self.capacity, "held": self._held, "timeout_s": self._timeout_s}
+        end = native.make_shm_outgoing(channel, self._own, self._peer(channel[2]), copier=self._copier, **options)
         outgoing = self._outgoing[channel] = _Outgoing(end)
         return outgoing
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from paci_rt.kernels.device.flat import load_chunk, load_gradient, padded, spread
+from paci_rt.kernels.device.flat import PAD, load_chunk, load_gradient, padded, spread
 
 
 @triton.jit
@@ -39,6 +39,25 @@ def accumulate_kernel(
         # One slot a chunk: whoever runs first, the sums are added up in the same order.
         tl.store(squares + tl.program_id(0), tl.sum(square, 0))
         tl.store(nonfinite + tl.program_id(0), tl.sum(count, 0))
+
+
+@triton.jit
+def measure_kernel(front, squares, nonfinite, numbers, chunks, BLOCK: tl.constexpr):
+    """The statistics of one chunk as it is, for sums that another kernel wrote; ``numbers`` names the chunks."""
+    number = tl.load(numbers + tl.program_id(0))
+    row = chunks + number * 4
+    length = tl.load(row + 2).to(tl.int32)
+    offset = tl.multiple_of(tl.load(row + 3), PAD)
+    lanes = tl.arange(0, BLOCK)
+    square = tl.zeros([BLOCK], tl.float64)
+    count = tl.zeros([BLOCK], tl.int32)
+    for at in range(0, length, BLOCK):
+        total = tl.load(front + offset + at + lanes, mask=at + lanes < padded(length), other=0.0)
+        wide = total.to(tl.float64)
+        square += wide * wide
+        count += ((total.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
+    tl.store(squares + number, tl.sum(square, 0))
+    tl.store(nonfinite + number, tl.sum(count, 0))
 
 
 @triton.jit

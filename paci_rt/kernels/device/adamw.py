@@ -1,4 +1,4 @@
-"""AdamW over one chunk of flat buffers. Every line that computes has its twin in ``csrc/cpu_kernels_isa.cpp``.
+"""AdamW and NAdam over one chunk of flat buffers. What computes has its twin in ``csrc/cpu_kernels_isa.cpp``.
 
 A *row* holds the scalars of one parameter and one step, 16 fp32; ``paci_rt.kernels.rows`` writes it. Nothing may be
 contracted into fused multiply-adds (the wrappers see to it) and division and root are the correctly rounded ones, so
@@ -22,14 +22,22 @@ def load_scalars(row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def adamw_math(weight, gradient, mean, square, decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp):
+def adamw_math(weight, gradient, mean, square, row, NESTEROV: tl.constexpr, BLOCK: tl.constexpr):
     """New weight, first and second moment."""
+    # Read anew for every block, from the nearest cache: kept in registers they would crowd out others.
+    decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp = load_scalars(row, BLOCK)
     change = gradient - mean
     # torch's lerp: which of two equal formulas, depends on the gradient's share.
     mean = tl.where(lerp, mean + share1 * change, gradient - change * beta1)
     square = square * beta2 + (share2 * gradient) * gradient
     denominator = tl.sqrt_rn(square) * unbias2 + eps
-    return weight * decay + tl.div_rn(step * mean, denominator), mean, square
+    weight = weight * decay
+    move = step * mean
+    if NESTEROV:
+        fresh = tl.load(row + 13)
+        # A size that is or was rounded to 0 leaves the sign of a zero alone, as the CPU kernels do.
+        move = tl.where(spread(fresh, BLOCK) != 0, move + fresh * gradient, move)
+    return weight + tl.div_rn(move, denominator), mean, square
 
 
 @triton.jit
@@ -46,8 +54,10 @@ def adamw_kernel(
     ELEMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    NESTEROV: tl.constexpr,
 ):
-    """One step. ``low`` (bf16/fp16 weights) and ``entries`` (last gradients, dtype ``ELEMENT``) may be None."""
+    """One step, NAdam's with ``NESTEROV``. ``low`` (bf16/fp16 weights) and ``entries`` (last gradients, dtype
+    ``ELEMENT``) may be None."""
     position, start, length, offset = load_chunk(chunks)
     row = rows + position * 16
     if load_flag(row) != 0:
@@ -66,11 +76,7 @@ def adamw_kernel(
             weight = tl.load(master + here, mask=mask, other=0.0)
             mean = tl.load(exp_avg + here, mask=mask, other=0.0)
             square = tl.load(exp_avg_sq + here, mask=mask, other=0.0)
-            # Read anew for every block, from the nearest cache: kept in registers they would crowd out others.
-            decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp = load_scalars(row, BLOCK)
-            weight, mean, square = adamw_math(
-                weight, gradient, mean, square, decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp
-            )
+            weight, mean, square = adamw_math(weight, gradient, mean, square, row, NESTEROV, BLOCK)
             # Padding is zero and stays zero, also where eps is 0.
             weight = tl.where(valid, weight, 0.0)
             tl.store(master + here, weight, mask=mask)
@@ -92,6 +98,7 @@ def adamw_ahead_kernel(
     chunks,
     repeats: tl.int32,
     BLOCK: tl.constexpr,
+    NESTEROV: tl.constexpr,
 ):
     """``repeats`` steps on copies in registers; only weights are written: ``low``, or where it is None the fp32 weights
     themselves, after what they were has gone to ``kept``."""
@@ -112,10 +119,8 @@ def adamw_ahead_kernel(
             total = tl.load(grad_sum + here, mask=mask & known, other=0.0)
             gradient = tl.where(known, tl.div_rn(total, divisor), mean * unbias1)
             for repeat in range(repeats):
-                decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp = load_scalars(first + repeat * 16, BLOCK)
-                weight, mean, square = adamw_math(
-                    weight, gradient, mean, square, decay, beta1, share1, beta2, share2, unbias2, eps, step, lerp
-                )
+                row = first + repeat * 16
+                weight, mean, square = adamw_math(weight, gradient, mean, square, row, NESTEROV, BLOCK)
             weight = tl.where(at + lanes < length, weight, 0.0)
             if low is None:
                 tl.store(master + here, weight, mask=mask)

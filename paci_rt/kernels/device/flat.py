@@ -34,8 +34,8 @@ def load_flag(pointer):
 
 @triton.jit
 def spread(scalar, SIZE: tl.constexpr):
-    """An integer scalar on every lane. Masks and choices compare after it and not before: what the interpreter makes
-    of a comparison of scalars is no mask."""
+    """A scalar on every lane. Masks and choices compare after it and not before: what the interpreter makes of a
+    comparison of scalars is no mask."""
     return tl.full([SIZE], 0, scalar.dtype) + scalar
 
 

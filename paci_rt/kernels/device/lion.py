@@ -1,0 +1,95 @@
+"""Lion over one chunk of flat buffers; see :mod:`paci_rt.kernels.device.adamw` for rows and bits."""
+
+import triton
+import triton.language as tl
+
+from paci_rt.kernels.device.flat import load_chunk, load_flag, load_sum, padded, spread, store_low
+
+
+@triton.jit
+def lion_math(weight, gradient, mean, row):
+    """New weight and momentum."""
+    decay, beta1, share1 = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    beta2, share2, rate = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+    direction = mean * beta1 + share1 * gradient
+    # Zero has no sign, and neither has NaN, which must not be hidden.
+    sign = tl.where(direction > 0.0, 1.0, tl.where(direction < 0.0, -1.0, direction))
+    return weight * decay + rate * sign, mean * beta2 + share2 * gradient
+
+
+@triton.jit
+def lion_kernel(
+    master,
+    low,
+    grad_sum,
+    exp_avg,
+    rows,
+    chunks,
+    clip,
+    entries,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One step. ``low`` (bf16/fp16 weights) and ``entries`` (last gradients, dtype ``ELEMENT``) may be None."""
+    position, start, length, offset = load_chunk(chunks)
+    row = rows + position * 16
+    if load_flag(row) != 0:
+        lanes = tl.arange(0, BLOCK)
+        divisor, coefficient = tl.load(row + 1), tl.load(clip)
+        for at in range(0, length, BLOCK):
+            here = offset + at + lanes
+            mask = at + lanes < padded(length)
+            valid = at + lanes < length
+            if entries is None:
+                total = tl.load(grad_sum + here, mask=mask, other=0.0)
+            else:
+                entry = tl.load(entries + position)
+                total = load_sum(grad_sum, here, mask, entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
+            gradient = tl.div_rn(total, divisor) * coefficient
+            weight = tl.load(master + here, mask=mask, other=0.0)
+            mean = tl.load(exp_avg + here, mask=mask, other=0.0)
+            weight, mean = lion_math(weight, gradient, mean, row)
+            # Padding is zero and stays zero, also where the clip coefficient is NaN.
+            weight = tl.where(valid, weight, 0.0)
+            tl.store(master + here, weight, mask=mask)
+            tl.store(exp_avg + here, tl.where(valid, mean, 0.0), mask=mask)
+            if low is not None:
+                store_low(low, offset, at + lanes, weight, mask)
+
+
+@triton.jit(do_not_specialize=["repeats"])
+def lion_ahead_kernel(
+    master,
+    low,
+    kept,
+    grad_sum,
+    exp_avg,
+    rows,
+    chunks,
+    repeats: tl.int32,
+    BLOCK: tl.constexpr,
+):
+    """``repeats`` steps on copies in registers; only weights are written, as with AdamW."""
+    position, _, length, offset = load_chunk(chunks)
+    first = rows + position * repeats * 16
+    if load_flag(first) != 0:
+        lanes = tl.arange(0, BLOCK)
+        divisor = tl.load(first + 1)
+        known = spread(load_flag(first + 8), BLOCK) != 0
+        for at in range(0, length, BLOCK):
+            here = offset + at + lanes
+            mask = at + lanes < padded(length)
+            weight = tl.load(master + here, mask=mask, other=0.0)
+            if low is None:
+                tl.store(kept + here, weight, mask=mask)
+            mean = tl.load(exp_avg + here, mask=mask, other=0.0)
+            total = tl.load(grad_sum + here, mask=mask & known, other=0.0)
+            gradient = tl.where(known, tl.div_rn(total, divisor), mean)
+            for repeat in range(repeats):
+                weight, mean = lion_math(weight, gradient, mean, first + repeat * 16)
+            weight = tl.where(at + lanes < length, weight, 0.0)
+            if low is None:
+                tl.store(master + here, weight, mask=mask)
+            else:
+                store_low(low, offset, at + lanes, weight, mask)

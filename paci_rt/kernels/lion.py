@@ -1,0 +1,184 @@
+"""Lion (arXiv 2302.06675) over a flat group, one launch; see :mod:`paci_rt.kernels.adamw` for limits and bits.
+
+Floor, in bytes per parameter: 22 with bf16 or fp16 weights (read the sum, master and momentum, 12; write master,
+momentum and weight, 10), 20 with fp32 weights; last gradients folded in add their own 2 or 4. Looking ahead moves 14
+with 16-bit weights, 20 with fp32 ones, whatever the number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paci_rt.kernels.device.lion import lion_ahead_kernel, lion_kernel
+from paci_rt.kernels.elements import element
+from paci_rt.kernels.launch import BLOCK, UPDATE_WARPS, on_device, options
+from paci_rt.kernels.layout import Entries, FlatLayout
+from paci_rt.kernels.rows import ScalarRows, check_rows
+from paci_rt.kernels.update import check_ahead, check_buffers, check_clip, check_grads, check_weight
+
+
+def lion_step(
+    layout: FlatLayout,
+    rows: ScalarRows,
+    *,
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    clip: Tensor | None = None,
+    grads: Sequence[Tensor | None] | None = None,
+    overwrite: bool | Sequence[bool] = False,
+    only: Sequence[int] | None = None,
+) -> None:
+    """One step of the parameters that ``rows`` has steps of.
+
+    Args:
+        layout, master, weight, grad_sum, clip, grads, overwrite, only: as for :func:`paci_rt.kernels.adamw.adamw_step`.
+        rows: scalars, set with :meth:`ScalarRows.set_lion`.
+        exp_avg: flat fp32 momentum, zero before the first step.
+
+    Raises:
+        ValueError: a tensor does not fit the layout, or the rows are another optimizer's.
+    """
+    rows.require("lion")
+    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg)
+    check_weight(layout, weight)
+    table, clip = check_rows(rows, layout), check_clip(layout, clip)
+    codes = check_grads(layout, weight, grads, overwrite)
+    state = (master, weight, grad_sum, exp_avg, table, layout.part_of(only), clip)
+    present = [grad for grad in grads or () if grad is not None]
+    if torch.compiler.is_compiling():
+        torch.ops.paci_rt.lion(*state, present, codes)
+    else:
+        _launch(*state, layout.entries(grads, codes) if grads is not None and codes else Entries())
+
+
+def lion_ahead(
+    layout: FlatLayout,
+    rows: ScalarRows,
+    *,
+    master: Tensor,
+    weight: Tensor | None,
+    kept: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    only: Sequence[int] | None = None,
+) -> None:
+    """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
+
+    Args:
+        layout, master, weight, kept, grad_sum, only: as for :func:`paci_rt.kernels.adamw.adamw_ahead`.
+        rows: scalars of as many steps a parameter, set with ``known=``.
+        exp_avg: flat fp32 momentum.
+
+    Raises:
+        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
+            optimizer's.
+    """
+    rows.require("lion")
+    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg)
+    check_ahead(layout, weight, kept)
+    state = (master, weight, kept, grad_sum, exp_avg, check_rows(rows, layout), layout.part_of(only))
+    if torch.compiler.is_compiling():
+        torch.ops.paci_rt.lion_ahead(*state, rows.repeats)
+    else:
+        _launch_ahead(*state, rows.repeats)
+
+
+def _launch(
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    rows: Tensor,
+    chunks: Tensor,
+    clip: Tensor,
+    entries: Entries,
+) -> None:
+    if chunks.shape[0] == 0:
+        return
+    with on_device(master):
+        lion_kernel[(chunks.shape[0],)](
+            master,
+            weight,
+            grad_sum,
+            exp_avg,
+            rows,
+            chunks,
+            clip,
+            entries.table,
+            ELEMENT=element(entries.dtype),
+            ALIGNED=entries.aligned,
+            BLOCK=BLOCK,
+            **options(UPDATE_WARPS),
+        )
+
+
+def _launch_ahead(
+    master: Tensor,
+    weight: Tensor | None,
+    kept: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    rows: Tensor,
+    chunks: Tensor,
+    repeats: int,
+) -> None:
+    if chunks.shape[0] == 0:
+        return
+    with on_device(master):
+        lion_ahead_kernel[(chunks.shape[0],)](
+            master, weight, kept, grad_sum, exp_avg, rows, chunks, repeats, BLOCK=BLOCK, **options(UPDATE_WARPS)
+        )
+
+
+@torch.library.custom_op(
+    "paci_rt::lion",
+    mutates_args=("master", "weight", "exp_avg"),
+    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor grad_sum, Tensor(c!) exp_avg, Tensor rows, Tensor chunks,"
+    " Tensor clip, Tensor[] grads, int[] codes) -> ()",
+)
+def _lion_op(
+    master: Tensor,
+    weight: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    rows: Tensor,
+    chunks: Tensor,
+    clip: Tensor,
+    grads: list[Tensor],
+    codes: list[int],
+) -> None:
+    _launch(master, weight, grad_sum, exp_avg, rows, chunks, clip, Entries.fresh(grads, codes))
+
+
+@torch.library.custom_op(
+    "paci_rt::lion_ahead",
+    mutates_args=("master", "weight", "kept"),
+    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor(c!)? kept, Tensor grad_sum, Tensor exp_avg, Tensor rows,"
+    " Tensor chunks, int repeats) -> ()",
+)
+def _ahead_op(
+    master: Tensor,
+    weight: Tensor | None,
+    kept: Tensor | None,
+    grad_sum: Tensor,
+    exp_avg: Tensor,
+    rows: Tensor,
+    chunks: Tensor,
+    repeats: int,
+) -> None:
+    _launch_ahead(master, weight, kept, grad_sum, exp_avg, rows, chunks, repeats)
+
+
+@_lion_op.register_fake
+def _lion_fake(*args: object) -> None:
+    return None
+
+
+@_ahead_op.register_fake
+def _ahead_fake(*args: object) -> None:
+    return None

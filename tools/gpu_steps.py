@@ -1,0 +1,51 @@
+"""What ``make gpu`` does, step by step. To measure something more, add a line.
+
+A benchmark joins by writing ``measures`` into its JSON (``gpu_runner.py`` says how) and by staying inside its limit.
+"""
+
+from __future__ import annotations
+
+from gpu_runner import Step
+
+STEPS: tuple[Step, ...] = (
+    Step(
+        name="build",
+        does="the native core with its CUDA half, into this folder",
+        # In place: works offline, and where the interpreter's packages cannot be written to.
+        command=("{python}", "setup.py", "build_ext", "--inplace"),
+        environment={"PACI_RT_CUDA": "on"},
+        reads="nothing",
+        limit_s=170,
+    ),
+    Step(
+        name="tests",
+        does="everything in tests/ that needs a GPU",
+        command=("{python}", "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--junitxml={out}"),
+        reads="junit",
+        limit_s=240,
+    ),
+    Step(
+        name="kernels",
+        does="Triton kernels against copying, torch and CuPy",
+        command=("{python}", "benchmarks/kernels.py", "--device", "cuda", "--json", "{out}"),
+        limit_s=120,
+    ),
+    Step(
+        name="parity",
+        does="training on the GPU against the CPU, bf16 against fp32, streams against none",
+        command=("{python}", "benchmarks/parity.py", "--json", "{out}"),
+        limit_s=150,
+    ),
+    Step(
+        name="overlap",
+        does="what an update costs beside the next micro-batch, and that nothing waits for the device",
+        command=("{python}", "benchmarks/update_overlap.py", "--json", "{out}"),
+        limit_s=120,
+    ),
+    Step(
+        name="one_gpu",
+        does="eight stages on partitions of the GPU: PACI and zero bubble against 1F1B-flush",
+        command=("{python}", "benchmarks/one_gpu.py", "--accumulation", "8", "--repeats", "2", "--json", "{out}"),
+        limit_s=150,
+    ),
+)
