@@ -336,7 +336,7 @@ def test_asynchronous_errors_of_nccl_end_the_run(result: int) -> None:
     machine = Machine(2)
 
     def work(transport: DeviceTransport, hardware: TwinHardware) -> None:
-        out, back = edges(transport)
+        _out, back = edges(transport)
         transport.open([back])
         if rank_of(transport) == 0:
             machine.nccl.break_all(result)
@@ -439,7 +439,7 @@ def test_waiting_for_somebody_who_has_closed() -> None:
     machine = Machine(2)
 
     def work(transport: DeviceTransport, hardware: TwinHardware) -> None:
-        out, back = edges(transport)
+        _out, back = edges(transport)
         transport.open([back])
         if rank_of(transport) == 1:
             transport.recv(back, 0)
@@ -758,7 +758,17 @@ def test_no_race_is_in_the_engine_and_one_would_be_noticed(tmp_path: Path) -> No
     sources = [ROOT / "tests" / "cpp" / "device_stress.cpp"] + [
         ROOT / "csrc" / f"{name}.cpp"
         for name in (
-            "control_link fake_nccl host_twin nccl_api p2p p2p_device p2p_device_ends p2p_ipc p2p_nccl".split()
+            [
+                "control_link",
+                "fake_nccl",
+                "host_twin",
+                "nccl_api",
+                "p2p",
+                "p2p_device",
+                "p2p_device_ends",
+                "p2p_ipc",
+                "p2p_nccl",
+            ]
         )
     ]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-I", str(ROOT / "csrc"), "-pthread"]

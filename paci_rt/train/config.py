@@ -162,7 +162,7 @@ class TrainConfig:
         if self.transport in CPU_TRANSPORTS:
             raise ValueError(
                 f"--transport {self.transport} carries messages between CPUs: with --device {self.device} use "
-                "--transport local, which runs all stages on one GPU"
+                "--transport nccl or ipc, one GPU a stage, or local, which runs all stages on one"
             )
 
     def torch_device(self, rank: int) -> torch.device:

@@ -153,6 +153,8 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
         return paci_rt.LocalPipeline(modules, device=config.torch_device(0), **options), lr_schedulers
     device = config.torch_device(ctx.rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nobody shall make a context on another one by accident
     stages = [paci_rt.PipelineStage(module, at, pieces, device) for module, at in zip(modules, here, strict=True)]
     options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
     options["transport"] = make_transport(
