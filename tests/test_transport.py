@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from typing import Any
@@ -10,7 +11,7 @@ from pool import WorkerPool
 from torch import Tensor
 
 from paci_rt.errors import ScheduleError, StageError
-from paci_rt.transport import LocalTransport, Message, wire
+from paci_rt.transport import LocalTransport, Message, make_transport, wire
 from paci_rt.transport.gloo import GlooTransport
 
 DOWN, UP = ("F", 0, 1), ("B", 1, 0)
@@ -45,9 +46,10 @@ def check(arrived: Message, sent: Message) -> None:
             assert ours is not None and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
-def exchange(rank: int, group: Any, count: int, ahead: int, sleeps: bool) -> None:
+def exchange(rank: int, group: Any, name: str, count: int, ahead: int, sleeps: bool) -> None:
     """Rank 0 sends, rank 1 answers, with ``ahead`` messages on their way, as in a pipeline."""
-    transport = GlooTransport(group, num_stages=2)
+    transport = make_transport(name, group=group, num_stages=2)
+    assert transport.name == name
     rng = random.Random(rank)
     outgoing, incoming = (DOWN, UP) if rank == 0 else (UP, DOWN)
     transport.open([incoming])
@@ -66,8 +68,56 @@ def exchange(rank: int, group: Any, count: int, ahead: int, sleeps: bool) -> Non
 
 
 @pytest.mark.parametrize(("ahead", "sleeps"), [(1, False), (3, True)])
-def test_random_messages_arrive_as_they_were_sent(workers: WorkerPool, ahead: int, sleeps: bool) -> None:
-    workers.run(exchange, 2, 60, ahead, sleeps)
+@pytest.mark.parametrize("name", ["gloo", "shm"])
+def test_random_messages_arrive_as_they_were_sent(workers: WorkerPool, name: str, ahead: int, sleeps: bool) -> None:
+    workers.run(exchange, 2, name, 60, ahead, sleeps)
+
+
+def relay(rank: int, group: Any, name: str, seed: int, count: int, processes: int) -> str:
+    """A chain: messages of up to 8 MiB go down and other ones up, between skewed ranks that keep some of what they
+    receive; returns a hash of all that arrived."""
+    transport = make_transport(name, group=group, num_stages=processes, slots=None if name == "gloo" else 3)
+    below, above = ("F", rank - 1, rank), ("B", rank + 1, rank)
+    transport.open([channel for channel in (below, above) if 0 <= channel[1] < processes])
+    rng, digest, kept = random.Random(seed * 100 + rank), hashlib.sha256(), []
+
+    def big(at: int, sender: int) -> Message:
+        generator = torch.Generator().manual_seed(seed * 10_000 + 10 * at + sender)
+        size = int(torch.randint(0, 4, (1,), generator=generator))
+        numel = (0, 700, 300_000, 2 << 20)[size]
+        return Message((torch.randn(numel, generator=generator), None), (True, False))
+
+    def take(channel: tuple[str, int, int], at: int) -> None:
+        tensor = transport.recv(channel, at).tensors[0]
+        assert tensor is not None
+        kept.append(tensor)
+        if rng.random() < 0.6:  # others die now and then, in any order
+            kept.pop(rng.randrange(len(kept)))
+        digest.update(tensor.numpy().tobytes())
+
+    for at in range(count):
+        if rng.random() < 0.3:
+            time.sleep(rng.random() * 0.004 * (1 + rank))
+        if rank > 0:
+            take(below, at)
+        if rank + 1 < processes:
+            transport.send(("F", rank, rank + 1), at, big(at, rank))
+        if rank > 0:
+            transport.send(("B", rank, rank - 1), at, big(at, rank))
+        if rank + 1 < processes and at >= 2:
+            take(above, at - 2)
+    for at in range(max(0, count - 2), count):
+        if rank + 1 < processes:
+            take(above, at)
+    transport.flush()
+    transport.close()
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_all_transports_deliver_identical_bytes(workers: WorkerPool, seed: int) -> None:
+    over = {name: workers.run(relay, 4, name, seed, 12, 4) for name in ("gloo", "shm")}
+    assert over["gloo"] == over["shm"] and len(set(over["shm"])) == 4
 
 
 def lifetimes(rank: int, group: Any) -> list[int]:

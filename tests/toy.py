@@ -28,6 +28,7 @@ class Run:
     buffers: int = 1
     wide: bool = False  # outputs too large for an inline message
     eval_every: int = 0
+    transport: str = "auto"  # between processes
 
 
 def module(stage: int, run: Run) -> nn.Module:
@@ -111,6 +112,7 @@ def train_rank(rank: int, group: Any, run: Run) -> dict[str, Any]:
         policy=run.policy,
         lookahead=run.lookahead,
         buffers=run.buffers,
+        transport=run.transport,
     )
     return train(schedule, run)
 
