@@ -14,6 +14,7 @@ from pool import WorkerPool
 
 from paci_rt import native
 from paci_rt.errors import CudaError, NcclError, TransportError
+from paci_rt.train import doctor
 from paci_rt.transport import make_transport
 from paci_rt.transport.ipc import IpcTransport
 from paci_rt.transport.nccl import LIBRARY, NcclTransport, library_candidates, load_nccl
@@ -120,6 +121,19 @@ def test_a_connected_engine_needs_a_gpu() -> None:
         core.DeviceEngine(0, 0, 4, 20.0)
     with pytest.raises(ValueError, match="the CPU"):
         core.DeviceEngine(-1, 0, 4, 20.0)
+
+
+def test_doctor_shows_version_path_and_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = stub(tmp_path, 22703)
+    monkeypatch.setattr(doctor, "load_nccl", lambda: load(library))
+    found = doctor._nccl()
+    assert (found["available"], found["version"], found["path"]) == (True, "2.27.3", str(library))
+    shown = doctor._nccl_detail(found)
+    assert shown == f"2.27.3 ({library}), registered buffers, NCCL_LAUNCH_ORDER_IMPLICIT"
+    monkeypatch.setattr(doctor, "load_nccl", lambda: load(tmp_path / "absent.so"))
+    absent = doctor._nccl()
+    assert not absent["available"] and "pip install nvidia-nccl" in absent["reason"]
+    assert doctor._nccl_detail(absent).startswith("no NCCL was found")
 
 
 # --- where the transports cannot work ---
