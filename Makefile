@@ -10,6 +10,11 @@ TSAN_SOURCES := tests/cpp/protocol_stress.cpp csrc/host_twin.cpp csrc/lifecycle.
 P2P_TSAN_PROGRAM ?= build/tsan/p2p_stress
 P2P_ASAN_PROGRAM ?= build/asan/p2p_stress
 P2P_SOURCES := tests/cpp/p2p_stress.cpp csrc/copier.cpp csrc/p2p.cpp csrc/p2p_shm.cpp csrc/shm_segment.cpp
+DEVICE_TSAN_PROGRAM ?= build/tsan/device_stress
+DEVICE_ASAN_PROGRAM ?= build/asan/device_stress
+DEVICE_SOURCES := tests/cpp/device_stress.cpp csrc/control_link.cpp csrc/fake_nccl.cpp csrc/host_twin.cpp \
+  csrc/nccl_api.cpp csrc/p2p.cpp csrc/p2p_device.cpp csrc/p2p_device_ends.cpp csrc/p2p_ipc.cpp csrc/p2p_nccl.cpp
+DEVICE_MODES := nccl nccl-background nccl-registered ipc nccl-fails ipc-fails
 P2P_BREAK ?=# for the tests: what of the protocol to break, for example -DPACI_RT_P2P_PUBLISH=std::memory_order_relaxed
 PY_DIRS := paci_rt tests benchmarks examples tools setup.py
 # Where nothing can be installed: PYTHON if it was given, else .venv if there is one, else the python3 that is there.
@@ -25,8 +30,8 @@ help:
 	@echo "make bench   measure the native kernels and the pipelines"
 	@echo "make gpu     build, test and measure on a GPU, offline, with the Python that has torch (GPU_ARGS=--dry-run: the plan)"
 	@echo "make lint    ruff, clang-format and mypy;  make format rewrites what they would refuse"
-	@echo "make tsan    streams, events and shared-memory channels under ThreadSanitizer, without a GPU"
-	@echo "make asan    shared-memory channels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make tsan    streams, events and channels under ThreadSanitizer, without a GPU"
+	@echo "make asan    channels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make venv    only set up $(VENV);  make clean removes what was built"
 
 venv: $(STAMP)
@@ -71,14 +76,16 @@ format: venv
 imports: venv
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-tsan: $(TSAN_PROGRAM) $(P2P_TSAN_PROGRAM)
+tsan: $(TSAN_PROGRAM) $(P2P_TSAN_PROGRAM) $(DEVICE_TSAN_PROGRAM)
 	$(TSAN_PROGRAM) 400 $$(date +%s)
 	$(P2P_TSAN_PROGRAM) threads 100 $$(date +%s)
 	$(P2P_TSAN_PROGRAM) processes 100 $$(date +%s)
+	for mode in $(DEVICE_MODES); do $(DEVICE_TSAN_PROGRAM) $$mode 40 $$(date +%s) || exit 1; done
 
-asan: $(P2P_ASAN_PROGRAM)
+asan: $(P2P_ASAN_PROGRAM) $(DEVICE_ASAN_PROGRAM)
 	$(P2P_ASAN_PROGRAM) threads 200 $$(date +%s)
 	$(P2P_ASAN_PROGRAM) processes 200 $$(date +%s)
+	for mode in $(DEVICE_MODES); do $(DEVICE_ASAN_PROGRAM) $$mode 40 $$(date +%s) || exit 1; done
 
 $(TSAN_PROGRAM): $(TSAN_SOURCES) $(wildcard csrc/*.hpp)
 	@mkdir -p $(dir $@)
@@ -92,6 +99,15 @@ $(P2P_ASAN_PROGRAM): $(P2P_SOURCES) $(wildcard csrc/*.hpp)
 	@mkdir -p $(dir $@)
 	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Icsrc \
 	  $(P2P_SOURCES) -pthread -o $@
+
+$(DEVICE_TSAN_PROGRAM): $(DEVICE_SOURCES) $(wildcard csrc/*.hpp)
+	@mkdir -p $(dir $@)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -Wall -Wextra -Icsrc $(DEVICE_SOURCES) -pthread -ldl -o $@
+
+$(DEVICE_ASAN_PROGRAM): $(DEVICE_SOURCES) $(wildcard csrc/*.hpp)
+	@mkdir -p $(dir $@)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Icsrc \
+	  $(DEVICE_SOURCES) -pthread -ldl -o $@
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info paci_rt/_C*.so runs

@@ -109,6 +109,11 @@ class CudaOps final : public DeviceOps {
 
   std::shared_ptr<void> enter(int device) override { return std::make_shared<DeviceGuard>(device); }
 
+  void leave_captures_alone() noexcept override {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    PACI_RT_CUDA_REPORT(cudaThreadExchangeStreamCaptureMode(&mode));
+  }
+
   bool capturing(Stream stream) override {
     const DeviceGuard guard(stream.device);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -21,6 +21,9 @@ class DeviceOps : public StreamOps {
 
   // Makes the device current for libraries that look at it, until the last copy of what is returned has gone.
   virtual std::shared_ptr<void> enter(int device) = 0;
+  // For a thread that works beside those of the program: its calls neither become part of CUDA graphs that others
+  // record nor break them.
+  virtual void leave_captures_alone() noexcept {}
   virtual bool capturing(Stream stream) = 0;  // whether a CUDA graph is being recorded on it
   virtual int multiprocessors(int device) = 0;
 

@@ -21,7 +21,7 @@ struct FakeNccl::Call {
 
 // All ranks of one unique id.
 struct FakeNccl::Clique {
-  int ranks = 0, joined = 0, finished = 0;
+  int ranks = 0, joined = 0, started = 0, finished = 0;
   struct Queues {
     std::deque<std::shared_ptr<Call>> sends, receives;
   };
@@ -31,7 +31,7 @@ struct FakeNccl::Clique {
 struct FakeNccl::Comm {
   Clique* clique = nullptr;
   int rank = 0;
-  bool gone = false, aborted = false, finalizing = false;
+  bool gone = false, aborted = false, finalizing = false, started = false;
   int polls_left = 0;
   std::vector<std::shared_ptr<Call>> waiting;  // to be issued in the background
   std::set<std::thread::id> issuers;
@@ -175,7 +175,8 @@ NcclResult FakeNccl::comm_state(NcclComm handle, NcclResult* state) {
   if (*state != NcclResult::success) return NcclResult::success;
   const bool joining = comm->clique->joined < comm->clique->ranks;
   const bool ending = comm->finalizing && comm->clique->finished < comm->clique->ranks;
-  if (joining || ending || comm->polls_left-- > 0) {
+  const bool connecting = comm->started && comm->clique->started < comm->clique->ranks;
+  if (joining || ending || connecting || comm->polls_left-- > 0) {
     *state = NcclResult::in_progress;
     return NcclResult::success;
   }
@@ -280,7 +281,10 @@ NcclResult FakeNccl::group_end() {
     {
       const std::lock_guard<std::mutex> lock(state_->mutex);
       comm->polls_left = state_->background_polls;
-      if (comm->polls_left > 0) {
+      // Connections are made with the first calls, in the background, and take both sides.
+      const bool first = !std::exchange(comm->started, true);
+      comm->clique->started += first ? 1 : 0;
+      if (comm->polls_left > 0 || (first && comm->clique->ranks > 1)) {
         comm->waiting = calls;
         background = true;
         continue;

@@ -48,11 +48,13 @@ class Lane {
   virtual bool can_register() const { return false; }
   Stream stream() const { return stream_.get(); }
 
-  // Connecting: `begin` starts it, `connected` is asked until it says so, then `warm_up` issues a first transfer, whose
-  // end is the end of the stream's work. `registered` is what both sides can.
+  // Connecting, none of which may wait for the other side, whose lanes may come in another order: `begin` starts it,
+  // `connected` is asked until it says so, `warm_up` calls for a first transfer, `settled` is asked until it has been
+  // issued, and the end of the stream's work is the end of it all. `registered` is what both sides can.
   virtual void begin(ControlLink& link, bool registered) = 0;
   virtual bool connected() = 0;
   virtual void warm_up() {}
+  virtual bool settled() { return true; }
   virtual void on_frame(const Frame&, ControlLink&) {}
 
   // Whatever the library says has gone wrong by itself; empty: nothing.

@@ -15,6 +15,7 @@ constexpr std::int64_t kProtocol = 1;
 constexpr int kConnectSliceMs = 1;                  // how often a lane that connects is asked how far it is
 constexpr int kWatchMs = 10;                        // how often transfers under way are looked at
 constexpr double kLeaveS = 5.0;                     // how long the end of a channel waits for the other side's
+constexpr int kStuckMs = 1000;                      // how long an abort waits for who issues
 constexpr std::int64_t kTroubleNs = 1'000'000'000;  // how long trouble of a lane may turn out to be a goodbye
 
 // What the neighbours are told: of the first stage to go, as far as this one knows.
@@ -186,6 +187,7 @@ Event DeviceEngine::take_event() {
 // --- the issuing thread ---
 
 void DeviceEngine::issue_loop() {
+  ops_->leave_captures_alone();
   for (;;) {
     poll_links();
     {
@@ -220,7 +222,7 @@ void DeviceEngine::poll_links() {
     const std::lock_guard<std::mutex> lock(mutex_);
     for_each_end([&](const auto& end) {
       const LinkState& state = end.state_;
-      if (state.phase == LinkState::Phase::connecting || state.phase == LinkState::Phase::warming)
+      if (state.phase != LinkState::Phase::hello && state.phase != LinkState::Phase::ready)
         timeout_ms = failure_ ? kSliceMs : kConnectSliceMs;
       if (!state.link->broken().empty()) return;
       fds.push_back({state.link->fd(), static_cast<short>(POLLIN | (state.link->unsent() ? POLLOUT : 0)), 0});
@@ -246,7 +248,7 @@ void DeviceEngine::serve(End& end) {
     state.abort_sent = true;
     state.link->queue({FrameType::abort, 0, 0, 0, 0, last_words_.substr(0, 4096)});
   }
-  if (!failure_ && leaving_ && end.idle() && !state.bye_sent) {
+  if ((failure_ ? aborted_ : leaving_) && end.idle() && !state.bye_sent) {
     state.bye_sent = true;
     state.link->queue({FrameType::bye, 0, 0, 0, 0, {}});
   }
@@ -274,7 +276,7 @@ void DeviceEngine::handle(End& end, const Frame& frame) {
     case FrameType::need:
     case FrameType::slot: {
       if (failed()) return;
-      const std::lock_guard<std::timed_mutex> issuing(issue_mutex_);
+      const std::lock_guard<std::mutex> issuing(issue_mutex_);
       return end.lane_->on_frame(frame, *state.link);
     }
     default:
@@ -300,7 +302,7 @@ void DeviceEngine::greet(End& end, const Frame& hello) {
   differ("the protocol's version", mine.a, hello.a);
   differ("slots", mine.b, hello.b);
   differ("the backend and edge", mine.payload, hello.payload);
-  const std::lock_guard<std::timed_mutex> issuing(issue_mutex_);
+  const std::lock_guard<std::mutex> issuing(issue_mutex_);
   end.lane_->begin(*end.state_.link, mine.c != 0 && hello.c != 0);
   const std::lock_guard<std::mutex> lock(mutex_);
   end.state_.phase = LinkState::Phase::connecting;
@@ -308,19 +310,26 @@ void DeviceEngine::greet(End& end, const Frame& hello) {
 
 template <typename End>
 void DeviceEngine::go_on_connecting(End& end) {
+  using Phase = LinkState::Phase;
   LinkState& state = end.state_;
-  if (state.phase == LinkState::Phase::connecting) {
-    const std::lock_guard<std::timed_mutex> issuing(issue_mutex_);
-    if (!end.lane_->connected()) return;
-    end.lane_->warm_up();
+  const auto enter = [&](Phase phase) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    state.phase = phase;
+  };
+  if (state.phase == Phase::connecting || state.phase == Phase::settling) {
+    const std::lock_guard<std::mutex> issuing(issue_mutex_);
+    if (state.phase == Phase::connecting) {
+      if (!end.lane_->connected()) return;
+      end.lane_->warm_up();
+      enter(Phase::settling);
+    }
+    if (!end.lane_->settled()) return;
     state.warm.record(end.lane_->stream());
-    const std::lock_guard<std::mutex> lock(mutex_);
-    state.phase = LinkState::Phase::warming;
-  } else if (state.phase == LinkState::Phase::warming && state.warm.done()) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    state.phase = LinkState::Phase::ready;
-    end.events_->note(Moment::open, kNone, kNone, kNone, kNone);
+    enter(Phase::warming);
   }
+  if (state.phase != Phase::warming || !state.warm.done()) return;
+  end.events_->note(Moment::open, kNone, kNone, kNone, kNone);
+  enter(Phase::ready);
 }
 
 bool DeviceEngine::advance_one() {
@@ -336,6 +345,7 @@ bool DeviceEngine::advance_one() {
 // --- the watching thread ---
 
 void DeviceEngine::watch_loop() {
+  ops_->leave_captures_alone();
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stopping_) {
     if (failure_ && !aborted_) {
@@ -344,7 +354,11 @@ void DeviceEngine::watch_loop() {
       lock.lock();
       aborted_ = true;
       changed_.notify_all();
-    } else if (!failure_) {
+    } else if (failure_) {
+      // The other sides wait for this one's last transfer before they give memory back.
+      for_each_end([](auto& end) { end.poll_done(); });
+      wake();
+    } else {
       try {
         for_each_end([](auto& end) {
           end.poll_done();
@@ -364,13 +378,13 @@ void DeviceEngine::watch_loop() {
     bool busy = false;
     for_each_end([&](const auto& end) { busy |= !end.idle() || end.state_.phase != LinkState::Phase::ready; });
     if (stopping_ || (failure_ && !aborted_)) continue;
-    watch_.wait_for(lock, std::chrono::milliseconds(busy && !failure_ ? kWatchMs : 10 * kSliceMs));
+    watch_.wait_for(lock, std::chrono::milliseconds(busy ? kWatchMs : 10 * kSliceMs));
   }
 }
 
 void DeviceEngine::look_for_trouble() {
   // While something is being issued, its own calls report what is wrong.
-  const std::unique_lock<std::timed_mutex> issuing(issue_mutex_, std::try_to_lock);
+  const std::unique_lock<std::mutex> issuing(issue_mutex_, std::try_to_lock);
   if (!issuing.owns_lock()) return;
   const std::lock_guard<std::mutex> lock(mutex_);
   for_each_end([&](auto& end) {
@@ -389,9 +403,13 @@ void DeviceEngine::look_for_trouble() {
 
 void DeviceEngine::abort_lanes() {
   // Communicators must not be used while they are aborted; but who issues may be stuck in the driver.
-  const bool alone = issue_mutex_.try_lock_for(std::chrono::seconds(1));
+  // (No try_lock_for: ThreadSanitizer does not know the call behind it.)
+  std::unique_lock<std::mutex> issuing(issue_mutex_, std::try_to_lock);
+  for (int waited_ms = 0; !issuing.owns_lock() && waited_ms < kStuckMs; ++waited_ms) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    (void)issuing.try_lock();
+  }
   ends().for_each([](auto& end) { end.lane_->abort(); });
-  if (alone) issue_mutex_.unlock();
 }
 
 // --- the end ---
@@ -408,12 +426,12 @@ void DeviceEngine::close() {
       for_each_end([&](const auto& one) { found &= holds(one); });
       return found;
     };
-    // First what is under way here, then the others' goodbyes; after a failure only the lanes' abort.
+    // First what is under way here, then the others' goodbyes, behind which nothing of theirs is under way either.
     while (now_ns() < end) {
       for_each_end([](auto& one) { one.poll_done(); });
       const bool over = all([&](const auto& one) {
         const LinkState& state = one.state_;
-        return failure_ ? aborted_ && state.abort_sent : one.idle() && state.bye_sent && (state.bye || state.gone);
+        return one.idle() && state.bye_sent && (state.bye || state.gone);
       });
       if (over) break;
       wake();

@@ -30,7 +30,7 @@ class DeviceEngine;
 
 // What both kinds of ends share: the link, and how far it has come. The link is the issuing thread's alone.
 struct LinkState {
-  enum class Phase { hello, connecting, warming, ready };
+  enum class Phase { hello, connecting, settling, warming, ready };
   LinkState(std::unique_ptr<ControlLink> made, Event warm) : link(std::move(made)), warm(std::move(warm)) {}
 
   std::unique_ptr<ControlLink> link;
@@ -45,6 +45,8 @@ struct InFlight {
   std::int64_t sequence, index, slot, bytes, issued_ns;
   Event done;
 };
+
+void forget_done(std::deque<InFlight>& transfers);
 
 class DeviceOutgoing final : public Outgoing {
  public:
@@ -222,8 +224,8 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   const Options options_;
   const std::shared_ptr<std::atomic<bool>> stop_;
 
-  std::mutex mutex_;              // the state of all ends
-  std::timed_mutex issue_mutex_;  // calls of lanes that put work on their streams; never taken with mutex_ held
+  std::mutex mutex_;        // the state of all ends
+  std::mutex issue_mutex_;  // calls of lanes that put work on their streams; never taken with mutex_ held
   std::condition_variable changed_, watch_;
   std::vector<std::unique_ptr<DeviceOutgoing>> outgoing_;
   std::vector<std::unique_ptr<DeviceIncoming>> incoming_;

@@ -3,6 +3,15 @@
 
 namespace paci_rt {
 
+// After a failure: what is still on the device may touch memory, and is waited for before that is given back.
+void forget_done(std::deque<InFlight>& transfers) {
+  try {
+    while (!transfers.empty() && transfers.front().done.done()) transfers.pop_front();
+  } catch (const std::exception&) {  // the device itself has failed, and does nothing any more
+    transfers.clear();
+  }
+}
+
 // --- sending ---
 
 DeviceOutgoing::DeviceOutgoing(DeviceEngine& engine, Edge edge, Options options, std::unique_ptr<ControlLink> link,
@@ -51,7 +60,7 @@ bool DeviceOutgoing::advance(std::unique_lock<std::mutex>& lock) {
   Event done = engine_.take_event();
   lock.unlock();
   try {
-    const std::lock_guard<std::timed_mutex> issuing(engine_.issue_mutex_);
+    const std::lock_guard<std::mutex> issuing(engine_.issue_mutex_);
     message.ready.block(lane_->stream());
     lane_->issue(transfer);
     done.record(lane_->stream());
@@ -83,7 +92,10 @@ void DeviceOutgoing::on_frame(const Frame& frame) {
 }
 
 void DeviceOutgoing::poll_done() {
-  if (engine_.failure_) return;
+  if (engine_.failure_) {
+    pending_.clear();
+    return forget_done(in_flight_);
+  }
   while (!in_flight_.empty() && in_flight_.front().done.done()) {
     InFlight& first = in_flight_.front();
     completed_ = first.sequence;
@@ -167,12 +179,12 @@ void DeviceOutgoing::capture(std::int64_t index, std::shared_ptr<const Layout> l
                             " messages wait for a free slot of the receiver, and a CUDA graph cannot overtake them: ",
                             "flush() on this side and take them on the other before both record"));
   lock.unlock();
-  const std::lock_guard<std::timed_mutex> issuing(engine_.issue_mutex_);
+  const std::lock_guard<std::mutex> issuing(engine_.issue_mutex_);
   lane_->capture({kNone, index, kNone, std::move(layout), addresses}, stream);
 }
 
 void DeviceOutgoing::join_captured(Stream stream) {
-  const std::lock_guard<std::timed_mutex> issuing(engine_.issue_mutex_);
+  const std::lock_guard<std::mutex> issuing(engine_.issue_mutex_);
   lane_->join_captured(stream);
 }
 
@@ -205,7 +217,7 @@ bool DeviceIncoming::advance(std::unique_lock<std::mutex>& lock) {
   posting_ = true;
   lock.unlock();
   try {
-    const std::lock_guard<std::timed_mutex> issuing(engine_.issue_mutex_);
+    const std::lock_guard<std::mutex> issuing(engine_.issue_mutex_);
     lane_->post(transfer);
     done.record(lane_->stream());
   } catch (...) {
@@ -239,7 +251,10 @@ void DeviceIncoming::on_frame(const Frame& frame) {
 }
 
 void DeviceIncoming::poll_done() {
-  if (engine_.failure_) return;
+  if (engine_.failure_) {
+    announced_.clear();
+    return forget_done(in_flight_);
+  }
   while (!in_flight_.empty() && in_flight_.front().done.done()) {
     InFlight& first = in_flight_.front();
     events_->note(Moment::arrive, first.sequence, first.index, first.slot, first.bytes);
@@ -361,7 +376,7 @@ void DeviceIncoming::capture(std::int64_t index, std::shared_ptr<const Layout> l
     throw OrderError(concat("edge ", edge().name(), ": ", untaken, " messages have not been taken, and a CUDA graph ",
                             "cannot overtake them: take them before both sides record"));
   lock.unlock();
-  const std::lock_guard<std::timed_mutex> issuing(engine_.issue_mutex_);
+  const std::lock_guard<std::mutex> issuing(engine_.issue_mutex_);
   lane_->capture({kNone, index, kNone, std::move(layout), addresses}, stream);
 }
 

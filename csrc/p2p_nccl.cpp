@@ -73,8 +73,9 @@ class NcclLane : public Base {
 
   void warm_up() override {
     scratch_ = this->options_.ops->allocate(this->options_.device, kWarmBytes);
-    comm_.issue([this](NcclApi& api, NcclComm comm) { transfer(api, comm, scratch_, kWarmBytes); });
+    comm_.start([this](NcclApi& api, NcclComm comm) { transfer(api, comm, scratch_, kWarmBytes); });
   }
+  bool settled() override { return comm_.settled(); }
 
   std::string trouble() override { return comm_.trouble(); }
   void abort() noexcept override { comm_.abort(); }
@@ -257,7 +258,7 @@ NcclComm NcclCommunicator::need() const {
   return comm;
 }
 
-void NcclCommunicator::issue(const std::function<void(NcclApi&, NcclComm)>& calls) {
+void NcclCommunicator::start(const Calls& calls) {
   const NcclComm comm = need();
   api_->check(api_->group_start(), "ncclGroupStart", comm);
   try {
@@ -267,20 +268,26 @@ void NcclCommunicator::issue(const std::function<void(NcclApi&, NcclComm)>& call
     throw;
   }
   const NcclResult result = api_->group_end();
-  if (result != NcclResult::in_progress) return api_->check(result, "ncclGroupEnd", comm);
-  settle(comm, "ncclGroupEnd");
+  if (result != NcclResult::in_progress) api_->check(result, "ncclGroupEnd", comm);
+}
+
+bool NcclCommunicator::settled() {
+  const NcclComm comm = need();
+  NcclResult state = NcclResult::success;
+  api_->check(api_->comm_state(comm, &state), "ncclCommGetAsyncError", comm);
+  if (state == NcclResult::in_progress) return false;
+  api_->check(state, "ncclGroupEnd", comm);
+  return true;
 }
 
 // Nothing may be put on the stream before the calls are really there.
-void NcclCommunicator::settle(NcclComm comm, const char* call) {
+void NcclCommunicator::issue(const Calls& calls) {
+  start(calls);
   const std::int64_t end = now_ns() + static_cast<std::int64_t>(options_.timeout_s * 1e9);
-  for (;;) {
-    NcclResult state = NcclResult::success;
-    api_->check(api_->comm_state(comm, &state), "ncclCommGetAsyncError", comm);
-    if (state != NcclResult::in_progress) return api_->check(state, call, comm);
-    if (options_.stop->load()) throw NcclError(concat(call, " was given up, since the transport failed elsewhere"));
+  while (!settled()) {
+    if (options_.stop->load()) throw NcclError("ncclGroupEnd was given up, since the transport failed elsewhere");
     if (now_ns() > end)
-      throw NcclError(concat(call, " was still in progress after ", options_.timeout_s,
+      throw NcclError(concat("ncclGroupEnd was still in progress after ", options_.timeout_s,
                              " s (transfer_timeout_s): NCCL_DEBUG=INFO says what it waits for"));
     sched_yield();
   }

@@ -26,8 +26,11 @@ class NcclCommunicator {
 
   void begin(int ranks, int rank, const NcclLaneOptions& options);
   bool connected();  // throws NcclError
-  // One group of calls, issued when this returns.
-  void issue(const std::function<void(NcclApi&, NcclComm)>& calls);
+  using Calls = std::function<void(NcclApi&, NcclComm)>;
+  // One group of calls. The first ones connect, which takes the other side's: `settled` says when they are issued.
+  void start(const Calls& calls);
+  bool settled();
+  void issue(const Calls& calls);  // issued when this returns, for which a connected one waits for nobody
   std::string trouble();
   void abort() noexcept;
   void finish() noexcept;
@@ -40,7 +43,6 @@ class NcclCommunicator {
 
  private:
   NcclComm need() const;
-  void settle(NcclComm comm, const char* call);
   bool wait_settled(NcclComm comm, double seconds) noexcept;
 
   const std::shared_ptr<NcclApi> api_;

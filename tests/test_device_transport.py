@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from device_twin import Machine, TwinHardware
+from sanitizers import build
 from test_transport import check, message
 from toy import Run, loss_fn, make_optimizer, module, train, train_local
 
@@ -31,21 +31,9 @@ from paci_rt.transport.nccl import NCCL, REGISTERED, check_environment
 from paci_rt.transport.pairing import DeviceOptions
 from paci_rt.transport.probe import Candidate, Measured, choose
 
-ROOT = Path(__file__).resolve().parent.parent
 DOWN, UP = ("F", 0, 1), ("B", 1, 0)
 BACKENDS = ["nccl", "registered", "ipc"]
 SHORT = DeviceOptions(timeout_s=1.0)
-STRESS_SOURCES = (
-    "control_link",
-    "fake_nccl",
-    "host_twin",
-    "nccl_api",
-    "p2p",
-    "p2p_device",
-    "p2p_device_ends",
-    "p2p_ipc",
-    "p2p_nccl",
-)
 Work = Callable[[DeviceTransport, TwinHardware], Any]
 
 
@@ -439,7 +427,7 @@ def test_waiting_for_somebody_who_has_closed() -> None:
     machine = Machine(2)
 
     def work(transport: DeviceTransport, hardware: TwinHardware) -> None:
-        _out, back = edges(transport)
+        __, back = edges(transport)
         transport.open([back])
         if rank_of(transport) == 1:
             transport.recv(back, 0)
@@ -517,7 +505,7 @@ def test_messages_within_a_recorded_graph() -> None:
 
 
 def test_a_graph_does_not_overtake_messages() -> None:
-    machine, stuck = Machine(2), threading.Barrier(2)
+    machine, asked = Machine(2), threading.Barrier(2)
 
     def work(transport: DeviceTransport, hardware: TwinHardware) -> None:
         out, back = edges(transport)
@@ -525,16 +513,14 @@ def test_a_graph_does_not_overtake_messages() -> None:
         if rank_of(transport) == 0:
             for at in range(3):
                 transport.send(out, at, one())
-        stuck.wait(20)
-        time.sleep(0.2)
-        hardware.record(True)
-        if rank_of(transport) == 0:
-            with pytest.raises(
-                ScheduleError, match="1 messages wait for a free slot of the receiver, and a CUDA graph"
-            ):
+            time.sleep(0.2)  # two of them are issued, as many as there are slots
+            hardware.record(True)
+            with pytest.raises(ScheduleError, match="1 messages wait for a free slot of the receiver, and a CUDA"):
                 transport.send(out, 3, one())
-        hardware.record(False)
-        if rank_of(transport) == 1:
+            hardware.record(False)
+            asked.wait(20)
+        else:
+            asked.wait(20)
             transport.recv(back, 0)
             hardware.record(True)
             with pytest.raises(ScheduleError, match="messages have not been taken, and a CUDA graph cannot"):
@@ -750,40 +736,19 @@ def test_strangers_are_hung_up_on_and_connections_may_come_in_any_order() -> Non
 # --- threads ---
 
 
-def test_no_race_is_in_the_engine_and_one_would_be_noticed(tmp_path: Path) -> None:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path / "device_stress"
-    sources = [ROOT / "tests" / "cpp" / "device_stress.cpp"] + [
-        ROOT / "csrc" / f"{name}.cpp"
-        for name in (
-            [
-                "control_link",
-                "fake_nccl",
-                "host_twin",
-                "nccl_api",
-                "p2p",
-                "p2p_device",
-                "p2p_device_ends",
-                "p2p_ipc",
-                "p2p_nccl",
-            ]
-        )
-    ]
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-I", str(ROOT / "csrc"), "-pthread"]
-    built = subprocess.run(
-        [compiler, *flags, *map(str, sources), "-ldl", "-o", str(program)], capture_output=True, text=True
-    )
-    if built.returncode != 0 and "tsan" in built.stderr:
-        pytest.skip("no ThreadSanitizer here")
-    assert built.returncode == 0, built.stderr
-    for mode in ("nccl", "nccl-background", "nccl-registered", "ipc"):
-        done = subprocess.run([program, mode, "4", "1"], capture_output=True, text=True, timeout=300)
-        if "unexpected memory mapping" in done.stderr:
-            pytest.skip("ThreadSanitizer does not run on this kernel")
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "4 rounds, 0 wrong" in done.stdout
-    for mode in ("nccl", "ipc"):
-        lost = subprocess.run([program, mode, "2", "1", "5"], capture_output=True, timeout=300)
-        assert lost.returncode != 0, f"{mode}: a fifth of all waits was lost, and nobody noticed"
+@pytest.fixture(scope="module")
+def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("device"), "thread", "DEVICE_TSAN_PROGRAM")
+
+
+@pytest.mark.parametrize("mode", ["nccl", "nccl-background", "nccl-registered", "ipc", "nccl-fails", "ipc-fails"])
+def test_no_race_is_in_the_engine(stress: Path, mode: str) -> None:
+    done = subprocess.run([stress, mode, "5", "1"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{mode}: 5 rounds, 0 wrong" in done.stdout
+
+
+@pytest.mark.parametrize("mode", ["nccl", "ipc"])
+def test_a_race_would_be_noticed(stress: Path, mode: str) -> None:
+    lost = subprocess.run([stress, mode, "2", "1", "5"], capture_output=True, timeout=300)
+    assert lost.returncode != 0, "a fifth of all waits was lost, and nobody noticed"

@@ -11,6 +11,9 @@ from toy import Run, loss_fn, make_optimizer, module, train
 
 import paci_rt
 from paci_rt import launch
+from paci_rt.transport import Message
+
+DOWN, UP = ("F", 0, 1), ("B", 1, 0)
 
 RUNS = [
     Run(schedule="paci", stages=2, accumulation=3, lookahead=True, wide=True),
@@ -91,3 +94,80 @@ def test_two_processes_on_one_gpu_over_nccl_where_it_allows_that() -> None:
         return
     with pytest.raises(paci_rt.PaciError, match="NCCL_MULTI_RANK_GPU_ENABLE"):
         compare(RUNS[0], "nccl", [0, 0])
+
+
+def stages_of_one_process(ctx: launch.Context, transport: str) -> dict[str, str]:
+    """Messages between two stages of this process, whose tensors are let go at once and written over."""
+    from paci_rt.transport.ipc import IpcTransport
+    from paci_rt.transport.nccl import NcclTransport
+
+    device = torch.device("cuda", 0)
+    make = {"nccl": NcclTransport, "ipc": IpcTransport}[transport]
+    link = make(None, num_stages=2, chunks=2, device=device)
+    link.open([UP])
+    link.open([DOWN])
+    got = []
+    for at in range(40):
+        size = 1 + at * 3001
+        link.send(DOWN, at, Message((torch.full((size,), float(at), device=device),), (False,)))
+        torch.full((size,), -1.0, device=device)  # takes the same memory, if it is free too early
+        got.append(link.recv(DOWN, at).tensors[0])
+    link.flush()
+    torch.cuda.synchronize()
+    for at, tensor in enumerate(got):
+        assert tensor is not None and torch.equal(tensor, torch.full_like(tensor, float(at)))
+    backends: dict[str, str] = link.stats()["backends"]
+    link.close()
+    return backends
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("transport", "backend"), [("nccl", "self-nccl"), ("ipc", "self-copy")])
+def test_two_stages_of_one_process_on_one_gpu(transport: str, backend: str) -> None:
+    (backends,) = launch.run(stages_of_one_process, 1, (transport,), timeout_s=120.0)
+    assert set(backends.values()) == {backend}
+
+
+def recorded(ctx: launch.Context) -> list[float]:
+    """A hop down and a hop up within a CUDA graph, replayed; what rank 0 gets back."""
+    from paci_rt.transport.nccl import NcclTransport
+
+    device = torch.device("cuda", ctx.rank)
+    torch.cuda.set_device(device)
+    link = NcclTransport(None, num_stages=2, device=device)
+    link.open([UP if ctx.rank == 0 else DOWN])
+    value, back = torch.zeros(1 << 16, device=device), []
+
+    def hop(at: int) -> None:
+        if ctx.rank == 0:
+            link.send(DOWN, at, Message((value + 1,), (False,)))
+            (tensor,) = link.recv(UP, at).tensors
+            assert tensor is not None
+            value.copy_(tensor)
+        else:
+            (tensor,) = link.recv(DOWN, at).tensors
+            assert tensor is not None
+            link.send(UP, at, Message((tensor * 2,), (False,)))
+        link.flush()
+
+    hop(0)
+    torch.cuda.synchronize()
+    torch.distributed.barrier()
+    value.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hop(1)
+    for _ in range(3):
+        graph.replay()
+        back.append(float(value[-1]))
+    torch.cuda.synchronize()
+    torch.distributed.barrier()
+    del graph
+    link.close()
+    return back
+
+
+@pytest.mark.multigpu
+def test_transfers_within_a_recorded_graph() -> None:
+    results = launch.run(recorded, 2, timeout_s=180.0)
+    assert results[0] == [2.0, 6.0, 14.0]

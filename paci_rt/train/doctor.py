@@ -6,8 +6,6 @@ native core, which asks NVIDIA's driver for their number; the libraries that wou
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import os
 import platform
 import shutil
@@ -22,8 +20,9 @@ import torch.distributed as dist
 
 import paci_rt
 from paci_rt import launch, native
-from paci_rt.errors import StageFailed
+from paci_rt.errors import NativeCoreError, NcclError, StageFailed
 from paci_rt.train import text
+from paci_rt.transport.nccl import load_nccl
 from paci_rt.transport.shm import why_unusable
 
 GLOO_TIMEOUT_S = 60.0
@@ -82,7 +81,8 @@ def _rows(findings: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("shm", _state(findings["shm"]["available"]), findings["shm"]["detail"]),
         ("cuda", _state(cuda["available"]), cuda["detail"]),
     ]
-    for name in ("nccl", "triton", "cupy"):
+    rows.append(("nccl", _state(findings["nccl"]["available"]), _nccl_detail(findings["nccl"])))
+    for name in ("triton", "cupy"):
         found = findings[name]
         rows.append((name, _state(found["available"]), found["version"] or "not installed"))
     for gpu in findings["gpus"]:
@@ -140,7 +140,7 @@ def _advice(findings: dict[str, Any]) -> dict[str, str]:
                 major = (findings["torch"]["cuda"] or "12").split(".")[0]
                 advice[name] = f'pip install "paci-rt[cuda{major}]"'
         if not findings["nccl"]["available"]:
-            advice["nccl"] = "it comes with torch's CUDA builds, or pip install nvidia-nccl-cu12"
+            advice["nccl"] = findings["nccl"]["reason"]
     for name, extra in (("matplotlib", "plot"), ("tqdm", "train")):
         if not findings[name]["available"]:
             advice[name] = f'pip install "paci-rt[{extra}]"'
@@ -227,22 +227,33 @@ def _cuda_built(core: bool) -> str:
     return f"built for CUDA {info['cuda_runtime']}" + (f" ({archs})" if archs else ", without device code")
 
 
+NCCL_FEATURES = {
+    "registered_p2p": "registered buffers",
+    "launch_order": "NCCL_LAUNCH_ORDER_IMPLICIT",
+    "multi_rank_gpu": "several processes a GPU with NCCL_MULTI_RANK_GPU_ENABLE=1",
+}
+
+
 def _nccl() -> dict[str, Any]:
-    """The NCCL that would be loaded: its wheel, else the system's library (asked for its version only)."""
-    found = _package("nvidia-nccl-cu12", "nvidia-nccl-cu13")
-    if found["available"]:
-        return found
-    name = ctypes.util.find_library("nccl")
-    if name is None:
-        return found
-    version = ctypes.c_int()
+    """The NCCL that the ``nccl`` transport takes, its version, path and features; asks no GPU."""
     try:
-        status = ctypes.CDLL(name).ncclGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return found
-    code = version.value  # 22703 is 2.27.3
-    text_version = f"{code // 10000}.{code // 100 % 100}.{code % 100}" if status == 0 else "of unknown version"
-    return {"available": True, "version": f"{text_version} ({name})"}
+        nccl = load_nccl()
+    except (NcclError, NativeCoreError) as error:
+        return {"available": False, "version": None, "path": None, "features": {}, "reason": str(error)}
+    return {
+        "available": True,
+        "version": nccl.version_text,
+        "path": nccl.path,
+        "features": nccl.features,
+        "reason": "",
+    }
+
+
+def _nccl_detail(found: dict[str, Any]) -> str:
+    if not found["available"]:
+        return str(found["reason"]).partition(";")[0]
+    has = [words for name, words in NCCL_FEATURES.items() if found["features"][name]]
+    return ", ".join([f"{found['version']} ({found['path']})", *has])
 
 
 def _package(*names: str) -> dict[str, Any]:

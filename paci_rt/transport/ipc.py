@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from paci_rt.transport.device import DeviceTransport
 from paci_rt.transport.nccl import CudaHardware
-from paci_rt.transport.pairing import DeviceOptions
+from paci_rt.transport.pairing import DeviceOptions, find_hardware
 from paci_rt.transport.probe import Candidate
 from paci_rt.transport.rendezvous import Meeting, check_group
 
@@ -44,11 +44,11 @@ class IpcTransport(DeviceTransport):
     ) -> None:
         options = options or DeviceOptions()
         check_group(group, num_stages, chunks, "ipc")
-        hardware = CudaHardware(device, "ipc", nccl=None)
+        meeting = Meeting(group, options.timeout_s)
         super().__init__(
             "ipc",
-            Meeting(group, options.timeout_s),
-            hardware,
+            meeting,
+            find_hardware(meeting, lambda: CudaHardware(device, "ipc")),
             num_stages=num_stages,
             chunks=chunks,
             candidates=(IPC,),

@@ -20,7 +20,7 @@ from paci_rt import native
 from paci_rt.errors import NcclError, StageError, TransportError
 from paci_rt.transport import wire
 from paci_rt.transport.device import DeviceTransport
-from paci_rt.transport.pairing import DeviceOptions
+from paci_rt.transport.pairing import DeviceOptions, find_hardware
 from paci_rt.transport.probe import Candidate
 from paci_rt.transport.rendezvous import Meeting, check_group
 
@@ -59,12 +59,12 @@ class CudaHardware:
     """A GPU of this process.
 
     Raises:
-        TransportError: ``device`` is none, or the core was built without CUDA.
+        TransportError: ``device`` is none, torch cannot use it, or the core was built without CUDA.
     """
 
     ops = None
 
-    def __init__(self, device: torch.device, transport: str, nccl: Any) -> None:
+    def __init__(self, device: torch.device, transport: str) -> None:
         if device.type != "cuda":
             raise TransportError(
                 f"the {transport} transport is for stages on GPUs, and this one is on {device}: use transport 'shm' or "
@@ -75,9 +75,14 @@ class CudaHardware:
                 f"the {transport} transport needs the CUDA half of paci_rt's native core, which was built without it: "
                 "PACI_RT_CUDA=on pip install -e . in the source folder, where the CUDA toolkit is"
             )
+        if not torch.cuda.is_available():
+            raise TransportError(
+                f"the {transport} transport needs a GPU that torch can use, and torch {torch.__version__} sees none: "
+                "`paci-rt doctor` says what is missing"
+            )
         self.index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", self.index)
-        self.nccl = nccl
+        self.nccl: Any = None
         self.identity = str(torch.cuda.get_device_properties(self.device).uuid)
 
     def stream(self) -> int:
@@ -133,12 +138,18 @@ class NcclTransport(DeviceTransport):
         options = options or DeviceOptions()
         name = "auto" if measure else "nccl"
         check_group(group, num_stages, chunks, name)
-        hardware = CudaHardware(device, name, nccl=_load(required=not measure))
-        check_environment(4 * chunks, hardware.nccl)
+        meeting = Meeting(group, options.timeout_s)
+
+        def make() -> CudaHardware:
+            hardware = CudaHardware(device, name)
+            hardware.nccl = _load(required=not measure)
+            check_environment(4 * chunks, hardware.nccl)
+            return hardware
+
         super().__init__(
             name,
-            Meeting(group, options.timeout_s),
-            hardware,
+            meeting,
+            find_hardware(meeting, make),
             num_stages=num_stages,
             chunks=chunks,
             candidates=_candidates(register_buffers, measure),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,6 +73,28 @@ class DeviceOptions:
             raise ValueError(f"timeout_s is {self.timeout_s!r}: give a number of seconds above 0")
         if not isinstance(self.max_ctas, int) or not 0 <= self.max_ctas <= 64:
             raise ValueError(f"max_ctas is {self.max_ctas!r}: give 1 to 64 thread blocks, or 0 to leave it to NCCL")
+
+
+def find_hardware(gathering: Gathering, make: Callable[[], Hardware]) -> Hardware:
+    """What ``make`` finds here. What it raises somewhere is raised everywhere: nobody waits for who cannot come.
+
+    Raises:
+        PaciError: what ``make`` raises here.
+        TransportError: what it raises elsewhere.
+    """
+    found, refusal = None, None
+    try:
+        found = make()
+    except PaciError as error:
+        refusal = error
+    told = gathering.exchange("usable", "" if refusal is None else str(refusal))
+    if refusal is not None:
+        raise refusal
+    for rank, said in enumerate(told):
+        if said:
+            raise TransportError(f"rank {rank}: {said}")
+    assert found is not None
+    return found
 
 
 class Pairing:

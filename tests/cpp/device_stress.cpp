@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
+#include <limits>
 #include <map>
 #include <random>
 #include <string>
@@ -53,13 +55,16 @@ using Bytes = std::vector<unsigned char>;
 
 class Stage {
  public:
-  Stage(std::shared_ptr<HostTwin> twin, int number, std::uint64_t seed)
+  // `trouble` is called before every micro-batch, and may throw.
+  Stage(std::shared_ptr<HostTwin> twin, int number, std::uint64_t seed, double timeout_s,
+        std::function<void(int)> trouble)
       : twin_(twin),
+        trouble_(std::move(trouble)),
         number_(number),
         seed_(seed),
         random_(seed * 31 + static_cast<std::uint64_t>(number)),
         compute_(StreamHandle::make(twin, number)),
-        engine_(std::make_shared<DeviceEngine>(twin, number, number, Options{kSlots, 60.0, {}})) {}
+        engine_(std::make_shared<DeviceEngine>(twin, number, number, Options{kSlots, timeout_s, {}})) {}
 
   DeviceEngine& engine() { return *engine_; }
   void add_outgoing(const Edge& edge, int fd, std::unique_ptr<SendLane> lane) {
@@ -74,6 +79,7 @@ class Stage {
     engine_->connect();
     const int ahead = kStages - 1 - number_;
     for (int m = 0; m < kMessages + ahead; ++m) {
+      if (trouble_) trouble_(m);
       if (m < kMessages) forward(m);
       if (m >= ahead) backward(m - ahead);
       if (random_() % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random_() % 200));
@@ -81,6 +87,21 @@ class Stage {
     for (auto& [kind, end] : outgoing_) end->flush();
     compute_.synchronize();
     engine_->close();
+  }
+  // As `run` where something goes wrong: whether this stage learned of it.
+  bool run_and_fail() {
+    bool told = false;
+    try {
+      run();
+    } catch (const TransferError&) {
+      told = true;
+    } catch (const std::exception& error) {
+      told = true;
+      engine_->give_up(error.what());
+    }
+    engine_->close();
+    compute_.synchronize();
+    return told;
   }
   int wrong() const { return wrong_; }
 
@@ -96,7 +117,7 @@ class Stage {
 
   void send(DeviceOutgoing& end, int m) {
     const Expected expected(end.edge().name(), m, seed_);
-    Sent sent{0, {}};
+    Sent sent{std::numeric_limits<std::int64_t>::max(), {}};
     std::vector<std::uintptr_t> addresses;
     for (const std::int64_t size : expected.sizes) {
       auto tensor = std::make_unique<Bytes>(static_cast<std::size_t>(size));
@@ -106,9 +127,9 @@ class Stage {
       });
       sent.tensors.push_back(std::move(tensor));
     }
-    sent.sequence = end.send(m, expected.layout(), addresses, compute_.get());
     auto& held = held_[&end];
     held.push_back(std::move(sent));
+    held.back().sequence = end.send(m, expected.layout(), addresses, compute_.get());
     // As the caching allocator would: memory that is free is used for something else at once.
     for (const std::int64_t done = end.completed(); !held.empty() && held.front().sequence <= done; held.pop_front())
       for (auto& tensor : held.front().tensors) std::fill(tensor->begin(), tensor->end(), 0xee);
@@ -137,6 +158,7 @@ class Stage {
     std::vector<std::unique_ptr<Bytes>> tensors;
   };
   std::shared_ptr<HostTwin> twin_;
+  const std::function<void(int)> trouble_;
   const int number_;
   const std::uint64_t seed_;
   std::mt19937_64 random_;
@@ -155,7 +177,7 @@ void link(const Edge& edge, std::vector<std::unique_ptr<Stage>>& stages, const s
   Stage& sender = *stages[static_cast<std::size_t>(edge.sender)];
   Stage& receiver = *stages[static_cast<std::size_t>(edge.receiver)];
   const LaneOptions from = sender.engine().lane_options(0), to = receiver.engine().lane_options(0);
-  if (mode == "ipc") {
+  if (mode.substr(0, 3) == "ipc") {
     sender.add_outgoing(edge, fds[0], make_push_sender(from, Reach::host, make_copy_mover(from.ops)));
     receiver.add_incoming(edge, fds[1], make_push_receiver(to, Reach::host, "copy"));
     return;
@@ -167,28 +189,58 @@ void link(const Edge& edge, std::vector<std::unique_ptr<Stage>>& stages, const s
   receiver.add_incoming(edge, fds[1], make_nccl_receiver(nccl, to, options));
 }
 
-int run_round(const std::string& mode, std::uint64_t seed, int lose_every) {
-  const auto twin = std::make_shared<HostTwin>(kMaxDelayUs, seed);
-  const auto nccl = std::make_shared<FakeNccl>(twin, 23203);
-  if (mode == "nccl-background") nccl->set_background(3);
-  std::vector<std::unique_ptr<Stage>> stages;
-  for (int i = 0; i < kStages; ++i) stages.push_back(std::make_unique<Stage>(twin, i, seed));
+using Stages = std::vector<std::unique_ptr<Stage>>;
+
+Stages make_stages(const std::string& mode, std::uint64_t seed, const std::shared_ptr<HostTwin>& twin,
+                   const std::shared_ptr<FakeNccl>& nccl) {
+  Stages stages;
+  std::mt19937_64 random(seed);
+  const bool fails = mode.find("-fails") != std::string::npos, link_down = mode[0] == 'n' && random() % 2 == 0;
+  const int culprit = static_cast<int>(random() % kStages), when = static_cast<int>(random() % kMessages);
+  for (int i = 0; i < kStages; ++i) {
+    std::function<void(int)> trouble;
+    if (fails && i == culprit)
+      trouble = [=](int m) {
+        if (m != when) return;
+        if (!link_down) throw std::runtime_error("as planned");
+        nccl->hold(true);
+      };
+    stages.push_back(std::make_unique<Stage>(twin, i, seed, fails ? 0.5 : 60.0, std::move(trouble)));
+  }
   for (int i = 0; i + 1 < kStages; ++i) {
     link({"F", i, i + 1}, stages, nccl, mode);
     link({"B", i + 1, i}, stages, nccl, mode);
   }
+  return stages;
+}
+
+int run_round(const std::string& mode, std::uint64_t seed, int lose_every) {
+  const auto twin = std::make_shared<HostTwin>(kMaxDelayUs, seed);
+  const auto nccl = std::make_shared<FakeNccl>(twin, 23203);
+  if (mode == "nccl-background") nccl->set_background(3);
+  const bool fails = mode.find("-fails") != std::string::npos;
+  Stages stages = make_stages(mode, seed, twin, nccl);
   if (lose_every > 0) twin->lose_waits(lose_every);
   std::vector<std::thread> threads;
-  for (const auto& stage : stages) threads.emplace_back([&stage] { stage->run(); });
+  std::atomic<int> wrong{0};
+  for (const auto& stage : stages)
+    threads.emplace_back([&] {
+      if (!fails) return stage->run();
+      if (!stage->run_and_fail()) ++wrong;
+    });
   for (std::thread& thread : threads) thread.join();
-  int wrong = 0;
-  for (const auto& stage : stages) wrong += stage->wrong();
+  for (const auto& stage : stages) wrong += fails ? 0 : stage->wrong();  // what was cut off arrives as it likes
   stages.clear();
-  if (!nccl->misuse().empty()) std::printf("NCCL's rules: %s\n", nccl->misuse().c_str()), ++wrong;
-  if (nccl->alive() != 0) std::printf("%d communicators were left\n", static_cast<int>(nccl->alive())), ++wrong;
-  if (nccl->aborts() != 0) std::printf("%d communicators were aborted\n", static_cast<int>(nccl->aborts())), ++wrong;
-  if (nccl->issuing_threads() > 1) std::printf("several threads issued\n"), ++wrong;
-  if (twin->allocated() != 0) std::printf("%d buffers were left\n", static_cast<int>(twin->allocated())), ++wrong;
+  const auto expect = [&](bool fine, const std::string& text) {
+    if (fine) return;
+    std::printf("%s\n", text.c_str());
+    ++wrong;
+  };
+  expect(nccl->misuse().empty(), "NCCL's rules: " + nccl->misuse());
+  expect(nccl->alive() == 0, concat(nccl->alive(), " communicators were left"));
+  expect(fails || nccl->aborts() == 0, concat(nccl->aborts(), " communicators were aborted"));
+  expect(nccl->issuing_threads() <= 1, "several threads issued");
+  expect(twin->allocated() == 0, concat(twin->allocated(), " buffers were left"));
   return wrong;
 }
 
