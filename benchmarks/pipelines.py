@@ -76,37 +76,87 @@ class Case:
         """Stages of the whole pipeline, those of all ranks."""
         return self.stages * self.chunks
 
+    @property
+    def numbers(self) -> int:
+        """fp32 numbers in a message of emulated stages."""
+        return max(1, self.message_bytes // 4)
+
 
 class _Sleep(torch.autograd.Function):
-    """Sleeps where a stage would compute; messages have the real size and unspecified contents."""
+    """Sleeps where a stage would compute."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, forward_s: float, backward_s: float, numel: int) -> Tensor:
-        ctx.backward_s, ctx.shape = backward_s, x.shape
-        time.sleep(forward_s)
-        return torch.empty(1, numel)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, times_s: tuple[float, float], messages: Messages) -> Tensor:
+        ctx.backward_s, ctx.messages = times_s[1], messages
+        time.sleep(times_s[0])
+        return messages.output()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         time.sleep(ctx.backward_s)
-        return torch.empty(ctx.shape), torch.zeros(1), None, None, None
+        return ctx.messages.gradient(), torch.zeros(1), None, None
+
+
+class _First(torch.autograd.Function):
+    """The first column of what a stage gets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, messages: Messages) -> Tensor:
+        ctx.messages = messages
+        return x[:, :1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.messages.gradient(), None
+
+
+class _Output(torch.autograd.Function):
+    """What a stage sends on, instead of the little that it computed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, messages: Messages) -> Tensor:
+        return messages.output()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[:, :1], None
+
+
+class Messages:
+    """What an emulated stage sends: the same ones each time, since making them anew would take time of its own. Not
+    zeros, since all pages of fresh zeros can be one page of memory.
+
+    Args:
+        count: numbers in a message.
+        last: nothing is sent on, so the output is one number.
+    """
+
+    def __init__(self, count: int, *, last: bool) -> None:
+        self._gradient = torch.ones(1, count)
+        self._output = torch.ones(1, 1 if last else count)
+
+    def output(self) -> Tensor:
+        return self._output.detach()
+
+    def gradient(self) -> Tensor:
+        return self._gradient.detach()
 
 
 class EmulatedStage(nn.Module):
-    def __init__(self, forward_s: float, backward_s: float, message_bytes: int) -> None:
+    def __init__(self, forward_s: float, backward_s: float, messages: Messages) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.forward_s, self.backward_s, self.numel = forward_s, backward_s, max(1, message_bytes // 4)
+        self.times_s, self.messages = (forward_s, backward_s), messages
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Sleep.apply(x, self.weight, self.forward_s, self.backward_s, self.numel)  # type: ignore[no-any-return]
+        return _Sleep.apply(x, self.weight, self.times_s, self.messages)  # type: ignore[no-any-return]
 
 
 class EmulatedPipelineStage(paci_rt.PipelineStage):
     """Sleeps before a tiny linear layer does in earnest what it is asked to: F, I and W."""
 
-    def __init__(self, times_s: tuple[float, float, float], message_bytes: int, *place: Any) -> None:
-        super().__init__(TinyLinear(max(1, message_bytes // 4)), *place)
+    def __init__(self, times_s: tuple[float, float, float], messages: Messages, *place: Any) -> None:
+        super().__init__(TinyLinear(messages), *place)
         self._forward_s, self._input_grad_s, self._weight_grad_s = times_s
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,13 +179,13 @@ class EmulatedPipelineStage(paci_rt.PipelineStage):
 class TinyLinear(nn.Module):
     """A 1 x 1 linear layer on the first column of what passes."""
 
-    def __init__(self, numel: int) -> None:
+    def __init__(self, messages: Messages) -> None:
         super().__init__()
         self.linear = nn.Linear(1, 1)
-        self.numel = numel
+        self.messages = messages
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x[:, :1]).expand(x.shape[0], self.numel)  # type: ignore[no-any-return]
+        return _Output.apply(self.linear(_First.apply(x, self.messages)), self.messages)  # type: ignore[no-any-return]
 
 
 def _first_element(output: Tensor, _target: Tensor) -> Tensor:
@@ -169,7 +219,7 @@ class Pipe:
             self.y = torch.randint(config.vocab_size, shape, generator=generator)
         else:
             ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # sleeps end within microseconds
-            self.x = torch.zeros(case.accumulation, max(1, case.message_bytes // 4))
+            self.x = torch.zeros(case.accumulation, case.numbers)
             self.y = torch.zeros(case.accumulation, 1)
         loss_fn = cross_entropy if case.emulate_ms is None else _first_element
         if case.schedule in PEERS:
@@ -182,7 +232,10 @@ class Pipe:
         if case.emulate_ms is None:
             return build_stage(MODELS[case.model], piece, case.pieces, seed=0, dtype=torch.float32)
         forward_ms, backward_ms = case.emulate_ms
-        return EmulatedStage(forward_ms / 1e3, backward_ms / 1e3, case.message_bytes)
+        return EmulatedStage(forward_ms / 1e3, backward_ms / 1e3, self._messages(piece))
+
+    def _messages(self, piece: int) -> Messages:
+        return Messages(self.case.numbers, last=piece == self.case.pieces - 1)
 
     def _stage(self, piece: int) -> paci_rt.PipelineStage:
         case = self.case
@@ -190,7 +243,8 @@ class Pipe:
         if case.emulate_ms is None or len(case.emulate_ms) == 2:
             return paci_rt.PipelineStage(self._module(piece), *place)
         forward_s, input_grad_s, weight_grad_s = (ms / 1e3 / case.chunks for ms in case.emulate_ms)
-        return EmulatedPipelineStage((forward_s, input_grad_s, weight_grad_s), case.message_bytes, *place)
+        times_s = (forward_s, input_grad_s, weight_grad_s)
+        return EmulatedPipelineStage(times_s, self._messages(piece), *place)
 
     def _build_ours(self, loss_fn: Any) -> None:
         case = self.case

@@ -8,25 +8,41 @@ from typing import Any
 from torch import Tensor
 
 
-def saved_bytes(outputs: Iterable[Tensor], also: Iterable[Tensor], parameters: Iterable[Tensor]) -> int:
+def saved_bytes(
+    outputs: Iterable[Tensor], also: Iterable[Tensor], parameters: Iterable[Tensor], pieces: Iterable[Any] = ()
+) -> int:
     """Bytes of the distinct storages that the graphs of ``outputs`` have saved, and of the tensors in ``also``.
 
     Storages of ``parameters`` do not count. Looking at the graph, rather than hooking into what is saved, leaves
     autograd's check for tensors modified in place as it is.
+
+    Args:
+        pieces: the tensors among them are views of something larger that other micro-batches have views of too, so of
+            their storages no more counts than the views.
     """
-    return distinct_bytes((*also, *_saved_tensors(outputs)), ignoring=parameters)
+    return distinct_bytes((*also, *_saved_tensors(outputs)), ignoring=parameters, pieces=pieces)
 
 
-def distinct_bytes(values: Iterable[Any], *, ignoring: Iterable[Tensor] = ()) -> int:
-    """Bytes of the distinct storages of the tensors among ``values``, without those of the tensors in ``ignoring``."""
+def distinct_bytes(values: Iterable[Any], *, ignoring: Iterable[Tensor] = (), pieces: Iterable[Any] = ()) -> int:
+    """Bytes of the distinct storages of the tensors among ``values``, without those of the tensors in ``ignoring``.
+
+    For ``pieces`` see :func:`saved_bytes`.
+    """
     ignored = {tensor.untyped_storage().data_ptr() for tensor in ignoring}
+    shares: dict[int, int] = {}
+    for piece in _only_tensors(pieces):
+        at = piece.untyped_storage().data_ptr()
+        shares[at] = shares.get(at, 0) + piece.nbytes
     storages: dict[int, int] = {}
-    for value in values:
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            if storage.data_ptr() not in ignored:
-                storages[storage.data_ptr()] = storage.nbytes()
+    for value in _only_tensors(values):
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            storages[storage.data_ptr()] = min(shares.get(storage.data_ptr(), storage.nbytes()), storage.nbytes())
     return sum(storages.values())
+
+
+def _only_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    return (value for value in values if isinstance(value, Tensor))
 
 
 def _saved_tensors(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -49,4 +65,4 @@ def _tensors(node: Any, name: str) -> list[Tensor]:
     except (RuntimeError, AttributeError):
         return []  # modified in place since: the backward will say so
     values = value if isinstance(value, (tuple, list)) else (value,)
-    return [item for item in values if isinstance(item, Tensor)]
+    return list(_only_tensors(values))

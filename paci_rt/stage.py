@@ -208,17 +208,23 @@ class PipelineStage:
         else:
             outputs, output, loss_value, used = self._build_graph(args, kwargs, loss)
             if key not in self._known:
-                size = saved_bytes(outputs, inputs, self.parameters())
+                size = saved_bytes(outputs, inputs, self.parameters(), self._pieces(args, kwargs))
                 self._known[key] = _Known(size, tuple(tensor.requires_grad for tensor in outputs))
                 if self._gradients is not None:
                     self._gradients.learn_order(outputs, used)
             graph = self._graph(outputs, used)
         known = self._known[key]
         held = graph if again is None else again
-        kept = known.saved_bytes if again is None else distinct_bytes((*args, *kwargs.values()))
+        kept = known.saved_bytes
+        if again is not None:
+            kept = distinct_bytes((*args, *kwargs.values()), pieces=self._pieces(args, kwargs))
         self._in_flight[micro_batch] = _InFlight(inputs, held, kept, known.saved_bytes)
         message = None if self.is_last else _message(outputs, known.requires_grad)
         return message, _detached(output), None if loss_value is None else loss_value.detach()
+
+    def _pieces(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the caller gave, in one batch for all micro-batches."""
+        return (*(args if self.is_first else ()), *kwargs.values())
 
     def _build_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None

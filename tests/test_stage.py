@@ -35,6 +35,14 @@ def test_saved_bytes_are_counted_by_hand() -> None:
     assert stage.kept_bytes(0)[0] == 4 * (10 * 8 + 10 * 4)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_of_a_batch_a_micro_batch_counts_its_own_share(recompute: bool) -> None:
+    stage = PipelineStage(nn.Linear(8, 4), 0, 3)
+    batch = torch.zeros(30, 8)
+    stage.forward(0, (batch[:10],), {}, recompute=recompute)
+    assert stage.kept_bytes(0) == (4 * 10 * 8, 4 * 10 * 8)
+
+
 def test_saved_bytes_see_what_a_custom_function_saves() -> None:
     class Cube(torch.autograd.Function):
         @staticmethod
