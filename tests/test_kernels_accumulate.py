@@ -86,6 +86,11 @@ def check_signed_zero_and_cache(device: str) -> None:
     assert flat.layout.entries(grads, flat.layout.codes(grads, True)).table is not first.table
     assert first.table is not None
     assert first.table.tolist() == [grads[0].data_ptr(), 0]
+    # An address that was a gradient's of another dtype: freed memory comes back so.
+    pattern = torch.full((40,), 1.5, device=device)
+    for grad in (pattern.view(torch.bfloat16)[:40], pattern):
+        accumulate(flat.layout, statistics, front, [grad, None], overwrite=True)
+        assert torch.equal(front[:40], grad.float())
     many = Flat(tuple([3] * 70), device)  # more than one launch writes the table
     grads = many.grads(torch.bfloat16)
     table = many.layout.entries(grads, many.layout.codes(grads, True)).table
@@ -199,6 +204,18 @@ def test_a_captured_graph_adds_again_with_every_replay() -> None:
         assert torch.equal(part, grad.float() + grad.float() + grad.float())
     square = float(front.double().square().sum())
     assert abs(totals[0].item() - square) <= flat.numel * 2**-53 * square
+
+
+@pytest.mark.gpu
+def test_another_stream_gets_a_table_of_its_own() -> None:
+    """One that was only just issued on another stream may not be written yet."""
+    flat = Flat((40, 7), "cuda")
+    grads = flat.grads(torch.bfloat16)
+    codes = flat.layout.codes(grads, False)
+    first = flat.layout.entries(grads, codes)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert flat.layout.entries(grads, codes).table is not first.table
+    assert flat.layout.entries(grads, codes).table is first.table
 
 
 @pytest.mark.gpu
