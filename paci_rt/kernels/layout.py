@@ -162,8 +162,8 @@ class FlatLayout:
         return [ABSENT if grad is None else OVERWRITE if flag else ADD for grad, flag in zip(grads, flags, strict=True)]
 
     def entries(self, grads: Sequence[Tensor | None], codes: Sequence[int]) -> Entries:
-        """The gradients' addresses on the device, from an earlier call with the same ones on the same stream where there
-        was one; another stream's table may not be written yet.
+        """The gradients' addresses on the device, from an earlier call with the same ones on the same stream where
+        there was one; another stream's table may not be written yet.
 
         Nothing waits and nothing is copied from host memory. A table that is written while a CUDA graph is captured
         belongs to that graph, whose replays write it; it is kept as long as the layout.
