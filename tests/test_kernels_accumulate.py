@@ -251,6 +251,18 @@ def check_layouts(device: str) -> None:
         with pytest.raises(ValueError, match=match):
             FlatLayout(segments, numel, where)
     assert FlatLayout([(32, 4), (0, 5)], 64, where).ranges == ((0, 1), (1, 2))
+    # Names of a device that no tensor's has: "cuda", and on the CPU the one with a number.
+    where = torch.device("cpu", 0) if device == "cpu" else torch.device("cuda")
+    layout = FlatLayout([(0, 5)], 16, where)
+    front, grad = torch.zeros(16, device=where), torch.ones(5, device=where)
+    assert front.device != where and layout.device == front.device
+    accumulate(layout, GradientStatistics(layout), front, [grad], overwrite=True)
+    assert torch.equal(front[:5], grad)
+
+
+@pytest.mark.gpu
+def test_layouts_that_cannot_be_on_a_gpu() -> None:
+    check_layouts("cuda")
 
 
 def test_layouts_that_cannot_be(interpreter: Interpreter) -> None:

@@ -222,12 +222,15 @@ def test_every_route_on_a_gpu(dtype: torch.dtype, shape: tuple[int, int, int]) -
 def test_choice_compilation_and_limits_on_a_gpu() -> None:
     check_limits("cuda")
     check_with_autograd("cuda")
+    check_far_rows("cuda")
     check_compiled("cuda", torch.bfloat16)
     routes = WgradRoutes()
     dy, x = factors("cuda", torch.bfloat16, 2048, 1024, 1024)
     front = torch.full((1024, 1024), float("nan"), device="cuda")
     routes(front, dy, x, overwrite=True)
     assert_close(front.cpu(), dy.double().cpu().t() @ x.double().cpu(), 2048, "weight")
+    routes.best(Shape(2048, 1024, 1024, torch.bfloat16, torch.device("cuda"), False))
+    assert len(routes.times_ms) == 1, "cuda is the current device"
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         routes(front, dy, x, overwrite=False)

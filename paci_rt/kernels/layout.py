@@ -83,7 +83,7 @@ class FlatLayout:
     def __init__(self, segments: Sequence[tuple[int, int]], numel: int, device: torch.device) -> None:
         check_runs_on(device, "the flat group")
         _check_segments(segments, numel)
-        self.segments, self.numel, self.device = tuple(segments), numel, device
+        self.segments, self.numel = tuple(segments), numel
         rows: list[tuple[int, int, int, int]] = []
         ranges = []
         for position, (offset, length) in enumerate(segments):
@@ -95,6 +95,7 @@ class FlatLayout:
             raise ValueError("a layout needs at least one parameter with elements, and every segment given is empty")
         self.ranges = tuple(ranges)
         self.chunks = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.device = self.chunks.device  # "cuda" is not equal to "cuda:0", where tensors are then
         self.one = torch.ones(1, dtype=torch.float32, device=device)
         self._tables: OrderedDict[tuple[object, ...], Entries] = OrderedDict()
         self._captured: list[Entries] = []

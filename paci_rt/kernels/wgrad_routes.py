@@ -61,6 +61,8 @@ class WgradRoutes:
         Raises:
             ValueError: no route can run it, or it was not measured and a CUDA graph is being captured.
         """
+        if shape.device.type == "cuda" and shape.device.index is None:
+            shape = shape._replace(device=torch.device("cuda", torch.cuda.current_device()))
         known = self._best.get(shape)
         if known is not None:
             return known
