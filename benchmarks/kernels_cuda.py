@@ -399,9 +399,13 @@ def run_all(numel: int, rounds: int, *, only: str = "", rows: int = 8192, device
             flush=True,
         )
 
-    for make in (flat_cases, other_updates):
-        for case in make(numel, device):  # one list after the other, so that both need not fit into memory
+    def judge_all(cases: list[CudaCase]) -> None:
+        for case in cases:
             judge(case)
+
+    # One list after the other, of which nothing is left behind: both need not fit into memory.
+    for make in (flat_cases, other_updates):
+        judge_all(make(numel, device))
     for n, k in LINEAR_SHAPES:
         if only in f"wgrad {rows}x{n}x{k}":
             judge(wgrad_case(rows, n, k, device))
