@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels_lion import ForeachLion
 from paci_rt import native
 from paci_rt.accumulator import GradAccumulator
 from paci_rt.flat import FlatGroup
-from paci_rt.optim import SGD, AdamW, bind_optimizer
+from paci_rt.optim import SGD, AdamW, Lion, NAdam, bind_optimizer
 from paci_rt.train.machine import machine
 
 
@@ -99,6 +100,13 @@ def _bound(optimizer_class: type, numel: int, dtype: torch.dtype, **options: Any
     return bound, param, torch.randn(numel) * 1e-2
 
 
+def named(optimizer_class: type, options: dict[str, Any]) -> str:
+    """An optimizer and how it is implemented, for people."""
+    if optimizer_class is ForeachLion:
+        return "Lion by torch._foreach_*"
+    return f"torch.optim.{optimizer_class.__name__}({'fused' if options.get('fused') else 'foreach'}=True)"
+
+
 def step_case(
     name: str,
     numel: int,
@@ -120,7 +128,7 @@ def step_case(
 
     return Case(
         name=f"{name} {str(dtype).removeprefix('torch.')}",
-        peer=f"torch.optim.{theirs[0].__name__}(fused=True) step + zero_grad, float32",
+        peer=f"{named(*theirs)} step + zero_grad, float32",
         bytes_moved=numel * bytes_per_element,
         ours=lambda: bound.update(4),
         theirs=torch_step,
@@ -163,6 +171,10 @@ def cases(numel: int) -> list[Callable[[], Case]]:
     adamw = (torch.optim.AdamW, {"lr": 1e-3, "fused": True})
     sgd = (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "fused": True})
     our_sgd = (SGD, {"lr": 1e-3, "momentum": 0.9})
+    decay: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
+    # Of torch's implementations the fastest that there is: NAdam has none that is fused.
+    nadam = (torch.optim.NAdam, {**decay, "decoupled_weight_decay": True, "foreach": True})
+    lion = (ForeachLion, {**decay, "betas": (0.9, 0.99)})
     return [
         lambda: accumulate_case(numel, torch.bfloat16, 8.0),
         lambda: accumulate_case(numel, torch.float16, None),
@@ -171,6 +183,10 @@ def cases(numel: int) -> list[Callable[[], Case]]:
         lambda: step_case("adamw step+reset", numel, torch.float32, (AdamW, {"lr": 1e-3}), adamw, 28, 1.05),
         lambda: step_case("adamw step+reset", numel, torch.bfloat16, (AdamW, {"lr": 1e-3}), adamw, 30, None),
         lambda: step_case("sgd step+reset", numel, torch.float32, our_sgd, sgd, 20, None),
+        lambda: step_case("nadam step+reset", numel, torch.float32, (NAdam, decay), nadam, 28, None),
+        lambda: step_case("nadam step+reset", numel, torch.bfloat16, (NAdam, decay), nadam, 30, None),
+        lambda: step_case("lion step+reset", numel, torch.float32, (Lion, decay), lion, 20, None),
+        lambda: step_case("lion step+reset", numel, torch.bfloat16, (Lion, decay), lion, 22, None),
     ]
 
 

@@ -7,6 +7,7 @@ device-to-device copy in the same run. Buffers hold parameters of the shapes of 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from common import measure
 from kernels_cupy import CupySide, scalars, why_not
+from kernels_lion import ForeachLion
 from paci_rt import kernels
 from paci_rt.flat import ALIGNMENT_BYTES
 from paci_rt.kernels.wgrad import CUBLAS
@@ -29,6 +31,8 @@ BLOCK_SHAPES += [(WIDTH, 4 * WIDTH), (WIDTH,), (WIDTH,), (WIDTH,), (WIDTH,), (WI
 LINEAR_SHAPES = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)]
 WINDOW = 8
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+LION_OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
+MOMENTUM_DECAY = 4e-3
 MAX_NORM = 1.0
 FIRST_STEP = 10
 COPY_SHARE = 0.92
@@ -68,6 +72,7 @@ class CudaCase:
         ours: does it once.
         rivals: the others, by name.
         copy_share: least share of the copy bandwidth that is asked of our side, None where none is.
+        shares_copy: whether that share is worth a row of its own where none is asked.
         asked: least speed over rivals.
     """
 
@@ -76,6 +81,7 @@ class CudaCase:
     ours: Callable[[], object]
     rivals: dict[str, Callable[[], object]] = field(default_factory=dict)
     copy_share: float | None = None
+    shares_copy: bool = False
     asked: tuple[Asked, ...] = ()
 
 
@@ -100,8 +106,12 @@ class Buffers:
         self.flat["exp_avg_sq"] = torch.rand(end, device=device)
         self.weight = self.flat["master"].bfloat16()
         self.statistics = kernels.GradientStatistics(self.layout)
-        self.rows = kernels.ScalarRows(self.layout)
-        self.rows.set_adamw([FIRST_STEP] * len(segments), divisor=float(WINDOW), **OPTIONS)
+        self.rows = {name: kernels.ScalarRows(self.layout) for name in ("adamw", "nadam", "lion")}
+        steps, divisor = [FIRST_STEP] * len(segments), float(WINDOW)
+        sizes = [nadam_sizes(FIRST_STEP)] * len(segments)
+        self.rows["adamw"].set_adamw(steps, divisor=divisor, **OPTIONS)
+        self.rows["nadam"].set_nadam(steps, step_sizes=sizes, divisor=divisor, **OPTIONS)
+        self.rows["lion"].set_lion(steps, divisor=divisor, **LION_OPTIONS)
 
     def accumulate(self, *, overwrite: bool = False) -> None:
         """One micro-batch, ours."""
@@ -110,7 +120,16 @@ class Buffers:
     def step(self, clip: Tensor | None = None, *, fused: bool = False) -> None:
         """The update, ours; ``fused`` folds the last micro-batch in."""
         grads = self.grads if fused else None
-        kernels.adamw_step(self.layout, self.rows, weight=self.weight, clip=clip, grads=grads, **self.flat)
+        kernels.adamw_step(self.layout, self.rows["adamw"], weight=self.weight, clip=clip, grads=grads, **self.flat)
+
+    def nadam(self) -> None:
+        """NAdam's update, ours."""
+        kernels.nadam_step(self.layout, self.rows["nadam"], weight=self.weight, **self.flat)
+
+    def lion(self) -> None:
+        """Lion's update, ours."""
+        state = {name: self.flat[name] for name in ("master", "grad_sum", "exp_avg")}
+        kernels.lion_step(self.layout, self.rows["lion"], weight=self.weight, **state)
 
     def window(self) -> None:
         """All micro-batches, norm, clipped update; nothing has to be reset."""
@@ -119,17 +138,44 @@ class Buffers:
         self.step(kernels.clip_coefficient([self.statistics.totals()], MAX_NORM, float(WINDOW)))
 
 
-class TorchSide:
-    """The best sequence of torch's own: fp32 masters whose ``.grad`` sums up, a fused AdamW, a cast back to bf16."""
+def nadam_sizes(step: int) -> tuple[float, float]:
+    """What NAdam multiplies first moment and gradient with in a step, by torch's formulas."""
+    beta1, lr = OPTIONS["betas"][0], OPTIONS["lr"]
+    momenta = [beta1 * (1.0 - 0.5 * 0.96 ** (number * MOMENTUM_DECAY)) for number in range(1, step + 2)]
+    product = math.prod(momenta[:-1])
+    return lr * momenta[-1] / (1.0 - product * momenta[-1]), lr * (1.0 - momenta[-2]) / (1.0 - product)
 
-    def __init__(self, shapes: list[tuple[int, ...]], grads: list[Tensor | None], device: str) -> None:
+
+def torch_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, fused=True, **OPTIONS)
+
+
+def torch_nadam(params: list[Tensor]) -> torch.optim.Optimizer:
+    options = {**OPTIONS, "momentum_decay": MOMENTUM_DECAY, "decoupled_weight_decay": True}
+    return torch.optim.NAdam(params, foreach=True, **options)
+
+
+def foreach_lion(params: list[Tensor]) -> torch.optim.Optimizer:
+    return ForeachLion(params, **LION_OPTIONS)
+
+
+class TorchSide:
+    """The best sequence of torch's own: fp32 masters whose ``.grad`` sums up, an optimizer, a cast back to bf16."""
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, ...]],
+        grads: list[Tensor | None],
+        device: str,
+        make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = torch_adamw,
+    ) -> None:
         self.grads = [grad.view(shape) for grad, shape in zip(grads, shapes, strict=True) if grad is not None]
         self.params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
         self.weights = [param.detach().bfloat16() for param in self.params]
         for param in self.params:
             param.grad = torch.randn_like(param) * 1e-2
         self.sums = [param.grad for param in self.params if param.grad is not None]
-        self.optimizer = torch.optim.AdamW(self.params, fused=True, **OPTIONS)
+        self.optimizer = make_optimizer([*self.params])
         self.optimizer.step()  # makes the state
 
     def accumulate(self) -> None:
@@ -223,6 +269,26 @@ def flat_cases(numel: int, device: str) -> list[CudaCase]:
     ]
 
 
+def other_updates(numel: int, device: str) -> list[CudaCase]:
+    """Updates of which no speed is asked, on buffers of their own."""
+    buffers = Buffers(numel, device)
+    cases = []
+    for name, ours, theirs, moved in (
+        ("nadam", buffers.nadam, torch_nadam, kernels.nadam_bytes),
+        ("lion", buffers.lion, foreach_lion, kernels.lion_bytes),
+    ):
+        side = TorchSide(buffers.shapes, buffers.grads, device, theirs)
+        case = CudaCase(
+            name=f"{name} bf16",
+            bytes_moved=moved(buffers.count, torch.bfloat16),
+            ours=ours,
+            rivals={"torch": side.step},
+            shares_copy=True,
+        )
+        cases.append(case)
+    return cases
+
+
 def wgrad_case(rows: int, n: int, k: int, device: str, measure_ms: Measure = routes_measure_ms) -> CudaCase:
     """The fused weight gradient by its fastest route, against a bf16 product that is accumulated afterwards, by torch
     or by our own kernel, and each route alone."""
@@ -303,7 +369,7 @@ def run_case(case: CudaCase, rounds: int, copy_gb_per_s: float, device: str) -> 
 def measures(case: CudaCase, share: float, ratios: dict[str, float]) -> list[dict[str, Any]]:
     """What is asked of a case, and what it gave."""
     rows = []
-    if case.copy_share is not None:
+    if case.copy_share is not None or case.shares_copy:
         rows.append(measure(case.name, share, "of copy bandwidth", at_least=case.copy_share))
     for asked in case.asked:
         speed = min((ratios[name] for name in asked.rivals if name in ratios), default=None)
@@ -333,8 +399,13 @@ def run_all(numel: int, rounds: int, *, only: str = "", rows: int = 8192, device
             flush=True,
         )
 
-    for case in flat_cases(numel, device):
-        judge(case)
+    def judge_all(cases: list[CudaCase]) -> None:
+        for case in cases:
+            judge(case)
+
+    # One list after the other, of which nothing is left behind: both need not fit into memory.
+    for make in (flat_cases, other_updates):
+        judge_all(make(numel, device))
     for n, k in LINEAR_SHAPES:
         if only in f"wgrad {rows}x{n}x{k}":
             judge(wgrad_case(rows, n, k, device))

@@ -86,6 +86,11 @@ def check_signed_zero_and_cache(device: str) -> None:
     assert flat.layout.entries(grads, flat.layout.codes(grads, True)).table is not first.table
     assert first.table is not None
     assert first.table.tolist() == [grads[0].data_ptr(), 0]
+    # An address that was a gradient's of another dtype: freed memory comes back so.
+    pattern = torch.full((40,), 1.5, device=device)
+    for grad in (pattern.view(torch.bfloat16)[:40], pattern):
+        accumulate(flat.layout, statistics, front, [grad, None], overwrite=True)
+        assert torch.equal(front[:40], grad.float())
     many = Flat(tuple([3] * 70), device)  # more than one launch writes the table
     grads = many.grads(torch.bfloat16)
     table = many.layout.entries(grads, many.layout.codes(grads, True)).table
@@ -202,6 +207,18 @@ def test_a_captured_graph_adds_again_with_every_replay() -> None:
 
 
 @pytest.mark.gpu
+def test_another_stream_gets_a_table_of_its_own() -> None:
+    """One that was only just issued on another stream may not be written yet."""
+    flat = Flat((40, 7), "cuda")
+    grads = flat.grads(torch.bfloat16)
+    codes = flat.layout.codes(grads, False)
+    first = flat.layout.entries(grads, codes)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert flat.layout.entries(grads, codes).table is not first.table
+    assert flat.layout.entries(grads, codes).table is first.table
+
+
+@pytest.mark.gpu
 def test_nothing_waits_for_the_device() -> None:
     flat = Flat(LARGE, "cuda")
     front, statistics, grads = flat.random(), GradientStatistics(flat.layout), flat.grads(torch.bfloat16)
@@ -234,6 +251,18 @@ def check_layouts(device: str) -> None:
         with pytest.raises(ValueError, match=match):
             FlatLayout(segments, numel, where)
     assert FlatLayout([(32, 4), (0, 5)], 64, where).ranges == ((0, 1), (1, 2))
+    # Names of a device that no tensor's has: "cuda", and on the CPU the one with a number.
+    where = torch.device("cpu", 0) if device == "cpu" else torch.device("cuda")
+    layout = FlatLayout([(0, 5)], 16, where)
+    front, grad = torch.zeros(16, device=where), torch.ones(5, device=where)
+    assert front.device != where and layout.device == front.device
+    accumulate(layout, GradientStatistics(layout), front, [grad], overwrite=True)
+    assert torch.equal(front[:5], grad)
+
+
+@pytest.mark.gpu
+def test_layouts_that_cannot_be_on_a_gpu() -> None:
+    check_layouts("cuda")
 
 
 def test_layouts_that_cannot_be(interpreter: Interpreter) -> None:

@@ -12,6 +12,9 @@ import pytest
 
 from paci_rt.kernels.aot import ARCHS, Compiled, Variant, compile_variant, variants, widest, widest_copy
 
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""What a program can have at most (CUDA C++ Programming Guide, compute capabilities)."""
+
 MATRIX_INSTRUCTION = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 CASES = [
     pytest.param(variant, arch, id=f"{variant.name}-sm_{arch}")
@@ -44,12 +47,14 @@ def test_compiles_without_spills_into_wide_accesses(variant: Variant, arch: int)
     assert ".local" not in made.ptx
     # At least two programs fit on a multiprocessor.
     assert made.registers * variant.warps * 32 <= 65536 // (1 if variant.name.startswith("wgrad") else 2)
+    assert made.shared_bytes <= SHARED_BYTES[arch]
     if variant.name.startswith(("wgrad", "bias")):
         check_matrix(variant, arch, made)
     elif variant.name not in ("totals", "entries"):
         assert made.load_bits == 128
         assert (made.vector_loads, made.vector_stores) == vector_accesses(variant)
         check_arithmetic(variant, made)
+        check_order(made)
 
 
 def check_matrix(variant: Variant, arch: int, made: Compiled) -> None:
@@ -58,6 +63,16 @@ def check_matrix(variant: Variant, arch: int, made: Compiled) -> None:
     if variant.name.startswith("wgrad"):
         assert MATRIX_INSTRUCTION[arch] in made.matrix_instructions
         assert made.store_bits == 128
+        # Two of the smaller tiles fit on a multiprocessor, so that one adds to memory while the other multiplies.
+        if arch in (90, 100) and "256" not in variant.name:
+            assert 2 * made.registers * variant.warps * 32 <= 65536
+            assert 2 * made.shared_bytes <= SHARED_BYTES[arch]
+
+
+def check_order(made: Compiled) -> None:
+    """From the first to the last thing that a block reads nothing waits for any of it, as divisions and stores do."""
+    loads = [match.start() for match in re.finditer(r"\bld\.global[\w.:]*\.v\d", made.ptx)]
+    assert not re.search(r"\b(div\.rn\.f32|st\.global)", made.ptx[loads[0] : loads[-1]])
 
 
 def check_arithmetic(variant: Variant, made: Compiled) -> None:

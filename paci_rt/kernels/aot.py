@@ -28,7 +28,7 @@ from paci_rt.kernels.device.lion import lion_ahead_kernel, lion_kernel
 from paci_rt.kernels.device.sgd import sgd_ahead_kernel, sgd_kernel
 from paci_rt.kernels.device.wgrad import bias_kernel, wgrad_kernel
 from paci_rt.kernels.launch import BLOCK, OPTIONS, TOTALS_BLOCK, TOTALS_WARPS, UPDATE_WARPS, WARPS
-from paci_rt.kernels.tiles import BIAS_CONSTANTS, BIAS_WARPS, TILES
+from paci_rt.kernels.tiles import BIAS_WARPS, TILES, bias_constants
 
 ARCHS = (80, 90, 100, 120)
 """Compute capabilities that are compiled for: Ampere, Hopper, and both kinds of Blackwell."""
@@ -167,13 +167,13 @@ def update_variants() -> Iterator[Variant]:
 
 def wgrad_variants() -> Iterator[Variant]:
     """Every tile, both dtypes, with and without bias; and the bias alone, which fp32 has too."""
-    for name in ELEMENTS:
-        types = {"bias": "*fp32", "dy": f"*{name}", "rows": "i32", "n": "i32", "stride": "i32", "overwrite": "i32"}
+    for name, element in ELEMENTS.items():
+        types = {"bias": "*fp32", "dy": f"*{name}", "rows": "i32", "n": "i32", "stride": "i64", "overwrite": "i32"}
         yield Variant(
             name=f"bias {name}",
             kernel=bias_kernel,
             types=types,
-            constants=BIAS_CONSTANTS,
+            constants=bias_constants(element.primitive_bitwidth // 8),
             aligned=("bias", "dy", "n", "stride"),
             warps=BIAS_WARPS,
         )
@@ -181,7 +181,7 @@ def wgrad_variants() -> Iterator[Variant]:
         for element in ("bf16", "fp16"):
             for bias in (False, True):
                 types = {"front": "*fp32", "dy": f"*{element}", "x": f"*{element}", "rows": "i32", "n": "i32"}
-                types |= {"k": "i32", "stride_dy": "i32", "stride_x": "i32", "overwrite": "i32"}
+                types |= {"k": "i32", "stride_dy": "i64", "stride_x": "i64", "overwrite": "i32"}
                 types |= {"overwrite_bias": "i32", **({"bias": "*fp32"} if bias else {})}
                 aligned = ("front", "bias", "dy", "x", "n", "k", "stride_dy", "stride_x")
                 yield Variant(

@@ -24,8 +24,9 @@ WARPS = 4
 UPDATE_WARPS = 8
 """Of the updates, which read four buffers or more: 4 elements a thread, so that registers suffice."""
 
-TOTALS_BLOCK = 1024
-TOTALS_WARPS = 8
+TOTALS_BLOCK = 4096
+TOTALS_WARPS = 16
+"""Of the one program that adds up the chunks' slots; it is waited for, so it takes many at a time."""
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 """No contraction into fused multiply-adds, as in the CPU kernels; pinned, as Triton is about to change its default."""

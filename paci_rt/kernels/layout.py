@@ -83,7 +83,7 @@ class FlatLayout:
     def __init__(self, segments: Sequence[tuple[int, int]], numel: int, device: torch.device) -> None:
         check_runs_on(device, "the flat group")
         _check_segments(segments, numel)
-        self.segments, self.numel, self.device = tuple(segments), numel, device
+        self.segments, self.numel = tuple(segments), numel
         rows: list[tuple[int, int, int, int]] = []
         ranges = []
         for position, (offset, length) in enumerate(segments):
@@ -95,8 +95,9 @@ class FlatLayout:
             raise ValueError("a layout needs at least one parameter with elements, and every segment given is empty")
         self.ranges = tuple(ranges)
         self.chunks = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.device = self.chunks.device  # "cuda" is not equal to "cuda:0", where tensors are then
         self.one = torch.ones(1, dtype=torch.float32, device=device)
-        self._tables: OrderedDict[tuple[int, ...], Entries] = OrderedDict()
+        self._tables: OrderedDict[tuple[object, ...], Entries] = OrderedDict()
         self._captured: list[Entries] = []
         self._parts: dict[tuple[int, ...], Part] = {}
 
@@ -162,7 +163,8 @@ class FlatLayout:
         return [ABSENT if grad is None else OVERWRITE if flag else ADD for grad, flag in zip(grads, flags, strict=True)]
 
     def entries(self, grads: Sequence[Tensor | None], codes: Sequence[int]) -> Entries:
-        """The gradients' addresses on the device, from an earlier call with the same ones where there was one.
+        """The gradients' addresses on the device, from an earlier call with the same ones on the same stream where
+        there was one; another stream's table may not be written yet.
 
         Nothing waits and nothing is copied from host memory. A table that is written while a CUDA graph is captured
         belongs to that graph, whose replays write it; it is kept as long as the layout.
@@ -172,13 +174,19 @@ class FlatLayout:
             entries = Entries.fresh(present, codes)
             self._captured.append(entries)
             return entries
-        key = _values(present, codes)
+        # Allocators hand out an address again for another dtype too.
+        dtype = present[0].dtype if present else None
+        key = (_current_stream(self.device), dtype, *_values(present, codes))
         entries = self._tables.get(key) or Entries.fresh(present, codes)
         self._tables[key] = entries
         self._tables.move_to_end(key)
         if len(self._tables) > CACHED_TABLES:
             self._tables.popitem(last=False)
         return entries
+
+
+def _current_stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def _values(present: Sequence[Tensor], codes: Sequence[int]) -> tuple[int, ...]:

@@ -7,8 +7,14 @@ from dataclasses import dataclass
 BIAS_COLUMNS = 32
 """Columns that one program sums for the bias' gradient: narrow, so that there are many programs."""
 
-BIAS_WARPS = 4
-BIAS_CONSTANTS = {"BIAS_ROWS": 128, "BIAS_COLUMNS": BIAS_COLUMNS}
+BIAS_WARPS = 8
+BIAS_BLOCK_BYTES = 16 << 10
+"""Of dY at a time. Five of these are on their way, which is as much shared memory as every target has."""
+
+
+def bias_constants(itemsize: int) -> dict[str, int]:
+    """Compile-time arguments of the bias' sums, for factors of ``itemsize`` bytes an element."""
+    return {"BIAS_ROWS": BIAS_BLOCK_BYTES // (BIAS_COLUMNS * itemsize), "BIAS_COLUMNS": BIAS_COLUMNS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +42,8 @@ class Tile:
 
     @property
     def constants(self) -> dict[str, int]:
-        """Compile-time arguments of the kernel."""
-        halves = 2 if self.into > 128 else 1
-        return {"ROWS": self.rows, "OUT": self.out, "IN": self.into, "GROUP": 8, "HALVES": halves, **BIAS_CONSTANTS}
+        """Compile-time arguments of the kernel, for factors of 16 bits."""
+        return {"ROWS": self.rows, "OUT": self.out, "IN": self.into, "GROUP": 8, **bias_constants(2)}
 
 
 TILES = (

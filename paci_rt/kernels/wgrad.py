@@ -8,10 +8,12 @@ Two routes: the Triton kernel of :mod:`paci_rt.kernels.device.wgrad` with one of
 fp32 matrix by itself. :class:`WgradRoutes` measures which is faster, shape by shape.
 
 Limits: 2-D factors with unit stride along a row; bf16 or fp16 for Triton, fp32 too for cuBLAS, which needs a torch
-whose ``addmm`` takes ``out_dtype``.
+whose ``addmm`` adds products of those to an fp32 matrix (``out_dtype``).
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -19,21 +21,42 @@ from torch import Tensor
 
 from paci_rt.kernels.device.wgrad import bias_kernel, wgrad_kernel
 from paci_rt.kernels.launch import INTERPRETED, OPTIONS, check_runs_on, on_device
-from paci_rt.kernels.tiles import BIAS_COLUMNS, BIAS_CONSTANTS, BIAS_WARPS, TILES
+from paci_rt.kernels.tiles import BIAS_COLUMNS, BIAS_WARPS, TILES, bias_constants
 
 CUBLAS = "cublas"
 TRITON_ROUTES = tuple(f"triton:{tile.name}" for tile in TILES)
 _TILES = {f"triton:{tile.name}": tile for tile in TILES}
-_ADDS_LOW_PRECISION = "dtype_out" in torch.ops.aten.addmm.overloads()
-"""Whether this torch can add a product of bf16 or fp16 matrices to an fp32 matrix in one call."""
 
-LARGEST = 2**31 - 1
+LARGEST = 2**31 - 1024
+"""Extents are 32 bits wide, and a tile may reach beyond them."""
+
+
+@cache
+def adds_low_precision(device: torch.device) -> bool:
+    """Whether this torch can add a product of bf16 or fp16 matrices to an fp32 matrix in one call.
+
+    The first versions with that operator want the summand to be of the factors' dtype. Asked with empty matrices, for
+    which nothing is launched.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    if "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    total = torch.empty(0, 0, device=device)
+    factor = torch.empty(0, 0, dtype=torch.bfloat16, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, factor, factor, torch.float32, out=total)
+    except RuntimeError as error:
+        if "same dtype" not in str(error):
+            raise
+        return False
+    return True
 
 
 def routes_for(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
     """Routes that can run factors of a dtype on a device."""
     triton_routes = TRITON_ROUTES if dtype in (torch.bfloat16, torch.float16) else ()
-    low_precision = bool(triton_routes) and device.type == "cuda" and _ADDS_LOW_PRECISION
+    low_precision = bool(triton_routes) and adds_low_precision(device)
     return triton_routes + ((CUBLAS,) if dtype is torch.float32 or low_precision else ())
 
 
@@ -75,11 +98,6 @@ def wgrad(
         ValueError: shapes, dtypes, strides or devices do not fit, or the route cannot run them.
     """
     _check(front, dy, x, bias)
-    if route not in routes_for(dy.dtype, dy.device):
-        raise ValueError(
-            f"route={route!r} cannot run {dy.dtype} factors on {dy.device}: choose one of "
-            f"{', '.join(routes_for(dy.dtype, dy.device)) or 'none; use bf16 or fp16 factors on a CUDA device'}"
-        )
     first_bias = overwrite if overwrite_bias is None else overwrite_bias
     if torch.compiler.is_compiling():
         torch.ops.paci_rt.wgrad(front, bias, dy, x, overwrite, first_bias, route)
@@ -115,6 +133,11 @@ def _check(front: Tensor, dy: Tensor, x: Tensor, bias: Tensor | None) -> None:
 def _run(
     front: Tensor, bias: Tensor | None, dy: Tensor, x: Tensor, overwrite: bool, overwrite_bias: bool, route: str
 ) -> None:
+    if route not in routes_for(dy.dtype, dy.device):
+        raise ValueError(
+            f"route={route!r} cannot run {dy.dtype} factors on {dy.device}: choose one of "
+            f"{', '.join(routes_for(dy.dtype, dy.device)) or 'none; use bf16 or fp16 factors on a CUDA device'}"
+        )
     if route == CUBLAS:
         _cublas(front, dy, x, overwrite)
         if bias is not None:
@@ -147,7 +170,8 @@ def _run(
 
 
 def _cublas(front: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
-    # In place: torch hands front to cuBLAS as C and as D, with beta 1 or 0.
+    # In place: torch hands front to cuBLAS as C and as D, with beta 1 or 0. It takes no out= where autograd looks on.
+    dy, x = dy.detach(), x.detach()
     if dy.dtype is torch.float32:
         if overwrite:
             torch.mm(dy.t(), x, out=front)
@@ -172,7 +196,7 @@ def _bias(bias: Tensor, dy: Tensor, overwrite: bool) -> None:
             dy.shape[1],
             dy.stride(0),
             int(overwrite),
-            **BIAS_CONSTANTS,
+            **bias_constants(dy.element_size()),
             num_warps=BIAS_WARPS,
             **OPTIONS,
         )

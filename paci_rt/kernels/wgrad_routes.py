@@ -61,6 +61,8 @@ class WgradRoutes:
         Raises:
             ValueError: no route can run it, or it was not measured and a CUDA graph is being captured.
         """
+        if shape.device.type == "cuda" and shape.device.index is None:
+            shape = shape._replace(device=torch.device("cuda", torch.cuda.current_device()))
         known = self._best.get(shape)
         if known is not None:
             return known
@@ -78,8 +80,10 @@ class WgradRoutes:
         return self._best[shape]
 
     def _time(self, shape: Shape, choices: tuple[str, ...]) -> dict[str, float]:
-        dy = torch.randn(shape.rows, shape.n, device=shape.device).to(shape.dtype)
-        x = torch.randn(shape.rows, shape.k, device=shape.device).to(shape.dtype)
+        # A generator of its own: measuring must not change what a model draws next.
+        generator = torch.Generator(shape.device).manual_seed(0)
+        dy = torch.randn(shape.rows, shape.n, generator=generator, device=shape.device).to(shape.dtype)
+        x = torch.randn(shape.rows, shape.k, generator=generator, device=shape.device).to(shape.dtype)
         front = torch.zeros(shape.n, shape.k, device=shape.device)
         bias = torch.zeros(shape.n, device=shape.device) if shape.bias else None
 

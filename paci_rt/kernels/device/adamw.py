@@ -67,15 +67,17 @@ def adamw_kernel(
             here = offset + at + lanes
             mask = at + lanes < padded(length)
             valid = at + lanes < length
+            # All of it on its way before anything waits: a division is many instructions with branches among them,
+            # across which the compiler moves no load.
+            weight = tl.load(master + here, mask=mask, other=0.0)
+            mean = tl.load(exp_avg + here, mask=mask, other=0.0)
+            square = tl.load(exp_avg_sq + here, mask=mask, other=0.0)
             if entries is None:
                 total = tl.load(grad_sum + here, mask=mask, other=0.0)
             else:
                 entry = tl.load(entries + position)
                 total = load_sum(grad_sum, here, mask, entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
             gradient = tl.div_rn(total, divisor) * coefficient
-            weight = tl.load(master + here, mask=mask, other=0.0)
-            mean = tl.load(exp_avg + here, mask=mask, other=0.0)
-            square = tl.load(exp_avg_sq + here, mask=mask, other=0.0)
             weight, mean, square = adamw_math(weight, gradient, mean, square, row, NESTEROV, BLOCK)
             # Padding is zero and stays zero, also where eps is 0.
             weight = tl.where(valid, weight, 0.0)
@@ -112,11 +114,11 @@ def adamw_ahead_kernel(
             here = offset + at + lanes
             mask = at + lanes < padded(length)
             weight = tl.load(master + here, mask=mask, other=0.0)
-            if low is None:
-                tl.store(kept + here, weight, mask=mask)
             mean = tl.load(exp_avg + here, mask=mask, other=0.0)
             square = tl.load(exp_avg_sq + here, mask=mask, other=0.0)
             total = tl.load(grad_sum + here, mask=mask & known, other=0.0)
+            if low is None:
+                tl.store(kept + here, weight, mask=mask)
             gradient = tl.where(known, tl.div_rn(total, divisor), mean * unbias1)
             for repeat in range(repeats):
                 row = first + repeat * 16

@@ -41,14 +41,15 @@ def lion_kernel(
             here = offset + at + lanes
             mask = at + lanes < padded(length)
             valid = at + lanes < length
+            # All of it on its way before anything waits, as with AdamW.
+            weight = tl.load(master + here, mask=mask, other=0.0)
+            mean = tl.load(exp_avg + here, mask=mask, other=0.0)
             if entries is None:
                 total = tl.load(grad_sum + here, mask=mask, other=0.0)
             else:
                 entry = tl.load(entries + position)
                 total = load_sum(grad_sum, here, mask, entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
             gradient = tl.div_rn(total, divisor) * coefficient
-            weight = tl.load(master + here, mask=mask, other=0.0)
-            mean = tl.load(exp_avg + here, mask=mask, other=0.0)
             weight, mean = lion_math(weight, gradient, mean, row)
             # Padding is zero and stays zero, also where the clip coefficient is NaN.
             weight = tl.where(valid, weight, 0.0)
@@ -81,10 +82,10 @@ def lion_ahead_kernel(
             here = offset + at + lanes
             mask = at + lanes < padded(length)
             weight = tl.load(master + here, mask=mask, other=0.0)
-            if low is None:
-                tl.store(kept + here, weight, mask=mask)
             mean = tl.load(exp_avg + here, mask=mask, other=0.0)
             total = tl.load(grad_sum + here, mask=mask & known, other=0.0)
+            if low is None:
+                tl.store(kept + here, weight, mask=mask)
             gradient = tl.where(known, tl.div_rn(total, divisor), mean)
             for repeat in range(repeats):
                 weight, mean = lion_math(weight, gradient, mean, first + repeat * 16)

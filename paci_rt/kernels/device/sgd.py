@@ -49,17 +49,20 @@ def sgd_kernel(
             here = offset + at + lanes
             mask = at + lanes < padded(length)
             valid = at + lanes < length
+            # All of it on its way before anything waits, as with AdamW.
+            weight = tl.load(master + here, mask=mask, other=0.0)
+            old = weight
+            if buffer is not None:
+                old = tl.load(buffer + here, mask=mask, other=0.0)
             if entries is None:
                 total = tl.load(grad_sum + here, mask=mask, other=0.0)
             else:
                 entry = tl.load(entries + position)
                 total = load_sum(grad_sum, here, mask, entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
             gradient = tl.div_rn(total, divisor) * coefficient
-            weight = tl.load(master + here, mask=mask, other=0.0)
             if buffer is None:
                 weight = weight + rate * (gradient + decay * weight)
             else:
-                old = tl.load(buffer + here, mask=mask, other=0.0)
                 weight, later = momentum_math(weight, gradient, old, rate, decay, momentum, take, is_first, nesterov)
                 tl.store(buffer + here, tl.where(valid, later, 0.0), mask=mask)
             weight = tl.where(valid, weight, 0.0)
@@ -91,10 +94,10 @@ def sgd_ahead_kernel(
             here = offset + at + lanes
             mask = at + lanes < padded(length)
             weight = tl.load(master + here, mask=mask, other=0.0)
-            if low is None:
-                tl.store(kept + here, weight, mask=mask)
             old = tl.load(buffer + here, mask=mask, other=0.0)
             total = tl.load(grad_sum + here, mask=mask & known, other=0.0)
+            if low is None:
+                tl.store(kept + here, weight, mask=mask)
             gradient = tl.where(known, tl.div_rn(total, divisor), old * share)
             for repeat in range(repeats):
                 rate, decay, momentum, take, is_first, nesterov = load_scalars(first + repeat * 16, BLOCK)

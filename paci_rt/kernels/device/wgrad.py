@@ -11,9 +11,11 @@ def column_sums(bias, dy, rows, n, stride, overwrite, block, ROWS: tl.constexpr,
     """Sums of ``COLUMNS`` columns of dY, the bias' gradient; every lane adds its rows in order."""
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     lines = tl.arange(0, ROWS)
-    here = dy + lines.to(tl.int64)[:, None] * stride + columns[None, :]
+    stride = tl.cast(stride, tl.int64)  # changes something under the interpreter, which does not look at annotations
+    here = dy + lines[:, None] * stride + columns[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for at in tl.range(0, rows, ROWS, num_stages=4):
+    # A column is read by one program alone, so it needs many bytes on their way: five blocks of rows.
+    for at in tl.range(0, rows, ROWS, num_stages=6):
         mask = (at + lines < rows)[:, None] & (columns < n)[None, :]
         total += tl.load(here, mask=mask, other=0.0).to(tl.float32)
         here += ROWS * stride
@@ -49,7 +51,6 @@ def product_tile(
     OUT: tl.constexpr,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
-    HALVES: tl.constexpr,
 ):
     """``OUT`` x ``IN`` elements of dW = dY^T X, over all rows."""
     # Tiles of GROUP rows of dW go column by column, so that programs that run together share what they read.
@@ -60,8 +61,9 @@ def product_tile(
     out = (group * GROUP + within % height) * OUT + tl.arange(0, OUT)
     into = (within // height) * IN + tl.arange(0, IN)
     lines = tl.arange(0, ROWS)
-    left = dy + lines.to(tl.int64)[:, None] * stride_dy + out[None, :]
-    right = x + lines.to(tl.int64)[:, None] * stride_x + into[None, :]
+    stride_dy, stride_x = tl.cast(stride_dy, tl.int64), tl.cast(stride_x, tl.int64)
+    left = dy + lines[:, None] * stride_dy + out[None, :]
+    right = x + lines[:, None] * stride_x + into[None, :]
     total = tl.zeros([OUT, IN], tl.float32)
     for at in range(0, rows, ROWS):
         inside = (at + lines < rows)[:, None]
@@ -70,14 +72,12 @@ def product_tile(
         total = tl.dot(tl.trans(a), b, total)
         left += ROWS * stride_dy
         right += ROWS * stride_x
-    into = (within // height) * IN + tl.arange(0, IN // HALVES)
-    if HALVES == 1:
-        add_tile(front, total, out, into, n, k, overwrite, IN)
-    else:
-        # A wide tile and what it is added to would not fit into the registers together.
-        low, high = tl.split(tl.permute(tl.reshape(total, (OUT, 2, IN // 2)), (0, 2, 1)))
-        add_tile(front, low, out, into, n, k, overwrite, IN // 2)
-        add_tile(front, high, out, into + IN // 2, n, k, overwrite, IN // 2)
+    # In halves: a tile and what it is added to, together, would take the registers that a second program on the
+    # multiprocessor needs, or more than there are.
+    into = (within // height) * IN + tl.arange(0, IN // 2)
+    low, high = tl.split(tl.permute(tl.reshape(total, (OUT, 2, IN // 2)), (0, 2, 1)))
+    add_tile(front, low, out, into, n, k, overwrite, IN // 2)
+    add_tile(front, high, out, into + IN // 2, n, k, overwrite, IN // 2)
 
 
 @triton.jit(do_not_specialize=["rows", "overwrite"])
@@ -86,7 +86,7 @@ def bias_kernel(
     dy,
     rows: tl.int32,
     n,
-    stride,
+    stride: tl.int64,
     overwrite: tl.int32,
     BIAS_ROWS: tl.constexpr,
     BIAS_COLUMNS: tl.constexpr,
@@ -104,22 +104,24 @@ def wgrad_kernel(
     rows: tl.int32,
     n,
     k,
-    stride_dy,
-    stride_x,
+    stride_dy: tl.int64,
+    stride_x: tl.int64,
     overwrite: tl.int32,
     overwrite_bias: tl.int32,
     ROWS: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
-    HALVES: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
     BIAS_COLUMNS: tl.constexpr,
 ):
-    """dW (fp32 [n, k]) and, unless it is None, bias (fp32 [n]), from dY [rows, n] and X [rows, k]."""
+    """dW (fp32 [n, k]) and, unless it is None, bias (fp32 [n]), from dY [rows, n] and X [rows, k].
+
+    Strides are 64 bits wide: of a slice, blocks of rows can lie more than 2^31 elements apart.
+    """
     if bias is None:
         tile = tl.program_id(0)
-        product_tile(front, dy, x, rows, n, k, stride_dy, stride_x, overwrite, tile, ROWS, OUT, IN, GROUP, HALVES)
+        product_tile(front, dy, x, rows, n, k, stride_dy, stride_x, overwrite, tile, ROWS, OUT, IN, GROUP)
     else:
         # The few programs that sum columns come first: as the last ones they would be waited for.
         blocks = tl.cdiv(n, BIAS_COLUMNS)
@@ -128,4 +130,4 @@ def wgrad_kernel(
             column_sums(bias, dy, rows, n, stride_dy, overwrite_bias, program, BIAS_ROWS, BIAS_COLUMNS)
         else:
             tile = program - blocks
-            product_tile(front, dy, x, rows, n, k, stride_dy, stride_x, overwrite, tile, ROWS, OUT, IN, GROUP, HALVES)
+            product_tile(front, dy, x, rows, n, k, stride_dy, stride_x, overwrite, tile, ROWS, OUT, IN, GROUP)
