@@ -24,9 +24,12 @@ def factors(device: str, dtype: torch.dtype, rows: int, n: int, k: int) -> tuple
 
 def assert_close(got: Tensor, expected: Tensor, rows: int, what: str) -> None:
     """Products of 16-bit values are exact in fp32, so only the order of ``rows`` additions differs: the error is a
-    random walk of roundings, and 2^-23 times the root of their number bounds what was seen by a factor of several."""
+    random walk of roundings, and 2^-23 times the root of their number bounds what was seen by a factor of several.
+    Tensor cores cut off what does not fit beside the largest of the terms that they add at once, always towards zero,
+    which is no random walk: two bits more, still far below the 2^-9 of a product that was rounded to bf16."""
     error = float((got.double() - expected).norm() / expected.norm())
-    assert error <= 2**-23 * max(rows, 4) ** 0.5, f"{what}: relative error {error:.2e}"
+    unit = 2**-21 if torch.cuda.is_available() else 2**-23
+    assert error <= unit * max(rows, 4) ** 0.5, f"{what}: relative error {error:.2e}"
 
 
 def check_wgrad(device: str, dtype: torch.dtype, shape: tuple[int, int, int], route: str) -> None:
