@@ -10,7 +10,7 @@ from interpreted import Interpreter
 from torch import Tensor
 
 from paci_rt.kernels import WgradRoutes, routes_for, wgrad, wgrad_bytes
-from paci_rt.kernels.wgrad import CUBLAS, TRITON_ROUTES
+from paci_rt.kernels.wgrad import CUBLAS, TRITON_ROUTES, adds_low_precision
 from paci_rt.kernels.wgrad_routes import Shape
 
 SHAPES = [(200, 130, 70), (64, 16, 300), (1, 5, 3), (130, 129, 257)]
@@ -139,6 +139,11 @@ def test_which_routes_there_are() -> None:
     assert set(TRITON_ROUTES) < set(routes_for(torch.bfloat16, cuda))
     assert routes_for(torch.float32, cuda) == (CUBLAS,)
     assert routes_for(torch.float16, cpu) == TRITON_ROUTES
+
+
+def test_which_torch_adds_products_of_16_bits_to_fp32() -> None:
+    versions = ("2.6.0", "2.9.1+cu130", "2.10.0", "2.11.0+cu130", "3.0.0a0+git123", "unknown")
+    assert [adds_low_precision(version) for version in versions] == [False, False, True, True, True, False]
 
 
 def test_bytes() -> None:

@@ -1,7 +1,7 @@
 """What ``make gpu`` does, step by step. To measure something more, add a line.
 
-A benchmark joins by writing ``measures`` into its JSON (``gpu_runner.py`` says how), anew whenever it knows more, and by
-staying inside its limit. The shares add up to the time of the whole run, so that every step has its turn; a step may
+A benchmark joins by writing ``measures`` into its JSON (``gpu_runner.py`` says how), anew whenever it knows more, and
+by staying inside its limit. The shares add up to the time of the whole run, so that every step has its turn; a step may
 take what those before it have left, up to its limit.
 """
 

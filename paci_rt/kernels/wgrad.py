@@ -7,11 +7,13 @@ afterwards moves 12 bytes per weight and rounds the product to bf16, which this 
 Two routes: the Triton kernel of :mod:`paci_rt.kernels.device.wgrad` with one of its tiles, and cuBLAS, which adds to an
 fp32 matrix by itself. :class:`WgradRoutes` measures which is faster, shape by shape.
 
-Limits: 2-D factors with unit stride along a row; bf16 or fp16 for Triton, fp32 too for cuBLAS, which needs a torch
-whose ``addmm`` takes ``out_dtype``.
+Limits: 2-D factors with unit stride along a row; bf16 or fp16 for Triton, fp32 too for cuBLAS, which needs torch
+2.10 or later for 16-bit ones.
 """
 
 from __future__ import annotations
+
+import re
 
 import torch
 import triton
@@ -24,8 +26,20 @@ from paci_rt.kernels.tiles import BIAS_COLUMNS, BIAS_CONSTANTS, BIAS_WARPS, TILE
 CUBLAS = "cublas"
 TRITON_ROUTES = tuple(f"triton:{tile.name}" for tile in TILES)
 _TILES = {f"triton:{tile.name}": tile for tile in TILES}
-_ADDS_LOW_PRECISION = "dtype_out" in torch.ops.aten.addmm.overloads()
-"""Whether this torch can add a product of bf16 or fp16 matrices to an fp32 matrix in one call."""
+ADDS_FROM = (2, 10)
+
+
+def adds_low_precision(version: str) -> bool:
+    """Whether that torch can add a product of bf16 or fp16 matrices to an fp32 matrix in one call.
+
+    2.8 and 2.9 have the overload of ``addmm``, but want the matrix that is added to in the factors' dtype
+    (https://github.com/pytorch/pytorch/pull/167931 is what changed it).
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) >= ADDS_FROM
+
+
+_ADDS_LOW_PRECISION = "dtype_out" in torch.ops.aten.addmm.overloads() and adds_low_precision(torch.__version__)
 
 LARGEST = 2**31 - 1
 
