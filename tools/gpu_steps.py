@@ -17,14 +17,14 @@ STEPS: tuple[Step, ...] = (
         command=("{python}", "setup.py", "build_ext", "--inplace"),
         environment={"PACI_RT_CUDA": "on"},
         reads="nothing",
-        share_s=90,
+        share_s=60,
         limit_s=170,
     ),
     Step(
         name="tests",
         does="everything in tests/ that needs a GPU",
         command=("{python}", "tools/gpu_tests.py", "--limit-s", "{limit_s}", "--json", "{out}"),
-        share_s=110,
+        share_s=130,
         limit_s=180,
     ),
     Step(
@@ -38,7 +38,7 @@ STEPS: tuple[Step, ...] = (
         name="one_gpu",
         does="eight stages on partitions of the GPU: PACI and zero bubble against 1F1B-flush",
         command=("{python}", "benchmarks/one_gpu.py", "--accumulation", "8", "--repeats", "2", "--json", "{out}"),
-        share_s=100,
+        share_s=110,
         limit_s=150,
     ),
     Step(
@@ -58,7 +58,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="parity",
         does="training on the GPU against the CPU, bf16 against fp32, streams against none",
-        command=("{python}", "benchmarks/parity.py", "--json", "{out}"),
+        command=("{python}", "benchmarks/parity.py", "--windows", "8", "--json", "{out}"),
         share_s=60,
         limit_s=150,
     ),
