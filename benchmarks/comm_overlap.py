@@ -129,6 +129,7 @@ def make_plan(args: argparse.Namespace, device: str, wires: list[str]) -> measur
         compute_ms=tuple(dict.fromkeys(args.compute_ms)),
         repeats=args.repeats or (2 if args.quick else 5),
         quick=args.quick,
+        gpus=torch.cuda.device_count() if device == "cuda" else 0,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -79,6 +80,29 @@ def measure(
     return row if note is None else {**row, "note": note}
 
 
+def could_not(name: str, error: BaseException) -> dict[str, Any]:
+    """The row of what failed instead of giving a number; it counts as missed."""
+    reason = (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0]
+    return {**measure(name, None, note=reason), "target": "to run", "ok": False}
+
+
+def write_json(path: Path | str, document: dict[str, Any]) -> None:
+    """All of it or nothing, so that a benchmark that is ended early leaves what it wrote last."""
+    path = Path(path)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def write_measures(
+    benchmark: str, measures: list[dict[str, Any]], details: dict[str, Any], json_path: str | None
+) -> None:
+    """Measures and details as JSON, as far as they are known by now."""
+    if json_path:
+        document = {"benchmark": benchmark, "machine": {**machine(), **gpu_facts()}, "measures": measures, **details}
+        write_json(json_path, document)
+
+
 def gpu_facts() -> dict[str, Any]:
     """What a GPU's numbers depend on beside the machine; empty without one."""
     if not torch.cuda.is_available():
@@ -98,9 +122,7 @@ def finish_measures(
         word = "MISSED" if row["ok"] is False else "OK" if row["ok"] else ""
         note = f"({row['note']})" if row.get("note") else ""
         print(f"{row['measure']:52s} {value:>24s}  {row['target'] or '':12s} {word} {note}".rstrip())
-    if json_path:
-        document = {"benchmark": benchmark, "machine": {**machine(), **gpu_facts()}, "measures": measures, **details}
-        Path(json_path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_measures(benchmark, measures, details, json_path)
     print("FAILED" if bad else "OK")
     return 1 if bad else 0
 

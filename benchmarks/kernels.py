@@ -196,12 +196,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and machine here")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels (default cpu)")
     parser.add_argument("--megabytes", type=int, help="size of one fp32 buffer (default 256, on a GPU 1024)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds a case (default 9)")
+    parser.add_argument("--rounds", type=int, help="timed rounds a case (default 9, on a GPU 21)")
     parser.add_argument("--threads", type=int, default=1, help="threads of both sides (default 1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--isa", default="auto", help="instruction set of our side (default auto)")
     options = parser.parse_args()
     options.megabytes = options.megabytes or (256 if options.device == "cpu" else 1024)
+    options.rounds = (9 if options.device == "cpu" else 21) if options.rounds is None else options.rounds
     if min(options.megabytes, options.threads) < 1 or options.rounds < 2:
         parser.error("--megabytes and --threads must be at least 1, --rounds at least 2")
     torch.set_num_threads(options.threads)
@@ -246,21 +247,24 @@ def main_cuda(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
         parser.error(
             "--device cuda: torch sees no CUDA device here; run it where there is one, or leave the option out"
         )
-    from common import gpu_facts
+    from common import gpu_facts, write_json
     from kernels_cuda import run_all
 
-    rows = run_all(options.megabytes * 2**18, options.rounds, only=options.only)
+    def keep(rows: list[dict[str, Any]]) -> None:
+        if options.json is not None:
+            document = {
+                "benchmark": "kernels --device cuda",
+                "machine": {**machine(), **gpu_facts()},
+                "options": _plain(options),
+                "measures": [judged for row in rows for judged in row["measures"]],
+                "rows": rows,
+                "ok": all(row["ok"] for row in rows),
+            }
+            write_json(options.json, document)
+
+    rows = run_all(options.megabytes * 2**18, options.rounds, only=options.only, keep=keep)
+    keep(rows)
     ok = all(row["ok"] for row in rows)
-    if options.json is not None:
-        document = {
-            "benchmark": "kernels --device cuda",
-            "machine": {**machine(), **gpu_facts()},
-            "options": _plain(options),
-            "measures": [judged for row in rows for judged in row["measures"]],
-            "rows": rows,
-            "ok": ok,
-        }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
     print("OK" if ok else "FAILED")
     return 0 if ok else 1
 

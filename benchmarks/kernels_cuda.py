@@ -7,9 +7,11 @@ device-to-device copy in the same run. Buffers hold parameters of the shapes of 
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import measure
+from common import could_not, measure
 from kernels_cupy import CupySide, scalars, why_not
 from kernels_lion import ForeachLion
 from paci_rt import kernels
@@ -41,6 +43,10 @@ PAIRS = ("pair", "pair, our sum")
 AHEAD_CYCLES = 10_000_000
 """The device sleeps so long, some 5 ms, before what is timed: by then all of it has been issued, so that the time is
 the device's and not the interpreter's."""
+
+FLUSH_BYTES = 256 << 20
+"""Written before each call that is timed."""
+SETTLE_S = 1.0
 
 Measure = Callable[[Callable[[], None]], float]
 
@@ -210,7 +216,10 @@ def cupy_sides(buffers: Buffers) -> tuple[dict[str, CupySide], str | None]:
         limits: dict[str, Any] = {"max_norm": MAX_NORM, "micro_batches": WINDOW}
         return CupySide(grads, flat, buffers.weight.clone(), values=values, raw=raw, **limits)
 
-    return {CUPY[0]: side(raw=False), CUPY[1]: side(raw=True)}, None
+    try:
+        return {CUPY[0]: side(raw=False), CUPY[1]: side(raw=True)}, None
+    except Exception as error:  # another CuPy than ours: its failure costs its own rows
+        return {}, f"CuPy failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def flat_cases(numel: int, device: str) -> list[CudaCase]:
@@ -316,13 +325,20 @@ def wgrad_case(rows: int, n: int, k: int, device: str, measure_ms: Measure = rou
     )
 
 
+@functools.cache
+def flush_buffer(device: str) -> Tensor:
+    """More than any second-level cache holds."""
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+
 def time_ms(run: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call, by events on the device."""
+    """Milliseconds of one call, by events on the device, whose caches hold nothing of use when it begins."""
     if device == "cpu":
         start_s = time.perf_counter()
         run()
         return (time.perf_counter() - start_s) * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush_buffer(device).zero_()
     torch.cuda._sleep(AHEAD_CYCLES)
     start.record()
     run()
@@ -331,82 +347,147 @@ def time_ms(run: Callable[[], object], device: str) -> float:
     return float(start.elapsed_time(end))
 
 
-def copy_bandwidth(numel: int, rounds: int, device: str) -> float:
-    """GB/s of a device-to-device copy of ``numel`` fp32, counting what is read and what is written."""
-    source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
-    times = [time_ms(lambda: target.copy_(source), device) for _ in range(rounds + 3)][3:]
-    return 2 * source.nbytes / statistics.median(times) / 1e6
+class Copy:
+    """A copy of ``numel`` fp32 on a device, the yardstick; it takes part in every round of every case."""
+
+    def __init__(self, numel: int, device: str) -> None:
+        self._source, self._target = torch.randn(numel, device=device), torch.empty(numel, device=device)
+        self.bytes_moved = 2 * self._source.nbytes
+        """Read and written."""
+
+    def __call__(self) -> None:
+        self._target.copy_(self._source)
+
+    def settle(self, device: str) -> None:
+        """Keep the device at it until its clocks have gone up."""
+        until = time.monotonic() + SETTLE_S
+        while time.monotonic() < until:
+            self()
+            if device != "cpu":
+                torch.cuda.synchronize()
 
 
-def run_case(case: CudaCase, rounds: int, copy_gb_per_s: float, device: str) -> dict[str, Any]:
-    """All sides in turn, ``rounds`` times; medians, and medians of the ratios within a round."""
-    sides = {"ours": case.ours, **case.rivals}
+def able(case: CudaCase, device: str) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Rivals of a case that run, and why the others do not. Ours has to."""
+    case.ours()
+    rivals, refused = {}, {}
+    for name, run in case.rivals.items():
+        try:
+            run()
+            if device != "cpu":
+                torch.cuda.synchronize()
+        except Exception as error:  # a rival's failure, whatever it is, costs that rival
+            refused[name] = f"{name} failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        else:
+            rivals[name] = run
+    return rivals, refused
+
+
+def run_case(case: CudaCase, rounds: int, copy: Copy, device: str) -> dict[str, Any]:
+    """All sides and the copy in turn, ``rounds`` times; medians, and medians of the ratios within a round."""
+    rivals, refused = able(case, device)
+    sides = {"copy": copy, "ours": case.ours, **rivals}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 3):
         for name, run in sides.items():
             elapsed = time_ms(run, device)
             if number >= 3:  # the first ones compile and fill caches of addresses
                 times[name].append(elapsed)
-    ours_ms = statistics.median(times["ours"])
     ratios = {
         name: statistics.median(theirs / ours for ours, theirs in zip(times["ours"], times[name], strict=True))
-        for name in case.rivals
+        for name in rivals
     }
-    share = case.bytes_moved / ours_ms / 1e6 / copy_gb_per_s
-    judged = measures(case, share, ratios)
+    ours_ms, copy_ms = statistics.median(times["ours"]), statistics.median(times["copy"])
+    copied = statistics.median(once / ours for ours, once in zip(times["ours"], times["copy"], strict=True))
+    share = copied * case.bytes_moved / copy.bytes_moved
+    judged = measures(case, share, ratios, refused)
     return {
         "case": case.name,
         "ours_ms": ours_ms,
-        "rivals_ms": {name: statistics.median(times[name]) for name in case.rivals},
+        "rivals_ms": {name: statistics.median(times[name]) for name in rivals},
+        "refused": refused,
         "gb_per_s": case.bytes_moved / ours_ms / 1e6,
+        "copy_gb_per_s": copy.bytes_moved / copy_ms / 1e6,
         "copy_share": share,
         "ratios": ratios,
+        "times_ms": times,
         "measures": judged,
         "ok": all(row["ok"] is not False for row in judged),
     }
 
 
-def measures(case: CudaCase, share: float, ratios: dict[str, float]) -> list[dict[str, Any]]:
+def measures(case: CudaCase, share: float, ratios: dict[str, float], refused: dict[str, str]) -> list[dict[str, Any]]:
     """What is asked of a case, and what it gave."""
     rows = []
     if case.copy_share is not None or case.shares_copy:
         rows.append(measure(case.name, share, "of copy bandwidth", at_least=case.copy_share))
     for asked in case.asked:
         speed = min((ratios[name] for name in asked.rivals if name in ratios), default=None)
-        note = asked.missing if speed is None else None
+        failed = "; ".join(refused[name] for name in asked.rivals if name in refused)
+        note = failed or (asked.missing if speed is None else None)
         rows.append(measure(f"{case.name} over {asked.over}", speed, "x", at_least=asked.at_least, note=note))
     return rows
 
 
-def run_all(numel: int, rounds: int, *, only: str = "", rows: int = 8192, device: str = "cuda") -> list[dict[str, Any]]:
-    """Run and print every case whose name contains ``only``; returns a row a case, the copy first."""
-    bandwidth = copy_bandwidth(numel, rounds, device)
+def run_all(
+    numel: int,
+    rounds: int,
+    *,
+    only: str = "",
+    rows: int = 8192,
+    device: str = "cuda",
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Run and print every case whose name contains ``only``; returns a row a case, the copy first.
+
+    A case that fails is a row that says why, and the others go on. ``keep`` is called with the rows behind each case.
+    """
+    copy = Copy(numel, device)
+    copy.settle(device)
+    copy_ms = statistics.median(time_ms(copy, device) for _ in range(rounds + 3))
+    bandwidth = copy.bytes_moved / copy_ms / 1e6
     print(f"{'device-to-device copy':30s} {bandwidth:29.1f} GB/s")
     print(f"{'case':30s} {'ours ms':>9s} {'GB/s':>8s} {'of copy':>8s}  rivals: time over ours")
     copied = measure("device-to-device copy", bandwidth, "GB/s")
     done: list[dict[str, Any]] = [{"case": "copy", "gb_per_s": bandwidth, "measures": [copied], "ok": True}]
 
-    def judge(case: CudaCase) -> None:
-        if only not in case.name:
+    def judge(name: str, make: Callable[[], CudaCase]) -> None:
+        if only not in name:
             return
-        row = run_case(case, rounds, bandwidth, device)
-        done.append(row)
-        absent = [f"({judged['note']})" for judged in row["measures"] if judged.get("note")]
-        others = "  ".join([*(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items()), *absent])
-        print(
-            f"{row['case']:30s} {row['ours_ms']:9.3f} {row['gb_per_s']:8.1f} {row['copy_share']:8.2f}  {others}"
-            f"{'' if row['ok'] else '  MISSED'}",
-            flush=True,
-        )
+        try:
+            row = run_case(make(), rounds, copy, device)
+        except Exception as error:
+            traceback.print_exc()
+            done.append({"case": name, "measures": [could_not(name, error)], "ok": False})
+        else:
+            done.append(row)
+            show(row)
+        keep(done)
 
-    def judge_all(cases: list[CudaCase]) -> None:
+    def judge_all(name: str, make: Callable[[], list[CudaCase]]) -> None:
+        try:
+            cases = make()
+        except Exception as error:
+            traceback.print_exc()
+            done.append({"case": name, "measures": [could_not(name, error)], "ok": False})
+            return
         for case in cases:
-            judge(case)
+            judge(case.name, lambda case=case: case)  # type: ignore[misc]
 
     # One list after the other, of which nothing is left behind: both need not fit into memory.
-    for make in (flat_cases, other_updates):
-        judge_all(make(numel, device))
+    for title, make in (("flat buffers", flat_cases), ("other updates", other_updates)):
+        judge_all(title, functools.partial(make, numel, device))
     for n, k in LINEAR_SHAPES:
-        if only in f"wgrad {rows}x{n}x{k}":
-            judge(wgrad_case(rows, n, k, device))
+        judge(f"wgrad {rows}x{n}x{k}", lambda n=n, k=k: wgrad_case(rows, n, k, device))  # type: ignore[misc]
     return done
+
+
+def show(row: dict[str, Any]) -> None:
+    """A line of the table."""
+    absent = [f"({judged['note']})" for judged in row["measures"] if judged.get("note")]
+    others = "  ".join([*(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items()), *absent])
+    print(
+        f"{row['case']:30s} {row['ours_ms']:9.3f} {row['gb_per_s']:8.1f} {row['copy_share']:8.2f}  {others}"
+        f"{'' if row['ok'] else '  MISSED'}",
+        flush=True,
+    )

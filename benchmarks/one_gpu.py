@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
-from common import finish_measures, gpu_facts, list_of, measure, median_spread, positive, print_table
+from common import (
+    finish_measures,
+    gpu_facts,
+    list_of,
+    measure,
+    median_spread,
+    positive,
+    print_table,
+    write_measures,
+)
 from onegpu.place import CONNECTIONS, GpuPlace, Place
 from onegpu.reading import Reading, predict, read, step_costs
 from onegpu.run import Case, Model, Sample, make_batch, make_modules, run
@@ -84,8 +93,8 @@ def calibrate(bench: Bench, stages: int, accumulation: int) -> StepCosts:
     return step_costs(reading, max(0.0, links[-1].hop_s))
 
 
-def take_turns(bench: Bench, cases: Sequence[Case]) -> Measured:
-    """All cases, in alternation; the first round warms up."""
+def take_turns(bench: Bench, cases: Sequence[Case], keep: Callable[[Measured], None]) -> Measured:
+    """All cases, in alternation; the first round warms up. ``keep`` is called with what is there after each other."""
     results: Measured = defaultdict(list)
     for round_number in range(bench.repeats + 1):
         for case in cases:
@@ -93,6 +102,8 @@ def take_turns(bench: Bench, cases: Sequence[Case]) -> Measured:
             if round_number:
                 results[case].append((sample, bench.reading(case, sample)))
         print(f"  a={cases[0].accumulation}: round {round_number} of {bench.repeats} done", flush=True)
+        if round_number:
+            keep(dict(results))
     return dict(results)
 
 
@@ -325,21 +336,28 @@ def execute(args: argparse.Namespace, place: Place) -> int:
         costs = calibrate(bench, args.stages, args.accumulation[0])
         print(f"measured step costs: {costs.text()} ms", flush=True)
     rows: list[dict[str, Any]] = []
+    details = {
+        "place": place.facts,
+        "options": {key: value for key, value in vars(args).items() if key != "json"},
+        "step_costs_ms": None if costs is None else costs._asdict(),
+    }
+
+    def keep(measured: Measured) -> None:
+        early = [*rows, *summarise(bench, measured)]
+        measures = measures_of(early, latency_us=args.latency_us)
+        write_measures("one_gpu", measures, {**details, "rows": early}, args.json)
+
     for accumulation in args.accumulation:
         mine = [
             replace(case, costs=costs if case.family.takes_costs else None)
             for case in cases
             if case.accumulation == accumulation
         ]
-        rows += summarise(bench, take_turns(bench, mine))
+        rows += summarise(bench, take_turns(bench, mine, keep))
     report(rows)
-    details = {
-        "place": place.facts,
-        "options": {key: value for key, value in vars(args).items() if key != "json"},
-        "step_costs_ms": None if costs is None else costs._asdict(),
-        "rows": rows,
-    }
-    return finish_measures("one_gpu", measures_of(rows, latency_us=args.latency_us), details, args.json)
+    return finish_measures(
+        "one_gpu", measures_of(rows, latency_us=args.latency_us), {**details, "rows": rows}, args.json
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import paci_rt
-from common import finish_measures, list_of, measure, positive
+from common import could_not, finish_measures, list_of, measure, positive, write_measures
 from paci_rt.train.gpt import MODELS, build_stage, cross_entropy
 
 STAGES, ACCUMULATION, SEQUENCES, TOKENS, VOCABULARY = 4, 8, 16, 64, 256
@@ -187,8 +187,15 @@ def work(device: str, schedules: Sequence[str], windows: int, results: Path) -> 
 class Comparison:
     """Trains what is needed once, and collects rows; what cannot be trained is a row that says so."""
 
-    def __init__(self, device: str, schedules: Sequence[str], windows: int) -> None:
+    def __init__(
+        self,
+        device: str,
+        schedules: Sequence[str],
+        windows: int,
+        keep: Callable[[list[dict[str, Any]]], None] = lambda measures: None,
+    ) -> None:
         self.measures: list[dict[str, Any]] = []
+        self._keep = keep
         self._device, self._schedules, self._windows = device, list(schedules), windows
         self._done: dict[Case, Trained] = {}
 
@@ -204,8 +211,8 @@ class Comparison:
             compare(name)
         except Exception as error:
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.measures.append({**measure(name, None, note=reason), "target": "to run", "ok": False})
+            self.measures.append(could_not(name, error))
+        self._keep(self.measures)
 
     def fp32(self, name: str, schedule: str) -> None:
         """GPU against CPU."""
@@ -279,9 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker is not None:
         work(options.device, options.schedules, options.windows, options.worker)
         return 0
-    comparison = Comparison(options.device, options.schedules, options.windows)
-    comparison.run()
     details = {"windows": options.windows, "schedules": options.schedules}
+
+    def keep(measures: list[dict[str, Any]]) -> None:
+        write_measures("parity", measures, details, options.json)
+
+    comparison = Comparison(options.device, options.schedules, options.windows, keep)
+    comparison.run()
     return finish_measures("parity", comparison.measures, details, options.json)
 
 

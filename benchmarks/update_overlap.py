@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
-from common import finish_measures, measure, positive
+from common import could_not, finish_measures, measure, positive, write_measures
 from paci_rt.train.gpt import MODELS, build_stage, cross_entropy
 
 EXPOSED_PERCENT = 2.0
@@ -193,17 +193,25 @@ def windows_without_waiting(pipeline: paci_rt.LocalPipeline, batch: tuple[Tensor
     return None
 
 
-def waiting_measures(setting: Setting, large: paci_rt.LocalPipeline) -> list[dict[str, Any]]:
-    """A row a pipeline: 1 where a window waited."""
-    config, rows = MODELS[setting.model], []
+def waiting_measures(setting: Setting, large: paci_rt.LocalPipeline | None) -> list[dict[str, Any]]:
+    """A row a pipeline: 1 where a window waited; without ``large`` where that one could not be made."""
+    config = MODELS[setting.model]
+    rows: list[dict[str, Any]] = []
     batch = random_batch(config.vocab_size, setting.sequences * setting.accumulation, setting.tokens, setting.device)
-    found = {f"{setting.model}, 1 stage, paci": windows_without_waiting(large, batch, setting.windows)}
+    found: dict[str, str | None] = {}
+    if large is not None:
+        found[f"{setting.model}, 1 stage, paci"] = windows_without_waiting(large, batch, setting.windows)
     tiny = MODELS["gpt-tiny"]
     for schedule in SCHEDULES:
-        modules = [build_stage(tiny, stage, 4) for stage in range(4)]
-        pipeline = make_pipeline(modules, schedule, 8, setting.device)
-        batch = random_batch(tiny.vocab_size, 16, 32, setting.device)
-        found[f"gpt-tiny, 4 stages, {schedule}"] = windows_without_waiting(pipeline, batch, setting.windows)
+        name = f"gpt-tiny, 4 stages, {schedule}"
+        try:
+            modules = [build_stage(tiny, stage, 4) for stage in range(4)]
+            pipeline = make_pipeline(modules, schedule, 8, setting.device)
+            batch = random_batch(tiny.vocab_size, 16, 32, setting.device)
+            found[name] = windows_without_waiting(pipeline, batch, setting.windows)
+        except Exception as error:  # outside the windows: it could not be tried
+            traceback.print_exc()
+            rows.append(could_not(f"windows that wait: {name}", error))
     for name, said in found.items():
         rows.append(measure(f"windows that wait: {name}", float(said is not None), "", at_most=0.0, note=said))
     return rows
@@ -227,11 +235,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--tokens {options.tokens}: {options.model} has {MODELS[options.model].context} positions")
     chosen = {name: value for name, value in vars(options).items() if name != "json"}
     setting = Setting(**chosen)
-    rounds, pipeline = timings(setting)
-    measures = overlap_measures(rounds, setting)
+    measures: list[dict[str, Any]] = []
+    details: dict[str, Any] = {"setting": chosen, "rounds_s": []}
+    pipeline = None
+    try:
+        details["rounds_s"], pipeline = timings(setting)
+        measures += overlap_measures(details["rounds_s"], setting)
+    except Exception as error:
+        traceback.print_exc()
+        measures.append(could_not("update overlapped, exposed", error))
+    write_measures("update_overlap", measures, details, options.json)
     if setting.device != "cpu":
         measures += waiting_measures(setting, pipeline)
-    return finish_measures("update_overlap", measures, {"setting": chosen, "rounds_s": rounds}, options.json)
+    return finish_measures("update_overlap", measures, details, options.json)
 
 
 if __name__ == "__main__":

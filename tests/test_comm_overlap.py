@@ -241,6 +241,7 @@ def test_the_numbers_of_a_row() -> None:
 
 def overlap_row(**changes: Any) -> report.Row:
     row = {"measure": "overlap", "transport": "shm", "device": "cpu", "processes": 2, "compute": "emulated"}
+    row["shares_gpu"] = False
     row |= {"bytes": 4096, "asked_compute_ms": 10.0, "compute_us": 10_000.0, "transfer_us": 5_000.0}
     return {**row, "exposed_percent": 3.1, **changes}
 
@@ -254,6 +255,7 @@ def overlap_row(**changes: Any) -> report.Row:
         ({"compute": "gemm"}, 3, False),  # a process computes on each core but one
         ({"compute": "gemm"}, 4, True),
         ({"compute": "gemm", "device": "cuda", "transport": "ipc"}, 1, True),
+        ({"compute": "gemm", "device": "cuda", "transport": "ipc", "shares_gpu": True}, 1, False),
     ],
 )
 def test_hiding_is_asked_where_something_is_free_to_do_it(changes: dict[str, Any], cores: int, asks: bool) -> None:
@@ -289,8 +291,9 @@ def test_shm_over_gloo_repeat_by_repeat(nbytes: int, processes: int, falls_short
 
 def test_a_gpu_link_is_held_against_a_copy() -> None:
     row = {"measure": "link", "device": "cuda", "rival": False, "transport": "ipc", "bytes": 64 << 20, "of_copy": 0.89}
+    row["shares_gpu"] = False
     assert report.missed([row], [], cores=1) == [f"ipc at {64 << 20} bytes: 0.89 of a copy < 0.9"]
-    for changes in ({"of_copy": 0.9}, {"rival": True}, {"bytes": 1 << 20}):
+    for changes in ({"of_copy": 0.9}, {"rival": True}, {"bytes": 1 << 20}, {"shares_gpu": True}):
         assert report.missed([{**row, **changes}], [], cores=1) == []
 
 

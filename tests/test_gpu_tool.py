@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import gpu
 import gpu_environment
 import pytest
-from gpu_runner import Outcome, Runner, Step, number, read_junit, table, verdict
+from gpu_runner import Outcome, Runner, Step, number, table, verdict
 from gpu_steps import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,37 +155,28 @@ def test_steps_see_their_variables_and_no_input(runner: Runner) -> None:
     assert only_row(runner.run_step(fake("reads", *program, environment={"SWITCH": "on"})))["value"] == "on"
 
 
-def test_junit_counts_what_ran(tmp_path: Path) -> None:
-    xml = tmp_path / "x.xml"
-    cases = (
-        "<testcase classname='a' name='b'/>"
-        "<testcase classname='a' name='c'><skipped message='needs two GPUs'/></testcase>"
-    )
-    xml.write_text(
-        f"<testsuites><testsuite tests='2' failures='0' errors='0' skipped='1'>{cases}</testsuite></testsuites>"
-    )
-    ((row,), document) = read_junit(xml)
-    assert (row["value"], row["unit"], row["ok"]) == (1, "of 1 passed, 1 skipped", True)
-    assert document["skipped"] == ["a::c: needs two GPUs"]
-    failing = "<testcase classname='a' name='d'><failure message='assert 1 == 2&#10;more'/></testcase>"
-    xml.write_text(f"<testsuite tests='1' failures='1' errors='0' skipped='0'>{failing}</testsuite>")
-    ((row,), document) = read_junit(xml)
-    assert (row["value"], row["ok"]) == (0, False)
-    assert "assert 1 == 2" in document["failed"][0]
-    xml.write_text("<testsuite tests='1' failures='0' errors='0' skipped='1'/>")
-    assert read_junit(xml)[0][0]["ok"] is False  # all were skipped: nothing is proved
-    xml.write_text("<testsuite")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_junit(xml)
+def test_every_step_keeps_its_share_whatever_those_before_it_take(tmp_path: Path, said: list[str]) -> None:
+    runner = make_runner(tmp_path, said, budget_s=31.0)
+    told = "open(out, 'w').write(json.dumps({'measures': [], 'limit_s': float(sys.argv[2])}))"
 
+    def step(name: str, *lines: str, **options: Any) -> Step:
+        one = fake(name, told, *lines, **options)
+        return Step(name=name, does="", command=(*one.command, "{limit_s}"), limit_s=one.limit_s, share_s=one.share_s)
 
-def test_pytest_itself_as_a_step(runner: Runner, said: list[str], tmp_path: Path) -> None:
-    (tmp_path / "test_x.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
-    command = ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={out}", "test_x.py")
-    outcome = runner.run_step(Step(name="tests", does="", command=command, limit_s=60, reads="junit"))
-    assert outcome.failure is None
-    assert (only_row(outcome)["value"], only_row(outcome)["verdict"]) == (1, "MISSED")
-    assert any("FAILED test_x.py::test_b" in line for line in said)  # which one, where it is read
+    first, second, third = runner.run(
+        [
+            step("hangs", "time.sleep(600)", limit_s=60.0, share_s=3.0),
+            step("second", limit_s=60.0, share_s=15.0),
+            step("third", limit_s=10.0, share_s=10.0),
+        ]
+    )
+    assert first.exit_code is None and "limit of 6 s" in (first.failure or "")
+    assert 13 <= second.document["limit_s"] <= 16  # what the first did not leave is not missed
+    assert third.document["limit_s"] == 10
+    assert sum(one.share_s for one in STEPS) <= gpu.BUDGET_S
+    assert all(one.share_s > 0 for one in STEPS)
+    with pytest.raises(ValueError, match="share_s=5: it must be from 0 to limit_s"):
+        Step(name="x", does="", command=(), limit_s=4, share_s=5)
 
 
 def test_verdicts_and_table() -> None:
@@ -201,7 +193,7 @@ def test_verdicts_and_table() -> None:
 
 
 def test_steps_must_make_sense() -> None:
-    with pytest.raises(ValueError, match="reads 'csv': choose one of measures, junit, nothing"):
+    with pytest.raises(ValueError, match="reads 'csv': choose one of measures, nothing"):
         Step(name="x", does="", command=(), limit_s=1, reads="csv")
     with pytest.raises(ValueError, match="limit_s=0"):
         Step(name="x", does="", command=(), limit_s=0)
@@ -320,6 +312,49 @@ def test_the_command_writes_a_document_and_its_exit_code_tells(
         assert capsys.readouterr().out.rstrip().endswith("FAILED")
 
 
+def test_what_was_measured_is_there_before_the_run_has_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out" / "gpu.json"
+    looks = fake(
+        "looks",
+        f"early = json.load(open({str(path)!r}))",
+        "seen = [row['measure'] for row in early['measures']]",
+        "row = {'measure': early['verdict'], 'value': len(seen), 'ok': seen == ['fast'], 'target': 'one', 'unit': ''}",
+        "open(out, 'w').write(json.dumps({'measures': [row]}))",
+    )
+    assert run_main(monkeypatch, GOOD, ["--out", str(path.parent)], [writes("good", [FAST]), looks]) == 0
+    assert [row["measure"] for row in json.loads(path.read_text())["measures"]] == ["fast", "UNFINISHED"]
+    said = capsys.readouterr().out
+    assert said.index("fast") < said.index("[2/2] looks")  # each step's rows behind it
+
+
+def test_ended_from_outside_it_ends_its_step(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    step = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+    script.write_text(
+        f"""
+import signal, sys
+sys.path.insert(0, {str(ROOT / "tools")!r})
+import gpu, gpu_environment
+from gpu_runner import Step
+gpu_environment.examine = lambda python, root: {GOOD!r}
+gpu.ROOT = __import__("pathlib").Path({str(tmp_path)!r})
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+gpu.main(["--out", "out"], [Step(name="waits", does="", command=("{{python}}", "-c", {step!r}), limit_s=60)])
+"""
+    )
+    process = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (pid := tmp_path / "pid").exists() or not pid.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert not alive(int(pid.read_text()))
+    assert json.loads((tmp_path / "out" / "gpu.json").read_text())["verdict"] == "UNFINISHED"
+
+
 def test_a_machine_that_cannot_run_it_is_told_why_and_nothing_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,7 +375,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     assert run_main(monkeypatch, without(nvcc=None), ["--dry-run"], list(STEPS)) == 0
     text = capsys.readouterr().out
     for step in STEPS:
-        assert f"{step.name:10s} {step.limit_s:4.0f} s  {step.does}" in text
+        assert f"{step.name:10s} {step.share_s:4.0f} to {step.limit_s:.0f} s  {step.does}" in text
     assert "PACI_RT_CUDA=on python setup.py build_ext --inplace" in text
     assert not (tmp_path / "out").exists()
 

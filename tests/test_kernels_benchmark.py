@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -31,13 +32,43 @@ def small_cases(device: str) -> Any:
 def run_flat_cases() -> list[dict[str, Any]]:
     cuda = small_cases("cpu")
     cases = [case for make in (cuda.flat_cases, cuda.other_updates) for case in make(1000, "cpu")]
-    return [cuda.run_case(case, 2, 10.0, "cpu") for case in cases]
+    return [cuda.run_case(case, 2, cuda.Copy(1000, "cpu"), "cpu") for case in cases]
 
 
 def run_wgrad_case() -> dict[str, Any]:
-    row: dict[str, Any] = small_cases("cpu").run_case(
-        small_cases("cpu").wgrad_case(64, 32, 16, "cpu", lambda run: 1.0), 1, 10.0, "cpu"
-    )
+    cuda = small_cases("cpu")
+    case = cuda.wgrad_case(64, 32, 16, "cpu", lambda run: 1.0)
+    row: dict[str, Any] = cuda.run_case(case, 1, cuda.Copy(1000, "cpu"), "cpu")
+    return row
+
+
+def run_with_failures() -> dict[str, Any]:
+    """Everything in small, where one rival and one of our own cases fail; what was kept behind each case, too."""
+    cuda = small_cases("cpu")
+    kept: list[int] = []
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    def small(rows: int, n: int, k: int, device: str) -> Any:
+        return cuda.CudaCase(name=f"wgrad {rows}x{n}x{k}", bytes_moved=8, ours=lambda: None)
+
+    changed = {"SETTLE_S": 0.0, "LINEAR_SHAPES": [(32, 16)], "wgrad_case": small}
+    with (
+        mock.patch.multiple(cuda, **changed),
+        mock.patch.object(cuda.Buffers, "step", broken),
+        mock.patch.object(cuda.TorchSide, "window", broken),
+    ):
+        rows = cuda.run_all(1000, 2, rows=64, device="cpu", keep=lambda rows: kept.append(len(rows)))
+    return {"rows": rows, "kept": kept}
+
+
+def run_with_a_broken_rival() -> dict[str, Any]:
+    cuda = small_cases("cpu")
+    rivals = {"torch": lambda: 1 // 0, "other": lambda: None}
+    asked = tuple(cuda.Asked(over=name, rivals=(name,), at_least=0.0) for name in rivals)
+    case = cuda.CudaCase(name="x", bytes_moved=8, ours=lambda: sum(range(1000)), rivals=rivals, asked=asked)
+    row: dict[str, Any] = cuda.run_case(case, 2, cuda.Copy(1000, "cpu"), "cpu")
     return row
 
 
@@ -116,6 +147,23 @@ def test_flat_cases_run_and_are_judged(interpreter: Interpreter) -> None:
         assert moved[f"{name} bf16"] / moved["adamw bf16"] == pytest.approx(bytes_each / 30)
     assert {"nadam bf16", "lion bf16"} <= {case["case"] for case in rows if "torch" in case["ratios"]}
     json.dumps(rows)
+
+
+def test_a_case_that_fails_costs_no_other(interpreter: Interpreter) -> None:
+    found = interpreter(run_with_failures)
+    rows = {row["case"]: row for row in found["rows"]}
+    for name in ("adamw bf16", "adamw bf16 + last gradients", "window of 8"):
+        (judged,) = rows[name]["measures"]
+        assert (judged["ok"], judged["target"], judged["note"]) == (False, "to run", "RuntimeError: no such kernel")
+    assert rows["accumulate bf16"]["copy_share"] > 0 and "copy_share" in rows["wgrad 64x32x16"]
+    assert found["kept"] == list(range(2, len(found["rows"]) + 1))
+
+
+def test_a_rival_that_fails_costs_its_own_row(interpreter: Interpreter) -> None:
+    row = interpreter(run_with_a_broken_rival)
+    torch_row, other = row["measures"]
+    assert torch_row["ok"] is None and torch_row["note"] == "torch failed: integer division or modulo by zero"
+    assert other["ok"] is True and set(row["ratios"]) == {"other"}
 
 
 def test_wgrad_is_held_against_the_faster_of_two_pairs(interpreter: Interpreter) -> None:

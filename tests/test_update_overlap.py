@@ -62,6 +62,20 @@ def test_a_stage_that_updates_where_none_is_wanted_is_no_comparison(monkeypatch:
         update_overlap.timings(setting("cpu"))
 
 
+def test_what_fails_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(setting: Setting) -> None:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(update_overlap, "timings", full)
+    path = tmp_path / "overlap.json"
+    assert update_overlap.main([*SMALL, "--json", str(path)]) == 1
+    (row,) = json.loads(path.read_text())["measures"]
+    assert (row["measure"], row["ok"]) == ("update overlapped, exposed", False)
+    assert row["note"] == "RuntimeError: out of memory"
+
+
 def test_a_window_that_waits_is_told_and_the_mode_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

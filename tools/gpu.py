@@ -4,7 +4,8 @@
 
 Needs a CUDA build of torch, Triton, the CUDA toolkit, and the build tools, in the environment of the interpreter that
 runs it; downloads nothing and installs nothing: the core is built into this folder. Writes ``gpu.json`` (what was
-measured, on what) and ``gpu.log`` (all that the steps printed) to ``--out``, by default ``$OUT`` or ``runs/gpu``.
+measured, on what; written anew behind each step) and ``gpu.log`` (all that the steps printed) to ``--out``, by default
+``$OUT`` or ``runs/gpu``.
 
 Exit code 0: everything ran and reached its target. 1: something was missed or failed; the table says what. 2: this
 machine cannot run it, or an option is wrong.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +29,8 @@ from gpu_runner import FAILED, MISSED, OK, Outcome, Runner, Step, table
 from gpu_steps import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
+UNFINISHED = "UNFINISHED"
+"""The verdict in ``gpu.json`` while steps are still to come, and for ever where the whole was ended before its end."""
 BUDGET_S = 520.0
 """For all steps, so that the whole stays below 9 minutes."""
 
@@ -62,15 +66,23 @@ def plan(steps: Sequence[Step], budget_s: float) -> str:
     lines = [f"{len(steps)} steps, {budget_s:.0f} s together at most:"]
     for step in steps:
         variables = "".join(f"{key}={value} " for key, value in step.environment.items())
-        command = " ".join(step.filled("python", Path(f"{step.name}.out")))
-        lines += [f"  {step.name:10s} {step.limit_s:4.0f} s  {step.does}", f"  {'':10s}         {variables}{command}"]
+        command = " ".join(step.filled("python", Path(f"{step.name}.out"), step.limit_s))
+        lines += [
+            f"  {step.name:10s} {step.share_s:4.0f} to {step.limit_s:.0f} s  {step.does}",
+            f"  {'':10s}         {variables}{command}",
+        ]
     return "\n".join(lines)
 
 
 def report(
-    environment: dict[str, Any], outcomes: Sequence[Outcome], *, problems: Sequence[str], seconds: float
+    environment: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    *,
+    problems: Sequence[str],
+    seconds: float,
+    unfinished: bool = False,
 ) -> dict[str, Any]:
-    """The document."""
+    """The document; ``unfinished`` where steps are still to come."""
     rows = [row for outcome in outcomes for row in outcome.rows()]
     bad = [row for row in rows if row["verdict"] in (MISSED, FAILED)]
     return {
@@ -78,7 +90,7 @@ def report(
         "environment": environment,
         "problems": list(problems),
         "seconds": seconds,
-        "verdict": OK if rows and not bad and not problems else FAILED,
+        "verdict": UNFINISHED if unfinished else OK if rows and not bad and not problems else FAILED,
         "measures": rows,
         "steps": [
             {
@@ -112,8 +124,25 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "gpu.log"
     log.write_text("", encoding="utf-8")
+    path = options.out / "gpu.json"
     outcomes: list[Outcome] = []
+
+    def keep(done: list[Outcome], *, unfinished: bool = True) -> dict[str, Any]:
+        # Behind every step: whoever ends this run early leaves what was measured so far.
+        seconds = time.monotonic() - start
+        document = report(environment, done, problems=problems, seconds=seconds, unfinished=unfinished)
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        os.replace(fresh, path)
+        return document
+
+    def keep_and_show(done: list[Outcome]) -> None:
+        rows = [row for row in keep(done)["measures"] if row["step"] == done[-1].step.name]
+        if rows:
+            print("\n".join("      " + line for line in table(rows).splitlines()), flush=True)
+
     if not problems:
+        keep([])
         # First in line, ahead of an installed paci_rt: what is measured is this folder.
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
@@ -124,10 +153,8 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
             runner = Runner(
                 folder=ROOT, scratch=Path(scratch), log=log, python=sys.executable, budget_s=options.budget_s
             )
-            outcomes = runner.run(options.steps)
-    document = report(environment, outcomes, problems=problems, seconds=time.monotonic() - start)
-    path = options.out / "gpu.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            outcomes = runner.run(options.steps, after=keep_and_show)
+    document = keep(outcomes, unfinished=False)
     if problems:
         print(f"nothing was run; {path} says why", file=sys.stderr)
         return 2
@@ -137,4 +164,6 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
 
 
 if __name__ == "__main__":
+    # Ended from outside, it ends its step too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

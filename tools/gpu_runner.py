@@ -16,7 +16,6 @@ import os
 import signal
 import subprocess
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,9 +40,11 @@ class Step:
     Attributes:
         name: one word, for ``--only`` and the files.
         does: what it is for, in a line.
-        command: ``{python}`` stands for the interpreter and ``{out}`` for the file to write results to.
+        command: ``{python}`` stands for the interpreter, ``{out}`` for the file to write results to, and ``{limit_s}``
+            for the seconds that the step has.
         limit_s: seconds after which it is ended.
-        reads: what is in ``{out}``: ``measures`` (JSON, see above), ``junit`` (pytest's XML) or ``nothing``.
+        share_s: seconds that are kept for it of the whole run's, whatever the steps before it take.
+        reads: what is in ``{out}``: ``measures`` (JSON, see above) or ``nothing``.
         environment: variables beside the inherited ones.
     """
 
@@ -51,6 +52,7 @@ class Step:
     does: str
     command: tuple[str, ...]
     limit_s: float
+    share_s: float = 0.0
     reads: str = "measures"
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -59,10 +61,18 @@ class Step:
             raise ValueError(f"step {self.name!r} reads {self.reads!r}: choose one of {', '.join(READERS)}")
         if self.limit_s <= 0:
             raise ValueError(f"step {self.name!r} has limit_s={self.limit_s}: it must be positive")
+        if not 0 <= self.share_s <= self.limit_s:
+            raise ValueError(f"step {self.name!r} has share_s={self.share_s}: it must be from 0 to limit_s")
 
-    def filled(self, python: str, out: Path) -> list[str]:
+    def filled(self, python: str, out: Path, limit_s: float) -> list[str]:
         """The command with its words filled in."""
-        return [part.replace("{python}", python).replace("{out}", str(out)) for part in self.command]
+        words = {"{python}": python, "{out}": str(out), "{limit_s}": f"{limit_s:.0f}"}
+        filled = []
+        for part in self.command:
+            for word, value in words.items():
+                part = part.replace(word, value)
+            filled.append(part)
+        return filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,37 +130,6 @@ def read_measures(path: Path) -> tuple[list[dict[str, Any]], Any]:
     return measures, document
 
 
-def read_junit(path: Path) -> tuple[list[dict[str, Any]], Any]:
-    """pytest's ``--junitxml``: tests passed of those that ran, and how many were skipped."""
-    try:
-        suites = ET.parse(path).getroot()
-    except ET.ParseError as error:
-        raise ValueError(f"its XML cannot be read ({error})") from error
-    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    names: dict[str, list[str]] = {"failed": [], "skipped": []}
-    for suite in suites.iter("testsuite"):
-        for key in counts:
-            counts[key] += int(suite.get(key, 0))
-        for case in suite.iter("testcase"):
-            name = f"{case.get('classname', '')}::{case.get('name', '')}"
-            bad, skip = case.find("failure"), case.find("skipped")
-            bad = case.find("error") if bad is None else bad
-            if bad is not None:
-                names["failed"].append(f"{name}: {(bad.get('message') or '').splitlines()[:1]}")
-            elif skip is not None:
-                names["skipped"].append(f"{name}: {skip.get('message')}")
-    ran = counts["tests"] - counts["skipped"]
-    passed = ran - counts["failures"] - counts["errors"]
-    row = {
-        "measure": "tests that need a GPU",
-        "value": passed,
-        "unit": f"of {ran} passed" + (f", {counts['skipped']} skipped" if counts["skipped"] else ""),
-        "target": "all, and at least one",
-        "ok": passed == ran and ran > 0,
-    }
-    return [row], {**counts, **names}
-
-
 def read_nothing(path: Path) -> tuple[list[dict[str, Any]], Any]:
     """For steps that only must end with exit code 0."""
     return [], None
@@ -158,7 +137,6 @@ def read_nothing(path: Path) -> tuple[list[dict[str, Any]], Any]:
 
 READERS: dict[str, Callable[[Path], tuple[list[dict[str, Any]], Any]]] = {
     "measures": read_measures,
-    "junit": read_junit,
     "nothing": read_nothing,
 }
 
@@ -191,28 +169,38 @@ class Runner:
         self._folder, self._scratch, self._log, self._python, self._say = folder, scratch, log, python, say
         self._end = time.monotonic() + budget_s
 
-    def run(self, steps: Sequence[Step]) -> list[Outcome]:
-        """All steps in order, whatever becomes of each."""
-        outcomes = []
+    def run(
+        self, steps: Sequence[Step], *, after: Callable[[list[Outcome]], None] = lambda outcomes: None
+    ) -> list[Outcome]:
+        """All steps in order, whatever becomes of each.
+
+        Args:
+            steps: what to run.
+            after: called behind each step with what is there so far.
+        """
+        outcomes: list[Outcome] = []
         for number, step in enumerate(steps, start=1):
             self._say(f"[{number}/{len(steps)}] {step.name}: {step.does}")
-            outcome = self.run_step(step)
+            outcome = self.run_step(step, kept_s=sum(later.share_s for later in steps[number:]))
             outcomes.append(outcome)
             missed = sum(verdict(measure) == MISSED for measure in outcome.measures)
             if outcome.failure is not None:
                 self._say(f"      FAILED after {outcome.seconds:.1f} s: {outcome.failure}")
             else:
                 self._say(f"      {f'{missed} MISSED' if missed else 'ok'}, {outcome.seconds:.1f} s")
+            after(outcomes)
         return outcomes
 
-    def run_step(self, step: Step) -> Outcome:
-        """One step, within its own limit and what is left of the whole run's."""
+    def run_step(self, step: Step, *, kept_s: float = 0.0) -> Outcome:
+        """One step, within its own limit and what is left of the whole run's, of which ``kept_s`` are for others."""
         left_s = self._end - time.monotonic()
-        if left_s < LEAST_S:
+        # What is kept for others never takes a step's own share.
+        limit_s = min(step.limit_s, left_s, max(left_s - kept_s, step.share_s))
+        if limit_s < min(LEAST_S, step.limit_s):
             return Outcome(step=step, seconds=0.0, exit_code=None, failure="no time was left for it")
         out = self._scratch / f"{step.name}.out"
         out.unlink(missing_ok=True)
-        command, limit_s = step.filled(self._python, out), min(step.limit_s, left_s)
+        command = step.filled(self._python, out, limit_s)
         start, begins = time.monotonic(), self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("a", encoding="utf-8") as log:
             print(f"\n===== {step.name}: {' '.join(command)}", file=log, flush=True)

@@ -1,6 +1,8 @@
 """What ``make gpu`` does, step by step. To measure something more, add a line.
 
-A benchmark joins by writing ``measures`` into its JSON (``gpu_runner.py`` says how) and by staying inside its limit.
+A benchmark joins by writing ``measures`` into its JSON (``gpu_runner.py`` says how), anew whenever it knows more, and
+by staying inside its limit. The shares add up to the time of the whole run, so that every step has its turn; a step may
+take what those before it have left, up to its limit.
 """
 
 from __future__ import annotations
@@ -15,37 +17,49 @@ STEPS: tuple[Step, ...] = (
         command=("{python}", "setup.py", "build_ext", "--inplace"),
         environment={"PACI_RT_CUDA": "on"},
         reads="nothing",
+        share_s=60,
         limit_s=170,
     ),
     Step(
         name="tests",
         does="everything in tests/ that needs a GPU",
-        command=("{python}", "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--junitxml={out}"),
-        reads="junit",
-        limit_s=240,
+        command=("{python}", "tools/gpu_tests.py", "--limit-s", "{limit_s}", "--json", "{out}"),
+        share_s=130,
+        limit_s=180,
     ),
     Step(
         name="kernels",
         does="Triton kernels against copying, torch and CuPy",
         command=("{python}", "benchmarks/kernels.py", "--device", "cuda", "--json", "{out}"),
-        limit_s=120,
-    ),
-    Step(
-        name="parity",
-        does="training on the GPU against the CPU, bf16 against fp32, streams against none",
-        command=("{python}", "benchmarks/parity.py", "--json", "{out}"),
-        limit_s=150,
-    ),
-    Step(
-        name="overlap",
-        does="what an update costs beside the next micro-batch, and that nothing waits for the device",
-        command=("{python}", "benchmarks/update_overlap.py", "--json", "{out}"),
+        share_s=65,
         limit_s=120,
     ),
     Step(
         name="one_gpu",
         does="eight stages on partitions of the GPU: PACI and zero bubble against 1F1B-flush",
         command=("{python}", "benchmarks/one_gpu.py", "--accumulation", "8", "--repeats", "2", "--json", "{out}"),
+        share_s=110,
+        limit_s=150,
+    ),
+    Step(
+        name="overlap",
+        does="what an update costs beside the next micro-batch, and that nothing waits for the device",
+        command=("{python}", "benchmarks/update_overlap.py", "--json", "{out}"),
+        share_s=60,
+        limit_s=120,
+    ),
+    Step(
+        name="links",
+        does="messages between stages on one GPU against copying, and hidden behind compute",
+        command=("{python}", "benchmarks/gpu_links.py", "--json", "{out}"),
+        share_s=35,
+        limit_s=90,
+    ),
+    Step(
+        name="parity",
+        does="training on the GPU against the CPU, bf16 against fp32, streams against none",
+        command=("{python}", "benchmarks/parity.py", "--windows", "8", "--json", "{out}"),
+        share_s=60,
         limit_s=150,
     ),
 )

@@ -39,6 +39,7 @@ class Plan:
         computes: kinds of compute, ``gemm`` or ``emulated``.
         compute_ms: lengths of compute that is to hide transfers.
         quick: a quarter of the rounds.
+        gpus: how many there are; with more processes than that, some share one.
     """
 
     wires: tuple[str, ...]
@@ -48,6 +49,7 @@ class Plan:
     compute_ms: tuple[float, ...]
     repeats: int
     quick: bool = False
+    gpus: int = 0
 
     def rounds(self, nbytes: int) -> int:
         """Messages of a latency or bandwidth measurement."""

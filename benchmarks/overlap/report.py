@@ -62,6 +62,7 @@ def summarise(per_rank: Sequence[Results], plan: Plan) -> list[Row]:
             "rival": WIRES[name].rival,
             "device": WIRES[name].device,
             "processes": plan.processes,
+            "shares_gpu": WIRES[name].device == "cuda" and plan.processes > plan.gpus,
             "bytes": nbytes,
         }
         if key[0] == "link":
@@ -157,7 +158,12 @@ def missed(rows: Sequence[Row], compared: Sequence[Row], *, cores: int) -> list[
 
 
 def asks_for_hiding(row: Row, *, cores: int) -> bool:
-    """Whether the transfer of an overlap row has to be hidden: there is something free to do it, and time enough."""
+    """Whether the transfer of an overlap row has to be hidden: there is something free to do it, and time enough.
+
+    Processes that share a GPU take turns on it, so that nothing of one runs beside anything of another.
+    """
+    if row["shares_gpu"]:
+        return False
     free = row["device"] == "cuda" or row["compute"] == EMULATED or 2 * row["processes"] <= cores
     return row["transport"] in ENGINE and free and row["transfer_us"] <= row["compute_us"] / 2
 
@@ -176,7 +182,8 @@ def _exposed_too_much(rows: Sequence[Row], cores: int) -> Iterator[str]:
 def _slower_than_a_copy(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         large = row["measure"] == "link" and row["device"] == "cuda" and row["bytes"] >= COPY_BYTES
-        if large and not row["rival"] and row["of_copy"] < ASKED_OF_COPY:
+        # On a shared GPU the copies into a channel's ring and out of it are moved by one memory: see gpu_links.py.
+        if large and not row["rival"] and not row["shares_gpu"] and row["of_copy"] < ASKED_OF_COPY:
             yield f"{row['transport']} at {row['bytes']} bytes: {row['of_copy']:.2f} of a copy < {ASKED_OF_COPY}"
 
 

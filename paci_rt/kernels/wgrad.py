@@ -8,7 +8,7 @@ Two routes: the Triton kernel of :mod:`paci_rt.kernels.device.wgrad` with one of
 fp32 matrix by itself. :class:`WgradRoutes` measures which is faster, shape by shape.
 
 Limits: 2-D factors with unit stride along a row; bf16 or fp16 for Triton, fp32 too for cuBLAS, which needs a torch
-whose ``addmm`` adds products of those to an fp32 matrix (``out_dtype``).
+whose ``addmm`` adds products of those to an fp32 matrix (``out_dtype``, torch 2.10 or later).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LARGEST = 2**31 - 1024
 def adds_low_precision(device: torch.device) -> bool:
     """Whether this torch can add a product of bf16 or fp16 matrices to an fp32 matrix in one call.
 
-    The first versions with that operator want the summand to be of the factors' dtype. Asked with empty matrices, for
-    which nothing is launched.
+    2.8 and 2.9 have the operator, but want the summand to be of the factors' dtype
+    (https://github.com/pytorch/pytorch/pull/167931 changed that). Asked with empty matrices, for which nothing is launched.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
