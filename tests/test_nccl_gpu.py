@@ -88,11 +88,12 @@ def test_two_processes_on_one_gpu_equal_one_process_over_copies(run: Run) -> Non
 def test_two_processes_on_one_gpu_over_nccl_where_it_allows_that() -> None:
     from paci_rt.transport.nccl import load_nccl
 
-    allowed = load_nccl().features["multi_rank_gpu"] and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    if allowed:
+    known = load_nccl().features["multi_rank_gpu"]
+    if known and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
         compare(RUNS[0], "nccl", [0, 0])
         return
-    with pytest.raises(paci_rt.PaciError, match="NCCL_MULTI_RANK_GPU_ENABLE"):
+    remedy = "NCCL_MULTI_RANK_GPU_ENABLE=1" if known else "which NCCL allows from 2.30 on"
+    with pytest.raises(paci_rt.PaciError, match=remedy):
         compare(RUNS[0], "nccl", [0, 0])
 
 
