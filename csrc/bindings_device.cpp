@@ -155,6 +155,8 @@ void bind_ends(py::module_& m) {
             return self.send(index, std::move(layout), addresses, stream.on(device));
           },
           py::arg("index"), py::arg("packed"), py::arg("addresses"), py::arg("device"), py::arg("stream"))
+      // The engine's threads ask the device with the engine locked.
+      .def("completed", &DeviceOutgoing::completed, Released())
       .def(
           "join_captured",
           [](DeviceOutgoing& self, int device, StreamArg stream) { self.join_captured(stream.on(device)); },
@@ -187,6 +189,7 @@ void bind_ends(py::module_& m) {
                                if (layout == nullptr) return py::none();
                                return py::bytes(layout->packed);
                              })
+      .def("ready", &DeviceIncoming::ready, Released())
       .def_property_readonly("ring_bytes", &DeviceIncoming::ring_bytes);
 }
 

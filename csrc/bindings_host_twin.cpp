@@ -49,6 +49,7 @@ void bind_host_twin(py::module_& m) {
           "capture", [](HostTwin& self, int device, StreamArg stream, bool on) { self.capture(stream.on(device), on); },
           py::arg("device"), py::arg("stream"), py::arg("on"))
       .def_property_readonly("allocated", &HostTwin::allocated)
+      .def_property_readonly("misuse", &HostTwin::misuse)
       .def_property_readonly("waits", &HostTwin::waits)
       .def_property_readonly("records", &HostTwin::records);
 }

@@ -30,7 +30,7 @@ struct FakeNccl::Clique {
 
 struct FakeNccl::Comm {
   Clique* clique = nullptr;
-  int rank = 0;
+  int rank = 0, device = -1;
   bool gone = false, aborted = false, finalizing = false, started = false;
   int polls_left = 0;
   std::vector<std::shared_ptr<Call>> waiting;  // to be issued in the background
@@ -61,6 +61,14 @@ struct Group {
 thread_local Group group;
 
 }  // namespace
+
+// NCCL makes calls of CUDA in these, and leaves the calling thread on the device that it found it on.
+void FakeNccl::check_current(int device, const char* call) {
+  const int current = HostTwin::current();
+  if (current < 0) state_->misuse += concat(call, " came from a thread that has no device; ");
+  if (current >= 0 && device >= 0 && current != device)
+    state_->misuse += concat(call, " for device ", device, " came while ", current, " was current; ");
+}
 
 FakeNccl::FakeNccl(std::shared_ptr<HostTwin> twin, int version)
     : twin_(std::move(twin)), version_(version), state_(std::make_shared<State>()) {}
@@ -151,6 +159,7 @@ NcclResult FakeNccl::comm_init(NcclComm* comm, int ranks, const NcclUniqueId& id
   const std::lock_guard<std::mutex> lock(state_->mutex);
   if (state_->init_result != NcclResult::success) return state_->init_result;
   if (rank < 0 || rank >= ranks) return NcclResult::invalid_argument;
+  check_current(-1, "ncclCommInitRankConfig");
   auto& clique = state_->cliques[std::string(id.internal, sizeof id.internal)];
   if (clique == nullptr) clique = std::make_unique<Clique>();
   clique->ranks = ranks;
@@ -158,6 +167,7 @@ NcclResult FakeNccl::comm_init(NcclComm* comm, int ranks, const NcclUniqueId& id
   auto made = std::make_unique<Comm>();
   made->clique = clique.get();
   made->rank = rank;
+  made->device = HostTwin::current();
   made->polls_left = state_->background_polls;
   *comm = made.get();
   state_->comms.push_back(std::move(made));
@@ -190,6 +200,7 @@ NcclResult FakeNccl::comm_state(NcclComm handle, NcclResult* state) {
 NcclResult FakeNccl::comm_finalize(NcclComm handle) {
   const std::lock_guard<std::mutex> lock(state_->mutex);
   auto* comm = static_cast<Comm*>(handle);
+  check_current(comm->device, "ncclCommFinalize");
   if (!comm->registered.empty()) state_->misuse += "a communicator ended with buffers registered; ";
   if (!std::exchange(comm->finalizing, true)) ++comm->clique->finished;
   return NcclResult::in_progress;
@@ -197,13 +208,16 @@ NcclResult FakeNccl::comm_finalize(NcclComm handle) {
 
 NcclResult FakeNccl::comm_destroy(NcclComm handle) {
   const std::lock_guard<std::mutex> lock(state_->mutex);
-  static_cast<Comm*>(handle)->gone = true;
+  auto* comm = static_cast<Comm*>(handle);
+  check_current(comm->device, "ncclCommDestroy");
+  comm->gone = true;
   return NcclResult::success;
 }
 
 NcclResult FakeNccl::comm_abort(NcclComm handle) {
   const std::lock_guard<std::mutex> lock(state_->mutex);
   auto* comm = static_cast<Comm*>(handle);
+  check_current(comm->device, "ncclCommAbort");
   if (comm->gone) state_->misuse += "a communicator was aborted twice; ";
   if (!std::exchange(comm->finalizing, true)) ++comm->clique->finished;
   comm->gone = comm->aborted = true;
@@ -280,6 +294,7 @@ NcclResult FakeNccl::group_end() {
     if (halves != 0) return NcclResult::invalid_usage;  // one half of a transfer to oneself
     {
       const std::lock_guard<std::mutex> lock(state_->mutex);
+      check_current(comm->device, "ncclGroupEnd");
       comm->polls_left = state_->background_polls;
       // Connections are made with the first calls, in the background, and take both sides.
       const bool first = !std::exchange(comm->started, true);
@@ -347,12 +362,14 @@ NcclResult FakeNccl::mem_alloc(void** buffer, std::size_t bytes) {
   if (!features().mem_alloc) return NcclResult::invalid_usage;
   *buffer = std::malloc(bytes);
   const std::lock_guard<std::mutex> lock(state_->mutex);
+  check_current(-1, "ncclMemAlloc");
   state_->memory[*buffer] = bytes;
   return NcclResult::success;
 }
 
 NcclResult FakeNccl::mem_free(void* buffer) {
   const std::lock_guard<std::mutex> lock(state_->mutex);
+  check_current(-1, "ncclMemFree");
   if (state_->memory.erase(buffer) == 0) {
     state_->misuse += "memory was freed that was not allocated; ";
     return NcclResult::invalid_argument;

@@ -65,6 +65,7 @@ class FakeNccl final : public NcclApi {
   struct State;
 
   NcclResult queue(Call call);
+  void check_current(int device, const char* call);  // with the state's mutex held; device -1: any
   static void run(const std::shared_ptr<State>& state, Comm* comm, std::vector<std::shared_ptr<Call>> calls);
   static void match(State& state, Clique& clique, int from, int to);
   void launch(Comm* comm, Stream stream, const std::vector<std::shared_ptr<Call>>& calls);

@@ -13,6 +13,11 @@
 #include "check.hpp"
 
 namespace paci_rt {
+namespace {
+
+thread_local int current_device = -1;
+
+}  // namespace
 
 class HostTwin::Place {
  public:
@@ -165,13 +170,20 @@ std::uintptr_t HostTwin::make_event(int device) {
   check_device(device);
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::uintptr_t handle = next_handle_++;
-  events_.emplace(handle, std::make_shared<EventEntry>(EventEntry{device, nullptr}));
+  events_.emplace(handle, std::make_shared<EventEntry>(EventEntry{device, nullptr, handle}));
   return handle;
 }
 
 void HostTwin::drop_event(int, std::uintptr_t handle) noexcept {
   const std::lock_guard<std::mutex> lock(mutex_);
-  events_.erase(handle);
+  const auto found = events_.find(handle);
+  if (found == events_.end()) return;
+  EventEntry& entry = *found->second;
+  if (entry.owner == handle) {
+    if (found->second.use_count() > 1) misuse_ += "an event went while another process had it open; ";
+    entry.owner = 0;
+  }
+  events_.erase(found);
 }
 
 void HostTwin::record(std::uintptr_t handle, Stream stream) {
@@ -226,18 +238,28 @@ void* HostTwin::allocate(int device, std::size_t bytes) {
   void* address = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
   if (address == nullptr) throw CudaError(concat("the host twin has no ", bytes, " bytes left"));
   ++allocated_;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  sizes_[address] = bytes;
   return address;
 }
 
 void HostTwin::release(int, void* address) noexcept {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (opened_.count(address) != 0) misuse_ += "memory went while another process had it open; ";
+    sizes_.erase(address);
+  }
   std::free(address);
   --allocated_;
 }
 
 std::shared_ptr<void> HostTwin::enter(int device) {
   check_device(device);
-  return nullptr;
+  const int former = std::exchange(current_device, device);
+  return {&current_device, [former](void*) { current_device = former; }};
 }
+
+int HostTwin::current() { return current_device; }
 
 bool HostTwin::capturing(Stream stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -253,6 +275,10 @@ void HostTwin::capture(Stream stream, bool on) {
 }
 
 std::string HostTwin::export_memory(int, void* address) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = sizes_.find(address);
+  check_value(found != sizes_.end(), "memory at ", address, " is no whole piece of this host twin's");
+  if (found->second % (std::size_t{2} << 20) != 0) misuse_ += "memory was shared that shares its block with other; ";
   return {reinterpret_cast<const char*>(&address), sizeof address};
 }
 
@@ -260,10 +286,25 @@ void* HostTwin::open_memory(int, const std::string& handle) {
   void* address = nullptr;
   check_value(handle.size() == sizeof address, "a handle of ", handle.size(), " bytes is none of the host twin's");
   std::memcpy(&address, handle.data(), sizeof address);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (sizes_.count(address) == 0) misuse_ += "a handle was opened whose memory had gone; ";
+  opened_.insert(address);
   return address;
 }
 
-void HostTwin::close_memory(int, void*) noexcept {}
+void HostTwin::close_memory(int, void* address) noexcept {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = opened_.find(address);
+  if (found != opened_.end())
+    opened_.erase(found);
+  else
+    misuse_ += "memory was closed that was not open; ";
+}
+
+std::string HostTwin::misuse() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return misuse_;
+}
 
 std::uintptr_t HostTwin::make_shared_event(int device) { return make_event(device); }
 

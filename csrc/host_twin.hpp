@@ -23,7 +23,8 @@ namespace paci_rt {
 // in launched work ends up in the next call that waits for its stream. Calls may come from several threads.
 //
 // Device memory is the process's own, and handles for "other processes" are good within this one twin, which stands for
-// a whole machine then.
+// a whole machine then. CUDA's rules for them are kept: what is open elsewhere must not go, and memory is shared in
+// whole blocks.
 class HostTwin final : public DeviceOps {
  public:
   // Sleeps of up to `max_delay_us`, drawn from `seed`, the stream's handle and the entry's number.
@@ -65,6 +66,8 @@ class HostTwin final : public DeviceOps {
 
   // As if a CUDA graph were being recorded on the stream; work runs all the same.
   void capture(Stream stream, bool on);
+  std::string misuse();                                  // rules of handles that were broken; empty: none
+  static int current();                                  // the device that the calling thread has entered; -1: none
   std::int64_t allocated() const { return allocated_; }  // pieces of memory that were not released yet
 
  private:
@@ -73,6 +76,7 @@ class HostTwin final : public DeviceOps {
   struct EventEntry {
     int device;
     std::shared_ptr<Place> latest;  // null before the first record
+    std::uintptr_t owner;           // the handle that it was made with
   };
 
   Worker& worker(Stream stream);  // with mutex_ held
@@ -85,6 +89,9 @@ class HostTwin final : public DeviceOps {
   std::vector<std::unique_ptr<Worker>> dropped_;                  // they finish their work and are joined at the end
   std::map<std::uintptr_t, std::shared_ptr<EventEntry>> events_;  // opened ones are second names
   std::set<std::uintptr_t> capturing_;
+  std::map<void*, std::size_t> sizes_;  // of memory
+  std::multiset<void*> opened_;
+  std::string misuse_;
   std::uintptr_t next_handle_ = 16;
   std::int64_t lose_every_ = 0;
   std::atomic<std::int64_t> waits_{0};

@@ -62,6 +62,9 @@ class Lane {
   // After a failure, perhaps without the issue lock where its holder is stuck: nothing on the stream waits for the
   // other side from here on, as far as that is in the lane's hands.
   virtual void abort() noexcept = 0;
+  // Before this side says goodbye, with nothing of its own under way, and none to come: gives back what belongs to the
+  // other side, which takes it for gone from then on.
+  virtual void detach() noexcept {}
   // At the end, by one thread, with nothing under way: first `finish` for all lanes whose other sides end as well,
   // since communicators end together, then `close` for all.
   virtual void finish() noexcept {}
@@ -104,8 +107,12 @@ class SlotMemory {
   using Allocate = std::function<void*(std::int64_t bytes)>;
   using Release = std::function<void(void*)>;
 
-  SlotMemory(std::int64_t slots, Allocate allocate, Release release)
-      : slots_(static_cast<std::size_t>(slots)), allocate_(std::move(allocate)), release_(std::move(release)) {}
+  // Sizes are multiples of `granule`.
+  SlotMemory(std::int64_t slots, Allocate allocate, Release release, std::int64_t granule = 512)
+      : slots_(static_cast<std::size_t>(slots)),
+        granule_(granule),
+        allocate_(std::move(allocate)),
+        release_(std::move(release)) {}
   ~SlotMemory() { clear(); }
 
   // Returns whether it moved. What a slot held before stays until `clear`: work on it may not be done, and giving
@@ -113,7 +120,7 @@ class SlotMemory {
   bool ensure(std::int64_t slot, std::int64_t bytes) {
     Slot& at = slots_[static_cast<std::size_t>(slot)];
     if (bytes <= at.bytes) return false;
-    const std::int64_t grown = (std::max(bytes, at.bytes + at.bytes / 2) + 511) / 512 * 512;
+    const std::int64_t grown = (std::max(bytes, at.bytes + at.bytes / 2) + granule_ - 1) / granule_ * granule_;
     void* fresh = allocate_(grown);
     all_.push_back(fresh);
     total_ += grown;
@@ -136,6 +143,7 @@ class SlotMemory {
     std::int64_t bytes = 0;
   };
   std::vector<Slot> slots_;
+  const std::int64_t granule_;
   std::vector<void*> all_;
   std::atomic<std::int64_t> total_{0};
   Allocate allocate_;

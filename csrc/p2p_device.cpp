@@ -186,8 +186,21 @@ Event DeviceEngine::take_event() {
 
 // --- the issuing thread ---
 
+// For a thread of the engine, as long as it lives. A thread begins on device 0, and the first call of CUDA or NCCL that
+// finds no context current makes one there: half a gigabyte for every process whose device is another one.
+std::shared_ptr<void> DeviceEngine::enter_device() {
+  try {
+    auto current = ops_->enter(device_);
+    ops_->leave_captures_alone();
+    return current;
+  } catch (...) {
+    fail(std::current_exception());
+    return nullptr;
+  }
+}
+
 void DeviceEngine::issue_loop() {
-  ops_->leave_captures_alone();
+  const std::shared_ptr<void> current = enter_device();
   for (;;) {
     poll_links();
     {
@@ -243,12 +256,18 @@ void DeviceEngine::serve(End& end) {
   }
   while (const std::optional<Frame> frame = state.link->read()) handle(end, *frame);
   if (!failed()) go_on_connecting(end);
-  const std::unique_lock<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   if (failure_ && !state.abort_sent) {
     state.abort_sent = true;
     state.link->queue({FrameType::abort, 0, 0, 0, 0, last_words_.substr(0, 4096)});
   }
   if ((failure_ ? aborted_ : leaving_) && end.idle() && !state.bye_sent) {
+    lock.unlock();  // it may wait for the device
+    {
+      const std::lock_guard<std::mutex> issuing(issue_mutex_);
+      end.lane_->detach();
+    }
+    lock.lock();
     state.bye_sent = true;
     state.link->queue({FrameType::bye, 0, 0, 0, 0, {}});
   }
@@ -345,7 +364,7 @@ bool DeviceEngine::advance_one() {
 // --- the watching thread ---
 
 void DeviceEngine::watch_loop() {
-  ops_->leave_captures_alone();
+  const std::shared_ptr<void> current = enter_device();
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stopping_) {
     if (failure_ && !aborted_) {

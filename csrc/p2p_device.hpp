@@ -178,6 +178,7 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   friend class DeviceOutgoing;
   friend class DeviceIncoming;
 
+  std::shared_ptr<void> enter_device();
   void issue_loop();
   void watch_loop();
   struct Ends {  // as of a moment; ends are only ever added

@@ -52,6 +52,10 @@ std::string get(const std::string& from, std::size_t& at) {
   return from.substr(at - size, size);
 }
 
+// CUDA takes smaller pieces of memory out of blocks of this size, and a handle shares the whole block, with whatever
+// else of this process lies in it (CUDA C++ Programming Guide, "Interprocess Communication").
+constexpr std::int64_t kSharedGranule = std::int64_t{2} << 20;
+
 // The events that one side records and the other waits for, one a slot.
 class Signals {
  public:
@@ -122,6 +126,7 @@ class PushSender final : public SendLane {
   bool connected() override { return freed_.there() && mover_->connected(); }
 
   void on_frame(const Frame& frame, ControlLink&) override {
+    if (detached_) return;
     if (frame.type == FrameType::events) return freed_.open(frame.payload);
     check_value(frame.type == FrameType::slot && frame.a >= 0 && frame.a < options_.slots,
                 "the receiver of a pushed message sent what only a sender sends");
@@ -156,11 +161,17 @@ class PushSender final : public SendLane {
 
   std::string trouble() override { return mover_->trouble(); }
   void abort() noexcept override { mover_->abort(); }
+  // The receiver must not give back what is open here: to CUDA that is undefined behaviour.
+  void detach() noexcept override {
+    detached_ = true;
+    for (void* address : opened_) options_.ops->close_memory(options_.device, address);
+    opened_.clear();
+    freed_.clear();
+  }
   void finish() noexcept override { mover_->finish(); }
   void close() noexcept override {
     mover_->close();
-    for (void* address : opened_) options_.ops->close_memory(options_.device, address);
-    opened_.clear();
+    detach();
   }
 
  private:
@@ -179,6 +190,7 @@ class PushSender final : public SendLane {
   Signals arrived_, freed_;  // recorded here, and by the receiver
   std::vector<Slot> slots_;
   std::vector<void*> opened_;
+  bool detached_ = false;
 };
 
 class PushReceiver final : public RecvLane {
@@ -194,7 +206,10 @@ class PushReceiver final : public RecvLane {
             [options](std::int64_t bytes) {
               return options.ops->allocate(options.device, static_cast<std::size_t>(bytes));
             },
-            [options](void* address) { options.ops->release(options.device, address); }) {}
+            [options](void* address) { options.ops->release(options.device, address); },
+            reach == Reach::host ? kSharedGranule : 512) {
+    for (std::int64_t i = 0; i < options.slots; ++i) here_.emplace_back(options.ops, options.device);
+  }
 
   std::string backend() const override { return backend_of(reach_, mover_); }
 
@@ -205,6 +220,7 @@ class PushReceiver final : public RecvLane {
   bool connected() override { return arrived_.there(); }
 
   void on_frame(const Frame& frame, ControlLink& link) override {
+    if (detached_) return;
     if (frame.type == FrameType::events) return arrived_.open(frame.payload);
     check_value(frame.type == FrameType::need && frame.a >= 0 && frame.a < options_.slots && frame.b > 0,
                 "the sender of a pushed message sent what only a receiver sends");
@@ -214,8 +230,13 @@ class PushReceiver final : public RecvLane {
                 reach_ == Reach::host ? options_.ops->export_memory(options_.device, address) : raw(address)});
   }
 
-  // The sender has recorded the event before it told of the message.
-  void post(const Transfer& transfer) override { arrived_.block(transfer.slot, stream()); }
+  // The sender has recorded the event before it told of the message. What computes waits for an event of this side,
+  // since it may get to that when the sender's has gone.
+  void post(const Transfer& transfer) override {
+    if (detached_) return;  // nobody takes it any more
+    arrived_.block(transfer.slot, stream());
+    here_[static_cast<std::size_t>(transfer.slot)].record(stream());
+  }
   void capture(const Transfer&, Stream) override {
     throw OrderError(concat("a CUDA graph cannot hold transfers of the ", backend(), " backend, whose events other ",
                             "processes record: use transport nccl for graphs"));
@@ -224,19 +245,25 @@ class PushReceiver final : public RecvLane {
   std::uintptr_t address(std::int64_t slot) const override {
     return reinterpret_cast<std::uintptr_t>(memory_.address(slot));
   }
-  void wait_arrived(std::int64_t slot, Stream stream) override { arrived_.block(slot, stream); }
+  void wait_arrived(std::int64_t slot, Stream stream) override { here_[static_cast<std::size_t>(slot)].block(stream); }
   void free(std::int64_t slot, Stream stream) override { freed_.record(slot, stream); }
   bool all_freed() override { return freed_.done(); }
   std::int64_t ring_bytes() const override { return memory_.total(); }
 
   void abort() noexcept override {}
-  void close() noexcept override {}
+  void detach() noexcept override {
+    detached_ = true;
+    arrived_.clear();
+  }
+  void close() noexcept override { detach(); }
 
  private:
   const Reach reach_;
   const std::string mover_;
-  Signals arrived_, freed_;
+  Signals arrived_, freed_;  // recorded by the sender, and here
+  std::vector<Event> here_;  // behind `arrived_`
   SlotMemory memory_;
+  bool detached_ = false;
 };
 
 }  // namespace

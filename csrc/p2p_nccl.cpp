@@ -258,8 +258,19 @@ NcclComm NcclCommunicator::need() const {
   return comm;
 }
 
+// NCCL puts back the device that it found, which makes a context on device 0 where the calling thread had none.
+std::shared_ptr<void> NcclCommunicator::enter() const noexcept {
+  try {
+    return options_.ops->enter(options_.device);
+  } catch (const std::exception& error) {  // the device has failed: what follows says so too
+    std::fprintf(stderr, "paci_rt: %s\n", error.what());
+    return nullptr;
+  }
+}
+
 void NcclCommunicator::start(const Calls& calls) {
   const NcclComm comm = need();
+  const std::shared_ptr<void> current = options_.ops->enter(options_.device);
   api_->check(api_->group_start(), "ncclGroupStart", comm);
   try {
     calls(*api_, comm);
@@ -318,6 +329,7 @@ std::string NcclCommunicator::trouble() {
 void NcclCommunicator::abort() noexcept {
   const NcclComm comm = comm_.exchange(nullptr);
   if (comm == nullptr) return;
+  const std::shared_ptr<void> current = enter();
   handles_.clear();  // they went with it
   const NcclResult result = api_->comm_abort(comm);
   if (result != NcclResult::success && result != NcclResult::in_progress)
@@ -327,6 +339,7 @@ void NcclCommunicator::abort() noexcept {
 void NcclCommunicator::finish() noexcept {
   const NcclComm comm = comm_;
   if (comm == nullptr) return;
+  const std::shared_ptr<void> current = enter();
   for (const auto& [address, handle] : handles_) (void)api_->comm_deregister(comm, handle);
   handles_.clear();
   const NcclResult result = api_->comm_finalize(comm);
@@ -337,6 +350,7 @@ void NcclCommunicator::close() noexcept {
   const NcclComm comm = comm_;
   if (comm == nullptr) return;
   if (!finishing_ || !wait_settled(comm, kFinishS)) return abort();
+  const std::shared_ptr<void> current = enter();
   comm_ = nullptr;
   (void)api_->comm_destroy(comm);
 }
@@ -358,17 +372,13 @@ void* NcclCommunicator::allocate_registered(std::int64_t bytes) {
 
 void NcclCommunicator::release_registered(void* address) noexcept {
   const NcclComm comm = comm_;
+  const std::shared_ptr<void> current = enter();
   const auto found = handles_.find(address);
   if (found != handles_.end()) {
     if (comm != nullptr) (void)api_->comm_deregister(comm, found->second);
     handles_.erase(found);
   }
-  try {
-    const std::shared_ptr<void> current = options_.ops->enter(options_.device);
-    (void)api_->mem_free(address);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "paci_rt: %s\n", error.what());
-  }
+  (void)api_->mem_free(address);
 }
 
 std::unique_ptr<Mover> make_nccl_mover(std::shared_ptr<NcclApi> api, const LaneOptions& options,

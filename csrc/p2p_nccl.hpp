@@ -43,6 +43,7 @@ class NcclCommunicator {
 
  private:
   NcclComm need() const;
+  std::shared_ptr<void> enter() const noexcept;  // makes the device current, until what is returned has gone
   bool wait_settled(NcclComm comm, double seconds) noexcept;
 
   const std::shared_ptr<NcclApi> api_;

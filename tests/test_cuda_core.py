@@ -262,6 +262,7 @@ def test_the_current_device_stays_and_no_other_gets_a_context() -> None:
         "import torch\n"
         "from paci_rt import native\n"
         "native.make_stream(torch.device('cuda', 1)).synchronize()\n"
+        "native.core().DeviceEngine(1, 0, 2, 5.0).close()\n"
         "flags, active = ctypes.c_uint(), ctypes.c_int()\n"
         "driver = ctypes.CDLL('libcuda.so.1')\n"
         "assert driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)) == 0\n"

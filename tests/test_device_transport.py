@@ -89,6 +89,7 @@ def fine(results: list[Any], machine: Machine) -> list[Any]:
         assert (machine.nccl.alive, machine.nccl.aborts, machine.nccl.registered) == (0, 0, 0)
     machine.transports.clear()
     assert machine.twin.allocated == 0
+    assert machine.twin.misuse == ""
     return results
 
 
@@ -208,9 +209,38 @@ def test_ring_memory_grows_to_the_largest_message_and_no_further() -> None:
         hardware.synchronize()
         return int(transport.stats()["ring_bytes"])
 
-    for backend in ("nccl", "ipc"):
-        used = machine.run(work, backend=backend, options=DeviceOptions(timeout_s=20.0, slots=2))[1]
-        assert used == 2 * 4 * (1024 + 4096), "both slots in both sizes: the first ones are given back at the end"
+    options = DeviceOptions(timeout_s=20.0, slots=2)
+    used = machine.run(work, options=options)[1]
+    assert used == 2 * 4 * (1024 + 4096), "both slots in both sizes: the first ones are given back at the end"
+    used = machine.run(work, backend="ipc", options=options)[1]
+    assert used == 2 * (2 << 20), "what other processes open has blocks of CUDA's allocator to itself"
+    fine([], machine)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_receiver_may_leave_before_the_last_message_arrives(backend: str) -> None:
+    machine, leaving = Machine(2), threading.Event()
+
+    def work(transport: DeviceTransport, hardware: TwinHardware) -> None:
+        out, back = edges(transport)
+        transport.open([back])
+        if rank_of(transport) == 0:
+            transport.send(out, 0, one())
+            transport.flush()
+            leaving.wait(20)
+            time.sleep(0.1)  # it says goodbye
+            transport.send(out, 1, one(size=5000))
+            deadline = time.monotonic() + 20
+            while transport._outgoing[out].end.completed() < 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            transport.flush()
+        else:
+            arrived = transport.recv(back, 0)
+            hardware.synchronize()
+            check(arrived, one())
+            leaving.set()
+
+    fine(machine.run(work, backend=backend, options=DeviceOptions(timeout_s=20.0, slots=1)), machine)
 
 
 # --- when something goes wrong ---

@@ -88,8 +88,8 @@ def test_two_processes_on_one_gpu_equal_one_process_over_copies(run: Run) -> Non
 def test_two_processes_on_one_gpu_over_nccl_where_it_allows_that() -> None:
     from paci_rt.transport.nccl import load_nccl
 
-    allowed = load_nccl().features["multi_rank_gpu"] and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    if allowed:
+    known = load_nccl().features["multi_rank_gpu"]
+    if known and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
         compare(RUNS[0], "nccl", [0, 0])
         return
     # Before 2.30 the remedy is another NCCL or another transport, after it the variable.

@@ -237,6 +237,7 @@ int run_round(const std::string& mode, std::uint64_t seed, int lose_every) {
     ++wrong;
   };
   expect(nccl->misuse().empty(), "NCCL's rules: " + nccl->misuse());
+  expect(twin->misuse().empty(), "CUDA's rules for handles: " + twin->misuse());
   expect(nccl->alive() == 0, concat(nccl->alive(), " communicators were left"));
   expect(fails || nccl->aborts() == 0, concat(nccl->aborts(), " communicators were aborted"));
   expect(nccl->issuing_threads() <= 1, "several threads issued");
