@@ -310,7 +310,7 @@ class Executor:
         assert runtime.ties is not None
         put = runtime.ties.add_gradient if action.op is Op.RECV_TG else runtime.ties.take_weight
         for channel in channels(action, self._ties):
-            (tensor,) = self.transport.recv(channel, action.index).tensors
+            (tensor,) = moved(self.transport.recv(channel, action.index), runtime.stage.device).tensors
             assert tensor is not None
             put(_tie_number(channel), tensor)
 
