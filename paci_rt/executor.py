@@ -297,7 +297,8 @@ class Executor:
 
     def _recv(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
         (channel,) = channels(action)
-        runtime.received[action.op, action.index] = self.transport.recv(channel, action.index)
+        message = self.transport.recv(channel, action.index)
+        runtime.received[action.op, action.index] = moved(message, runtime.stage.device)
 
     def _send_tied(self, runtime: StageRuntime, action: Action, feed: Feed) -> None:
         assert runtime.ties is not None
@@ -309,9 +310,19 @@ class Executor:
         assert runtime.ties is not None
         put = runtime.ties.add_gradient if action.op is Op.RECV_TG else runtime.ties.take_weight
         for channel in channels(action, self._ties):
-            (tensor,) = self.transport.recv(channel, action.index).tensors
+            (tensor,) = moved(self.transport.recv(channel, action.index), runtime.stage.device).tensors
             assert tensor is not None
             put(_tie_number(channel), tensor)
+
+
+def moved(message: Message, device: torch.device) -> Message:
+    """A message on the device of the stage that takes it, which within one process may not be that of its sender."""
+    if all(tensor is None or tensor.device == device for tensor in message.tensors):
+        return message
+    # torch orders a copy behind the current streams of both devices; a copy to the CPU is over when its call returns.
+    unblocked = device.type != "cpu"
+    tensors = (None if tensor is None else tensor.to(device, non_blocking=unblocked) for tensor in message.tensors)
+    return Message(tuple(tensors), message.requires_grad)
 
 
 def _tie_number(channel: Channel) -> int:

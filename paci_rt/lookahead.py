@@ -14,12 +14,12 @@ anew each time. Why all this works: ``docs/convergence.md``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from paci_rt.clock import HostClock
 from paci_rt.optim import SGD, BoundOptimizer, FusedBound
 from paci_rt.true_weights import TrueWeights
 
@@ -54,12 +54,21 @@ class LookAhead:
         divisor: what the sum of a whole window is divided by.
         shares: make the weights ahead anew only when SHARED_UNTIL times as many gradients are known, which takes one
             more scratch buffer, of the weights' dtype.
+        clock: tells what look-ahead takes, in ``seconds``; None is the host's.
 
     Raises:
         ValueError: an optimizer that cannot be asked for steps that it does not take.
     """
 
-    def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float, shares: bool) -> None:
+    def __init__(
+        self,
+        bound: BoundOptimizer,
+        *,
+        accumulation: int,
+        divisor: float,
+        shares: bool,
+        clock: HostClock | None = None,
+    ) -> None:
         require_look_ahead(bound)
         assert isinstance(bound, FusedBound)
         self._bound, self._true = bound, TrueWeights(bound)
@@ -67,6 +76,7 @@ class LookAhead:
         self._shared = [torch.zeros_like(group.weight) for group in bound.groups] if shares else []
         self._moved: list[list[int]] = []  # positions in each group, while the shared weights are of use
         self._known = 0  # gradients that made them; 0 while they are of none
+        self._clock = clock or HostClock()
         self.seconds, self.forwards = 0.0, 0
 
     @property
@@ -77,18 +87,21 @@ class LookAhead:
     @contextmanager
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
         """Within it, the parameters are ``updates`` ahead, by the gradients of ``micro_batches`` of the window."""
-        start = time.perf_counter()
+        clock, begin = self._clock, self._clock.mark()
         reused = micro_batches < SHARED_UNTIL * self._known
         moved = self._reuse() if reused else self._make(updates, micro_batches)
-        self.seconds += time.perf_counter() - start
+        clock.between(begin, clock.mark(), self._count)
         try:
             yield
         finally:
-            start = time.perf_counter()
+            begin = clock.mark()
             for number, positions in enumerate(moved):
                 self._true.restore(number, positions)
-            self.seconds += time.perf_counter() - start
+            clock.between(begin, clock.mark(), self._count)
             self.forwards += 1
+
+    def _count(self, start_s: float, end_s: float) -> None:
+        self.seconds += end_s - start_s
 
     def _make(self, updates: int, micro_batches: int) -> list[list[int]]:
         """Put the parameters ahead; positions of those that moved, in each group."""

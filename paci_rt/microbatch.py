@@ -6,7 +6,7 @@ divide evenly gives micro-batches whose sizes differ by one; values that are not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,19 @@ def merge(outputs: Sequence[Any]) -> Any:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """``value`` with its CPU tensors on a GPU, copied without waiting; on the CPU ``value`` itself."""
+    """``value`` with its CPU tensors on a GPU, copied without waiting; on the CPU ``value`` itself.
+
+    Tensors that are on the GPU already may be of another stream's memory: it stays theirs until the current stream is
+    through with them.
+    """
     if device.type == "cpu":
         return value
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True) if value.device.type == "cpu" else value
+        if value.device.type == "cpu":
+            return value.to(device, non_blocking=True)
+        if value.device.type == "cuda":
+            value.record_stream(torch.cuda.current_stream(value.device))
+        return value
     if isinstance(value, (tuple, list)):
         return type(value)(on_device(item, device) for item in value)
     if isinstance(value, dict):
@@ -58,10 +66,17 @@ def on_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in ``value``."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+
+
 def on_gpu(value: Any) -> bool:
     """Whether any tensor in ``value`` is on a GPU."""
-    if isinstance(value, Tensor):
-        return value.is_cuda
-    if isinstance(value, dict):
-        return any(map(on_gpu, value.values()))
-    return isinstance(value, (tuple, list)) and any(map(on_gpu, value))
+    return any(tensor.is_cuda for tensor in tensors(value))

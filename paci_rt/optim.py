@@ -162,12 +162,21 @@ class _AnyTorch(BoundOptimizer):
         if not entry:
             self.optimizer.state.pop(param, None)
             return
-        self.optimizer.state[param] = {
-            key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()
-        }
+        options = next(one for one in self.optimizer.param_groups if any(member is param for member in one["params"]))
+        self.optimizer.state[param] = {key: _placed(key, value, param, options) for key, value in entry.items()}
 
     def unbind(self) -> None:
         self._guard.remove()
+
+
+def _placed(key: str, value: Any, param: Tensor, options: Mapping[str, Any]) -> Any:
+    """A copy of one entry of a torch optimizer's state where that optimizer has it: with its parameter, but for the
+    step count, which is on the CPU unless the kernels read it."""
+    if not isinstance(value, Tensor):
+        return value
+    if key == "step" and not options.get("capturable") and not options.get("fused"):
+        return value.clone()
+    return value.to(param.device, copy=True)
 
 
 def bind_optimizer(

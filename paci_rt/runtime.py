@@ -27,7 +27,7 @@ from paci_rt.state import collect_state, load_state, pipeline_stats
 from paci_rt.tied import TiedExchange
 from paci_rt.trace import Event
 from paci_rt.transport import Transport
-from paci_rt.update_stream import joined
+from paci_rt.update_stream import hand_to_caller, joined
 
 
 class Pipeline:
@@ -170,7 +170,9 @@ class Pipeline:
         weights = versions.make_weights(policy, bound, held, early=updates > 0)
         if self._lookahead and updates and can_look_ahead(bound):
             early = family.in_flight_bound(shape, rank.rank) - 1
-            weights = versions.AheadWeights(bound, accumulation=shape.accumulation, divisor=divisor, early=early)
+            weights = versions.AheadWeights(
+                bound, accumulation=shape.accumulation, divisor=divisor, early=early, clock=self._clocks[stage.device]
+            )
         if ties is not None:
             ties.bind(bound)
         stage.attach(ties if ties is not None else bound)
@@ -230,7 +232,8 @@ class Pipeline:
 
         Stages on a GPU take inputs and targets from the CPU, best in pinned memory. Several of them in one process then
         go from one asynchronous step to the next without a gap. Inputs that are on the GPU may still have to be
-        computed by the caller's stream, which follows the step before, so that all stages wait for that.
+        computed by the caller's stream, which follows the step before, so that all stages wait for that. A step may
+        return before pinned memory has been copied: call :meth:`synchronize` before you write into it again.
 
         Args:
             args: the whole batch; on the first stage only.
@@ -254,6 +257,7 @@ class Pipeline:
         indices = range(first, first + self._n_microbatches)
         feed = cut_batch(self.stages, args, kwargs, target, losses, loss_fn, indices)
         feed.keep_outputs = return_outputs
+        feed.from_gpu |= microbatch.on_gpu(loss_kwargs)
         feed.start_window = start
         streams = {
             rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
@@ -303,16 +307,27 @@ class Pipeline:
         self.drain()
         feed.training, feed.keep_outputs = False, return_outputs
         streams = {rank: self._lowering.forward_only(rank, 0, self._n_microbatches) for rank in self._ranks}
-        start = time.perf_counter()
+        clock = self._clocks[self.stages[-1].device]
+        begin = clock.mark()
         self._run(streams, feed)
-        self._executor.leave_out(time.perf_counter() - start)  # statistics are about training
+        # Statistics are about training.
+        clock.between(begin, clock.mark(), lambda start, end: self._executor.leave_out(end - start))
         return self._results(feed, losses)
 
     def close(self) -> None:
-        """Give the stages and the optimizers back. Idempotent; the pipeline cannot be used afterwards."""
+        """Give the stages and the optimizers back. Idempotent; the pipeline cannot be used afterwards.
+
+        On a GPU the caller's streams go on behind all updates: the memory that these work in may be free from now on,
+        for whatever the caller does next.
+        """
         if self._closed:
             return
         self._closed = True
+        try:
+            self._await_updates()
+        except Exception:
+            if self._failure is None:  # after a failure of the device nothing works there
+                raise
         self._unbind(self.stages)
         self._executor.transport.close()
 
@@ -413,6 +428,9 @@ class Pipeline:
             bound.before_reading()
 
     def _results(self, feed: Feed, losses: list[Tensor] | None) -> Any:
+        stream = self.stages[-1].stream
+        if stream is not None:
+            hand_to_caller((list(feed.outputs.values()), list(feed.loss_values.values())), stream.device)
         if losses is not None and self.has_last:
             losses.clear()
             losses.extend(feed.loss_values[m] for m in sorted(feed.loss_values))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from paci_rt import native
 from paci_rt.errors import StageError
@@ -19,8 +19,12 @@ from paci_rt.sink import GradSink
 from paci_rt.split import SplitLayer, WeightGradient, WeightGradients
 from paci_rt.transport.base import Message
 
-# Since torch 2.7 or so a backward can start from a gradient edge, which keeps the graph but not the output's memory.
-_EDGES_AS_ROOTS = "GradientEdge" in str(inspect.signature(torch.autograd.backward))
+# In newer versions of torch a backward can start from a gradient edge, which keeps the graph but not the output's
+# memory. Without the token, which is newer still, an edge does not keep the node of a Python function, such as a split
+# layer's.
+_EDGES_AS_ROOTS = (
+    "GradientEdge" in str(inspect.signature(torch.autograd.backward)) and "ownership_token" in GradientEdge._fields
+)
 
 LossFn = Callable[..., Tensor]
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from paci_rt import native
+from paci_rt import microbatch, native
 from paci_rt.stage import PipelineStage
 
 
@@ -105,6 +106,22 @@ def joined(stages: Iterable[PipelineStage], *, behind_caller: bool) -> Iterator[
     finally:
         for stream in streams:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+def hand_to_caller(values: Any, device: torch.device) -> None:
+    """Outputs and losses on ``device`` go to the caller, whose stream may read them long after their last reference is
+    gone: their memory is free again once it has, and not for the next work of the stage that made them.
+
+    :func:`joined` orders only the other direction, since stages need not wait for the caller.
+    """
+    here = torch.cuda.current_stream(device)
+    for tensor in microbatch.tensors(values):
+        if _is_on_gpu(tensor):
+            tensor.record_stream(here)
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def update_order(device: torch.device | None) -> InLine:

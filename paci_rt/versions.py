@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from paci_rt import policies
+from paci_rt.clock import HostClock
 from paci_rt.flat import FlatGroup, FlatHome
 from paci_rt.lookahead import LookAhead
 from paci_rt.optim import BoundOptimizer
@@ -136,11 +137,20 @@ class AheadWeights(StageWeights):
         bound: the stage's optimizer, whose accumulators hold what is known of the coming updates.
         accumulation, divisor: as for :class:`~paci_rt.lookahead.LookAhead`.
         early: forwards that the stage runs ahead of its backwards.
+        clock: likewise.
     """
 
-    def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float, early: int) -> None:
+    def __init__(
+        self,
+        bound: BoundOptimizer,
+        *,
+        accumulation: int,
+        divisor: float,
+        early: int,
+        clock: HostClock | None = None,
+    ) -> None:
         shares = policies.shares_pass(accumulation, early)
-        self._look_ahead = LookAhead(bound, accumulation=accumulation, divisor=divisor, shares=shares)
+        self._look_ahead = LookAhead(bound, accumulation=accumulation, divisor=divisor, shares=shares, clock=clock)
         self.extra_bytes = self._look_ahead.nbytes
         self._micro_batches = 0  # of the window in the making
 

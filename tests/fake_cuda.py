@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from paci_rt import bound, native, runtime, stage
+from paci_rt import bound, native, runtime, stage, update_stream
 from paci_rt.clock import DeviceClock
 from paci_rt.transport import local
 from paci_rt.update_stream import UpdateStream
@@ -90,6 +90,7 @@ def install(patch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     patch.setattr(native, "make_weight_gate", lambda buckets, device: core.WeightGate(buckets, 0, FakeStream.twin))
     patch.setattr(bound, "update_order", lambda device: UpdateStream(torch.device("cuda", 0)))
     patch.setattr(runtime, "clock_for", lambda device: DeviceClock(torch.device("cuda", 0)))
+    patch.setattr(update_stream, "_is_on_gpu", lambda tensor: True)
     patch.setattr(local, "_gpu_of", lambda message: torch.device("cuda", 0))
     patch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append((self.nbytes, stream.cuda_stream)))
     return kept

@@ -116,9 +116,22 @@ class Wide(nn.Sequential):
         super().__init__(nn.LayerNorm(256), *layers)
 
 
-@pytest.mark.parametrize("options", [{"schedule": "paci"}, {"schedule": "1f1b"}, {"schedule": "paci", "buffers": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "paci"},
+        {"schedule": "1f1b"},
+        {"schedule": "paci", "buffers": 2},
+        {"schedule": "paci", "policy": "predict"},
+        {"schedule": "paci", "policy": "recompute"},
+        {"schedule": "pipedream-2bw"},
+        {"schedule": "zb-h1"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_windows_never_wait_for_the_device(options: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("pinned", [False, True], ids=["from the GPU", "from pinned memory"])
+def test_windows_never_wait_for_the_device(options: dict[str, Any], dtype: torch.dtype, pinned: bool) -> None:
     pipe = paci_rt.LocalPipeline(
         [Wide(stage).to(dtype) for stage in range(3)],
         n_microbatches=4,
@@ -127,14 +140,16 @@ def test_windows_never_wait_for_the_device(options: dict[str, Any], dtype: torch
         device="cuda",
         **options,
     )
-    x, y = (torch.randn(64, 256, device="cuda", dtype=dtype) for _ in range(2))
+    x, y = (torch.randn(64, 256, dtype=dtype) for _ in range(2))
+    x, y = (x.pin_memory(), y.pin_memory()) if pinned else (x.cuda(), y.cuda())
+    losses: list[Tensor] = []
     for _ in range(3):  # tables and kernels are made, and the clocks brought together
-        pipe.step(x, target=y, return_outputs=False)
+        pipe.step(x, target=y, losses=losses)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            pipe.step(x, target=y, return_outputs=False)
+            pipe.step(x, target=y, losses=losses)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     pipe.close()
@@ -172,6 +187,91 @@ def test_updates_are_waited_for_layer_by_layer_without_a_race() -> None:
         return params
 
     assert torch.equal(trained(0), trained(3000))
+
+
+def wide_pipeline() -> paci_rt.LocalPipeline:
+    return paci_rt.LocalPipeline(
+        [Wide(0), Wide(1)],
+        n_microbatches=2,
+        loss_fn=lambda output, target: (output - target).square().mean(),
+        optimizer=lambda params: paci_rt.AdamW([param for _, param in params], lr=1e-2),
+        device="cuda",
+    )
+
+
+def spin(stream: torch.cuda.Stream, hold_us: int) -> None:
+    paci_rt.native.core().cuda_spin(stream.device_index, stream.cuda_stream, hold_us)
+
+
+def test_outputs_and_losses_stay_whole_until_a_caller_that_is_late_has_read_them() -> None:
+    """Inputs from pinned memory: the stages go on while the caller's stream is held up, steps behind them."""
+    torch.manual_seed(0)
+    data = [tuple(torch.randn(512, 256).pin_memory() for _ in range(2)) for _ in range(8)]
+
+    def read(hold_us: int) -> Tensor:
+        pipe, seen = wide_pipeline(), []
+        for x, y in data:
+            spin(torch.cuda.current_stream(), hold_us)
+            losses: list[Tensor] = []
+            output = pipe.step(x, target=y, losses=losses)
+            seen.append(output.double().sum() + torch.stack(losses).double().sum())
+            del output, losses
+        pipe.close()
+        return torch.stack(seen)
+
+    assert torch.equal(read(0), read(20_000))
+
+
+def test_a_close_without_a_drain_is_behind_the_last_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = paci_rt.AdamW.apply
+
+    def slow(self: Any, *args: Any) -> None:
+        spin(torch.cuda.current_stream(), 20_000)
+        apply(self, *args)
+
+    monkeypatch.setattr(paci_rt.AdamW, "apply", slow)
+    pipe = wide_pipeline()
+    x, y = torch.randn(2, 32, 256, device="cuda")
+    for _ in range(2):
+        pipe.step(x, target=y)
+    params = [param for _, param in pipe.named_parameters()]
+    pipe.close()
+    at_once = torch.cat([param.detach().flatten() for param in params])
+    torch.cuda.synchronize()
+    assert torch.equal(at_once, torch.cat([param.detach().flatten() for param in params]))
+
+
+def test_state_of_a_torch_optimizer_comes_back_from_the_cpu() -> None:
+    run = Run(schedule="paci", stages=2, accumulation=2, optimizer="torch-adamw")
+    pipes = [
+        paci_rt.LocalPipeline(
+            [module(stage, run) for stage in range(2)],
+            n_microbatches=2,
+            loss_fn=loss_fn,
+            optimizer=lambda params: make_optimizer("torch-adamw", params),
+            device="cuda",
+        )
+        for _ in range(2)
+    ]
+
+    def step(pipe: paci_rt.LocalPipeline, number: int) -> None:
+        x, y = batch(run, number)
+        pipe.step(x.cuda(), target=y.cuda())
+
+    for number in range(2):
+        step(pipes[0], number)
+    state = pipes[0].state_dict()
+    state["optimizer"] = {
+        name: {key: value.cpu() for key, value in entry.items()} for name, entry in state["optimizer"].items()
+    }
+    pipes[1].load_state_dict(state)
+    for pipe in pipes:
+        step(pipe, 2)
+        pipe.drain()
+    for (_, one), (_, other) in zip(*(pipe.named_parameters() for pipe in pipes), strict=True):
+        assert torch.equal(one, other)
+    for pipe in pipes:
+        pipe.close()
 
 
 def test_state_survives_the_way_to_the_cpu_and_back(tmp_path: Path) -> None:

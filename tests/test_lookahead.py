@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from toy import make_muon
 import paci_rt
 from paci_rt.accumulator import GradAccumulator
 from paci_rt.action import Op
+from paci_rt.clock import Done, HostClock
 from paci_rt.lookahead import LookAhead
 from paci_rt.optim import BoundOptimizer, bind_optimizer
 from paci_rt.policies import shares_pass
@@ -117,6 +120,34 @@ def test_a_parameter_that_was_never_updated_stays() -> None:
     with LookAhead(bound, accumulation=1, divisor=1, shares=False).ahead(2, 1):
         assert [torch.equal(param, old) for param, old in zip(group.params, before, strict=True)] == [True, False, True]
     assert all(torch.equal(param, old) for param, old in zip(group.params, before, strict=True))
+
+
+def test_seconds_are_those_of_the_clock_that_was_given() -> None:
+    class Ticks(HostClock):
+        """A second from each mark to the next, told when somebody asks."""
+
+        def __init__(self) -> None:
+            self.now, self.pending = 0, list[Callable[[], None]]()
+
+        def mark(self) -> int:
+            self.now += 1
+            return self.now
+
+        def between(self, begin: int, end: int, done: Done) -> None:
+            self.pending.append(partial(done, begin, end))
+
+        def settle(self) -> None:
+            while self.pending:
+                self.pending.pop()()
+
+    bound, clock = build("adamw", torch.float32, 1), Ticks()
+    bound.accumulate(bound.groups[0].params[0], gradient(bound.groups[0].params[0], 0))
+    look_ahead = LookAhead(bound, accumulation=1, divisor=1, shares=False, clock=clock)
+    with look_ahead.ahead(1, 1):
+        clock.now += 100  # the forward itself is none of it
+    assert look_ahead.seconds == 0
+    clock.settle()
+    assert look_ahead.seconds == 2
 
 
 class Shift(nn.Module):

@@ -15,7 +15,7 @@ from toy import make_muon
 
 import paci_rt
 from paci_rt.errors import OptimizerOwnedError, StageError
-from paci_rt.optim import SGD, AdamW, BoundOptimizer, Lion, Muon, NAdam, bind_optimizer
+from paci_rt.optim import SGD, AdamW, BoundOptimizer, Lion, Muon, NAdam, _placed, bind_optimizer
 
 STEPS = 12
 
@@ -292,6 +292,18 @@ def test_native_optimizers_do_not_step_unbound_and_torch_ones_do_again() -> None
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert torch.equal(weight, before - 1.0)
+
+
+def test_state_of_a_torch_optimizer_goes_where_its_parameter_is() -> None:
+    """A checkpoint is read on the CPU, whatever the device of the parameters; the meta device stands in for a GPU."""
+    param, there = nn.Parameter(torch.empty(3, device="meta")), torch.zeros(3)
+    assert _placed("exp_avg", there, param, {}).device.type == "meta"
+    assert _placed("step", torch.tensor(4.0), param, {"fused": None, "capturable": False}) == 4.0
+    for option in ("fused", "capturable"):
+        assert _placed("step", torch.tensor(4.0), param, {option: True}).device.type == "meta"
+    assert _placed("momentum_buffer", None, param, {}) is None
+    copied = _placed("exp_avg", there, nn.Parameter(torch.empty(3)), {})
+    assert torch.equal(copied, there) and copied.data_ptr() != there.data_ptr()
 
 
 @pytest.mark.parametrize("cls", [AdamW, torch.optim.AdamW])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
+from paci_rt import stage
 from paci_rt.stage import PipelineStage
 
 
@@ -24,6 +25,26 @@ def test_a_stage_that_returns_no_tensor_is_named() -> None:
 
     with pytest.raises(paci_rt.StageError, match="returned a str at position 1"):
         PipelineStage(Wrong(), 0, 2).forward(0, (torch.zeros(2, 2),), {})
+
+
+def test_backwards_start_from_outputs_where_edges_do_not_keep_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def weights() -> Tensor:
+        torch.manual_seed(0)
+        pipe = paci_rt.LocalPipeline(
+            [nn.Linear(3, 3), nn.Linear(3, 3)],
+            n_microbatches=2,
+            loss_fn=lambda output, target: (output - target).square().mean(),
+            optimizer=lambda params: paci_rt.AdamW(params, lr=1e-2),
+        )
+        for _ in range(3):
+            pipe.step(torch.randn(4, 3), target=torch.randn(4, 3))
+        pipe.drain()
+        pipe.close()
+        return torch.cat([param.detach().flatten() for _, param in pipe.named_parameters()])
+
+    by_edges = weights()
+    monkeypatch.setattr(stage, "_EDGES_AS_ROOTS", False)
+    assert torch.equal(weights(), by_edges)
 
 
 def test_saved_bytes_are_counted_by_hand() -> None:

@@ -67,9 +67,12 @@ def test_streams_change_nothing_but_who_waits(monkeypatch: pytest.MonkeyPatch, r
             pipe.close()
     assert torch.equal(*results)
     assert 0 < stats["utilization"] <= 1 and stats["compute_s"] > 0
-    # Every message went to another stream: there and back over two links, in training; there, in the evaluation.
+    # Every message went to another stream: there and back over two links, in training; there, in the evaluation. So did
+    # every output and loss, to the caller's.
     micro_batches, width = 3 * run.accumulation, run.accumulation
-    assert len(kept) == 2 * 2 * micro_batches + 2 * width
+    to_caller = [nbytes for nbytes, stream in kept if stream == fake_cuda.FakeStream.current.cuda_stream]
+    assert len(to_caller) == 2 * (micro_batches + width)
+    assert len(kept) - len(to_caller) == 2 * 2 * micro_batches + 2 * width
 
 
 def test_a_stage_waits_for_its_messages_and_the_caller_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +108,84 @@ def test_stages_wait_for_inputs_on_the_gpu_and_updates_for_their_readers(monkeyp
     gate.set()
     for event in behind:
         event.synchronize()
+    pipe.close()
+
+
+def test_stages_wait_for_what_the_loss_takes_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(microbatch, "on_gpu", lambda value: value == {"scale": 2.0})
+    pipe = paci_rt.LocalPipeline(
+        [module(stage, RUN) for stage in range(RUN.stages)],
+        n_microbatches=RUN.accumulation,
+        loss_fn=lambda output, target, scale: loss_fn(output, target) * scale,
+        optimizer=lambda params: make_optimizer("adamw", params),
+    )
+    fake_cuda.give_streams(pipe.stages)
+    x, y = batch(RUN, 0)
+    pipe.step(x, target=y, loss_kwargs={"scale": 1.0})
+    for scale, waits in ((1.0, False), (2.0, True)):
+        gate = fake_cuda.hold(fake_cuda.FakeStream.current)  # the caller's stream still computes the scale
+        pipe.step(x, target=y, loss_kwargs={"scale": scale})
+        event = pipe.stages[-1].stream.record_event()  # type: ignore[union-attr]
+        if waits:
+            time.sleep(0.05)
+            assert not event.query()
+        else:
+            event.synchronize()
+        gate.set()
+        event.synchronize()
+    pipe.close()
+
+
+def test_whoever_goes_on_after_a_close_is_behind_the_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch)
+    pipe = pipeline()
+    fake_cuda.give_streams(pipe.stages)
+    step(pipe, 0)
+    gate = fake_cuda.hold(pipe._bounds[-1].order.stream)  # type: ignore[attr-defined]
+    step(pipe, 1)
+    pipe.close()
+    event = fake_cuda.FakeStream.current.record_event()
+    time.sleep(0.05)
+    assert not event.query()  # the memory of optimizer and sums may be the caller's now
+    gate.set()
+    event.synchronize()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_device_that_fails_in_a_close_is_news_only_once(monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
+    pipe = pipeline(Run(schedule="paci", stages=1, accumulation=2))
+    step(pipe, 0)
+
+    def fail() -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(pipe._bounds[0], "before_reading", fail)
+    if failed:
+        with pytest.raises(paci_rt.PaciError, match="the device is gone"):
+            step(pipe, 1)
+        pipe.close()
+    else:
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            pipe.close()
+
+
+def test_statistics_leave_out_what_an_evaluation_takes_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch)
+    pipe = pipeline()
+    fake_cuda.give_streams(pipe.stages)
+    step(pipe, 0)
+    pipe.drain()
+    left_out: list[float] = []
+    monkeypatch.setattr(pipe._executor, "leave_out", left_out.append)
+    gate = fake_cuda.hold(pipe.stages[0].stream)  # type: ignore[arg-type]
+    x, y = batch(RUN, 0)
+    pipe.eval(x, target=y)  # returns while the device has yet to begin
+    time.sleep(0.2)
+    gate.set()
+    assert not left_out
+    pipe.stats()
+    assert len(left_out) == 1 and left_out[0] >= 0.2
     pipe.close()
 
 

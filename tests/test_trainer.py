@@ -192,6 +192,22 @@ def test_processes_equal_one_process(text: str, workers: Any, tmp_path: Path, op
 # ----------------------------------------------------------------------------------------------------- what it reports
 
 
+def test_a_transport_is_told_where_the_stages_are(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Exception):
+        pass
+
+    def make_transport(name: str, **options: Any) -> None:
+        raise Told(name, options["device"])
+
+    class OneOfTwo(Alone):
+        rank, local = 1, False
+
+    monkeypatch.setattr(trainer, "make_transport", make_transport)
+    with pytest.raises(Told) as told:
+        trainer.build_pipeline(config_of(text, stages=2), OneOfTwo())
+    assert told.value.args == ("auto", torch.device("cpu"))
+
+
 def test_one_run_tells_everything(text: str) -> None:
     config = config_of(text, stages=4, accumulation=2, steps=30, eval_interval=10, trace=True)
     ctx = Alone()

@@ -24,8 +24,8 @@ Known = tuple[bool, ...]
 class Each(LookAhead):
     """Makes the weights ahead anew for every early forward, on every stage."""
 
-    def __init__(self, bound: BoundOptimizer, *, accumulation: int, divisor: float, shares: bool) -> None:
-        super().__init__(bound, accumulation=accumulation, divisor=divisor, shares=False)
+    def __init__(self, bound: BoundOptimizer, **options: Any) -> None:
+        super().__init__(bound, **{**options, "shares": False})
 
 
 class _Told(Each):

@@ -163,6 +163,7 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         chunks=config.chunks,
         timeout_s=config.transfer_timeout,
         events_dir=config.out,
+        device=device,
     )
     return paci_rt.get_schedule_class(config.schedule)(stages, **options), lr_schedulers
 
