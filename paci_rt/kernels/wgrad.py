@@ -36,7 +36,7 @@ def adds_low_precision(device: torch.device) -> bool:
     """Whether this torch can add a product of bf16 or fp16 matrices to an fp32 matrix in one call.
 
     2.8 and 2.9 have the operator, but want the summand to be of the factors' dtype
-    (https://github.com/pytorch/pytorch/pull/167931 changed that). Asked with empty matrices, for which nothing is launched.
+    (https://github.com/pytorch/pytorch/pull/167931 changed that). Asked with empty matrices: nothing is launched.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
