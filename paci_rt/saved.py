@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 
 def saved_bytes(
-    outputs: Iterable[Tensor], also: Iterable[Tensor], parameters: Iterable[Tensor], pieces: Iterable[Any] = ()
+    outputs: Iterable[Tensor],
+    also: Iterable[Tensor],
+    parameters: Iterable[Tensor],
+    shares: Mapping[int, int] = MappingProxyType({}),
 ) -> int:
     """Bytes of the distinct storages that the graphs of ``outputs`` have saved, and of the tensors in ``also``.
 
-    Storages of ``parameters`` do not count. Looking at the graph, rather than hooking into what is saved, leaves
-    autograd's check for tensors modified in place as it is.
-
-    Args:
-        pieces: the tensors among them are views of something larger that other micro-batches have views of too, so of
-            their storages no more counts than the views.
+    Storages of ``parameters`` do not count, and of those in ``shares`` no more than their share. Looking at the graph,
+    rather than hooking into what is saved, leaves autograd's check for tensors modified in place as it is.
     """
-    return distinct_bytes((*also, *_saved_tensors(outputs)), ignoring=parameters, pieces=pieces)
+    return distinct_bytes((*also, *_saved_tensors(outputs)), ignoring=parameters, shares=shares)
 
 
-def distinct_bytes(values: Iterable[Any], *, ignoring: Iterable[Tensor] = (), pieces: Iterable[Any] = ()) -> int:
+def distinct_bytes(
+    values: Iterable[Any], *, ignoring: Iterable[Tensor] = (), shares: Mapping[int, int] = MappingProxyType({})
+) -> int:
     """Bytes of the distinct storages of the tensors among ``values``, without those of the tensors in ``ignoring``.
 
-    For ``pieces`` see :func:`saved_bytes`.
+    Args:
+        shares: the most that counts of some storages, see :func:`shares_of`.
     """
     ignored = {tensor.untyped_storage().data_ptr() for tensor in ignoring}
-    shares: dict[int, int] = {}
-    for piece in _only_tensors(pieces):
-        at = piece.untyped_storage().data_ptr()
-        shares[at] = shares.get(at, 0) + piece.nbytes
     storages: dict[int, int] = {}
     for value in _only_tensors(values):
         storage = value.untyped_storage()
         if storage.data_ptr() not in ignored:
             storages[storage.data_ptr()] = min(shares.get(storage.data_ptr(), storage.nbytes()), storage.nbytes())
     return sum(storages.values())
+
+
+def shares_of(pieces: Iterable[Any]) -> dict[int, int]:
+    """Bytes of the tensors among ``pieces``, by storage: they are views of a batch of which others have views too."""
+    shares: dict[int, int] = {}
+    for piece in _only_tensors(pieces):
+        at = piece.untyped_storage().data_ptr()
+        shares[at] = shares.get(at, 0) + piece.nbytes
+    return shares
 
 
 def _only_tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from paci_rt import native
 from paci_rt.errors import StageError
-from paci_rt.saved import distinct_bytes, saved_bytes
+from paci_rt.saved import distinct_bytes, saved_bytes, shares_of
 from paci_rt.sink import GradSink
 from paci_rt.split import SplitLayer, WeightGradient, WeightGradients
 from paci_rt.transport.base import Message
@@ -56,6 +56,7 @@ class _InFlight:
     held: _Graph | _Again
     kept_bytes: int
     full_bytes: int
+    shares: dict[int, int]  # of the caller's batch, by storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class PipelineStage:
         self.num_stages = num_stages
         self.group = group
         self._in_flight: dict[int, _InFlight] = {}
-        self._pending: dict[int, list[WeightGradient]] = {}
+        self._pending: dict[int, tuple[list[WeightGradient], dict[int, int]]] = {}
         self._known: dict[Any, _Known] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._gradients: WeightGradients | None = None
@@ -204,6 +205,7 @@ class PipelineStage:
         """
         inputs = () if self.is_first else tuple(arg for arg in args if isinstance(arg, Tensor))
         key = _signature(args, kwargs)
+        shares = shares_of((*(args if self.is_first else ()), *kwargs.values()))
         again = _Again(args, kwargs, loss, self._rng_states()) if recompute else None
         if again is not None and key in self._known:
             with torch.no_grad():
@@ -212,23 +214,17 @@ class PipelineStage:
         else:
             outputs, output, loss_value, used = self._build_graph(args, kwargs, loss)
             if key not in self._known:
-                size = saved_bytes(outputs, inputs, self.parameters(), self._pieces(args, kwargs))
+                size = saved_bytes(outputs, inputs, self.parameters(), shares)
                 self._known[key] = _Known(size, tuple(tensor.requires_grad for tensor in outputs))
                 if self._gradients is not None:
                     self._gradients.learn_order(outputs, used)
             graph = self._graph(outputs, used)
         known = self._known[key]
         held = graph if again is None else again
-        kept = known.saved_bytes
-        if again is not None:
-            kept = distinct_bytes((*args, *kwargs.values()), pieces=self._pieces(args, kwargs))
-        self._in_flight[micro_batch] = _InFlight(inputs, held, kept, known.saved_bytes)
+        kept = known.saved_bytes if again is None else distinct_bytes((*args, *kwargs.values()), shares=shares)
+        self._in_flight[micro_batch] = _InFlight(inputs, held, kept, known.saved_bytes, shares)
         message = None if self.is_last else _message(outputs, known.requires_grad)
         return message, _detached(output), None if loss_value is None else loss_value.detach()
-
-    def _pieces(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What the caller gave, in one batch for all micro-batches."""
-        return (*(args if self.is_first else ()), *kwargs.values())
 
     def _build_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
@@ -295,7 +291,7 @@ class PipelineStage:
             if roots:
                 torch.autograd.backward(roots, grads)
         if split:
-            self._pending[micro_batch] = pending
+            self._pending[micro_batch] = pending, saved.shares
         return Message(
             tuple(None if tensor.grad is None else tensor.grad.contiguous() for tensor in saved.inputs),
             tuple(False for _ in saved.inputs),
@@ -303,7 +299,7 @@ class PipelineStage:
 
     def weight_gradients(self, micro_batch: int) -> None:
         """The half of a split backward that was left; see :meth:`backward`."""
-        pending = self._pending.pop(micro_batch)
+        pending, _ = self._pending.pop(micro_batch)
         if self._gradients is not None:
             self._gradients.compute_left(pending)
 
@@ -334,7 +330,8 @@ class PipelineStage:
 
     def pending_bytes(self, micro_batch: int) -> int:
         """Bytes that ``micro_batch`` keeps alive between its I and its W."""
-        return distinct_bytes(tensor for one in self._pending[micro_batch] for tensor in (one.x, one.grad))
+        pending, shares = self._pending[micro_batch]
+        return distinct_bytes((tensor for one in pending for tensor in (one.x, one.grad)), shares=shares)
 
     def forget(self) -> None:
         """Drop every micro-batch in flight, after a failure."""

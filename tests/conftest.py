@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,12 @@ from pool import WorkerPool
 torch.set_num_threads(1)
 # For `replay`, the harness of the convergence benchmark, and other scripts' modules.
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "tools")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background jobs ignore Ctrl-C, and so would the programs that tests start in order to interrupt them.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,17 @@ def test_of_a_batch_a_micro_batch_counts_its_own_share(recompute: bool) -> None:
     assert stage.kept_bytes(0) == (4 * 10 * 8, 4 * 10 * 8)
 
 
+def test_of_a_batch_a_deferred_weight_gradient_counts_its_own_share() -> None:
+    stages = [nn.Linear(8, 8), nn.Linear(8, 4)]
+    pipe = paci_rt.LocalPipeline(stages, schedule="zb-h1", n_microbatches=2, loss_fn=nn.functional.mse_loss)
+    seen = []
+    stage = pipe.stages[0]
+    whole = stage.pending_bytes
+    stage.pending_bytes = lambda m: seen.append(whole(m)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
+    pipe.step(torch.zeros(60, 8), target=torch.zeros(60, 4))
+    assert seen == [4 * (30 * 8 + 30 * 8)] * 2  # input and gradient of the output, 30 rows each
+
+
 def test_saved_bytes_see_what_a_custom_function_saves() -> None:
     class Cube(torch.autograd.Function):
         @staticmethod
