@@ -21,9 +21,9 @@ from overlap import measure, picture, report
 from overlap.compute import EMULATED, GEMM
 from overlap.wires import TRANSPORTS, WIRES
 from paci_rt import launch
+from paci_rt.cli.outputs import check_file
 from paci_rt.errors import StageFailed
-from paci_rt.train.machine import machine
-from paci_rt.train.outputs import check_file
+from paci_rt.report.machine import machine
 
 CPU_BYTES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
 GPU_BYTES = (*CPU_BYTES, 64 << 20)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from paci_rt.train.machine import machine
+from paci_rt.report.machine import machine
 
 
 def median_spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -21,13 +21,13 @@ from typing import Any
 
 from common import finish, list_of, positive, print_table
 from paci_rt.simulate import Costs
-from replay.case import METHODS
-from replay.catalogue import STUDIES
-from replay.report import Table, markdown, missed, print_tables, tabulate
-from replay.seconds import TimeRow, measure_costs, profiled_costs, time_rows
-from replay.store import Store, complete
-from replay.studies import Study, baseline_of
-from replay.tasks import TASKS
+from staleness.case import METHODS
+from staleness.catalogue import STUDIES
+from staleness.report import Table, markdown, missed, print_tables, tabulate
+from staleness.seconds import TimeRow, measure_costs, profiled_costs, time_rows
+from staleness.store import Store, complete
+from staleness.studies import Study, baseline_of
+from staleness.tasks import TASKS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TIMED = ("main", "gpt-tiny")  # studies whose overheads become times
@@ -168,7 +168,7 @@ def main() -> None:
         print(f"\ntime to accuracy: how many times as fast, in a simulated pipeline with stage costs {source}")
         print_table(TIME_COLUMNS, [row.cells for row in rows])
     if options.out is not None:
-        from replay.pictures import draw
+        from staleness.pictures import draw
 
         written = draw(options.out, tables)
         (options.out / "tables.md").write_text(markdown(tables), encoding="utf-8")

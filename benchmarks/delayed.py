@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from paci_rt.lowering import Channel
+from paci_rt.schedules.lowering import Channel
 from paci_rt.transport import Message, Transport
 
 

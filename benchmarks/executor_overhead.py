@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import paci_rt
 from common import finish, median_spread, positive, print_table
-from paci_rt.lowering import Lowering
 from paci_rt.schedules import Shape, get
+from paci_rt.schedules.lowering import Lowering
 
 ASKED_US = 100.0
 

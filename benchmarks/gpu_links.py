@@ -21,8 +21,8 @@ from torch import Tensor
 
 from common import could_not, finish_measures, list_of, measure, positive, write_measures
 from paci_rt import launch
-from paci_rt.link import Clock, written_bytes
-from paci_rt.lowering import Channel
+from paci_rt.profiling.link import Clock, written_bytes
+from paci_rt.schedules.lowering import Channel
 from paci_rt.transport.base import Message
 
 TRANSPORTS = ("ipc", "nccl")

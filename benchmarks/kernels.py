@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from kernels_lion import ForeachLion
 from paci_rt import native
-from paci_rt.accumulator import GradAccumulator
-from paci_rt.flat import FlatGroup
-from paci_rt.optim import SGD, AdamW, Lion, NAdam, bind_optimizer
-from paci_rt.train.machine import machine
+from paci_rt.optim import SGD, AdamW, Lion, NAdam
+from paci_rt.optim.accumulator import GradAccumulator
+from paci_rt.optim.bind import bind_optimizer
+from paci_rt.optim.flat import FlatGroup
+from paci_rt.report.machine import machine
 
 
 @dataclass(frozen=True, kw_only=True)

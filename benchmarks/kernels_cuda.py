@@ -23,9 +23,9 @@ from common import could_not, measure
 from kernels_cupy import CupySide, scalars, why_not
 from kernels_lion import ForeachLion
 from paci_rt import kernels
-from paci_rt.flat import ALIGNMENT_BYTES
 from paci_rt.kernels.wgrad import CUBLAS
 from paci_rt.kernels.wgrad_routes import measure_ms as routes_measure_ms
+from paci_rt.optim.flat import ALIGNMENT_BYTES
 
 WIDTH = 1024
 BLOCK_SHAPES = [(3 * WIDTH, WIDTH), (3 * WIDTH,), (WIDTH, WIDTH), (WIDTH,), (4 * WIDTH, WIDTH), (4 * WIDTH,)]

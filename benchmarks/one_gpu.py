@@ -36,9 +36,9 @@ from common import (
 from onegpu.place import CONNECTIONS, GpuPlace, Place
 from onegpu.reading import Reading, predict, read, step_costs
 from onegpu.run import Case, Model, Sample, make_batch, make_modules, run
-from paci_rt import policies, schedules
+from paci_rt import schedules
 from paci_rt.action import Op
-from paci_rt.schedules import StepCosts
+from paci_rt.schedules import StepCosts, policies
 from schedules import Link, read_link
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

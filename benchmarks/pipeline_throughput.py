@@ -19,7 +19,7 @@ from typing import Any
 
 from common import finish, list_of, median_spread, positive, print_table
 from paci_rt import launch, schedules
-from paci_rt.link import SMALL_BYTES, measure_link
+from paci_rt.profiling.link import SMALL_BYTES, measure_link
 from paci_rt.schedules.slack import check_slack
 from paci_rt.train.gpt import MODELS
 from pipelines import PEERS, Case, Pipe

@@ -18,8 +18,9 @@ from typing import Any
 
 import paci_rt
 from common import finish, list_of, median_spread, positive, print_table
-from paci_rt import launch, policies, schedules
+from paci_rt import launch, schedules
 from paci_rt.action import Action, Op
+from paci_rt.schedules import policies
 from paci_rt.simulate import Costs, Simulation, simulate
 from paci_rt.trace import Event
 from paci_rt.train.gpt import MODELS

@@ -9,8 +9,8 @@ import argparse
 
 from common import positive
 from paci_rt import launch
+from paci_rt.report import plots
 from paci_rt.trace import Event
-from paci_rt.train import plots
 from pipelines import Case, Pipe
 
 FORWARD_MS, INPUT_GRAD_MS, WEIGHT_GRAD_MS = 10.0, 10.0, 10.0

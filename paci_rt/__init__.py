@@ -20,8 +20,6 @@ from paci_rt.errors import (
     TransportError,
     TritonMissingError,
 )
-from paci_rt.hashing import params_sha256
-from paci_rt.lowering import TiedWeight
 from paci_rt.optim import SGD, AdamW, Lion, Muon, NAdam
 from paci_rt.pipeline import (
     LocalPipeline,
@@ -39,8 +37,10 @@ from paci_rt.pipeline import (
     ScheduleZBH2,
     get_schedule_class,
 )
+from paci_rt.runtime.stage import PipelineStage
+from paci_rt.runtime.state_dict import params_sha256
 from paci_rt.schedules import FAMILIES, StepCosts, plan_slack
-from paci_rt.stage import PipelineStage
+from paci_rt.schedules.lowering import TiedWeight
 
 __version__ = "0.1.0"
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from paci_rt.lowering import TiedWeight
-from paci_rt.runtime import Pipeline
+from paci_rt.runtime.engine import Pipeline
+from paci_rt.schedules.lowering import TiedWeight
 
 _FORMAT = "paci_rt checkpoint"
 _VERSION = 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from paci_rt._C import Accumulator, Copier, Event, ShmIncoming, ShmOutgoing, ShmSegment, Stream, WeightGate
-    from paci_rt._C import DeviceIncoming as DeviceIncoming  # for paci_rt.transport.device
+    from paci_rt._C import DeviceIncoming as DeviceIncoming  # for paci_rt.transport.device.transport
     from paci_rt._C import DeviceOutgoing as DeviceOutgoing
 
 _core: ModuleType | None

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from paci_rt import schedules
-from paci_rt.lowering import TiedWeight
-from paci_rt.runtime import Pipeline
+from paci_rt.optim.backend import usable
+from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.schedules import Slack, StepCosts
-from paci_rt.stage import LossFn, PipelineStage, usable
+from paci_rt.schedules.lowering import TiedWeight
 from paci_rt.transport import DEFAULT_TIMEOUT_S, LocalTransport, Transport, make_transport
 
 NamedParams = list[tuple[str, nn.Parameter]]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted import Interpreter
-from pool import WorkerPool
+
+from support.interpreted import Interpreter
+from support.pool import WorkerPool
 
 torch.set_num_threads(1)
-# For `replay`, the harness of the convergence benchmark, and other scripts' modules.
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "tools")]
+# The scripts' own modules. First, since `kernels` is both a benchmark and the folder of paci_rt.kernels.
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("benchmarks", "tools")]
 
 
 def pytest_configure(config: pytest.Config) -> None:

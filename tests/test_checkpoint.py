@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import make_muon
 
 import paci_rt
 from paci_rt import checkpoint
+from support.toy import make_muon
 
 WIDTH = 6
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from paci_rt.clock import DeviceClock
+from paci_rt.runtime.device_clock import DeviceClock
 
 
 class Event:

@@ -1,132 +1,77 @@
-"""Who may import whom. The layers in docs and code stay apart because this test fails when they do not."""
+"""Who may import whom. The levels of the architecture hold because this test fails when they do not."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-TORCH_FREE = ("action", "schedules", "policies", "lowering", "simulate", "timegrid", "planner")
-TOP = ("cli", "cli_simulate", "cli_plan", "train", "__main__")
-CONCRETE_TRANSPORTS = ("local", "gloo", "shm", "nccl", "ipc", "device")
+import imports
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def module_name(file: Path, root: Path) -> str:
-    parts = file.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def test_the_package_keeps_its_levels() -> None:
+    assert list(imports.violations(ROOT)) == []
 
 
-def imports_of(file: Path, root: Path) -> set[str]:
-    """Every module that a file imports anywhere in it; ``from a import b`` gives both a and a.b."""
-    name = module_name(file, root)
-    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, *([base] if base else [])])
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return found
+def test_the_picture_is_that_of_the_imports() -> None:
+    assert imports.PICTURE.read_text(encoding="utf-8") == imports.picture(ROOT), "run python tools/imports.py"
 
 
-def within(module: str, part: str) -> bool:
-    return module == part or module.startswith(part + ".")
-
-
-def reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
-    """Everything that a module imports, directly or through modules of the package (its ``__init__`` aside)."""
-    seen: set[str] = set()
-    todo = [start]
-    while todo:
-        for target in graph.get(todo.pop(), set()):
-            if target not in seen:
-                seen.add(target)
-                if target != "paci_rt":
-                    todo.append(target)
-    return seen
-
-
-def violations(root: Path) -> Iterator[str]:
-    """One line for every import under ``root`` that breaks a rule."""
-    files = {module_name(file, root): file for file in sorted((root / "paci_rt").rglob("*.py"))}
-    graph = {name: imports_of(file, root) for name, file in files.items()}
-    concrete = {f"paci_rt.transport.{name}" for name in CONCRETE_TRANSPORTS}
-    schedules = {name for name in files if name.startswith("paci_rt.schedules.")}
-    for name, direct in graph.items():
-        ours = {target for target in direct if within(target, "paci_rt")}
-        if any(within(target, "paci_rt._C") for target in ours) and name != "paci_rt.native":
-            yield f"{name} imports paci_rt._C: only paci_rt.native may"
-        if name == "paci_rt.action" and ours:
-            yield f"paci_rt.action imports {sorted(ours)}: it stands below everything"
-        if any(within(name, f"paci_rt.{part}") for part in TORCH_FREE):
-            for target in sorted(reachable(name, graph)):
-                if within(target, "torch"):
-                    yield f"{name} reaches {target}: schedules and their lowering work without torch"
-        if name == "paci_rt.executor":
-            banned = concrete | schedules | {"paci_rt.native"}
-            for target in sorted(ours):
-                if any(within(target, part) for part in banned):
-                    yield f"{name} imports {target}: the executor knows no concrete schedule, transport or kernel"
-        if not any(within(name, f"paci_rt.{part}") for part in TOP):
-            for target in sorted(ours):
-                if any(within(target, f"paci_rt.{part}") for part in TOP):
-                    yield f"{name} imports {target}: nothing below the commands imports them"
-        if any(within(target, "triton") for target in direct) and not within(name, "paci_rt.kernels"):
-            yield f"{name} imports triton: only paci_rt.kernels may"
-        if name == "paci_rt":
-            for target in sorted(ours):
-                if within(target, "paci_rt.kernels"):
-                    yield f"{name} imports {target}: the package works without Triton"
-        if any(within(target, "benchmarks") for target in direct):
-            yield f"{name} imports benchmarks"
-
-
-def test_the_package_keeps_its_layers() -> None:
-    assert list(violations(ROOT)) == []
+def test_every_package_has_a_level_and_a_meaning() -> None:
+    listed = [name for level in imports.LEVELS for name in level]
+    assert sorted(listed) == sorted(imports.MEANING)
+    assert len(set(listed)) == len(listed)
+    there = {imports.package_of(name) for name in imports.files_of(ROOT)} - {""}
+    assert set(listed) - there <= {"hf"}
 
 
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("flat.py", "from paci_rt import _C", "only paci_rt.native may"),
-        ("flat.py", "def f():\n    import paci_rt._C as c", "only paci_rt.native may"),
-        ("action.py", "from . import errors", "stands below everything"),
+        ("optim/flat.py", "from paci_rt import _C", "only paci_rt.native may"),
+        ("optim/flat.py", "def f():\n    import paci_rt._C as c", "only paci_rt.native may"),
+        ("action.py", "from . import errors", "errors stands above action"),
+        ("clock.py", "import torch", "paci_rt.clock reaches torch"),
         ("schedules/paci.py", "import torch", "paci_rt.schedules.paci reaches torch"),
-        ("lowering.py", "from paci_rt.helper import x", "paci_rt.lowering reaches torch.nn"),
-        ("planner.py", "from torch import nn", "paci_rt.planner reaches torch"),
-        ("policies.py", "import torch", "paci_rt.policies reaches torch"),
-        ("simulate.py", "from paci_rt.helper import x", "paci_rt.simulate reaches torch.nn"),
-        ("executor.py", "from .transport.gloo import G", "imports paci_rt.transport.gloo"),
-        ("executor.py", "from paci_rt.schedules import paci", "imports paci_rt.schedules.paci"),
-        ("executor.py", "from paci_rt import native", "imports paci_rt.native"),
-        ("pipeline.py", "from .train import gpt", "nothing below the commands"),
-        ("launch.py", "import paci_rt.cli", "nothing below the commands"),
-        ("planner.py", "from paci_rt import cli_simulate", "nothing below the commands"),
+        ("schedules/lowering.py", "from paci_rt.transport.base import x", "transport stands above schedules"),
+        ("planner/choose.py", "from torch import nn", "paci_rt.planner.choose reaches torch"),
+        ("planner/choose.py", "from paci_rt.profiling import x", "profiling stands above planner"),
+        ("simulate/run.py", "from paci_rt.native import x", "native stands above simulate"),
+        ("simulate/costs.py", "from paci_rt.simulate import run", "import circle: paci_rt.simulate.costs"),
+        ("runtime/executor.py", "from ..transport.gloo import G", "no schedule, transport or kernel by name"),
+        ("runtime/executor.py", "from paci_rt.schedules import paci", "no schedule, transport or kernel by name"),
+        ("runtime/stage.py", "from paci_rt import native", "no schedule, transport or kernel by name"),
+        ("pipeline.py", "from .train import gpt", "train stands above pipeline"),
+        ("launch/parent.py", "import paci_rt.cli", "cli stands above launch"),
+        ("weights/base.py", "def f():\n    from paci_rt.runtime import stage", "runtime stands above weights"),
+        ("optim/flat.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import paci_rt.weights.base",
+         "weights stands above optim"),
         ("train/gpt.py", "import benchmarks.kernels", "imports benchmarks"),
-        ("fused.py", "import triton.language as tl", "only paci_rt.kernels may"),
+        ("optim/fused.py", "import triton.language as tl", "only paci_rt.kernels may"),
         ("__init__.py", "from paci_rt.kernels import accumulate", "works without Triton"),
+        ("helper.py", "", "helper is in no level"),
     ],
-)
+)  # fmt: skip
 def test_every_rule_bites(tmp_path: Path, file: str, text: str, message: str) -> None:
     package = tmp_path / "paci_rt"
-    for folder in ("", "schedules", "transport", "train"):
+    (tmp_path / "kernels").mkdir()
+    for folder in ("", "schedules", "transport", "train", "optim", "runtime", "weights", "simulate", "planner",
+                   "launch", "profiling", "cli"):  # fmt: skip
         (package / folder).mkdir(parents=True, exist_ok=True)
         (package / folder / "__init__.py").write_text("")
-    (package / "helper.py").write_text("import torch.nn")
-    for other in ("schedules/paci.py", "transport/gloo.py", "native.py", "train/gpt.py"):
+    for other in ("schedules/paci.py", "transport/gloo.py", "transport/base.py", "native.py", "train/gpt.py",
+                  "errors.py", "weights/base.py", "runtime/stage.py"):  # fmt: skip
         (package / other).write_text("")
-    assert list(violations(tmp_path)) == []
+    (package / "simulate" / "run.py").write_text("from paci_rt.simulate import costs")
+    (package / "simulate" / "costs.py").write_text("")
+    (tmp_path / "kernels" / "__init__.py").write_text("import triton")
+    assert list(imports.violations(tmp_path)) == []
     (package / file).write_text(text)
-    assert any(message in line for line in violations(tmp_path))
+    assert any(message in line for line in imports.violations(tmp_path)), list(imports.violations(tmp_path))
 
 
 def test_importing_touches_neither_environment_nor_gpu_nor_nccl() -> None:

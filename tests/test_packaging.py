@@ -19,7 +19,7 @@ from packaging.version import Version
 import paci_rt
 from paci_rt import native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_installer() -> ModuleType:

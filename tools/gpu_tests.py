@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("limit_s", "test_limit_s", "workers"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: it must be positive")
-    paths = options.paths or [path for path in sorted(TESTS.glob("test_*.py")) if MARK in path.read_text("utf-8")]
+    paths = options.paths or [path for path in sorted(TESTS.rglob("test_*.py")) if MARK in path.read_text("utf-8")]
     with tempfile.TemporaryDirectory() as folder:
         files = [File(path=path.resolve(), folder=Path(folder)) for path in paths]
         found = run(files, options)

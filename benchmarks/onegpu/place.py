@@ -14,7 +14,7 @@ import torch
 from onegpu.links import LinkTransport
 from paci_rt import native
 from paci_rt.green import sm_partitions
-from paci_rt.lowering import Channel
+from paci_rt.schedules.lowering import Channel
 
 CONNECTIONS = 32
 """Queues of the hardware that streams are spread over, at most. Streams that share one wait for each other."""

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from paci_rt.link import Clock
+from paci_rt.profiling.link import Clock
 
 PR_SET_TIMERSLACK = 29  # <linux/prctl.h>
 GEMM, EMULATED = "gemm", "emulated"

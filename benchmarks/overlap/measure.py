@@ -17,7 +17,7 @@ from overlap.sms import blocks_in_use
 from overlap.wires import WIRES, Wire, WireKind, make_wire, neighbours
 from paci_rt import launch
 from paci_rt.errors import PaciError
-from paci_rt.link import Clock, ping_pong, written_bytes
+from paci_rt.profiling.link import Clock, ping_pong, written_bytes
 
 WARM_UP = 4
 MOST_ROUNDS, LEAST_ROUNDS = 200, 12

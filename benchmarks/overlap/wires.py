@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci_rt.lowering import Channel
+from paci_rt.schedules.lowering import Channel
 from paci_rt.transport import make_transport
 from paci_rt.transport.base import Message
 

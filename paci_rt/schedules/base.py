@@ -14,7 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paci_rt.action import OPS, Codes, Op, decode_fields, encode
-from paci_rt.schedules.slack import Slack, check_slack
+from paci_rt.schedules.slack import Slack, check_slack, slack_text
+
+
+def check_shape(family: ScheduleFamily, shape: Shape) -> None:
+    """Raise ValueError for a shape that ``family`` cannot have."""
+    if shape.slack and not family.takes_slack:
+        raise ValueError(f"slack is {slack_text(shape.slack)}: {family.name} takes no slack; leave it at 0")
+    if shape.chunks > 1 and not family.takes_chunks:
+        raise ValueError(f"chunks is {shape.chunks}: {family.name} runs one stage a rank; use 1, or interleaved-1f1b")
+    if family.one_micro_batch_windows and shape.accumulation != 1:
+        raise ValueError(
+            f"accumulation is {shape.accumulation}: {family.name} updates after every micro-batch; use 1, and more "
+            "windows"
+        )
+    family.check(shape)
 
 
 class StepCosts(NamedTuple):
@@ -155,11 +169,12 @@ class ScheduleFamily:
 
     Attributes:
         flush: the pipeline is empty at every update.
-        policies: which weights forwards and backwards may use (see ``paci_rt.policies``), the default first.
+        policies: which weights forwards and backwards may use (see ``paci_rt.schedules.policies``), the default first.
         takes_slack, takes_chunks, takes_costs: whether those fields of the shape mean something.
         one_micro_batch_windows: updates after every backward.
         split: backwards come as I and W.
-        looks_ahead: early forwards run at the weights to come (see ``paci_rt.lookahead``), unless told otherwise.
+        looks_ahead: early forwards run at the weights to come (see ``paci_rt.weights.lookahead``), unless told
+            otherwise.
         check: raises ValueError for a shape that the schedule cannot have.
     """
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from paci_rt import schedules
-from paci_rt.policies import POLICIES
+from paci_rt.report import plots, text
+from paci_rt.report.machine import machine
+from paci_rt.schedules.policies import POLICIES
 from paci_rt.trace import write_perfetto
-from paci_rt.train import plots, text
 from paci_rt.train.config import TrainConfig
-from paci_rt.train.machine import machine
 from paci_rt.train.results import EvalPoint, RunResult
 
 Execute = Callable[[TrainConfig, str], RunResult]

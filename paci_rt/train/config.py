@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from paci_rt import native, policies, schedules
+from paci_rt import native, schedules
 from paci_rt.errors import TritonMissingError
-from paci_rt.stage import usable
-from paci_rt.train import slack
+from paci_rt.optim.backend import usable
+from paci_rt.planner import auto_slack
+from paci_rt.schedules import policies
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 
@@ -23,12 +24,9 @@ OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd
 BETA2 = {"lion": 0.99}
 MOMENTUM = {"muon": 0.95}
 """Defaults of optimizers that differ from the others'."""
-
 CPU_TRANSPORTS = ("gloo", "shm")
 """Transports whose messages lie in the CPU's memory."""
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 AUTO: Any = None
 """Default of options that are derived from the others."""
 
@@ -227,7 +225,7 @@ class TrainConfig:
         shape = schedules.Shape(
             num_stages=pieces,
             accumulation=accumulation,
-            slack=slack.checked(self.slack, family, pieces),
+            slack=auto_slack.checked(self.slack, family, pieces),
             chunks=self.chunks,
             costs=self.step_costs or schedules.StepCosts(),
         )
@@ -253,7 +251,7 @@ class TrainConfig:
         if self.slack == schedules.AUTO:
             run = {"rows": self.batch_size // self.accumulation}
             run |= {name: getattr(self, name) for name in ("model", "dtype", "seq_len", "threads")}
-            found = slack.from_profile(self.profile, run, self.partition, family, shape, self.policy)
+            found = auto_slack.from_profile(self.profile, run, self.partition, family, shape, self.policy)
             shape = replace(shape, slack=found)
         elif self.profile is not None:
             raise ValueError("--profile tells --slack auto how long messages take: give that too, or leave it out")

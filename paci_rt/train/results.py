@@ -68,7 +68,7 @@ class RunResult:
         utilization: seconds of computing over seconds of training, mean over the stages, the same windows.
         max_drift, peak_memory_bytes: the largest of any stage; drift_bound: what the schedule allows.
         windows: local updates of this run, fewer than steps after a resume.
-        policy, transport, chunks: as they were run. delay, max_delay: see ``paci_rt.policies``.
+        policy, transport, chunks: as they were run. delay, max_delay: see ``paci_rt.schedules.policies``.
         lookahead_s: what look-ahead took, all stages together.
         drift, delay, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were no numbers.
         curve, evals: loss over training; events: executed actions, not in the JSON.

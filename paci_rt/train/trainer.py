@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import paci_rt
 from paci_rt import checkpoint
-from paci_rt.runtime import Pipeline
+from paci_rt.runtime.engine import Pipeline
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from paci_rt.lowering import Channel
+from paci_rt.schedules.lowering import Channel
 
 DEFAULT_TIMEOUT_S = 300.0
 """Deadline of a wait for another stage, unless the user says otherwise."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paci_rt.errors import PeerLostError
-from paci_rt.lowering import Channel
+from paci_rt.schedules.lowering import Channel
 
 
 def dump_events(

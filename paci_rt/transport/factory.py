@@ -116,9 +116,9 @@ def _on_gpus(
 ) -> Transport:
     import torch
 
+    from paci_rt.transport.device.pairing import SLOTS, DeviceOptions
     from paci_rt.transport.ipc import IpcTransport
     from paci_rt.transport.nccl import NcclTransport
-    from paci_rt.transport.pairing import SLOTS, DeviceOptions
 
     timeout_s, slots, events_dir = settings
     options = DeviceOptions(timeout_s=timeout_s, slots=SLOTS if slots is None else slots, events_dir=events_dir)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paci_rt.errors import PaciError, PeerLostError, ScheduleError, TransferTimeoutError
-from paci_rt.lowering import Channel
+from paci_rt.schedules.lowering import Channel
 from paci_rt.transport import wire
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message
 from paci_rt.transport.diagnosis import action_of, standing, timeout_text

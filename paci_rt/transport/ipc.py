@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from paci_rt.transport.device import DeviceTransport
+from paci_rt.transport.device.backends import Candidate
+from paci_rt.transport.device.hardware import find_hardware
+from paci_rt.transport.device.pairing import DeviceOptions
+from paci_rt.transport.device.transport import DeviceTransport
 from paci_rt.transport.nccl import CudaHardware
-from paci_rt.transport.pairing import DeviceOptions, find_hardware
-from paci_rt.transport.probe import Candidate
 from paci_rt.transport.rendezvous import Meeting, check_group
 
 IPC = Candidate("ipc")
@@ -25,7 +26,7 @@ class IpcTransport(DeviceTransport):
         num_stages: stages of the pipeline.
         device: the GPU of this process's stages; several processes may share one.
         chunks: stages a process.
-        options: see :class:`~paci_rt.transport.pairing.DeviceOptions`.
+        options: see :class:`~paci_rt.transport.device.pairing.DeviceOptions`.
 
     Raises:
         ValueError: an argument that cannot work, or ``torch.distributed`` is not initialised.

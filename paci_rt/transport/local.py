@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from paci_rt.errors import ScheduleError
-from paci_rt.lowering import Channel
+from paci_rt.schedules.lowering import Channel
 from paci_rt.transport.base import Message
 
 

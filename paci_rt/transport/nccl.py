@@ -19,9 +19,10 @@ from torch import Tensor
 from paci_rt import native
 from paci_rt.errors import NcclError, StageError, TransportError
 from paci_rt.transport import wire
-from paci_rt.transport.device import DeviceTransport
-from paci_rt.transport.pairing import DeviceOptions, find_hardware
-from paci_rt.transport.probe import Candidate
+from paci_rt.transport.device.backends import Candidate
+from paci_rt.transport.device.hardware import find_hardware
+from paci_rt.transport.device.pairing import DeviceOptions
+from paci_rt.transport.device.transport import DeviceTransport
 from paci_rt.transport.rendezvous import Meeting, check_group
 
 NCCL = Candidate("nccl", nccl=True)
@@ -114,7 +115,7 @@ class NcclTransport(DeviceTransport):
         register_buffers: stage messages in memory that NCCL's peers reach without copies of NCCL's own (2.23 or later).
         measure: where another way could be faster on this host (copies, registered buffers), measure all once at
             start-up and take the fastest, channel by channel; this is what ``auto`` is.
-        options: see :class:`~paci_rt.transport.pairing.DeviceOptions`.
+        options: see :class:`~paci_rt.transport.device.pairing.DeviceOptions`.
 
     Raises:
         ValueError: an argument that cannot work, or ``torch.distributed`` is not initialised.

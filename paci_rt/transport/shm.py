@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from paci_rt import native
 from paci_rt.errors import PaciError, PeerLostError, StageError, TransferTimeoutError, TransportError
-from paci_rt.lowering import Channel
+from paci_rt.schedules.lowering import Channel
 from paci_rt.transport import wire
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message
 from paci_rt.transport.diagnosis import dump_events, origin_of

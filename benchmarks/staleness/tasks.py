@@ -1,0 +1,195 @@
+"""What the convergence benchmark trains: small models of several families, cut into any number of stages.
+
+Weights and batches are pure functions of (seed, name) and (update, seed): a task is the same for any cut and in any
+process.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paci_rt.train.data import Corpus, load_corpus
+from paci_rt.train.gpt import MODELS, GPTConfig, build_stage, cross_entropy, default_partition
+from staleness import glyphs, models
+from staleness.draws import MASK_TOKEN, mask, seeded
+
+HELD_BACK_SEQUENCES = 48
+HELD_BACK_MASKED = 192  # sequences; only about one position in seven of them is measured
+HELD_BACK_IMAGES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A model with its data.
+
+    Attributes:
+        layers: blocks; the model is cut into at most so many stages.
+        batch_size: sequences or images an update.
+        units_per_update: what an update consumes, in ``unit``: tokens, or images.
+    """
+
+    name: str
+    layers: int
+    batch_size: int
+    units_per_update: int
+    unit: str = "tokens"
+
+    @abstractmethod
+    def build(self, num_stages: int, seed: int) -> list[nn.Module]:
+        """The stages, first to last; parameters do not depend on the cut."""
+
+    @abstractmethod
+    def batch(self, update: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Input and target of one update, ``batch_size`` along dimension 0."""
+
+    @abstractmethod
+    def held_back(self) -> tuple[Tensor, Tensor]:
+        """Input and target that no batch contains."""
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean nats per token, or per image."""
+        return cross_entropy(output, target)
+
+    def is_hidden_matrix(self, name: str, param: nn.Parameter) -> bool:
+        """Whether Muon takes a parameter: matrices inside blocks."""
+        return param.dim() == 2 and name.startswith("transformer.h.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask(Task):
+    """A GPT on the text of Python's standard library, bytes as tokens.
+
+    Attributes:
+        model: its shape; ``layers`` of it are those of the task.
+        seq_len: tokens a sequence.
+    """
+
+    model: GPTConfig
+    seq_len: int
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text, opened once."""
+        return load_corpus(None, vocab_size=self.model.vocab_size, seq_len=self.seq_len)
+
+    def build(self, num_stages: int, seed: int) -> list[nn.Module]:
+        sizes = default_partition(self.model, num_stages, seq_len=self.seq_len)
+        return [build_stage(self.model, at, num_stages, seed=seed, partition=sizes) for at in range(num_stages)]
+
+    def batch(self, update: int, seed: int) -> tuple[Tensor, Tensor]:
+        return self.corpus.batch(update, self.batch_size, self.seq_len, seed)
+
+    def held_back(self) -> tuple[Tensor, Tensor]:
+        return self.corpus.validation(HELD_BACK_SEQUENCES, self.seq_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaTask(TextTask):
+    """A Llama-like decoder on the same text."""
+
+    def build(self, num_stages: int, seed: int) -> list[nn.Module]:
+        sizes = models.even_partition(self.name, self.layers, num_stages)
+        return models.build_stages(models.llama(self.model), sizes, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderTask(TextTask):
+    """A BERT-like encoder that fills in what is masked of the same text.
+
+    Every sequence has the same number of targets, so the mean over equal micro-batches' means is that over the batch.
+    ``units_per_update`` counts all tokens that are read, not only the targets among them.
+    """
+
+    def build(self, num_stages: int, seed: int) -> list[nn.Module]:
+        sizes = models.even_partition(self.name, self.layers, num_stages)
+        return models.build_stages(models.encoder(self.model), sizes, seed)
+
+    def batch(self, update: int, seed: int) -> tuple[Tensor, Tensor]:
+        tokens, _ = self.corpus.batch(update, self.batch_size, self.seq_len, seed)
+        return mask(tokens, seeded("mask", seed, update))
+
+    def held_back(self) -> tuple[Tensor, Tensor]:
+        tokens, _ = self.corpus.validation(HELD_BACK_MASKED, self.seq_len)
+        return mask(tokens, seeded("mask held back"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlyphTask(Task):
+    """An MLP-Mixer that tells letters and digits apart; see :mod:`replay.glyphs`."""
+
+    model: models.MixerConfig
+
+    def build(self, num_stages: int, seed: int) -> list[nn.Module]:
+        sizes = models.even_partition(self.name, self.layers, num_stages)
+        return models.build_stages(models.mixer(self.model), sizes, seed)
+
+    def batch(self, update: int, seed: int) -> tuple[Tensor, Tensor]:
+        return glyphs.training_batch(update, self.batch_size, seed)
+
+    def held_back(self) -> tuple[Tensor, Tensor]:
+        return glyphs.held_back_set(HELD_BACK_IMAGES)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), target)
+
+
+def _text(name: str, model: GPTConfig, *, batch_size: int, seq_len: int, kind: type[TextTask] = TextTask) -> TextTask:
+    return kind(
+        name=name,
+        layers=model.layers,
+        batch_size=batch_size,
+        units_per_update=batch_size * seq_len,
+        model=model,
+        seq_len=seq_len,
+    )
+
+
+def _glyphs(name: str, model: models.MixerConfig, *, layers: int, batch_size: int) -> GlyphTask:
+    return GlyphTask(
+        name=name, layers=layers, batch_size=batch_size, units_per_update=batch_size, unit="images", model=model
+    )
+
+
+NANO = GPTConfig(name="gpt-nano", vocab_size=256, context=256, layers=8, heads=4, width=64, tied=False)
+LLAMA = replace(NANO, name="llama-nano")
+ENCODER = replace(NANO, name="encoder-nano", vocab_size=MASK_TOKEN + 1)
+MIXER = models.MixerConfig(size=glyphs.SIZE, patch=7, width=64, classes=len(glyphs.CHARACTERS))
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _text("gpt-tiny", MODELS["gpt-tiny"], batch_size=32, seq_len=128),
+        _text("gpt-nano", NANO, batch_size=32, seq_len=64),
+        _text("gpt-nano-64x32", NANO, batch_size=64, seq_len=32),
+        _text("llama-nano", LLAMA, batch_size=32, seq_len=64, kind=LlamaTask),
+        _text("encoder-nano", ENCODER, batch_size=32, seq_len=64, kind=EncoderTask),
+        _glyphs("mixer-nano", MIXER, layers=8, batch_size=128),
+    )
+}
+
+
+def make_task(name: str, *, layers: int | None = None) -> Task:
+    """The task called ``name``, with another number of blocks where ``layers`` says so.
+
+    Raises:
+        ValueError: no task has that name, or ``layers`` is below 1.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown task {name!r}: {hint}choose from {', '.join(TASKS)}")
+    task = TASKS[name]
+    if layers is None:
+        return task
+    if layers < 1:
+        raise ValueError(f"layers={layers}: a model has at least one block")
+    changes: dict[str, object] = {"layers": layers}
+    if isinstance(task, TextTask):
+        changes["model"] = replace(task.model, layers=layers)
+    return replace(task, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,106 @@
+"""The command ``paci-rt``: train, compare, simulate, plan, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from paci_rt.cli.options import nearest
+from paci_rt.errors import PaciError, StageFailed
+
+BAD_VALUE, FAILED, INTERRUPTED = 2, 1, 130
+
+
+DESCRIPTION = """\
+Pipeline-parallel training without bubbles, on stock PyTorch.
+
+  paci-rt train --stages 2 --steps 200              train a small GPT through two processes
+  paci-rt compare --schedules 1f1b,paci --out DIR   which schedule reaches a loss first?
+  paci-rt simulate --schedule zb-h1 --plot zb.png   what would a schedule do? bubbles, memory, drift, a picture
+  paci-rt plan --stages 4 --memory-limit 2GiB       measure a model, choose how to cut it and which schedule to run
+  paci-rt doctor                                    what was built, what is usable, what to do about the rest
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line; misspelt options and commands come with the nearest that exists."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("required: command"):
+            message = "no command given: say train, compare, simulate, plan or doctor, or --help"
+        raise ValueError(message.removeprefix("argument "))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(action.choices)
+            raise ValueError(
+                f"unknown {action.metavar} {value!r}: {nearest(value, known)}choose from {', '.join(known)}"
+            )
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Complain about arguments that nobody understood."""
+        first = unknown[0]
+        if not first.startswith("-"):
+            raise ValueError(f"unexpected argument {first!r}: options start with --")
+        raise ValueError(f"unknown option {first}: {nearest(first, self._option_string_actions)}see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 failed, 2 a bad value, 130 interrupted."""
+    try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        return int(args.run(args))
+    except ValueError as error:  # also the typed ones, which are about what was asked for
+        if os.environ.get("RANK", "0") == "0":  # one of the processes under torchrun speaks for all
+            print(f"paci-rt: error: {error}", file=sys.stderr)
+        return BAD_VALUE
+    except KeyboardInterrupt:
+        print("paci-rt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (PaciError, OSError) as error:
+        if isinstance(error, StageFailed):
+            print(error.remote_traceback, end="", file=sys.stderr)
+        elif error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"paci-rt: error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from paci_rt import __version__
+    from paci_rt.cli import compare, doctor, plan, simulate, train
+
+    parser = _Parser(
+        prog="paci-rt",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"paci-rt {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True, title="commands")
+    for name, summary, command in (
+        ("train", "train a GPT through a pipeline", train),
+        ("compare", "time to accuracy of several schedules", compare),
+        ("simulate", "what a schedule would do", simulate),
+        ("plan", "how to cut a model, and which schedule to run", plan),
+        ("doctor", "what is usable here, and how to get the rest", doctor),
+    ):
+        sub = commands.add_parser(
+            name,
+            usage=f"paci-rt {name} [options]",
+            help=summary,
+            description=command.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add(sub)
+        sub.add_argument("--json", metavar="FILE", help=command.JSON_HELP)
+        sub.set_defaults(run=command.run, parser=sub)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.refuse(unknown)
+    return args

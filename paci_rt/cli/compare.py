@@ -1,0 +1,84 @@
+"""``paci-rt compare``: time to accuracy of several schedules."""
+
+from __future__ import annotations
+
+import argparse
+
+from paci_rt.cli import outputs
+from paci_rt.cli.options import ConfigOptions, add_pipeline, add_training, config_options, names, target_loss
+
+DESCRIPTION = """\
+Time to accuracy: train the same model on the same data under several schedules, one run after another, and tell which
+reached the target loss first. With --out, the folder gets report.md, loss_vs_tokens.png, loss_vs_time.png,
+timeline.png and one trace-SCHEDULE.json a schedule, which opens at ui.perfetto.dev.
+"""
+
+
+JSON_HELP = (
+    "write the result: runs[] (each with the keys of train --json, time_to_target_s and tokens_to_target), "
+    "target_loss, and speedup_vs: {A: {B: how many times as fast as A schedule B reached the target}}"
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``paci-rt compare``."""
+    from paci_rt.schedules import FAMILIES
+
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--schedules",
+        type=names,
+        default=("paci", "1f1b"),
+        metavar="NAME,NAME,...",
+        help=f"from {', '.join(FAMILIES)} (default: paci,1f1b)",
+    )
+    group.add_argument(
+        "--target-loss",
+        type=target_loss,
+        default=None,
+        metavar="X|auto",
+        help="validation loss to reach, nats per token; auto: the highest of the final ones (default: auto)",
+    )
+    group.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="runs per schedule, from --seed on (default: 1)"
+    )
+    group.add_argument("--out", metavar="DIR", help="folder for the report, the plots and the traces")
+    options = ConfigOptions(parser)
+    options.group("pipeline")
+    add_pipeline(options)
+    add_training(options)
+
+
+def run(args: argparse.Namespace) -> int:
+    """``paci-rt compare``."""
+    from paci_rt import launch
+    from paci_rt.cli.progress import Progress
+    from paci_rt.report import plots
+    from paci_rt.train import compare
+    from paci_rt.train.config import TrainConfig
+    from paci_rt.train.results import RunResult
+    from paci_rt.train.run import execute
+
+    if launch.under_torchrun():
+        raise ValueError("compare starts the stages of every run itself: start it without torchrun")
+    folder = args.out
+    options = {**config_options(args), "out": None, "trace": folder is not None}
+    configs = compare.plan(args.schedules, args.seeds, options)
+    outputs.check_file("--json", args.json)
+    outputs.check_folder("--out", folder)
+    if folder is not None:
+        plots.require_matplotlib()
+
+    def execute_one(config: TrainConfig, label: str) -> RunResult:
+        with Progress(label) as progress:
+            result = execute(config, on_report=progress)
+        assert result is not None
+        return result
+
+    comparison = compare.compare(configs, target_loss=args.target_loss, execute=execute_one)
+    written = compare.write_report(folder, comparison) if folder is not None else []
+    outputs.write_json(args.json, comparison.to_json())
+    print(f"\n{compare.summary_table(comparison)}\n\n{compare.verdict(comparison)}")
+    if written:
+        print(f"\n{written[0]} has the whole report, with {', '.join(path.name for path in written[1:])} beside it.")
+    return 0

@@ -1,0 +1,236 @@
+"""``paci-rt plan``: profile a model, then choose partition, schedule, accumulation and slack for given limits."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from paci_rt import planner
+from paci_rt.cli import outputs
+from paci_rt.cli.options import list_of, milliseconds, names, size, slack_argument
+from paci_rt.planner.choose import MEASURED
+from paci_rt.planner.profile import BlockProfile, Profile, load_profile
+
+DESCRIPTION = """\
+Measure a model block by block, then choose how to cut it into stages, how many micro-batches make an update, how much
+slack to give and which schedule to run: for the highest throughput within the limits, as the simulator predicts it
+with one device for each stage. Ends with the paci-rt train command that runs the plan.
+
+--rows is the size of a micro-batch; --batch-size is that of an update, one or several to choose from.
+"""
+
+
+JSON_HELP = (
+    "write the plan: partition accumulation slack predicted schedule policy chunks step_costs without_slack runners_up "
+    "stages command profile"
+)
+
+
+DEFAULT_ROWS, DEFAULT_REPEATS = 2, 10
+
+
+SETTINGS = ("model", "dtype", "rows", "seq_len", "threads")
+"""What a profile is of: options that must agree with those of a file that is read."""
+
+
+def _delay_limit(text: str) -> int | str | None:
+    if text in ("none", MEASURED):
+        return None if text == "none" else text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither none nor a number of updates") from None
+
+
+# fmt: off
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``paci-rt plan``."""
+    from paci_rt.schedules import AUTO, FAMILIES
+    from paci_rt.schedules.policies import POLICIES
+    from paci_rt.train.config import DTYPES
+    from paci_rt.train.gpt import MODELS
+    from paci_rt.transport import TRANSPORTS
+
+    integers = list_of(int, "integers such as 8,16")
+
+    def option(group: Any, flag: str, kind: Any, metavar: str, text: str, default: Any = None) -> None:
+        group.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
+
+    group = parser.add_argument_group("model")
+    option(group, "--model", str, "NAME", f"{', '.join(MODELS)} (default: gpt-tiny)")
+    option(group, "--rows", int, "N", f"sequences a micro-batch (default: {DEFAULT_ROWS})")
+    option(group, "--seq-len", int, "N", "tokens a sequence (default: 128)")
+    option(group, "--dtype", str, "NAME", f"{' or '.join(DTYPES)} (default: fp32)")
+    option(group, "--threads", int, "N", "threads a stage computes on (default: 1)")
+    option(group, "--profile", str, "FILE", "read what was measured from FILE; if there is none, measure and write it")
+    option(group, "--repeats", int, "N", f"micro-batches to time (default: {DEFAULT_REPEATS})", DEFAULT_REPEATS)
+    group = parser.add_argument_group("what to choose from")
+    option(group, "--stages", int, "P", "pipeline stages, one device each (default: 2)", 2)
+    option(group, "--batch-size", integers, "N,N,...", "sequences an update, one or several to choose from, multiples "
+           "of --rows (default: --rows times 1, 2, 4 ... up to twice the stages)")
+    option(group, "--schedules", names, "NAME,...", f"from {', '.join(FAMILIES)} (default: all)")
+    option(group, "--policies", names, "NAME,...", f"from {', '.join(POLICIES)} (default: all that a schedule takes)")
+    group.add_argument("--lookahead", action=argparse.BooleanOptionalAction, help="early forwards look ahead (default: "
+                       "as the schedule does; paci does)")
+    option(group, "--slack", slack_argument, "S|S,S,...,0|auto", "more warm-up forwards, for schedules that take "
+           "slack: on all stages but the last, or one number a stage (default: auto, as much as pays)", AUTO)
+    option(group, "--chunks", integers, "V,V,...", "stages a device, for schedules that take chunks (default: 2)", (2,))
+    group = parser.add_argument_group("limits and devices")
+    option(group, "--memory-limit", list_of(size, "sizes"), "SIZE[,SIZE...]", "of every device, or of each in order, "
+           "such as 8GiB")
+    option(group, "--drift-limit", int, "N", "updates that may come between a micro-batch's forward and backward")
+    option(group, "--delay-limit", _delay_limit, "N", "updates by which a gradient may come late, or none "
+           "for no limit (default: what is known to be worth its time, 1 with look-ahead, 0 without)",
+           MEASURED)
+    option(group, "--device-speeds", list_of(float, "numbers such as 1,1,0.5"), "X,X,...", "of each device in order, "
+           "1 being the one that was profiled (default: all 1)")
+    option(group, "--hop-ms", milliseconds, "MS", "latency of messages between stages (default: the profile's, or 0)")
+    option(group, "--bandwidth", size, "SIZE", "bytes per second of such messages, such as 10GB (default: the "
+           "profile's, or no limit)")
+    group.add_argument("--measure-link", action="store_true", help="measure both between two processes here, over "
+                       "--transport")
+    option(group, "--transport", str, "NAME", f"how the stages are to reach each other: {', '.join(TRANSPORTS)} "
+           "(default: auto)", "auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``paci-rt plan``."""
+    from paci_rt.cli import plan_report
+
+    outputs.check_file("--json", args.json)
+    _check_transport(args)
+    stored = args.profile is not None and Path(args.profile).exists()
+    if stored:
+        profile = _stored(args)
+    else:
+        outputs.check_file("--profile", args.profile)
+        profile = _measured(args)
+    profile = _with_link(args, profile)
+    found = _plan(args, profile)
+    source = f"measured here over {args.repeats} micro-batch{'es' if args.repeats > 1 else ''}"
+    if stored:
+        source = f"read from {args.profile}, nothing was measured"
+    elif args.profile is not None:
+        source += f", and written to {args.profile}"
+        outputs.write_json(args.profile, profile.to_json())
+    command = plan_report.train_command(profile, found.chosen)
+    if command is not None and args.transport != "auto":
+        command += f" --transport {args.transport}"
+    outputs.write_json(args.json, plan_report.to_json(profile, found, command))
+    print(plan_report.report(profile, found, source=source, command=command))
+    return 0
+
+
+def _check_transport(args: argparse.Namespace) -> None:
+    from paci_rt.transport import check_transport
+
+    check_transport(args.transport, "--transport")
+    if args.measure_link and args.transport == "local":
+        raise ValueError(
+            "--measure-link measures between two processes, and --transport local has one: leave one of them out"
+        )
+
+
+def _plan(args: argparse.Namespace, profile: Profile) -> planner.Plan:
+    return planner.plan(
+        profile,
+        stages=args.stages,
+        accumulations=_accumulations(args.batch_size, int(profile.profiled["rows"]), args.stages),
+        memory_limit_bytes=args.memory_limit,
+        drift_limit=args.drift_limit,
+        delay_limit=args.delay_limit,
+        lookahead=args.lookahead,
+        device_speeds=args.device_speeds,
+        schedules=args.schedules,
+        policies=args.policies,
+        slack=args.slack,
+        chunks=args.chunks,
+    )
+
+
+def _accumulations(batch_sizes: tuple[int, ...] | None, rows: int, stages: int) -> list[int]:
+    """Micro-batches an update, from sequences an update."""
+    if batch_sizes is None:
+        return [2**power for power in range(max(1, stages).bit_length() + 1)]
+    for batch in batch_sizes:
+        if batch < 1 or batch % rows:
+            near = max(1, round(batch / rows)) * rows
+            raise ValueError(
+                f"--batch-size {batch} cannot be cut into micro-batches of {rows}; use a multiple of --rows, such as "
+                f"{near}"
+            )
+    return [batch // rows for batch in batch_sizes]
+
+
+def _stored(args: argparse.Namespace) -> Profile:
+    """The profile in the file, which must be of what the options say."""
+    from paci_rt.train.gpt import MODELS
+
+    profile = load_profile(args.profile)
+    found = profile.profiled
+    for name in ("rows", "seq_len", "threads"):
+        if not isinstance(found.get(name), int) or isinstance(found[name], bool) or found[name] < 1:
+            raise ValueError(f"profile {args.profile}: profiled.{name} is {found.get(name)!r}: give an integer above 0")
+    for name in SETTINGS:
+        asked = getattr(args, name)
+        if asked is not None and asked != found.get(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {asked}, but {args.profile} was measured with {found.get(name)}: leave "
+                "the option out, or name another --profile file to measure anew"
+            )
+    model = MODELS.get(str(found.get("model")))
+    if model is not None and model.layers != profile.middle:
+        raise ValueError(
+            f"profile {args.profile}: blocks has {profile.middle} with role middle, but {model.name} has {model.layers}"
+        )
+    return profile
+
+
+def _measured(args: argparse.Namespace) -> Profile:
+    """Measure the model, once everything has been refused that can be refused before."""
+    from paci_rt.train.config import TrainConfig
+    from paci_rt.train.gpt_blocks import profile_gpt
+
+    chosen = {name: getattr(args, name) for name in SETTINGS if name != "rows" and getattr(args, name) is not None}
+    config = TrainConfig(**chosen, stages=1)  # says what is wrong with model, dtype, seq_len and threads
+    rows = DEFAULT_ROWS if args.rows is None else args.rows
+    for name, value in (("--rows", rows), ("--repeats", args.repeats)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: give an integer of at least 1")
+    block = BlockProfile(
+        name="any",
+        role="middle",
+        forward_s=1.0,
+        input_grad_s=1.0,
+        weight_grad_s=1.0,
+        parameter_bytes=0,
+        activation_bytes=0,
+        stash_bytes=0,
+        boundary_bytes=0,
+    )
+    _plan(args, Profile(blocks=(block,) * config.gpt.layers, profiled={"rows": rows}))
+    return profile_gpt(
+        config.gpt,
+        rows=rows,
+        seq_len=config.seq_len,
+        dtype=config.dtype,
+        threads=config.threads,
+        repeats=args.repeats,
+    )
+
+
+def _with_link(args: argparse.Namespace, profile: Profile) -> Profile:
+    """The profile with the latency and the bandwidth that were asked for."""
+    if args.measure_link:
+        from paci_rt.profiling.link import SMALL_BYTES, measure_link
+
+        largest = max(block.boundary_bytes for block in profile.blocks)
+        link = measure_link(max(largest, 4 * SMALL_BYTES), transport=args.transport)
+        profile = replace(profile, hop_s=link.hop_s, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s)
+    if args.hop_ms is not None:
+        profile = replace(profile, hop_s=args.hop_ms / 1e3)
+    if args.bandwidth is not None:
+        profile = replace(profile, bandwidth_bytes_per_s=args.bandwidth)
+    return profile

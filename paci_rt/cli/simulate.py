@@ -1,0 +1,324 @@
+"""``paci-rt simulate``: what a schedule would do, from numbers or from a measured profile."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from paci_rt import schedules
+from paci_rt.cli import outputs
+from paci_rt.cli.options import MS, number, numbers, slack_argument
+from paci_rt.cli.simulate_report import PRICE, report_text, to_json
+from paci_rt.planner import auto_slack
+from paci_rt.schedules import AUTO, ScheduleFamily, Shape, Slack, StepCosts, policies
+from paci_rt.schedules.base import check_shape
+from paci_rt.simulate import Costs, Simulation, simulate
+
+DESCRIPTION = """\
+Predict what a schedule does: bubbles, throughput, memory, drift and weight versions, from what each action costs.
+
+Times are milliseconds; one number is for all stages, several with commas are one a stage. With --chunks V these are
+cut into V equal pieces, unless there are V numbers a stage: then one a piece, each stage's first one first. For
+example, a case that the Zero Bubble paper publishes:
+
+  paci-rt simulate --schedule zb-h1 --stages 8 --micro-batches 24 \\
+    --forward 18.522 --input-grad 18.086 --weight-grad 9.337 --comm 0.601
+
+The bubble rate is (C - work) / C, where C is the longest that any stage takes from its first forward to its last
+backward, and work the mean of what they compute.
+"""
+
+
+JSON_HELP = (
+    "write the result: bubble_rate makespan (ms) steady_utilization peak_activations (a number a stage) max_drift "
+    "weight_versions slack, histograms of drift and delay, throughput, bytes ...; with slack also without_slack"
+)
+
+
+# Option, field of Costs, its unit in that of the field, whether chunks share it, metavar, default as shown, meaning.
+_COSTS: tuple[tuple[str, str, float, bool, str, str, str], ...] = (
+    ("--forward", "forward_s", MS, True, "MS,...", "1", "forward of a micro-batch"),
+    ("--input-grad", "input_grad_s", MS, True, "MS,...", "1", "input-gradient half of its backward"),
+    ("--weight-grad", "weight_grad_s", MS, True, "MS,...", "1", "weight-gradient half; a whole backward takes both"),
+    ("--update", "update_s", MS, True, "MS,...", "0", "local update"),
+    ("--predict", "predict_s", MS, False, "MS,...", "0", "running a forward ahead: look-ahead, policy predict"),
+    ("--comm", "hop_s", MS, False, "MS", "0", "latency of a message between stages"),
+    ("--bandwidth", "bandwidth_bytes_per_s", 1.0, False, "BYTES/S", "no limit", "of a link, one way, such as 25e9"),
+    ("--message-bytes", "message_bytes", 1.0, False, "N,...", "0", "output of a stage"),
+    ("--activation-bytes", "activation_bytes", 1.0, True, "N,...", "0", "kept between forward and backward"),
+    ("--stash-bytes", "stash_bytes", 1.0, True, "N,...", "0", "of these, kept until the weight-gradient half"),
+    ("--input-bytes", "input_bytes", 1.0, False, "N,...", "0", "kept in their place by policy recompute"),
+    ("--weight-bytes", "weight_bytes", 1.0, True, "N,...", "0", "one version of the weights"),
+)
+
+
+_SINGLE = ("hop_s", "bandwidth_bytes_per_s")
+
+
+MOST_ACTIONS, MOST_SHOWN, MOST_DRAWN, MOST_ROWS = 10**8, 2 * 10**6, 50_000, 128
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``paci-rt simulate``."""
+    names = ", ".join(schedules.FAMILIES)
+
+    def option(group: Any, flag: str, kind: Any, metavar: str, text: str, default: Any = None) -> None:
+        group.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
+
+    group = parser.add_argument_group("schedule")
+    option(group, "--schedule", str, "NAME", f"{names} (default: paci)", "paci")
+    option(group, "--stages", int, "P", "pipeline stages, one device each (default: 4)")
+    option(group, "--micro-batches", int, "M", "per window; schedules that update after every one have M windows for "
+           "each of them (default: 8)", 8)  # fmt: skip
+    option(group, "--windows", int, "N", "updates (default: 1 for schedules that flush, for the others enough to be "
+           "in the steady state for a while)")  # fmt: skip
+    option(group, "--slack", slack_argument, "S|S,S,...,0|auto", "more warm-up forwards: on every stage but the last, "
+           "or one number a stage, or as many as hide the latency of messages (default: 0)", 0)  # fmt: skip
+    option(group, "--chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only; default there: 2)")
+    option(group, "--policy", str, "NAME", f"{', '.join(policies.POLICIES)} (default: the schedule's own)")
+    group.add_argument(
+        "--lookahead",
+        action=argparse.BooleanOptionalAction,
+        help="early forwards look ahead, which takes --predict (default: as the schedule does; paci does)",
+    )
+    group = parser.add_argument_group("costs")
+    for flag, field, _, _, metavar, default, meaning in _COSTS:
+        option(group, flag, number if field in _SINGLE else numbers, metavar, f"{meaning} (default: {default})")
+    option(group, "--micro-batch-factors", numbers, "X,...", "every time of micro-batch m is multiplied by number m, "
+           "from the start again after the last (default: 1)")  # fmt: skip
+    option(group, "--noise", number, "X", "relative standard deviation of every time (default: 0)", 0.0)
+    option(group, "--seed", int, "N", "of the noise (default: 0)", 0)
+    option(group, "--profile", str, "FILE", "take the costs from what paci-rt plan --profile FILE measured; those "
+           "given here go first")  # fmt: skip
+    option(group, "--partition", _integers, "N,N,...", "the profile's blocks by stage, with chunks by piece (default: "
+           "balanced by time)")  # fmt: skip
+    group = parser.add_argument_group("results")
+    option(group, "--plot", str, "FILE.png", "draw the timeline")
+    option(group, "--trace", str, "FILE.json", "write the timeline, for ui.perfetto.dev")
+    group.add_argument("--grid", action="store_true", help="print the timeline in letters")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 3,5") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    """``paci-rt simulate``."""
+    for flag, path in (("--json", args.json), ("--plot", args.plot), ("--trace", args.trace)):
+        outputs.check_file(flag, path)
+    _check_integers(args)
+    family = schedules.get(args.schedule)
+    shape = _shape(args, family)
+    policy = policies.resolve(family, shape, args.policy)
+    costs, partition = _costs(args, shape)
+    if args.slack == AUTO:
+        shape = replace(shape, slack=_planned(costs, family, shape, policy))
+        policies.resolve(family, shape, policy)
+    if family.takes_costs:
+        shape = Shape(
+            num_stages=shape.num_stages,
+            accumulation=shape.accumulation,
+            costs=_step_costs(costs, family, shape, policy),
+        )
+        check_shape(family, shape)
+    windows = _windows(args, family, shape)
+    _check_size(args, family, shape, windows)
+    if args.plot is not None:
+        from paci_rt.report import plots
+
+        plots.require_matplotlib("--plot")
+    shown = args.grid or args.plot is not None or args.trace is not None
+    found = simulate(family, shape, costs, windows=windows, policy=policy, lookahead=args.lookahead, keep_events=shown)
+    strict = None
+    if shape.slack:
+        order = replace(shape, slack=0)
+        strict = simulate(family, order, costs, windows=windows, policy=policy, lookahead=args.lookahead)
+    _write(args, found, strict, partition)
+    print(report_text(found, strict))
+    if args.grid:
+        from paci_rt.trace import format_timeline
+
+        width = min(160, max(80, shutil.get_terminal_size((120, 24)).columns))
+        print("\n" + format_timeline(found.events, ranks=found.ranks, width=width))
+    return 0
+
+
+def _check_integers(args: argparse.Namespace) -> None:
+    bounds = (("stages", 1), ("micro_batches", 1), ("windows", 1), ("chunks", 1), ("seed", 0))
+    for name, least in bounds:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: give an integer of at least {least}")
+
+
+def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
+    chunks = args.chunks if args.chunks is not None else 2 if family.takes_chunks else 1
+    if chunks > 1 and not family.takes_chunks:
+        raise ValueError(f"--chunks is {chunks}: {family.name} runs one piece of the model a stage; use 1")
+    if args.partition is not None:
+        if args.profile is None:
+            raise ValueError("--partition cuts the blocks of a profile: give --profile FILE with it")
+        if args.stages is None:
+            args.stages = max(1, len(args.partition) // chunks)
+        if len(args.partition) != args.stages * chunks:
+            raise ValueError(
+                f"--partition has {len(args.partition)} numbers for {args.stages} stages"
+                f"{f' of {chunks} pieces' if chunks > 1 else ''}: give {args.stages * chunks}"
+            )
+    if args.stages is None:
+        args.stages = 4
+    shape = Shape(
+        num_stages=args.stages * chunks,
+        accumulation=1 if family.one_micro_batch_windows else args.micro_batches,
+        slack=auto_slack.checked(args.slack, family, args.stages * chunks),
+        chunks=chunks,
+    )
+    check_shape(family, shape)
+    return shape
+
+
+def _costs(args: argparse.Namespace, shape: Shape) -> tuple[Costs, tuple[int, ...] | None]:
+    """What the options and the profile say, with a value for every stage; and the partition."""
+    values: dict[str, Any] = {"forward_s": (MS,), "input_grad_s": (MS,), "weight_grad_s": (MS,)}
+    if args.profile is None:
+        values = {name: tuple(value / shape.chunks for value in given) for name, given in values.items()}
+        base, partition = Costs(**values), None
+    else:
+        base, partition = _profiled(args, shape)
+    given: dict[str, Any] = {"noise": _at_least_0("--noise", args.noise), "seed": args.seed}
+    for flag, field, unit, shared, *_ in _COSTS:
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is None:
+            continue
+        if field in _SINGLE:
+            if field == "bandwidth_bytes_per_s" and not value > 0:
+                raise ValueError(f"{flag} is {value:g}: give a number above 0, or leave it out for no limit")
+            given[field] = value if value == math.inf else _at_least_0(flag, value) * unit
+        else:
+            given[field] = _per_stage(flag, [_at_least_0(flag, one) * unit for one in value], shape, shared=shared)
+    if args.micro_batch_factors is not None:
+        given["micro_batch_factors"] = tuple(_at_least_0("--micro-batch-factors", x) for x in args.micro_batch_factors)
+    fields = {name: getattr(base, name) for name in Costs.__dataclass_fields__}
+    return Costs(**(fields | given)), partition
+
+
+def _at_least_0(flag: str, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{flag} is {value:g}: give a finite number of at least 0")
+    return value
+
+
+def _per_stage(flag: str, values: Sequence[float], shape: Shape, *, shared: bool) -> tuple[float, ...]:
+    """One value for each stage (piece): those of a rank are cut into as many pieces as it has, if they are shared."""
+    if len(values) not in (1, shape.ranks, shape.num_stages):
+        pieces = f", or {shape.num_stages}, one for each piece" if shape.chunks > 1 else ""
+        raise ValueError(f"{flag} has {len(values)} numbers: give 1, or {shape.ranks}, one for each stage{pieces}")
+    cut = shape.chunks if shared and len(values) != shape.num_stages else 1
+    return tuple(values[stage % len(values)] / cut for stage in range(shape.num_stages))
+
+
+def _profiled(args: argparse.Namespace, shape: Shape) -> tuple[Costs, tuple[int, ...]]:
+    import numpy as np
+
+    from paci_rt import planner
+    from paci_rt.planner.partition import best_partition
+    from paci_rt.planner.stage_costs import Spans
+
+    profile = planner.load_profile(args.profile)
+    partition = args.partition
+    if partition is None:
+        spans = Spans(profile=profile, stages=shape.num_stages)
+
+        def seconds(stage: int) -> Any:
+            times = sum(spans.total(name, stage) for name in ("forward_s", "input_grad_s", "weight_grad_s"))
+            return np.where(spans.allowed(), times, np.inf)
+
+        partition = best_partition(seconds, shape.num_stages, profile.middle)
+        if partition is None:
+            raise ValueError(
+                f"--stages is {shape.ranks}: the profile has only {profile.middle} blocks to cut"
+                f"{f' into {shape.num_stages} pieces' if shape.chunks > 1 else ''}; use fewer"
+            )
+    return planner.stage_costs(profile, partition), partition
+
+
+def _step_costs(costs: Costs, family: ScheduleFamily, shape: Shape, policy: str) -> StepCosts:
+    """What a searched schedule is fitted to."""
+    from paci_rt import planner
+
+    spread: dict[str, Any] = {
+        name: tuple(costs.per_stage(name, shape.num_stages).tolist())
+        for name in ("forward_s", "input_grad_s", "weight_grad_s")
+    }
+    again = [policies.recomputes(policy, family, shape, shape.rank_of(stage)) for stage in range(shape.num_stages)]
+    fitted = planner.step_costs(replace(costs, **spread), again)
+    return fitted if any(costs.activation_bytes) else fitted._replace(stash=StepCosts().stash)
+
+
+def _planned(costs: Costs, family: ScheduleFamily, shape: Shape, policy: str) -> Slack:
+    found = auto_slack.planned(costs, family, shape, policy)
+    if found is None:
+        raise ValueError(
+            "--slack auto: nothing says how long messages take; give --comm MS, or --message-bytes with --bandwidth, "
+            "or a --profile that knows, or --slack as numbers"
+        )
+    return found
+
+
+def _windows(args: argparse.Namespace, family: ScheduleFamily, shape: Shape) -> int:
+    """Windows to play."""
+    windows: int | None = args.windows
+    if family.one_micro_batch_windows and windows is not None:
+        return windows * int(args.micro_batches)
+    if windows is not None:
+        return windows
+    if family.flush:
+        return 1
+    ahead = max(family.in_flight_bound(shape, rank) for rank in range(shape.ranks)) - 1
+    enough = 8 + 2 * -(-ahead // shape.accumulation)
+    return max(enough, args.micro_batches) if family.one_micro_batch_windows else enough
+
+
+def _check_size(args: argparse.Namespace, family: ScheduleFamily, shape: Shape, windows: int) -> None:
+    """Refuse what would take more time or memory than anybody wants."""
+    count = shape.num_stages * windows * (shape.accumulation * (3 if family.split else 2) + 1)
+    for what, asked, most in (
+        ("paci-rt simulate plays", True, MOST_ACTIONS),
+        ("--trace writes", args.trace is not None, MOST_SHOWN),
+        ("--grid shows", args.grid, MOST_SHOWN),
+        ("--plot draws", args.plot is not None, MOST_DRAWN),
+    ):
+        if asked and count > most:
+            flags = "--windows or --micro-batches" if windows > 1 else "--micro-batches or --stages"
+            raise ValueError(f"{what} at most {most:,} actions, and these are {count:,}: give fewer {flags}")
+    if args.plot is not None and shape.ranks > MOST_ROWS:
+        raise ValueError(f"--plot draws at most {MOST_ROWS} stages, and these are {shape.ranks}: leave it out")
+
+
+def _write(
+    args: argparse.Namespace, found: Simulation, strict: Simulation | None, partition: tuple[int, ...] | None
+) -> None:
+    if args.plot is not None:
+        from paci_rt.report import plots
+
+        lane = plots.simulated_lane(found)
+        span_s = found.makespan_s or 1.0
+        plots.timeline(
+            outputs.ready(args.plot), [lane], span_s=span_s, width_inch=plots.legible_width_inch([lane], span_s)
+        )
+    if args.trace is not None:
+        from paci_rt.trace import write_perfetto
+
+        write_perfetto(outputs.ready(args.trace), found.events)
+    result = to_json(found)
+    if strict is not None:
+        whole = to_json(strict)
+        result["without_slack"] = {name: whole[name] for name in PRICE}
+    outputs.write_json(args.json, result | ({} if partition is None else {"partition": list(partition)}))

@@ -1,0 +1,105 @@
+"""``paci-rt train``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from typing import TYPE_CHECKING
+
+from paci_rt.cli import outputs
+from paci_rt.cli.options import ConfigOptions, add_pipeline, add_training, config_options
+from paci_rt.report import text
+
+if TYPE_CHECKING:
+    from paci_rt.train.results import RunResult
+
+DESCRIPTION = """\
+Train a GPT through a pipeline. Every stage is a process of its own, started here (or by torchrun:
+torchrun --nproc-per-node 2 -m paci_rt train ...).
+
+The batch size counts sequences per local update, and a window of --accumulation micro-batches is cut from it, so runs
+with different schedules and accumulations see the same tokens per update.
+"""
+
+
+JSON_HELP = (
+    "write the result: schedule stages accumulation steps tokens train_loss val_loss wall_s tokens_per_s utilization "
+    "max_drift drift_bound peak_memory_bytes params_sha256, and the curves"
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``paci-rt train``."""
+    from paci_rt.schedules import FAMILIES
+
+    options = ConfigOptions(parser)
+    options.group("pipeline")
+    options.add("schedule", str, "NAME", ", ".join(FAMILIES))
+    add_pipeline(options)
+    add_training(options)
+    options.group("results")
+    options.add("out", str, "DIR", "save a checkpoint here at the end")
+    options.add("save_interval", int, "N", "also every N local updates; 0: only at the end")
+    options.add("resume", str, "DIR", "go on from such a checkpoint, with any number of stages and any schedule")
+    parser.add_argument("--save-trace", metavar="FILE", help="write the executed actions, for ui.perfetto.dev")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``paci-rt train``."""
+    from paci_rt import launch
+    from paci_rt.cli.progress import Progress
+    from paci_rt.trace import write_perfetto
+    from paci_rt.train.config import TrainConfig
+    from paci_rt.train.run import check_torchrun, execute
+
+    options = {**config_options(args), "trace": args.save_trace is not None}
+    if launch.under_torchrun():
+        options.setdefault("stages", int(os.environ["WORLD_SIZE"]))
+    config = TrainConfig(**options)
+    if launch.under_torchrun():
+        check_torchrun(config)
+    outputs.check_file("--json", args.json)
+    outputs.check_file("--save-trace", args.save_trace)
+    outputs.check_folder("--out", config.out)
+    with Progress(config.schedule) as progress:
+        result = execute(config, on_report=progress)
+    if result is None:
+        return 0
+    if args.save_trace is not None:
+        write_perfetto(outputs.ready(args.save_trace), result.events)
+    outputs.write_json(args.json, result.to_json())
+    print(report_text(result))
+    return 0
+
+
+def report_text(result: RunResult) -> str:
+    """The end of ``paci-rt train``: results, and a row a stage with its drift as counted."""
+    from paci_rt.train.run import MEMORY_PARTS
+
+    perplexity = math.exp(result.val_loss) if result.val_loss < 700 else math.inf
+    rows = []
+    for stage, memory in result.memory.items():
+        counts = sorted((int(drift), count) for drift, count in result.drift[stage].items())
+        rows.append(
+            (
+                str(stage),
+                ", ".join(f"{drift}: {count:,}" for drift, count in counts),
+                str(result.peak_in_flight[stage]),
+                *(text.size(memory[part]) for part in MEMORY_PARTS),
+            )
+        )
+    policy = "" if result.policy == "bounded" else f" ({result.policy})"
+    over = "" if result.transport == "local" else f", stages over {result.transport}"
+    took = f"{text.seconds(result.wall_s)} of training{over}"
+    header = ("stage", "micro-batches by drift", "in flight", *MEMORY_PARTS)
+    return f"""
+{result.schedule}{policy}: {result.steps} steps, {result.tokens:,} tokens, {took}
+  training loss    {result.train_loss:.4f}
+  validation loss  {result.val_loss:.4f} nats per token, perplexity {perplexity:.4g}
+  throughput       {result.tokens_per_s:,.0f} tokens/s at {text.share(result.utilization)} utilization
+  drift            at most {result.max_drift}, bound {result.drift_bound}; delay at most {result.max_delay}
+  peak memory      {text.size(result.peak_memory_bytes)} on the largest stage
+  params_sha256    {result.params_sha256}
+
+{text.table(header, rows)}"""

@@ -1,0 +1,8 @@
+"""Starts and supervises the processes of a run."""
+
+from __future__ import annotations
+
+from paci_rt.launch.child import Context
+from paci_rt.launch.parent import run, run_under_torchrun, under_torchrun
+
+__all__ = ["Context", "run", "run_under_torchrun", "under_torchrun"]

@@ -1,0 +1,161 @@
+"""AdamW and NAdam as one native pass over flat parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from paci_rt import native
+from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.fused import FusedOptimizer, FusedState, check_betas, check_option, check_rates
+from paci_rt.optim.steps_native import adam_pass
+
+ADAM_BUFFERS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW(FusedOptimizer):
+    """``torch.optim.AdamW`` as one native pass over flat parameters: divides the summed gradients, updates both
+    moments and the weights, and rounds to bf16/fp16 parameters from fp32 masters.
+
+    Same order of operations as torch's, so results agree to a few units in the last place of fp32.
+
+    Args:
+        params: parameters or groups, as for ``torch.optim.AdamW``.
+        lr, betas, eps, weight_decay, maximize: as there.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        check_rates(lr, weight_decay)
+        check_betas(betas)
+        check_option(eps >= 0, f"eps={eps}: must not be negative")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    def make_state(self, param_group: dict[str, Any], group: FlatGroup) -> FusedState:
+        """First and second moments and a step count for each parameter."""
+        return FusedState(self, param_group, group, ADAM_BUFFERS, {"step": 0.0})
+
+    def run(
+        self,
+        state: FusedState,
+        grad_sum: Tensor,
+        divisor: float,
+        positions: list[int],
+        ahead: native.Ahead | None = None,
+    ) -> None:
+        """One pass over weights, gradients and both moments."""
+        adam_pass(state, grad_sum, divisor, positions, ahead)
+
+
+class NAdam(FusedOptimizer):
+    """``torch.optim.NAdam(decoupled_weight_decay=True)`` as one native pass: AdamW's, with Nesterov's share of the
+    gradient itself in the step; see :class:`AdamW`.
+
+    Args:
+        params: parameters or groups, as for ``torch.optim.NAdam``.
+        lr, betas, eps, weight_decay, momentum_decay, maximize: as there.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_decay: float = 4e-3,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        check_rates(lr, weight_decay)
+        check_betas(betas)
+        check_option(eps >= 0, f"eps={eps}: must not be negative")
+        check_option(momentum_decay >= 0, f"momentum_decay={momentum_decay}: must not be negative")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def make_state(self, param_group: dict[str, Any], group: FlatGroup) -> FusedState:
+        """AdamW's, and for each parameter the product of the momenta of its updates."""
+        return FusedState(self, param_group, group, ADAM_BUFFERS, {"step": 0.0, "mu_product": 1.0})
+
+    def merge_options(self, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """As for all; of torch's NAdam only the one with decoupled weight decay is this one.
+
+        Raises:
+            ValueError: it has weight decay of the other kind.
+        """
+        if saved["weight_decay"] != 0 and not saved.get("decoupled_weight_decay", True):
+            raise ValueError(
+                "this is a state of torch.optim.NAdam with weight decay added to the gradient, which paci_rt.NAdam "
+                "keeps apart: load one with decoupled_weight_decay=True or weight_decay=0"
+            )
+        return super().merge_options(own, saved)
+
+    def run(
+        self,
+        state: FusedState,
+        grad_sum: Tensor,
+        divisor: float,
+        positions: list[int],
+        ahead: native.Ahead | None = None,
+    ) -> None:
+        """One pass over weights, gradients and both moments."""
+        repeats = 1 if ahead is None else ahead.repeats
+        products = state.numbers["mu_product"][positions]
+        updates = state.updates()
+        sizes: list[list[tuple[float, float]]] = []
+        for number in range(1, repeats + 1):
+            products, one_each = _nadam_sizes(products, [updates[i] + number for i in positions], state.param_group)
+            sizes.append(one_each)
+        by_piece = [pair for piece in zip(*sizes, strict=True) for pair in piece]
+        adam_pass(state, grad_sum, divisor, positions, ahead, by_piece)
+        if ahead is None:
+            state.numbers["mu_product"][positions] = products
+
+
+def _nadam_sizes(
+    products: Tensor, steps: Sequence[int], options: dict[str, Any]
+) -> tuple[Tensor, list[tuple[float, float]]]:
+    """Products of the momenta up to ``steps``, from those before, and what moments and gradients are multiplied by.
+
+    The momenta are computed one by one in double precision and the products in fp32, as torch does: both are the same
+    wherever a parameter stands.
+    """
+    lr, beta1, decay = float(options["lr"]), float(options["betas"][0]), float(options["momentum_decay"])
+
+    def momentum(step: int) -> float:
+        return float(beta1 * (1.0 - 0.5 * 0.96 ** (step * decay)))
+
+    now = [momentum(step) for step in steps]
+    products = products * torch.tensor(now)
+    sizes = []
+    for step, mu, product in zip(steps, now, products.tolist(), strict=True):
+        following = momentum(step + 1)
+        sizes.append((lr * following / (1.0 - product * following), lr * (1.0 - mu) / (1.0 - product)))
+    return products, sizes

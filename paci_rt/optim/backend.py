@@ -1,0 +1,44 @@
+"""The one switch between CPU and GPU: where a stage may run, and what sums and orders its gradients and updates."""
+
+from __future__ import annotations
+
+import torch
+
+from paci_rt import native
+from paci_rt.optim.accumulator import GradAccumulator
+from paci_rt.optim.flat import FlatGroup
+
+
+def make_accumulator(group: FlatGroup, buffers: int) -> GradAccumulator:
+    """The accumulator that fits the device of a group.
+
+    Raises:
+        TritonMissingError: the group is on a GPU, and Triton is not installed or too old.
+    """
+    if not group.uses_kernels:
+        return GradAccumulator(group, buffers=buffers)
+    from paci_rt.optim.accumulator_triton import KernelAccumulator
+
+    return KernelAccumulator(group, buffers=buffers)
+
+
+def usable(device: torch.device) -> torch.device:
+    """A device that stages can run on, with its number.
+
+    Raises:
+        ValueError: it is another kind of device, or CUDA is not there, or the native core was built without it.
+        TritonMissingError: a CUDA device, and Triton is missing or too old.
+    """
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ValueError(f"device is {str(device)!r}: stages run on 'cpu' or on a CUDA device")
+    if not torch.cuda.is_available():
+        built = "sees no GPU" if torch.version.cuda else "is a CPU build"
+        raise ValueError(
+            f"device is {str(device)!r}, and torch {torch.__version__} {built}: paci-rt doctor tells what is missing"
+        )
+    native.device_code(device, "the stage")
+    import paci_rt.kernels  # noqa: F401  what is missing should show now and not in the first backward
+
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

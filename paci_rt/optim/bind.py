@@ -1,0 +1,275 @@
+"""Every optimizer that a stage can have, and how it is bound to the stage's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paci_rt.errors import OptimizerOwnedError
+from paci_rt.optim.adam import AdamW, NAdam
+from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer
+from paci_rt.optim.lion import Lion
+from paci_rt.optim.muon import Muon
+from paci_rt.optim.sgd import SGD
+from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer, UpdateStats
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "FusedStageOptimizer",
+    "Lion",
+    "Muon",
+    "NAdam",
+    "StageOptimizer",
+    "UpdateStats",
+    "bind_optimizer",
+]
+
+_GUARD = "_paci_rt_guard"
+
+
+class _GradsOnly(StageOptimizer):
+    """No optimizer: windows end up in ``.grad``, and the user steps."""
+
+    def _apply(self, live: list[int], divisor: int) -> None:
+        for number in live:
+            group, accumulator = self.groups[number], self.accumulators[number]
+            for position in self._touched(number):
+                param = group.params[position]
+                mean = (accumulator.sealed_view(position) / divisor).to(param.dtype)
+                if param.grad is None:
+                    param.grad = mean
+                else:
+                    param.grad.add_(mean)
+        self._publish_all()
+
+    def unbind(self) -> None:
+        pass
+
+
+class FusedStageOptimizer(StageOptimizer):
+    """One of this package's optimizers, which read the sealed buffer themselves."""
+
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        grouped: Sequence[NamedParams],
+        owners: Sequence[dict[str, Any]],
+        frozen: Iterable[Tensor],
+        buffers: int,
+    ) -> None:
+        super().__init__(grouped, frozen, buffers)
+        self.optimizer: FusedOptimizer = optimizer
+        self._states = [optimizer.make_state(owner, group) for owner, group in zip(owners, self.groups, strict=True)]
+        optimizer.fused_states = self._states
+
+    def _apply(self, live: list[int], divisor: int) -> None:
+        touched = {number: self._touched(number) for number in live}
+        for number in live:
+            self._states[number].refresh_masters()
+        try:
+            for bucket in range(1 if self._buckets is None else self._buckets.count):
+                for number, positions in touched.items():
+                    part = positions
+                    if self._buckets is not None:
+                        part = self._buckets.part(bucket, number, positions)
+                    if part:
+                        grad_sum = self.accumulators[number].sealed_flat
+                        self.optimizer.apply(self._states[number], grad_sum, part, divisor)
+                        self._states[number].publish(part)
+                self.order.publish(bucket)
+        except BaseException:
+            self._publish_all()  # nobody may wait for what will not come
+            raise
+        # torch's learning-rate schedulers look at this to warn about a scheduler that steps before the optimizer.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def master(self, number: int) -> Tensor | None:
+        self._states[number].refresh_masters()
+        return self._states[number].master
+
+    def ahead(self, number: int, divisor: float, repeats: int, kept: Tensor | None, *, before: bool) -> list[int]:
+        """Put the weights of flat group ``number`` where its next updates would bring them, by the gradients of the
+        window in the making, or of the one before; see :meth:`paci_rt.optim.fused.FusedOptimizer.ahead`."""
+        self.before_reading()
+        grad_sum, known = self.accumulators[number].sums(before=before)
+        self._states[number].refresh_masters()
+        return self.optimizer.ahead(self._states[number], grad_sum, known, divisor, repeats, kept)
+
+    def _masters_bytes(self) -> int:
+        return sum(state.master.nbytes for state in self._states if state.master is not None)
+
+    def _optimizer_bytes(self) -> int:
+        return sum(state.nbytes for state in self._states)
+
+    def _state_of(self, number: int, position: int) -> dict[str, Any]:
+        state = self._states[number]
+        return state.views(position) if state.has_state(position) else {}
+
+    def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
+        self._states[number].adopt(position, entry)
+
+    def unbind(self) -> None:
+        self.optimizer.fused_states = []
+
+
+class _AnyTorch(StageOptimizer):
+    """Any ``torch.optim`` optimizer: it sees ``.grad`` and steps in place while version counters stand still."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, grouped: Sequence[NamedParams], frozen: Iterable[Tensor], buffers: int
+    ) -> None:
+        super().__init__(grouped, frozen, buffers)
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self._params = tuple(param for group in self.groups for param in group.params)
+        self._stepping = False
+        # A binding made earlier gives way: its flat buffer is left behind, so its next update raises StageError.
+        earlier = getattr(optimizer, _GUARD, None)
+        if earlier is not None:
+            earlier.remove()
+        self._guard = optimizer.register_step_pre_hook(self._refuse_foreign_step)
+        setattr(optimizer, _GUARD, self._guard)
+
+    def _refuse_foreign_step(self, *_: Any) -> None:
+        if not self._stepping:
+            raise OptimizerOwnedError(OWNED_MESSAGE)
+
+    def _apply(self, live: list[int], divisor: int) -> None:
+        for param in self._params:
+            param.grad = None
+        for number in live:
+            group, accumulator = self.groups[number], self.accumulators[number]
+            if divisor != 1:
+                accumulator.sealed_flat.div_(divisor)
+            for position in self._touched(number):
+                param = group.params[position]
+                param.grad = accumulator.sealed_view(position).to(param.dtype)
+        self._stepping = True
+        try:
+            # Backwards of micro-batches still in flight must accept these weights; the schedule bounds their drift.
+            with ExitStack() as stack:
+                for param in self._params:  # all in one call only since torch 2.7
+                    stack.enter_context(torch.autograd._unsafe_preserve_version_counter(param))
+                self.optimizer.step()
+        finally:
+            self._stepping = False
+            for param in self._params:
+                param.grad = None
+            self._publish_all()
+
+    def _optimizer_bytes(self) -> int:
+        values = (value for param in self._params for value in self.optimizer.state.get(param, {}).values())
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+    def _state_of(self, number: int, position: int) -> dict[str, Any]:
+        return dict(self.optimizer.state.get(self.groups[number].params[position], {}))
+
+    def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
+        param = self.groups[number].params[position]
+        if not entry:
+            self.optimizer.state.pop(param, None)
+            return
+        options = next(one for one in self.optimizer.param_groups if any(member is param for member in one["params"]))
+        self.optimizer.state[param] = {key: _placed(key, value, param, options) for key, value in entry.items()}
+
+    def unbind(self) -> None:
+        self._guard.remove()
+
+
+def _placed(key: str, value: Any, param: Tensor, options: Mapping[str, Any]) -> Any:
+    """A copy of one entry of a torch optimizer's state where that optimizer has it: with its parameter, but for the
+    step count, which is on the CPU unless the kernels read it."""
+    if not isinstance(value, Tensor):
+        return value
+    if key == "step" and not options.get("capturable") and not options.get("fused"):
+        return value.clone()
+    return value.to(param.device, copy=True)
+
+
+def bind_optimizer(
+    optimizer: torch.optim.Optimizer | None,
+    named_params: Mapping[str, nn.Parameter],
+    *,
+    buffers: int = 1,
+    asynchronous: bool = True,
+    ignored: Collection[nn.Parameter] = (),
+) -> StageOptimizer:
+    """Flatten a stage's trainable parameters and put an optimizer over them.
+
+    Args:
+        optimizer: one of this package's, any of ``torch.optim``, or None (flush schedules only), where every window
+            leaves its mean gradient in ``.grad``.
+        named_params: the stage's parameters by name; those that need no gradient are left alone.
+        buffers: accumulator buffers, 1 or 2.
+        asynchronous: whether the schedule updates without a flush.
+        ignored: parameters that the optimizer may list although the stage never updates them, such as a tied
+            weight that follows another stage.
+
+    Raises:
+        ValueError: the optimizer and the stage have different parameters, or there is none under an asynchronous
+            schedule.
+
+    An optimizer that was bound before, by a schedule that is no longer used, is taken over with its state.
+    """
+    trainable = {name: param for name, param in named_params.items() if param.requires_grad}
+    frozen = [param for param in named_params.values() if not param.requires_grad]
+    if optimizer is None:
+        if asynchronous:
+            raise ValueError(
+                "an asynchronous schedule updates its stages itself and needs an optimizer: pass optimizer=..., for "
+                "example paci_rt.AdamW(stage.parameters(), lr=3e-4)"
+            )
+        return _GradsOnly(_by_dtype(list(trainable.items())), frozen, buffers)
+    _check_same_params(optimizer, trainable, [*frozen, *ignored])
+    names = {id(param): name for name, param in trainable.items()}
+    grouped: list[NamedParams] = []
+    owners: list[dict[str, Any]] = []
+    for param_group in optimizer.param_groups:
+        members = [(names[id(param)], param) for param in param_group["params"] if id(param) in names]
+        for named in _by_dtype(members):
+            grouped.append(named)
+            owners.append(param_group)
+    if isinstance(optimizer, FusedOptimizer):
+        return FusedStageOptimizer(optimizer, grouped, owners, frozen, buffers)
+    return _AnyTorch(optimizer, grouped, frozen, buffers)
+
+
+def _by_dtype(named: NamedParams) -> list[NamedParams]:
+    """Split by dtype and device, keeping the order."""
+    parts: dict[tuple[torch.dtype, torch.device], NamedParams] = {}
+    for name, param in named:
+        parts.setdefault((param.dtype, param.device), []).append((name, param))
+    return list(parts.values())
+
+
+def _check_same_params(
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], tolerated: Collection[nn.Parameter]
+) -> None:
+    listed = [param for group in optimizer.param_groups for param in group["params"]]
+    ours, allowed = {id(param) for param in trainable.values()}, {id(param) for param in tolerated}
+    foreign = [
+        f"group {number} parameter {position} of shape {tuple(param.shape)}"
+        for number, group in enumerate(optimizer.param_groups)
+        for position, param in enumerate(group["params"])
+        if id(param) not in ours and id(param) not in allowed
+    ]
+    if foreign:
+        raise ValueError(
+            f"the optimizer holds parameters that are not in this stage: {_few(foreign)}; construct it from this "
+            "stage's parameters, stage.parameters()"
+        )
+    ids = {id(param) for param in listed}
+    missing = [name for name, param in trainable.items() if id(param) not in ids]
+    if missing:
+        raise ValueError(
+            f"the optimizer misses trainable parameters of this stage: {_few(missing)}; add them, or freeze them with "
+            "requires_grad_(False)"
+        )
+
+
+def _few(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

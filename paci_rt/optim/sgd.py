@@ -1,0 +1,91 @@
+"""SGD and Lion as one native pass over flat parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from paci_rt import native
+from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.fused import FusedOptimizer, FusedState, check_option, check_rates
+from paci_rt.optim.steps_native import flat_arguments
+
+
+class SGD(FusedOptimizer):
+    """``torch.optim.SGD`` as one native pass over flat parameters; see :class:`paci_rt.AdamW`.
+
+    Args:
+        params: parameters or groups, as for ``torch.optim.SGD``.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as there.
+
+    Raises:
+        ValueError: a value is out of range, or Nesterov momentum without momentum or with dampening.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        check_rates(lr, weight_decay)
+        check_option(momentum >= 0, f"momentum={momentum}: must not be negative")
+        check_option(
+            not nesterov or (momentum > 0 and dampening == 0),
+            f"nesterov=True needs momentum above 0 and dampening 0, got momentum={momentum}, dampening={dampening}",
+        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def make_state(self, param_group: dict[str, Any], group: FlatGroup) -> FusedState:
+        """A momentum buffer, or nothing where the group has no momentum."""
+        names = ("momentum_buffer",) if float(param_group["momentum"]) != 0 else ()
+        return FusedState(self, param_group, group, names)
+
+    def run(
+        self,
+        state: FusedState,
+        grad_sum: Tensor,
+        divisor: float,
+        positions: list[int],
+        ahead: native.Ahead | None = None,
+    ) -> None:
+        """One pass over weights, gradients and the momentum buffer, which the first update of a parameter sets.
+
+        Raises:
+            ValueError: there is momentum, but there was none when the schedule took the optimizer.
+        """
+        options = state.param_group
+        momentum = float(options["momentum"])
+        if momentum != 0 and "momentum_buffer" not in state.flat:
+            raise ValueError(
+                "the momentum of a parameter group became non-zero after the optimizer was given to a schedule: "
+                "construct SGD with momentum above 0"
+            )
+        if state.group.uses_kernels:
+            from paci_rt.optim import steps_triton
+
+            steps_triton.sgd(state, grad_sum, divisor, positions, ahead)
+            return
+        native.sgd_step(
+            **flat_arguments(state, grad_sum, divisor, positions),
+            momentum_buffer=state.flat.get("momentum_buffer"),
+            momentum=momentum,
+            dampening=float(options["dampening"]),
+            nesterov=bool(options["nesterov"]),
+            ahead=ahead,
+        )

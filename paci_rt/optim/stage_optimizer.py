@@ -1,0 +1,256 @@
+"""An optimizer as a stage drives it: gradients go in one by one, whole windows come out as updates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paci_rt.optim.accumulator import GradAccumulator
+from paci_rt.optim.backend import make_accumulator
+from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.update_stream import Buckets, update_order
+
+
+class GradSink(ABC):
+    """What a stage hands its gradients to, and asks before it reads its weights."""
+
+    @abstractmethod
+    def place(self, param: nn.Parameter) -> tuple[GradAccumulator, int]:
+        """The accumulator of a parameter's gradient, and its position there.
+
+        Raises:
+            ValueError: it has none.
+        """
+
+    def accumulate(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Add one gradient to the window's sum.
+
+        Raises:
+            ValueError: the parameter has no accumulator, or the gradient is sparse, of a wrong shape or dtype.
+        """
+        accumulator, position = self.place(param)
+        accumulator.add(position, grad)
+
+    def accumulate_product(self, weight: nn.Parameter, left: Tensor, right: Tensor, bias: nn.Parameter | None) -> None:
+        """Add ``left @ right`` to the window's sum of ``weight``, and the row sums of ``left`` to that of ``bias``."""
+        accumulator, position = self.place(weight)
+        accumulator.add_product(position, left, right, None if bias is None else self.place(bias))
+
+    @abstractmethod
+    def flush(self) -> None:
+        """A backward, or half of one, is over: issue what was put off in it."""
+
+    @abstractmethod
+    def before_layer(self, param: nn.Parameter) -> None:
+        """A layer is about to read its weight ``param``."""
+
+    @abstractmethod
+    def set_layer_order(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Parameters of the layers that say so before they read them, in the order in which a forward does."""
+
+
+NamedParams = list[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStats:
+    """What an update saw. On a GPU these are fp64 tensors of one element, whose values nobody has waited for yet.
+
+    Attributes:
+        grad_norm: 2-norm of this stage's mean gradient.
+        nonfinite: infinite and NaN elements in it.
+    """
+
+    grad_norm: float | Tensor
+    nonfinite: int | Tensor
+
+
+class StageOptimizer(GradSink):
+    """An optimizer tied to one stage's flat parameters and accumulators. Made by :func:`bind_optimizer`.
+
+    Attributes:
+        groups: flat groups, one for each optimizer group and dtype.
+        accumulators: one for each of them.
+        optimizer: the user's optimizer, None without one.
+    """
+
+    optimizer: torch.optim.Optimizer | None = None
+
+    def __init__(self, grouped: Sequence[NamedParams], frozen: Iterable[Tensor], buffers: int) -> None:
+        self.groups = [FlatGroup(named) for named in grouped]
+        self.accumulators = [make_accumulator(group, buffers) for group in self.groups]
+        self._frozen_bytes = sum(tensor.nbytes for tensor in frozen)
+        self._home = {
+            id(param): (number, position)
+            for number, group in enumerate(self.groups)
+            for position, param in enumerate(group.params)
+        }
+        self.order = update_order(self.groups[0].device if self.groups else None)
+        self._buckets: Buckets | None = None
+
+    def compute_products_by(self, wgrad: Callable[..., None] | None) -> None:
+        """What weight gradients are computed by on a GPU; None is the default route."""
+        if wgrad is not None:
+            for accumulator in self.accumulators:
+                accumulator.product_by = wgrad
+
+    def place(self, param: nn.Parameter) -> tuple[GradAccumulator, int]:
+        home = self._home.get(id(param))
+        if home is None:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is not among the {len(self._home)} that this stage's "
+                "optimizer was bound to"
+            )
+        return self.accumulators[home[0]], home[1]
+
+    def flush(self) -> None:
+        for accumulator in self.accumulators:
+            accumulator.flush()
+
+    # --- what a forward or backward has to wait for; nothing on the CPU ---
+
+    def set_layer_order(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Update in parts from now on, in this order of layers, which wait for their own part; without any, a forward
+        waits for the whole update."""
+        if not self.order.in_parts:
+            return
+        self._buckets = Buckets(self._home, layers, len(self.groups)) if layers else None
+        self.order.set_buckets(1 if self._buckets is None else self._buckets.count)
+
+    def before_forward(self, *, whole: bool = False) -> None:
+        """A forward is about to run; ``whole``: it reads weights in another way than by its layers."""
+        if whole or self._buckets is None:
+            self.order.wait_all()
+        else:
+            self.order.wait(0)
+
+    def before_layer(self, param: nn.Parameter) -> None:
+        if self._buckets is not None:
+            self.order.wait(self._buckets.of_param.get(id(param), 0))
+
+    def before_reading(self) -> None:
+        """Something is about to run that reads any weight, or optimizer state."""
+        self.order.wait_all()
+
+    def update(self, divisor: int, prepare: Callable[[], None] = lambda: None) -> UpdateStats:
+        """End the window: seal the sums, apply ``sum / divisor``, and leave the accumulators empty.
+
+        Parameters without a gradient in the window are left alone, as torch does with a ``grad`` of None.
+
+        Args:
+            divisor: what the sums are divided by.
+            prepare: called before any weight is written, where it may write them too.
+
+        Raises:
+            ValueError: ``divisor`` is below 1.
+            StageError: a parameter was moved off its flat buffer.
+        """
+        if divisor < 1:
+            raise ValueError(f"divisor={divisor}: gradients are divided by a number of micro-batches, at least 1")
+        for group in self.groups:
+            group.check_views()
+        live = [number for number, accumulator in enumerate(self.accumulators) if accumulator.state == "filling"]
+        for number in live:
+            self.accumulators[number].seal()
+        squares, nonfinite = 0.0, 0
+        for number in live:
+            square, count = self.accumulators[number].measured()
+            squares, nonfinite = squares + square, nonfinite + count
+        with self.order.updating():
+            prepare()
+            for number in live:
+                self.accumulators[number].consume()
+            try:
+                self._apply(live, divisor)
+            finally:
+                for number in live:
+                    self.accumulators[number].release()
+        return UpdateStats(grad_norm=squares**0.5 / divisor, nonfinite=nonfinite)
+
+    def _publish_all(self) -> None:
+        for bucket in range(1 if self._buckets is None else self._buckets.count):
+            self.order.publish(bucket)
+
+    def _touched(self, number: int) -> list[int]:
+        """Positions in flat group ``number`` that got a gradient in the window being consumed."""
+        return [position for position, touched in enumerate(self.accumulators[number].touched) if touched]
+
+    @abstractmethod
+    def _apply(self, live: list[int], divisor: int) -> None:
+        """Update from the accumulators numbered ``live``, which are being consumed, and publish every bucket."""
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes held for this stage: ``weights`` (frozen ones included), ``masters``, ``optimizer``,
+        ``accumulators``; padding included."""
+        return {
+            "weights": sum(group.weight.nbytes for group in self.groups) + self._frozen_bytes,
+            "masters": self._masters_bytes(),
+            "optimizer": self._optimizer_bytes(),
+            "accumulators": sum(accumulator.nbytes for accumulator in self.accumulators),
+        }
+
+    def _masters_bytes(self) -> int:
+        return 0
+
+    def _optimizer_bytes(self) -> int:
+        return 0
+
+    def state_by_name(self, *, copy: bool = True) -> dict[str, dict[str, Any]]:
+        """Optimizer state of every trainable parameter, keyed by its name; ``{}`` where it has none yet.
+
+        Args:
+            copy: return copies; False returns the tensors that the next update changes.
+        """
+        return {
+            name: {
+                key: value.clone() if copy and isinstance(value, Tensor) else value
+                for key, value in self._state_of(number, position).items()
+            }
+            for number, group in enumerate(self.groups)
+            for position, name in enumerate(group.names)
+        }
+
+    def load_state_by_name(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what :meth:`state_by_name` returned, perhaps from a stage cut differently.
+
+        Raises:
+            ValueError: names are missing or unexpected, or an entry does not fit the optimizer.
+        """
+        known = {name for group in self.groups for name in group.names}
+        missing, unexpected = sorted(known - states.keys()), sorted(states.keys() - known)
+        if missing or unexpected:
+            parts = [f"missing {', '.join(missing)}"] if missing else []
+            parts += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
+            raise ValueError(f"optimizer state does not fit this stage's parameters: {'; '.join(parts)}")
+        for number, group in enumerate(self.groups):
+            for position, name in enumerate(group.names):
+                self._load_state_of(number, position, dict(states[name]))
+
+    def state_views(self, number: int, position: int) -> dict[str, Any]:
+        """State of the parameter at ``position`` of flat group ``number``, as the tensors that the next update
+        changes; ``{}`` before its first update."""
+        return self._state_of(number, position)
+
+    def master(self, number: int) -> Tensor | None:
+        """Flat fp32 weights behind flat group ``number``, None where the parameters are all there is."""
+        return None
+
+    def _state_of(self, number: int, position: int) -> dict[str, Any]:
+        return {}
+
+    def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
+        if entry:
+            raise ValueError(
+                f"optimizer state for {self.groups[number].names[position]!r} was given, but the schedule has no "
+                "optimizer: load it into your own"
+            )
+
+    @abstractmethod
+    def unbind(self) -> None:
+        """Give the optimizer back to the user. Parameters stay views of their flat buffer, which does no harm."""

@@ -1,0 +1,22 @@
+"""From a profile to partition, accumulation, slack and schedule. No torch."""
+
+from __future__ import annotations
+
+from paci_rt.planner.candidate import Candidate, Prediction
+from paci_rt.planner.choose import AS_FAST, Plan, plan
+from paci_rt.planner.profile import BlockProfile, Profile, load_profile, parse_profile
+from paci_rt.planner.stage_costs import stage_costs, step_costs
+
+__all__ = [
+    "AS_FAST",
+    "BlockProfile",
+    "Candidate",
+    "Plan",
+    "Prediction",
+    "Profile",
+    "load_profile",
+    "parse_profile",
+    "plan",
+    "stage_costs",
+    "step_costs",
+]

@@ -1,0 +1,117 @@
+"""What the planner chooses among: limits, predictions and candidates."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from paci_rt import schedules
+from paci_rt.schedules import Shape, Slack, StepCosts, policies
+from paci_rt.schedules.slack import slack_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a plan must keep to; infinite or None where there is no limit.
+
+    Attributes:
+        memory_bytes: by device.
+        drift, delay: largest that any micro-batch may have, in updates (see ``paci_rt.schedules.policies``).
+        bare_delay: in place of ``delay`` where early forwards do not look ahead.
+    """
+
+    memory_bytes: tuple[float, ...]
+    drift: int | None = None
+    delay: int | None = None
+    bare_delay: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the simulator says, in the steady state.
+
+    Attributes:
+        micro_batches_per_s: throughput.
+        utilization: mean share of time that devices are busy.
+        peak_memory_bytes: weights, optimizer state, accumulator, weight versions, activations and stashes, by device.
+        drift, delay: largest of any micro-batch, in updates.
+    """
+
+    micro_batches_per_s: float
+    utilization: float
+    peak_memory_bytes: tuple[int, ...]
+    drift: int
+    delay: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run the model.
+
+    Attributes:
+        schedule, policy: names. accumulation: micro-batches an update. slack, chunks: as in ``schedules.Shape``.
+        lookahead: early forwards look ahead (``paci_rt.weights.lookahead``).
+        partition: middle blocks of each stage, None where no cut keeps the limits.
+        step_costs: what a searched schedule was fitted to, in seconds; None for the others.
+        predicted: None where it was not simulated.
+        rejected: which limit it breaks and by how much, or why it cannot be; None where it fits.
+        needs_bytes: where memory is what it breaks: the smallest limit for every device that it could do with, in
+            bytes, if all limits were raised in proportion: that of the device named in ``rejected``.
+        severity: how far it is from fitting, for sorting.
+    """
+
+    schedule: str
+    policy: str
+    accumulation: int
+    lookahead: bool = False
+    slack: Slack = 0
+    chunks: int = 1
+    partition: tuple[int, ...] | None = None
+    step_costs: StepCosts | None = None
+    predicted: Prediction | None = None
+    rejected: str | None = None
+    needs_bytes: float | None = None
+    severity: tuple[int, float] = (0, 0.0)
+
+    def shape(self, ranks: int) -> Shape:
+        """Its integers on ``ranks`` devices."""
+        costs = self.step_costs or StepCosts()
+        return Shape(
+            num_stages=ranks * self.chunks,
+            accumulation=self.accumulation,
+            slack=self.slack,
+            chunks=self.chunks,
+            costs=costs,
+        )
+
+    def recomputing(self, ranks: int) -> tuple[bool, ...]:
+        """Which of its stages run their forwards twice."""
+        family, shape = schedules.get(self.schedule), self.shape(ranks)
+        by_rank = [policies.recomputes(self.policy, family, shape, rank) for rank in range(ranks)]
+        return tuple(by_rank[shape.rank_of(stage)] for stage in range(shape.num_stages))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        values = asdict(self)
+        del values["severity"]
+        if self.step_costs is not None:
+            names = ("forward_s", "input_grad_s", "weight_grad_s", "hop_s", "stash_share")
+            values["step_costs"] = dict(zip(names, self.step_costs, strict=True))
+        return values
+
+    @property
+    def label(self) -> str:
+        """The options that make it, in words."""
+        parts = [f"{self.schedule} with accumulation {self.accumulation}", f"policy {self.policy}"]
+        parts += ["look-ahead"] if self.lookahead else []
+        parts += [f"slack {slack_text(self.slack)}"] if self.slack else []
+        parts += [f"{self.chunks} chunks"] if self.chunks > 1 else []
+        return ", ".join(parts)
+
+
+MEMORY, VERSIONS, SHAPE = 1, 2, 3  # severities
+
+
+def mib(value_bytes: float) -> str:
+    """``1,234.5 MiB``."""
+    return f"{value_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,307 @@
+"""From a profile to a plan: where to cut the model, how many micro-batches make an update, which schedule to run.
+
+Every combination of schedule, policy, accumulation and chunks is a candidate, with no slack and, where messages take
+time, with as much by stage as hides some or all of it (:mod:`paci_rt.schedules.slack`). For each, an exact dynamic
+program (:mod:`paci_rt.planner.partition`) cuts the model such that the dearest stage is as quick as can be within the
+memory of each device; the simulator then says how fast the pipeline would run. Candidates that break a limit come back
+with the reason. Memory counts what a stage keeps: weights, optimizer state, one accumulator, further weight versions,
+activations in flight and stashes. The workspace of a kernel and the process itself come on top.
+
+Searched schedules (``zb-1p``, ``zb-2p``) are fitted to the stages of the partition, see
+:func:`paci_rt.planner.stage_costs.step_costs`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from paci_rt import schedules as families
+from paci_rt.planner.candidate import MEMORY, Candidate, Limits, Prediction, mib
+from paci_rt.planner.evaluate import Evaluator
+from paci_rt.planner.profile import BlockProfile, Profile, load_profile, parse_profile
+from paci_rt.planner.stage_costs import device_speeds_of, stage_costs, step_costs
+from paci_rt.schedules import policies as consistency
+from paci_rt.schedules.slack import check_slack, slack_by_stage
+
+__all__ = [
+    "BlockProfile",
+    "Candidate",
+    "Plan",
+    "Prediction",
+    "Profile",
+    "load_profile",
+    "parse_profile",
+    "plan",
+    "stage_costs",
+    "step_costs",
+]
+
+MEASURED = "measured"
+MEASURED_DELAY_LIMITS = {True: 1, False: 0}
+"""Delay, in updates, up to which an asynchronous update is worth nearly as much as a synchronous one, with look-ahead
+and without: ``docs/convergence.md``. One update takes at least P - 1 micro-batches (and the slack)."""
+
+AS_FAST = 0.01
+"""Throughputs within this share of the best count as equal: a simulation is no more exact than that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to run, and what else there was.
+
+    Attributes:
+        candidates: the plan itself first, then all others that were simulated and fit, fastest first, then those that
+            break a limit, the nearest miss first. Left out are those that, by :meth:`Evaluator.at_most`, cannot come
+            near a simulated one of the same schedule and policy.
+        limits, device_speeds: what was asked for, by device.
+        without_slack: the plan on the same stages in the strict order, for what its slack gives and takes; None where
+            it has none.
+    """
+
+    candidates: tuple[Candidate, ...]
+    limits: Limits
+    device_speeds: tuple[float, ...]
+    without_slack: Candidate | None = None
+
+    @property
+    def chosen(self) -> Candidate:
+        """The plan."""
+        return self.candidates[0]
+
+    def best_of_each(self) -> list[Candidate]:
+        """One candidate a schedule, in order: the best that fits, else the nearest miss."""
+        found: dict[str, Candidate] = {}
+        for one in self.candidates:
+            found.setdefault(one.schedule, one)
+        return list(found.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Keys ``partition accumulation slack predicted schedule policy chunks step_costs without_slack runners_up``;
+        ``without_slack`` is what was predicted for the strict order on the same stages, None where that is the plan."""
+        chosen = self.chosen.to_json()
+        del chosen["rejected"], chosen["needs_bytes"]
+        strict = None if self.without_slack is None else self.without_slack.to_json()["predicted"]
+        return {**chosen, "without_slack": strict, "runners_up": [one.to_json() for one in self.candidates[1:]]}
+
+
+def plan(
+    profile: Profile,
+    *,
+    stages: int,
+    accumulations: Sequence[int],
+    memory_limit_bytes: float | Sequence[float] | None = None,
+    drift_limit: int | None = None,
+    delay_limit: int | str | None = MEASURED,
+    lookahead: bool | None = None,
+    device_speeds: Sequence[float] | None = None,
+    schedules: Sequence[str] | None = None,
+    policies: Sequence[str] | None = None,
+    slack: families.Slack | Sequence[int] | str = families.AUTO,
+    chunks: Sequence[int] = (2,),
+) -> Plan:
+    """Choose partition, schedule, policy, accumulation and slack for the highest throughput within the limits.
+
+    Among candidates within ``AS_FAST`` of the fastest, the one that needs the least memory is taken; of those the one
+    with the least delay, then the least drift, then the fewest micro-batches an update, then the least slack.
+
+    Args:
+        profile: its micro-batch is the plan's.
+        stages: devices, one process each.
+        accumulations: micro-batches an update, to choose from.
+        memory_limit_bytes: of every device, or of each.
+        drift_limit, delay_limit: largest allowed, in updates; None is no limit. ``"measured"`` is the delay up to which
+            updates are known to be worth their time (MEASURED_DELAY_LIMITS): 1 with look-ahead, 0 without.
+        lookahead: whether early forwards look ahead, for schedules and policies that can; None as the schedule does.
+        device_speeds: of each device, 1 being the one that was profiled.
+        schedules, policies: names to choose from; all by default.
+        slack: of schedules that take any: ``"auto"`` chooses, a number or one a stage is what they get.
+        chunks: stages a device to choose from, for schedules that take chunks.
+
+    Raises:
+        ValueError: a value that cannot be; or nothing fits, then with the least memory that any candidate needs.
+    """
+    _check_choices(profile, stages, accumulations, chunks)
+    given = None if slack == families.AUTO else check_slack(slack, stages)
+    delay_limits = _delay_limits(delay_limit)
+    if drift_limit is not None and drift_limit < 0:
+        raise ValueError(f"drift limit is {drift_limit}: give a number of updates, at least 0")
+    speeds = device_speeds_of(device_speeds, stages)
+    limits = Limits(
+        memory_bytes=_memory_limits(memory_limit_bytes, stages),
+        drift=drift_limit,
+        delay=delay_limits[True],
+        bare_delay=delay_limits[False],
+    )
+    evaluator = Evaluator(profile=profile, speeds=speeds, limits=limits)
+    fitting, rejected = [], []
+    for group in _groups(schedules, policies, accumulations, given, chunks, lookahead):
+        fit, misses = _evaluate(group, evaluator, choose_slack=given is None)
+        fitting += fit
+        rejected += misses
+    if not fitting:
+        raise ValueError(_nothing_fits(rejected))
+    rejected.sort(key=lambda one: one.severity)
+    ranked = _ranked(fitting)
+    strict = None
+    if ranked[0].slack:
+        family = families.get(ranked[0].schedule)
+        strict = evaluator.simulate(replace(ranked[0], slack=0, predicted=None), family)
+    return Plan(candidates=(*ranked, *rejected), limits=limits, device_speeds=speeds, without_slack=strict)
+
+
+def _delay_limits(limit: int | str | None) -> dict[bool, int | None]:
+    """With look-ahead and without."""
+    if limit == MEASURED:
+        return dict(MEASURED_DELAY_LIMITS)
+    if isinstance(limit, str) or (limit is not None and limit < 0):
+        raise ValueError(f"delay limit is {limit!r}: give a number of updates, at least 0, or {MEASURED!r}")
+    return {True: limit, False: limit}
+
+
+def _check_choices(profile: Profile, stages: int, accumulations: Sequence[int], chunks: Sequence[int]) -> None:
+    for name, values, least in (
+        ("stages", (stages,), 1),
+        ("accumulation", accumulations, 1),
+        ("chunks", chunks, 1),
+    ):
+        if not values:
+            raise ValueError(f"no {name} to choose from: give at least one")
+        for value in values:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}: give an integer of at least {least}")
+    if stages > profile.middle:
+        raise ValueError(
+            f"{stages} stages, but there are only {profile.middle} blocks to cut between; ask for at most "
+            f"{profile.middle} stages"
+        )
+    if not any(block.compute_s for block in profile.blocks):
+        raise ValueError("no block of the profile takes any time, so there is nothing to plan for: measure anew")
+
+
+def _memory_limits(limits: float | Sequence[float] | None, stages: int) -> tuple[float, ...]:
+    if limits is None:
+        return (math.inf,) * stages
+    values = tuple(map(float, limits)) if isinstance(limits, Sequence) else (float(limits),)
+    if len(values) not in (1, stages):
+        raise ValueError(f"{len(values)} memory limits for {stages} stages: give one for all devices, or one for each")
+    for value in values:
+        if not value > 0:
+            raise ValueError(f"memory limit is {value:g} bytes: give more than 0")
+    return values * stages if len(values) == 1 else values
+
+
+def _groups(
+    schedules: Sequence[str] | None,
+    policies: Sequence[str] | None,
+    accumulations: Sequence[int],
+    slack: families.Slack | None,
+    chunks: Sequence[int],
+    lookahead: bool | None,
+) -> Iterator[list[Candidate]]:
+    """Candidates by schedule and policy; each group competes within itself first."""
+    chosen = [families.get(name) for name in (families.FAMILIES if schedules is None else schedules)]
+    for name in policies or ():
+        consistency.resolve(families.get("paci"), families.Shape(num_stages=1, accumulation=1), name)
+    found = False
+    for family in dict.fromkeys(family.name for family in chosen):
+        takes = families.get(family)
+        for policy in takes.policies:
+            if policies is not None and policy not in policies:
+                continue
+            found = True
+            ahead = lookahead is not False and consistency.looks_ahead(takes, policy, None)
+            yield [
+                Candidate(
+                    schedule=family,
+                    policy=policy,
+                    accumulation=count,
+                    lookahead=ahead,
+                    slack=slack if slack is not None and takes.takes_slack else 0,
+                    chunks=pieces,
+                )
+                for count, pieces in itertools.product(
+                    _accumulations(takes, accumulations),
+                    dict.fromkeys(chunks) if takes.takes_chunks else (1,),
+                )
+            ]
+    if not found:
+        raise ValueError(
+            f"none of {', '.join(family.name for family in chosen)} can run under {' or '.join(policies or ())}: "
+            "name other schedules or other policies"
+        )
+
+
+def _accumulations(family: families.ScheduleFamily, accumulations: Sequence[int]) -> list[int]:
+    """Those to choose from; a schedule that updates after every backward only has 1, and keeps one other to say so."""
+    counts = list(dict.fromkeys(accumulations))
+    if family.one_micro_batch_windows:
+        return [1] if 1 in counts else counts[:1]
+    return counts
+
+
+def _evaluate(
+    group: list[Candidate], evaluator: Evaluator, *, choose_slack: bool
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Candidates of one schedule and policy that were simulated and fit, and those that break a limit."""
+    family = families.get(group[0].schedule)
+    prepared = []
+    for one in group:
+        found = choose_slack and family.takes_slack
+        prepared += evaluator.with_slack(one, family) if found else [evaluator.prepare(one, family)]
+    fitting: list[Candidate] = []
+    rejected = [one for one in prepared if one.rejected is not None]
+    bounds = [(evaluator.at_most(one, family), one) for one in prepared if one.rejected is None]
+    best = 0.0
+    for bound, one in sorted(bounds, key=lambda pair: -pair[0]):
+        if bound < (1 - AS_FAST) * best:
+            break
+        simulated = evaluator.simulate(one, family)
+        if simulated.rejected is not None:
+            rejected.append(simulated)
+            continue
+        fitting.append(simulated)
+        assert simulated.predicted is not None
+        best = max(best, simulated.predicted.micro_batches_per_s)
+    return fitting, rejected
+
+
+def _speed(one: Candidate) -> float:
+    assert one.predicted is not None
+    return one.predicted.micro_batches_per_s
+
+
+def _ranked(fitting: list[Candidate]) -> list[Candidate]:
+    """The chosen one, then the others by throughput. Equally fast ones are ordered as :func:`plan` says."""
+
+    def preference(one: Candidate) -> tuple[float, ...]:
+        assert one.predicted is not None
+        found = one.predicted
+        slack = sum(slack_by_stage(one.slack, len(found.peak_memory_bytes)))
+        return max(found.peak_memory_bytes), found.delay, found.drift, one.accumulation, slack
+
+    ranked: list[Candidate] = []
+    left = sorted(fitting, key=lambda one: (-_speed(one), preference(one)))
+    while left:
+        equal = [one for one in left if _speed(one) >= (1 - AS_FAST) * _speed(left[0])]
+        first = min(equal, key=preference)
+        ranked.append(first)
+        left.remove(first)
+    return ranked
+
+
+def _nothing_fits(rejected: list[Candidate]) -> str:
+    """The nearest miss in memory if there is one; else the least drift or delay, or the first reason of all."""
+    nearest = min(rejected, key=lambda one: one.severity)
+    if nearest.severity[0] == MEMORY:
+        assert nearest.needs_bytes is not None
+        return (
+            f"no schedule fits into the memory: the least that any needs is {mib(nearest.needs_bytes)} on the fullest "
+            f"device, by {nearest.label} ({nearest.rejected}); raise the memory limit, use more stages, or profile "
+            "smaller micro-batches"
+        )
+    remedy = "; a higher delay limit, or none, lets it run" if (nearest.rejected or "").startswith("delay") else ""
+    return f"no schedule fits: the nearest is {nearest.label} ({nearest.rejected}){remedy}"

@@ -1,0 +1,252 @@
+"""Ways to run a model: each is cut for its own memory needs, bounded from above, and simulated if that is worth it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from paci_rt.planner.candidate import MEMORY, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
+from paci_rt.planner.memory import Keeps, copies_beside, needs, peak_bytes, what_is_kept
+from paci_rt.planner.partition import Matrix, best_partition
+from paci_rt.planner.profile import Profile
+from paci_rt.planner.stage_costs import Spans, loops, stage_costs, step_costs
+from paci_rt.schedules import ScheduleFamily, Shape, policies
+from paci_rt.schedules.base import check_shape
+from paci_rt.schedules.slack import Loops
+from paci_rt.simulate import Costs, simulate
+
+FITTING_ROUNDS = 3
+
+
+@dataclass(kw_only=True)
+class Evaluator:
+    """Partitions, bounds and simulations of candidates for one profile on given devices.
+
+    Attributes:
+        speeds: of each device, 1 being the one that was profiled.
+        limits: what to keep to.
+    """
+
+    profile: Profile
+    speeds: tuple[float, ...]
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        self._partitions: dict[Any, tuple[int, ...] | None] = {}
+
+    @property
+    def ranks(self) -> int:
+        return len(self.speeds)
+
+    def prepare(self, one: Candidate, family: ScheduleFamily) -> Candidate:
+        """``one`` with its partition, or with the reason why it is rejected.
+
+        A searched schedule gets the partition that no memory limit narrows down: :meth:`simulate` sees to the limits.
+        """
+        shape = one.shape(self.ranks)
+        if shape.num_stages > self.profile.middle:
+            why = f"{one.chunks} chunks on {self.ranks} devices need {shape.num_stages} blocks"
+            return replace(one, rejected=f"{why}, the model has {self.profile.middle}", severity=(SHAPE, 0.0))
+        try:
+            check_shape(family, shape)
+            policies.resolve(family, shape, one.policy)
+        except ValueError as error:
+            return replace(one, rejected=str(error), severity=(SHAPE, 0.0))
+        broken = self._versions_broken(one, family, shape)
+        if broken is not None:
+            return broken
+        if family.takes_costs:
+            return replace(one, partition=self._partition(one, None))
+        keeps = [what_is_kept(self.profile, one, family, shape, rank) for rank in range(self.ranks)]
+        partition = self._partition(one, keeps if one.chunks == 1 else None)
+        return self._too_large(one, keeps) if partition is None else replace(one, partition=partition)
+
+    def with_slack(self, one: Candidate, family: ScheduleFamily) -> list[Candidate]:
+        """``one``, which has no slack, and with as much as may pay: see :meth:`Loops.choices`, and :meth:`prepare`.
+
+        Slack depends on where the model is cut, and where it can be cut on the memory that slack takes, so the choices
+        of a few cuts are collected.
+        """
+        found, cuts = {one.slack: self.prepare(one, family)}, set[tuple[int, ...]]()
+        todo = list(found.values())
+        while todo and len(cuts) < FITTING_ROUNDS:
+            cut = todo.pop(0)
+            if cut.partition is None or cut.partition in cuts:
+                continue  # what does not fit without slack does not with it
+            cuts.add(cut.partition)
+            for slack in self._loops(cut, family).choices():
+                if slack not in found:
+                    found[slack] = self.prepare(replace(one, slack=slack), family)
+                    todo.append(found[slack])
+        return list(found.values())
+
+    def at_most(self, one: Candidate, family: ScheduleFamily) -> float:
+        """Micro-batches a second that ``one`` cannot exceed, whatever the details of its schedule.
+
+        No device works faster than without pauses. A flush adds that a stage has nothing but its W and U to do while
+        the last gradient goes on to the first stage and the next window's first micro-batch comes from there; without
+        flushes neighbours wait for each other's messages.
+        """
+        assert one.partition is not None
+        costs, stages = self._costs(one), self.ranks * one.chunks
+        forward, input_grad, weight_grad, update = (
+            costs.per_stage(name, stages) for name in ("forward_s", "input_grad_s", "weight_grad_s", "update_s")
+        )
+        input_grad = input_grad + np.where(one.recomputing(self.ranks), forward, 0.0)
+        work = forward + input_grad + weight_grad
+        by_rank = [float((one.accumulation * work + update)[rank :: self.ranks].sum()) for rank in range(self.ranks)]
+        window_s = max(by_rank)
+        if family.flush and one.chunks == 1:
+            gone = forward + input_grad + (0.0 if family.split else weight_grad)
+            gap = np.concatenate(([0.0], np.cumsum(gone)[:-1] + update[0]))
+            fillers = update + (one.accumulation * weight_grad if family.split else 0.0)
+            busy = one.accumulation * work + update - fillers
+            window_s = max(window_s, float((busy + np.maximum(fillers, gap)).max()))
+        elif not family.flush:
+            window_s = max(window_s, one.accumulation * self._loops(one, family).period(one.slack))
+        return one.accumulation / window_s if window_s else math.inf
+
+    def simulate(self, one: Candidate, family: ScheduleFamily) -> Candidate:
+        """``one`` with its prediction, or rejected where its peak memory breaks a limit after all."""
+        if family.takes_costs:
+            one = self._fitted(one, family)
+            if one.rejected is not None:
+                return one
+        shape, costs = one.shape(self.ranks), self._costs(one)
+        run = simulate(
+            family, shape, costs, windows=_windows(family, shape), policy=one.policy, lookahead=one.lookahead
+        )
+        weights = costs.per_stage("weight_bytes", shape.num_stages)
+        fixed = 1 + self.profile.state_bytes_per_parameter_byte
+        copies = [fixed + copies_beside(self.profile, one, family, shape, rank) for rank in range(self.ranks)]
+        peak = tuple(
+            math.floor(copies[rank] * float(weights[rank :: self.ranks].sum()) + run.peak_activation_bytes[rank])
+            for rank in range(self.ranks)
+        )
+        found = replace(
+            one,
+            predicted=Prediction(
+                micro_batches_per_s=run.micro_batches_per_s,
+                utilization=run.steady_utilization,
+                peak_memory_bytes=peak,
+                drift=run.max_drift,
+                delay=run.max_delay,
+            ),
+        )
+        over = [need / limit for need, limit in zip(peak, self.limits.memory_bytes, strict=True)]
+        rank = int(np.argmax(over))
+        return found if over[rank] <= 1 else self._over_memory(found, rank, peak[rank])
+
+    def _fitted(self, one: Candidate, family: ScheduleFamily) -> Candidate:
+        """``one`` with a searched schedule that is fitted to its partition, and a partition in which it keeps within
+        the memory: they depend on each other, so a few rounds may pass."""
+        spans = Spans(profile=self.profile, stages=self.ranks)
+        for _ in range(FITTING_ROUNDS):
+            one = replace(one, step_costs=step_costs(self._costs(one), one.recomputing(self.ranks)))
+            shape = one.shape(self.ranks)
+            keeps = [what_is_kept(self.profile, one, family, shape, rank) for rank in range(self.ranks)]
+            assert one.partition is not None
+            needed = needs(spans, keeps, one.partition)
+            if all(need <= limit for need, limit in zip(needed, self.limits.memory_bytes, strict=True)):
+                break
+            partition = self._partition(one, keeps)
+            if partition is None:
+                return self._too_large(one, keeps)
+            if partition == one.partition:
+                break
+            one = replace(one, partition=partition)
+        return one
+
+    # --- where to cut ---
+
+    def _partition(self, one: Candidate, keeps: list[Keeps] | None) -> tuple[int, ...] | None:
+        """The best cut within the memory limits, or without any where ``keeps`` is None. So it is with several chunks a
+        device, since what a stage may take depends on the other stages of its device: their limits are left to the
+        simulation."""
+        if not any(map(math.isfinite, self.limits.memory_bytes)):
+            keeps = None
+        stages, again = self.ranks * one.chunks, one.recomputing(self.ranks)
+        key = (stages, again, None if keeps is None else tuple(keeps))
+        if key not in self._partitions:
+            spans = Spans(profile=self.profile, stages=stages)
+            times = self._time_of(spans, again=again)
+
+            def cost_of(stage: int) -> Matrix:
+                if keeps is None:
+                    return times(stage)
+                fits = peak_bytes(spans, keeps[stage], stage) <= self.limits.memory_bytes[stage]
+                return np.where(fits, times(stage), np.inf)
+
+            self._partitions[key] = best_partition(cost_of, stages, self.profile.middle)
+        return self._partitions[key]
+
+    def _time_of(self, spans: Spans, *, again: tuple[bool, ...]) -> Callable[[int], Matrix]:
+        """Seconds of one micro-batch on each stage, by what it holds; ``again``: whether its forward runs twice."""
+        allowed = spans.allowed()
+
+        def time_of(stage: int) -> Matrix:
+            seconds = spans.total("compute_s", stage)
+            if again[stage]:
+                seconds = seconds + spans.total("forward_s", stage)
+            return np.where(allowed, seconds / self.speeds[stage % self.ranks], np.inf)
+
+        return time_of
+
+    def _loops(self, one: Candidate, family: ScheduleFamily) -> Loops:
+        return loops(self._costs(one), one.recomputing(self.ranks), split=family.split)
+
+    def _costs(self, one: Candidate) -> Costs:
+        assert one.partition is not None
+        return stage_costs(self.profile, one.partition, device_speeds=self.speeds)
+
+    # --- why not ---
+
+    def _versions_broken(self, one: Candidate, family: ScheduleFamily, shape: Shape) -> Candidate | None:
+        found = [policies.bounds(one.policy, family, shape, rank) for rank in range(self.ranks)]
+        for what, values, limit in (
+            ("drift", [drift for drift, _ in found], self.limits.drift),
+            ("delay", [delay for _, delay in found], self.limits.delay if one.lookahead else self.limits.bare_delay),
+        ):
+            if limit is not None and max(values) > limit:
+                why = f"{what} {max(values)}, {max(values) - limit} over the limit of {limit}"
+                if what == "delay" and self.limits.delay != self.limits.bare_delay and not one.lookahead:
+                    why += " without look-ahead"
+                return replace(one, rejected=why, severity=(VERSIONS, max(values) - limit))
+        return None
+
+    def _too_large(self, one: Candidate, keeps: list[Keeps]) -> Candidate:
+        """Rejected for memory, with what it would need at least: the cut whose fullest device, as a share of its
+        limit, is the least full."""
+        spans = Spans(profile=self.profile, stages=self.ranks)
+        allowed = spans.allowed()
+
+        def share_of(stage: int) -> Matrix:
+            needed = peak_bytes(spans, keeps[stage], stage) / self.limits.memory_bytes[stage]
+            return np.where(allowed, needed, np.inf)
+
+        partition = best_partition(share_of, self.ranks, self.profile.middle)
+        assert partition is not None
+        needed = needs(spans, keeps, partition)
+        one = replace(one, partition=None, step_costs=None)
+        shares = [need / limit for need, limit in zip(needed, self.limits.memory_bytes, strict=True)]
+        rank = int(np.argmax(shares))
+        return self._over_memory(one, rank, needed[rank])
+
+    def _over_memory(self, one: Candidate, rank: int, need: float) -> Candidate:
+        limit = self.limits.memory_bytes[rank]
+        why = f"needs {mib(need)} on device {rank}, {mib(need - limit)} over its limit"
+        return replace(one, rejected=why, needs_bytes=need, severity=(MEMORY, need / limit))
+
+
+def _windows(family: ScheduleFamily, shape: Shape) -> int:
+    """Windows to simulate: two in the steady state, and of an asynchronous schedule as many micro-batches as pass the
+    whole pipeline twice."""
+    if family.flush:
+        return 3
+    ahead = max(family.in_flight_bound(shape, rank) for rank in range(shape.ranks))
+    filling = -(-ahead // shape.accumulation)
+    return 2 * filling + max(2, -(-2 * shape.num_stages // shape.accumulation))

@@ -1,0 +1,1 @@
+"""What blocks and links cost, measured."""

@@ -1,0 +1,202 @@
+"""Builds what the executor runs: checks what a pipeline was asked for, then binds each stage to its optimizer, weights,
+audit, tied weights and clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paci_rt import schedules
+from paci_rt.clock import HostClock
+from paci_rt.optim.bind import bind_optimizer
+from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.runtime.audit import RankAudit, StageAudit
+from paci_rt.runtime.executor import StageRuntime
+from paci_rt.runtime.stage import LossFn, PipelineStage
+from paci_rt.runtime.tied_weights import TiedExchange
+from paci_rt.schedules import ScheduleFamily, Shape, Slack, StepCosts, policies
+from paci_rt.schedules.lowering import Lowering, TiedWeight
+from paci_rt.schedules.slack import slack_text
+from paci_rt.weights.base import StageWeights
+from paci_rt.weights.lookahead import AheadWeights, can_look_ahead, require_look_ahead
+from paci_rt.weights.predict import PredictedWeights
+from paci_rt.weights.stash import KeptVersions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a pipeline runs, checked.
+
+    Attributes:
+        lowering: the schedule, its integers and its tied weights.
+        policy: which weights forwards and backwards use.
+        lookahead: whether early forwards look ahead; ``lookahead_required``: whether it is an error if they cannot.
+        divisor: what the summed gradients of a window are divided by.
+        buffers: gradient buffers a stage.
+    """
+
+    lowering: Lowering
+    policy: str
+    lookahead: bool
+    lookahead_required: bool
+    divisor: int
+    buffers: int
+
+
+def make_setup(
+    stages: Sequence[PipelineStage],
+    schedule: str,
+    n_microbatches: int,
+    loss_fn: LossFn | None,
+    *,
+    optimizers: Sequence[torch.optim.Optimizer | None],
+    chunks: int,
+    slack: Slack | Sequence[int],
+    policy: str | None,
+    lookahead: bool | None,
+    costs: StepCosts | None,
+    buffers: int | None,
+    tied_weights: Sequence[TiedWeight],
+    scale_grads: bool,
+) -> Setup:
+    """Check the arguments of a pipeline against each other; they are those of :class:`paci_rt.runtime.engine.Pipeline`.
+
+    Raises:
+        ValueError, ScheduleError: an argument that cannot work.
+    """
+    family = schedules.get(schedule)
+    if not isinstance(n_microbatches, int) or n_microbatches < 1:
+        raise ValueError(f"n_microbatches is {n_microbatches!r}: give an integer of at least 1")
+    if chunks > 1 and not family.takes_chunks:
+        raise ValueError(f"{chunks} stages a rank: {family.name} runs one; use interleaved-1f1b")
+    accumulation = 1 if family.one_micro_batch_windows else n_microbatches
+    shape = Shape(
+        num_stages=stages[0].num_stages,
+        accumulation=accumulation,
+        slack=slack,  # type: ignore[arg-type]  # Shape makes a tuple of any list
+        chunks=chunks,
+        costs=StepCosts() if costs is None else costs,
+    )
+    if shape.slack and not family.takes_slack:
+        shown = slack_text(shape.slack)
+        raise ValueError(f"slack is {shown}: {family.name} flushes and takes no slack; leave it at 0")
+    _check_optimizers(family, optimizers, tied_weights)
+    if loss_fn is None and stages[-1].is_last:
+        raise ValueError("loss_fn is None: the last stage needs loss_fn(output, target) to start the backward")
+    lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights))
+    policy = policies.resolve(family, shape, policy)
+    if tied_weights and policy == "2bw":
+        raise ValueError(
+            "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, "
+            "or use policy 'stash' or 'bounded'"
+        )
+    return Setup(
+        lowering=lowering,
+        policy=policy,
+        lookahead=policies.looks_ahead(family, policy, lookahead),
+        lookahead_required=bool(lookahead),
+        divisor=accumulation if scale_grads else 1,
+        buffers=1 if buffers is None else buffers,
+    )
+
+
+def _check_optimizers(
+    family: ScheduleFamily, optimizers: Sequence[torch.optim.Optimizer | None], tied_weights: Sequence[TiedWeight]
+) -> None:
+    if all(optimizer is not None for optimizer in optimizers):
+        return
+    if not family.flush:
+        raise ValueError(
+            f"optimizer is None: {family.name} updates each stage on its own while the pipeline is full, so it "
+            "owns the optimizer; pass optimizer=paci_rt.AdamW(stage.parameters(), ...) or any torch.optim"
+        )
+    if tied_weights:
+        raise ValueError("tied_weights need optimizer=: their update is part of the schedule")
+
+
+def ranks_here(stages: Sequence[PipelineStage], shape: Shape) -> list[int]:
+    """The ranks that this process runs: one, or all.
+
+    Raises:
+        ValueError: it has other stages than those of a rank.
+    """
+    indices = [stage.stage_index for stage in stages]
+    if indices == list(range(shape.num_stages)):
+        return list(range(shape.ranks))
+    rank = shape.rank_of(indices[0])
+    if indices != list(shape.stages_of(rank)):
+        raise ValueError(
+            f"this process has stages {indices} of {shape.num_stages}: with {shape.chunks} a rank, rank {rank} runs "
+            f"{list(shape.stages_of(rank))}, in that order"
+        )
+    return [rank]
+
+
+def bind(
+    setup: Setup, stage: PipelineStage, rank: RankAudit, optimizer: torch.optim.Optimizer | None, clock: HostClock
+) -> StageRuntime:
+    """Bind a stage to everything that it needs to run; what fails leaves it as it was.
+
+    Raises:
+        ValueError: the optimizer does not fit the stage, or cannot do what the schedule asks of it.
+    """
+    named = dict(stage.named_parameters())
+    ties = TiedExchange(setup.lowering.ties, stage.stage_index, named) if setup.lowering.ties else None
+    followers = set() if ties is None else ties.read_params  # the owner's stage updates these
+    named = {name: param for name, param in named.items() if param not in followers}
+    family, shape, policy = setup.lowering.family, setup.lowering.shape, setup.policy
+    bound = bind_optimizer(optimizer, named, buffers=setup.buffers, asynchronous=not family.flush, ignored=followers)
+    try:
+        bound.compute_products_by(stage.wgrad)
+        if stage.update_stream is not None:
+            bound.order.move_to(stage.update_stream)
+        weights = make_weights(setup, bound, rank.rank, clock)
+        if setup.lookahead_required:
+            require_look_ahead(bound)
+        if ties is not None:
+            ties.bind(bound)
+        stage.attach(ties if ties is not None else bound)
+    except BaseException:
+        bound.unbind()
+        raise
+    drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
+    return StageRuntime(
+        stage=stage,
+        audit=StageAudit(stage=stage.stage_index, rank=rank, drift_bound=drift_bound, delay_bound=delay_bound),
+        optimizer=bound,
+        weights=weights,
+        accumulation=shape.accumulation,
+        divisor=setup.divisor,
+        recompute=policies.recomputes(policy, family, shape, rank.rank),
+        ties=ties,
+        clock=clock,
+    )
+
+
+def unbind(runtimes: Iterable[StageRuntime]) -> None:
+    """Give stages and optimizers back to the user."""
+    for runtime in runtimes:
+        runtime.stage.detach()
+        runtime.stage.forget()
+        runtime.optimizer.unbind()
+
+
+def make_weights(setup: Setup, bound: StageOptimizer, rank: int, clock: HostClock) -> StageWeights:
+    """The weights of a stage of ``rank`` under the policy of ``setup``.
+
+    Raises:
+        ValueError: ``predict`` with an optimizer that has no momentum to go by.
+    """
+    family, shape, policy = setup.lowering.family, setup.lowering.shape, setup.policy
+    if policy in ("stash", "2bw"):
+        return KeptVersions(policy, bound.groups, policies.versions_held(policy, family, shape, rank))
+    if not family.drift_bound(shape, rank):  # no forward comes before an update of its micro-batch's
+        return StageWeights()
+    if policy == "predict":
+        return PredictedWeights(bound)
+    if not setup.lookahead or not can_look_ahead(bound):
+        return StageWeights()
+    early = family.in_flight_bound(shape, rank) - 1
+    return AheadWeights(bound, accumulation=shape.accumulation, divisor=setup.divisor, early=early, clock=clock)

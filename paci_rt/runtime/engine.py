@@ -1,0 +1,399 @@
+"""The stages of one process under one schedule: batching batches, draining, evaluating, counting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paci_rt.action import Action
+from paci_rt.clock import HostClock
+from paci_rt.errors import PaciError, StageError
+from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.runtime import microbatch
+from paci_rt.runtime.assemble import Setup, bind, make_setup, ranks_here, unbind
+from paci_rt.runtime.audit import RankAudit
+from paci_rt.runtime.batch import Batch, cut_batch
+from paci_rt.runtime.device_clock import clock_for
+from paci_rt.runtime.executor import Executor, StageRuntime
+from paci_rt.runtime.stage import LossFn, PipelineStage
+from paci_rt.runtime.state_dict import collect_state, load_state
+from paci_rt.runtime.stats import pipeline_stats
+from paci_rt.runtime.streams import hand_to_caller, joined
+from paci_rt.schedules import Slack, StepCosts
+from paci_rt.schedules.lowering import TiedWeight
+from paci_rt.schedules.validate import validate
+from paci_rt.trace import Event
+from paci_rt.transport import Transport
+
+
+class Pipeline:
+    """What all schedules share; use one of the subclasses or :class:`LocalPipeline`.
+
+    Args:
+        stages: the stages of this process, in order.
+        schedule: name of the schedule family.
+        n_microbatches: micro-batches that one ``step`` cuts its batch into; the window ``a`` of an asynchronous
+            schedule (``async-1f1b`` alone updates after each of them).
+        loss_fn: ``loss_fn(output, target)`` on the last stage, returning a scalar.
+        optimizers: one a stage, or None to leave gradients in ``.grad`` (flush schedules only).
+        lr_schedulers: one a stage, stepped after each local update.
+        chunks: stages a rank (``interleaved-1f1b``).
+        slack: additional warm-up forwards (asynchronous schedules): one number for every stage but the last, or one a
+            stage; :func:`paci_rt.plan_slack` says how many hide the latency of links.
+        policy: which weights forwards and backwards use, see :mod:`paci_rt.schedules.policies`; None is the schedule's
+            own.
+        lookahead: run forwards that come before an update of theirs at the weights that the gradients seen so far
+            would make of the present ones (asynchronous schedules; :mod:`paci_rt.weights.lookahead`). None does so
+            under ``paci`` with policy ``bounded`` or ``recompute``, where the optimizer can.
+        costs: what a searched schedule is fitted to; None means forward, I and W of equal length and no hop.
+        buffers: 1 runs the update in line in one gradient buffer, 2 double-buffers; None means 1 on the CPU.
+        tied_weights: weights that live on two stages.
+        transport: how stages reach each other.
+        trace: record an event for every compute action in ``events``.
+        scale_grads: divide gradients by the number of micro-batches of the update, once, as torch does.
+
+    Raises:
+        ValueError, ScheduleError, StageError: an argument that cannot work; nothing has been changed then.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[PipelineStage],
+        schedule: str,
+        n_microbatches: int,
+        loss_fn: LossFn | None,
+        *,
+        optimizers: Sequence[torch.optim.Optimizer | None],
+        lr_schedulers: Sequence[Any] | None,
+        chunks: int,
+        slack: Slack | Sequence[int],
+        policy: str | None,
+        lookahead: bool | None,
+        costs: StepCosts | None,
+        buffers: int | None,
+        tied_weights: Sequence[TiedWeight],
+        transport: Transport,
+        trace: bool,
+        scale_grads: bool,
+    ) -> None:
+        setup = make_setup(
+            stages,
+            schedule,
+            n_microbatches,
+            loss_fn,
+            optimizers=optimizers,
+            chunks=chunks,
+            slack=slack,
+            policy=policy,
+            lookahead=lookahead,
+            costs=costs,
+            buffers=buffers,
+            tied_weights=tied_weights,
+            scale_grads=scale_grads,
+        )
+        self._lowering, self._policy = setup.lowering, setup.policy
+        validate(self._lowering, capacity=transport.capacity)
+        self._ranks = ranks_here(stages, self._lowering.shape)
+        for stage in stages:
+            stage.require_free()
+        self._loss_fn = loss_fn
+        self._n_microbatches = n_microbatches
+        self._windows_per_step = n_microbatches // self._lowering.shape.accumulation
+        self._next_window = self._start_window = 0
+        self._was_empty = True  # since the caller could change weights
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._lr_schedulers = list(lr_schedulers or ())
+        self._executor = Executor(
+            self._bind(setup, stages, optimizers),
+            transport,
+            ties=setup.lowering.ties,
+            explain=self._explain,
+            trace=trace,
+        )
+
+    def _bind(
+        self, setup: Setup, stages: Sequence[PipelineStage], optimizers: Sequence[torch.optim.Optimizer | None]
+    ) -> list[StageRuntime]:
+        """A runtime for every stage, or none of them where one fails."""
+        self._clocks: dict[torch.device, HostClock] = {}  # one a device, so that stages there share its origin
+        audits = {rank: RankAudit(rank=rank) for rank in self._ranks}
+        runtimes: list[StageRuntime] = []
+        try:
+            for at, (stage, optimizer) in enumerate(zip(stages, optimizers, strict=True)):
+                if stage.device not in self._clocks:
+                    self._clocks[stage.device] = clock_for(stage.device)
+                audit = audits[setup.lowering.shape.rank_of(stage.stage_index)]
+                runtime = bind(setup, stage, audit, optimizer, self._clocks[stage.device])
+                runtimes.append(runtime)
+                if self._lr_schedulers:
+                    runtime.after_update = self._lr_schedulers[at].step
+        except BaseException:
+            unbind(runtimes)
+            raise
+        return runtimes
+
+    # --- running ---
+
+    @property
+    def stages(self) -> list[PipelineStage]:
+        """The stages of this process."""
+        return [runtime.stage for runtime in self._executor.runtimes.values()]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that this process runs: its own, or all of them."""
+        return list(self._ranks)
+
+    @property
+    def has_first(self) -> bool:
+        """Whether this process takes the inputs."""
+        return self.stages[0].is_first
+
+    @property
+    def has_last(self) -> bool:
+        """Whether this process takes the targets and holds losses and outputs."""
+        return self.stages[-1].is_last
+
+    @property
+    def events(self) -> list[Event]:
+        """Compute actions executed so far, with ``trace=True``."""
+        self._executor.settle()
+        return self._executor.events
+
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Tensor] | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Train on one batch, cut into ``n_microbatches`` along dimension 0.
+
+        A flush schedule returns with the pipeline empty. An asynchronous one returns with it full: the backwards of
+        the last micro-batches run in the next ``step``, or in :meth:`drain`.
+
+        Stages on a GPU take inputs and targets from the CPU, best in pinned memory. Several of them in one process then
+        go from one asynchronous step to the next without a gap. Inputs that are on the GPU may still have to be
+        computed by the caller's stream, which follows the step before, so that all stages wait for that. A step may
+        return before pinned memory has been copied: call :meth:`synchronize` before you write into it again.
+
+        Args:
+            args: the whole batch; on the first stage only.
+            target: the whole batch of targets; on the last stage only.
+            losses: cleared, then filled with one detached loss a micro-batch, on the last stage.
+            return_outputs: whether the last stage returns its outputs, put together.
+            loss_kwargs: more keyword arguments for ``loss_fn``.
+            kwargs: keyword arguments of this process's stages; tensors are cut like ``args``.
+
+        Raises:
+            ValueError: input or target missing, on a wrong stage, or too small to be cut; nothing has run then.
+            ActionError, PeerLostError, DriftBoundError: an action failed; the pipeline cannot go on.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("step() under torch.no_grad() cannot train: call eval() instead")
+        accumulation, start = self._lowering.shape.accumulation, self._start_window
+        windows = range(self._next_window, self._next_window + self._windows_per_step)
+        first = windows.start * accumulation
+        self._check_usable()
+        loss_fn = self._bind_loss(loss_kwargs)
+        indices = range(first, first + self._n_microbatches)
+        batch = cut_batch(self.stages, args, kwargs, target, losses, loss_fn, indices)
+        batch.keep_outputs = return_outputs
+        batch.from_gpu |= microbatch.on_gpu(loss_kwargs)
+        batch.start_window = start
+        streams = {
+            rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
+        }
+        self._next_window = windows.stop
+        self._run(streams, batch)
+        return self._results(batch, losses)
+
+    def synchronize(self) -> None:
+        """Wait until all that was issued has run; on the CPU it has."""
+        for stage in self.stages:
+            if stage.device.type == "cuda":
+                torch.cuda.synchronize(stage.device)
+
+    def drain(self) -> None:
+        """Run the backwards and updates still owed; afterwards the pipeline is empty and all stages agree.
+
+        On a GPU an update may still be on its way when an asynchronous schedule's :meth:`step` returns, on a stream of
+        its own: drain before you read or change parameters.
+        """
+        start, end = self._start_window, self._next_window
+        if start < end:
+            streams = {rank: self._lowering.drain(rank, start, end) for rank in self._ranks}
+            self._run(streams, Batch())
+            self._start_window = end
+            self._restart(end)
+        self._await_updates()
+        self._was_empty = True
+        self._executor.transport.flush()
+
+    def eval(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Tensor] | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Forward only, without gradients, after a drain; arguments and result as for :meth:`step`.
+
+        The modules stay in their mode: call ``module.eval()`` first where that matters.
+        """
+        self._check_usable()
+        indices = range(self._n_microbatches)
+        batch = cut_batch(self.stages, args, kwargs, target, losses, self._bind_loss(loss_kwargs), indices)
+        self.drain()
+        batch.training, batch.keep_outputs = False, return_outputs
+        streams = {rank: self._lowering.forward_only(rank, 0, self._n_microbatches) for rank in self._ranks}
+        clock = self._clocks[self.stages[-1].device]
+        begin = clock.mark()
+        self._run(streams, batch)
+        # Statistics are about training.
+        clock.between(begin, clock.mark(), lambda start, end: self._executor.leave_out(end - start))
+        return self._results(batch, losses)
+
+    def close(self) -> None:
+        """Give the stages and the optimizers back. Idempotent; the pipeline cannot be used afterwards.
+
+        On a GPU the caller's streams go on behind all updates: the memory that these work in may be free from now on,
+        for whatever the caller does next.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._await_updates()
+        except Exception:
+            if self._failure is None:  # after a failure of the device nothing works there
+                raise
+        unbind(self._executor.runtimes.values())
+        self._executor.transport.close()
+
+    @property
+    def _optimizers(self) -> list[StageOptimizer]:
+        return [runtime.optimizer for runtime in self._executor.runtimes.values()]
+
+    # --- looking ---
+
+    def stats(self) -> dict[str, Any]:
+        """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
+
+        Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
+        compute_s utilization exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
+        peak_rank_in_flight lookahead_s lookahead_forwards memory peak_bytes``; ``transport_stats`` is what transports
+        for GPUs say (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes;
+        ``utilization`` is ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (see
+        :mod:`paci_rt.schedules.policies`) map stage to a histogram over micro-batches; ``peak_pending`` counts
+        micro-batches between I and W; ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead;
+        ``memory`` maps stage to bytes of weights, masters, optimizer, accumulators, versions (extra weights),
+        activations (peak) and total.
+        """
+        self._executor.settle()
+        return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers)
+
+    def reset_stats(self) -> None:
+        """Start counting anew, for example after the first window."""
+        self._executor.settle()
+        for runtime in self._executor.runtimes.values():
+            runtime.audit.reset()
+            runtime.weights.reset_stats()
+        self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of this process's stages. Names are the modules' own; where two stages share a name, all
+        names are prefixed by ``stages.<index>.``."""
+        pairs = [(stage, name, param) for stage in self.stages for name, param in stage.named_parameters()]
+        unique = len({name for _, name, _ in pairs}) == len(pairs)
+        for stage, name, param in pairs:
+            yield (name if unique else f"stages.{stage.stage_index}.{name}"), param
+
+    def state_dict(self) -> dict[str, Any]:
+        """Drain, then return ``{"params", "optimizer", "lr_scheduler", "windows"}``, keyed by parameter name."""
+        self.drain()
+        named = dict(self.named_parameters())
+        return collect_state(named, self.stages, self._optimizers, self._lr_schedulers, self._next_window)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Drain, then take over a state of :meth:`state_dict`.
+
+        Raises:
+            ValueError: names or shapes that do not match; nothing has been changed then.
+        """
+        self.drain()
+        load_state(state, dict(self.named_parameters()), self.stages, self._optimizers, self._lr_schedulers)
+        self._next_window = self._start_window = int(state["windows"])
+        self._restart(self._next_window)
+
+    def _restart(self, version: int) -> None:
+        """The pipeline is empty, and every stage holds ``version``."""
+        for runtime in self._executor.runtimes.values():
+            runtime.audit.version = version
+            runtime.weights.restart(version)
+
+    # --- inside ---
+
+    def _bind_loss(self, loss_kwargs: dict[str, Any] | None) -> LossFn | None:
+        return None if self._loss_fn is None else partial(self._loss_fn, **(loss_kwargs or {}))
+
+    def _run(self, streams: dict[int, list[Action]], batch: Batch) -> None:
+        self._check_usable()
+        for bound in self._optimizers:
+            for group in bound.groups:
+                group.check_views()
+        # Gradients that the user left in .grad are none of this batch's: they are set aside, and come back after it.
+        params = [param for stage in self.stages for param in stage.parameters()]
+        kept = [(param, param.grad) for param in params if param.grad is not None]
+        for param, _ in kept:
+            param.grad = None
+        try:
+            with joined(self.stages, behind_caller=self._was_empty or batch.from_gpu):
+                self._executor.run(streams, batch)
+        except BaseException as error:
+            self._failure = error
+            self._executor.transport.fail(error)
+            raise
+        self._was_empty = self._lowering.family.flush or not batch.training
+        if self._was_empty:
+            self._await_updates()
+        for param, grad in kept:
+            param.grad = grad if param.grad is None else grad.add_(param.grad)
+
+    def _await_updates(self) -> None:
+        """On a GPU: what the caller does from now on sees all updates."""
+        for bound in self._optimizers:
+            bound.before_reading()
+
+    def _results(self, batch: Batch, losses: list[Tensor] | None) -> Any:
+        stream = self.stages[-1].stream
+        if stream is not None:
+            hand_to_caller((list(batch.outputs.values()), list(batch.loss_values.values())), stream.device)
+        if losses is not None and self.has_last:
+            losses.clear()
+            losses.extend(batch.loss_values[m] for m in sorted(batch.loss_values))
+        if not batch.outputs:
+            return None
+        return microbatch.merge([batch.outputs[m] for m in sorted(batch.outputs)])
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise StageError("this pipeline is closed: make a new one")
+        if self._failure is not None:
+            cause = str(self._failure).splitlines()[0] if str(self._failure) else type(self._failure).__name__
+            raise PaciError(f"this pipeline failed earlier and cannot go on: {cause}") from self._failure
+
+    def _explain(self, failing: Action) -> str:
+        """The rank x step grid around a failing action."""
+        end = self._next_window + self._windows_per_step
+        return self._lowering.grid(failing, self._start_window, end)

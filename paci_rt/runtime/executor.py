@@ -1,0 +1,278 @@
+"""The only executor: it interprets lowered streams, whatever schedule they came from.
+
+A stream is static, so what a stage does next never depends on timing. Several stages of one process take turns:
+each runs until its next receive has no message yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from paci_rt.action import COMPUTE_OPS, RECV_OPS, Action, Op
+from paci_rt.clock import HostClock
+from paci_rt.errors import ActionError, PaciError, ScheduleError
+from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.runtime.audit import StageAudit
+from paci_rt.runtime.batch import Batch
+from paci_rt.runtime.microbatch import on_device
+from paci_rt.runtime.stage import PipelineStage
+from paci_rt.runtime.tied_weights import TiedExchange
+from paci_rt.schedules.lowering import Channel, TiedWeight, channels
+from paci_rt.trace import Event
+from paci_rt.transport.base import Message, Transport
+from paci_rt.weights.base import StageWeights
+
+
+@dataclass(kw_only=True)
+class StageRuntime:
+    """One stage with everything that the executor needs to run it.
+
+    Attributes:
+        accumulation: micro-batches a window.
+        divisor: what a window's summed gradients are divided by.
+        recompute: forwards keep their arguments only and run again before the backward.
+        clock: tells when its actions began and ended.
+    """
+
+    stage: PipelineStage
+    audit: StageAudit
+    optimizer: StageOptimizer
+    weights: StageWeights
+    accumulation: int
+    divisor: int
+    recompute: bool = False
+    after_update: Callable[[], None] | None = None
+    ties: TiedExchange | None = None
+    clock: HostClock = field(default_factory=HostClock)
+    received: dict[tuple[Op, int], Message] = field(default_factory=dict)
+    outgoing: dict[tuple[Op, int], Message] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs streams of actions on the stages of this process.
+
+    Args:
+        runtimes: the stages of this process.
+        transport: how they reach their neighbours.
+        ties: weights that live on two stages.
+        explain: returns the grid around a failing action, for error messages.
+        trace: keep an :class:`~paci_rt.trace.Event` for every compute action.
+    """
+
+    def __init__(
+        self,
+        runtimes: Sequence[StageRuntime],
+        transport: Transport,
+        *,
+        ties: tuple[TiedWeight, ...] = (),
+        explain: Callable[[Action], str],
+        trace: bool = False,
+    ) -> None:
+        self.runtimes = {runtime.stage.stage_index: runtime for runtime in runtimes}
+        self.transport = transport
+        self.events: list[Event] = []
+        self.first_start_s: float | None = None
+        self.last_end_s = 0.0
+        self._ties = ties
+        self._explain = explain
+        self._trace = trace
+        for runtime in runtimes:
+            transport.open(_incoming(runtime.stage, ties))
+        self._run_op: dict[Op, Callable[[StageRuntime, Action, Batch], int | None]] = {
+            Op.F: self._forward,
+            Op.B: self._backward,
+            Op.I: self._backward,
+            Op.W: self._weight_gradients,
+            Op.U: self._update,
+            Op.SEND_F: self._send,
+            Op.SEND_B: self._send,
+            Op.RECV_F: self._recv,
+            Op.RECV_B: self._recv,
+            Op.SEND_TG: self._send_tied,
+            Op.SEND_TW: self._send_tied,
+            Op.RECV_TG: self._recv_tied,
+            Op.RECV_TW: self._recv_tied,
+        }
+
+    def run(self, streams: Mapping[int, Sequence[Action]], batch: Batch) -> None:
+        """Run one stream a rank to its end.
+
+        Raises:
+            ActionError: an action failed; the original error is its cause.
+            PeerLostError: a neighbouring stage is gone.
+            ScheduleError: the streams cannot proceed.
+        """
+        cursor = dict.fromkeys(streams, 0)
+        progressed = True
+        while progressed:
+            progressed = False
+            for rank, stream in streams.items():
+                at = cursor[rank]
+                while at < len(stream) and self._can_run(stream[at]):
+                    self._execute(stream[at], batch)
+                    at += 1
+                    progressed = True
+                cursor[rank] = at
+        stuck = [stream[cursor[rank]] for rank, stream in streams.items() if cursor[rank] < len(stream)]
+        if stuck:
+            raise ScheduleError(f"nothing can run past {', '.join(map(str, stuck))}\n{self._explain(stuck[0])}")
+
+    def leave_out(self, seconds: float) -> None:
+        """Take ``seconds`` that just passed out of the statistics' wall clock."""
+        if self.first_start_s is not None:
+            self.first_start_s += seconds
+            self.last_end_s += seconds
+
+    def _can_run(self, action: Action) -> bool:
+        if action.op in COMPUTE_OPS:
+            return True
+        possible = self.transport.ready if action.op in RECV_OPS else self.transport.has_room
+        return all(possible(channel) for channel in channels(action, self._ties))
+
+    def _execute(self, action: Action, batch: Batch) -> None:
+        runtime = self.runtimes[action.stage]
+        with runtime.stage.computing():
+            begin = runtime.clock.mark()
+            version = self._perform(runtime, action, batch)
+            if batch.training:
+                runtime.clock.between(begin, runtime.clock.mark(), partial(self._count, runtime, action, version))
+
+    def _perform(self, runtime: StageRuntime, action: Action, batch: Batch) -> int | None:
+        profiled = torch.autograd._profiler_enabled()
+        try:
+            with torch.profiler.record_function(str(action)) if profiled else nullcontext():
+                return self._run_op[action.op](runtime, action, batch)
+        except PaciError:
+            raise
+        except Exception as error:
+            message = f"action {action} failed: {type(error).__name__}: {error}\n{self._explain(action)}"
+            raise ActionError(str(action), message) from error
+
+    def _count(self, runtime: StageRuntime, action: Action, version: int | None, start: float, end: float) -> None:
+        """An action of a training run ran from ``start`` to ``end`` seconds."""
+        if action.op in COMPUTE_OPS:
+            runtime.audit.compute_s += end - start
+            if self._trace:
+                assert version is not None
+                self.events.append(Event(action.stage, str(action), start, end, version))
+        else:
+            runtime.audit.exposed_comm_s += end - start
+        if self.first_start_s is None:
+            self.first_start_s = start
+        self.last_end_s = max(self.last_end_s, end)
+
+    def settle(self) -> None:
+        """Wait until all that was issued has run and is counted."""
+        for runtime in self.runtimes.values():
+            runtime.clock.settle()
+
+    # --- one method an operation; computations return the version of the weights that they used ---
+
+    def _forward(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
+        stage, m = runtime.stage, action.index
+        if stage.is_first:
+            args = on_device(batch.args[m], stage.device)
+        else:
+            message = runtime.received.pop((Op.RECV_F, m))
+            args = message.tensors
+            if batch.training:
+                for tensor, requires_grad in zip(message.tensors, message.requires_grad, strict=True):
+                    if requires_grad and tensor is not None:
+                        tensor.requires_grad_()
+        kwargs = on_device(batch.kwargs.get((stage.stage_index, m), {}), stage.device)
+        loss = batch.losses.get(m) if stage.is_last else None
+        audit = runtime.audit
+        version = audit.version
+        runtime.optimizer.before_forward(whole=runtime.weights.whole or not batch.training)
+        if batch.training:
+            window = m // runtime.accumulation
+            version, context = runtime.weights.for_forward(window, audit.version, batch.start_window)
+            with context:
+                outgoing, output, loss_value = stage.forward(m, args, kwargs, loss, recompute=runtime.recompute)
+            audit.forward(m, version, stage.kept_bytes(m)[0])
+        else:
+            outgoing, output, loss_value = stage.evaluate(args, kwargs, loss)
+        if outgoing is not None:
+            runtime.outgoing[Op.SEND_F, m] = outgoing
+        elif batch.keep_outputs:
+            batch.outputs[m] = output
+        if loss_value is not None:
+            batch.loss_values[m] = loss_value
+        return version
+
+    def _backward(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
+        stage, audit, m, split = runtime.stage, runtime.audit, action.index, action.op is Op.I
+        version, context = runtime.weights.for_backward(audit.version_at_forward(m), audit.version)
+        audit.backward(action, version, m // runtime.accumulation, stage.kept_bytes(m)[1])
+        runtime.optimizer.before_reading()
+        gradients = () if stage.is_last else runtime.received.pop((Op.RECV_B, m)).tensors
+        with context:
+            outgoing = stage.backward(m, gradients, split=split)
+        if split:
+            audit.input_gradient(m, stage.pending_bytes(m))
+        if not stage.is_first:
+            runtime.outgoing[Op.SEND_B, m] = outgoing
+        return version
+
+    def _weight_gradients(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
+        runtime.stage.weight_gradients(action.index)
+        runtime.audit.weight_gradient(action.index)
+        return runtime.audit.version
+
+    def _update(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
+        version = runtime.audit.version
+        done = runtime.optimizer.update(runtime.divisor, partial(runtime.weights.begin_update, version))
+        runtime.audit.update(done.grad_norm, done.nonfinite)
+        if runtime.after_update is not None:
+            runtime.after_update()
+        return version
+
+    def _send(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
+        (channel,) = channels(action)
+        self.transport.send(channel, action.index, runtime.outgoing.pop((action.op, action.index)))
+
+    def _recv(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
+        (channel,) = channels(action)
+        message = self.transport.recv(channel, action.index)
+        runtime.received[action.op, action.index] = moved(message, runtime.stage.device)
+
+    def _send_tied(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
+        assert runtime.ties is not None
+        take = runtime.ties.gradient if action.op is Op.SEND_TG else runtime.ties.weight
+        for channel in channels(action, self._ties):
+            self.transport.send(channel, action.index, Message((take(_tie_number(channel)),), (False,)))
+
+    def _recv_tied(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
+        assert runtime.ties is not None
+        put = runtime.ties.add_gradient if action.op is Op.RECV_TG else runtime.ties.take_weight
+        for channel in channels(action, self._ties):
+            (tensor,) = moved(self.transport.recv(channel, action.index), runtime.stage.device).tensors
+            assert tensor is not None
+            put(_tie_number(channel), tensor)
+
+
+def moved(message: Message, device: torch.device) -> Message:
+    """A message on the device of the stage that takes it, which within one process may not be that of its sender."""
+    if all(tensor is None or tensor.device == device for tensor in message.tensors):
+        return message
+    # torch orders a copy behind the current streams of both devices; a copy to the CPU is over when its call returns.
+    unblocked = device.type != "cpu"
+    tensors = (None if tensor is None else tensor.to(device, non_blocking=unblocked) for tensor in message.tensors)
+    return Message(tuple(tensors), message.requires_grad)
+
+
+def _tie_number(channel: Channel) -> int:
+    return int(channel[0][2:])
+
+
+def _incoming(stage: PipelineStage, ties: tuple[TiedWeight, ...]) -> list[Channel]:
+    """The channels on which ``stage`` receives."""
+    ops = [Op.RECV_TG, Op.RECV_TW]
+    ops += [] if stage.is_first else [Op.RECV_F]
+    ops += [] if stage.is_last else [Op.RECV_B]
+    return [channel for op in ops for channel in channels(Action(stage.stage_index, op, 0), ties)]

@@ -1,0 +1,348 @@
+"""Backward split: the input-gradient half I of a linear layer's backward, and the weight-gradient half W.
+
+While a stage belongs to a schedule, its linear layers (``nn.Linear``, and ``Conv1D`` as in Hugging Face's GPT-2) run
+as one autograd node each. In a backward the node returns the gradient of its input; the gradient of its weight is a
+matrix product that goes straight into the accumulator's front buffer, either at once (a full backward, B) or later (W
+after I). Whatever else a module does, parameters of other layers included, belongs to I.
+
+A layer is left to autograd, and so to I, where that is the only way to be right: inside ``torch.compile``, with a
+weight that another kind of layer uses too, with hooks on its weight, or under ``torch.autocast``.
+
+On the CPU gradients keep the bits of the unsplit backward. A matrix product that adds to its result does so too only as
+long as the BLAS goes through the summed dimension in one piece (384 rows with MKL's fp32 product on AVX-512); beyond
+that the product is taken by itself and added in a second pass. One try a shape tells which. On a GPU a product is added
+in fp32 and rounded once, where the unsplit backward rounds it to the parameter's dtype first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paci_rt.errors import StageError
+from paci_rt.optim.stage_optimizer import GradSink
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGradient:
+    """One layer's W, ready to be computed.
+
+    Attributes:
+        layer: whose.
+        x: input of the layer, ``[..., in]``.
+        grad: gradient of its output, ``[..., out]``.
+        versions: autograd's version counters of the two when I ran.
+    """
+
+    layer: SplitLayer
+    x: Tensor
+    grad: Tensor
+    versions: tuple[int, int]
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is the gradient in the weight's own layout."""
+        x, grad = _rows(self.x), _rows(self.grad)
+        return (x.t(), grad) if self.layer.transposed else (grad.t(), x)
+
+    def bias_gradient(self) -> Tensor:
+        """The sum of the output's gradient over all rows, ``[out]``."""
+        return _rows(self.grad).sum(0)
+
+    def check_untouched(self) -> None:
+        """Make sure that nobody wrote into the two tensors since I ran.
+
+        Raises:
+            StageError: the message names the layer.
+        """
+        if (self.x._version, self.grad._version) != self.versions:
+            what = "input" if self.x._version != self.versions[0] else "output gradient"
+            raise StageError(
+                f"the {what} of layer {self.layer.name!r} was modified in place between I and W of its micro-batch: "
+                "write into a tensor of its own instead, or use a schedule that does not split the backward"
+            )
+
+
+class SplitLayer:
+    """Stands in for ``forward`` on one linear layer of an attached stage.
+
+    Args:
+        name: the layer's name in the stage's module.
+        module: the layer.
+        gradients: the stage's collector.
+    """
+
+    def __init__(self, name: str, module: nn.Module, gradients: WeightGradients) -> None:
+        self.name, self.gradients = name, gradients
+        self.module: Any = module
+        self.weight: nn.Parameter = self.module.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = self.module.bias  # type: ignore[assignment]
+        self.transposed = not isinstance(module, nn.Linear)  # Conv1D keeps [in, out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gradients = self.gradients
+        gradients.before_layer(self.weight)
+        if torch.compiler.is_compiling() or not (gradients.active and self._takes_part(x)):
+            return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
+        if not gradients.collecting:  # a forward inside a backward is one that checkpointing repeats
+            gradients.used.append(self)
+        return _SplitLinear.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return]
+
+    def _takes_part(self, x: Tensor) -> bool:
+        """False under no_grad, autocast and functorch, and with a parameter that was replaced or frozen meanwhile."""
+        params = self.module._parameters
+        return (
+            params["weight"] is self.weight
+            and params["bias"] is self.bias
+            and self.weight.requires_grad
+            and torch.is_grad_enabled()
+            and x.dim() >= 2
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlainForward:
+        return PlainForward(memo.get(id(self.module), self.module))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlainForward, (self.module,)
+
+
+class PlainForward:
+    """What takes the place of a :class:`SplitLayer` in copies and pickles of an attached module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
+
+
+class _SplitLinear(torch.autograd.Function):
+    """``y = x Wᵀ + b`` (Conv1D: ``x W + b``) whose weight gradient the stage's collector takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SplitLayer) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, weight)
+        output: Tensor = type(layer.module).forward(layer.module, x)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        layer: SplitLayer = ctx.layer
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad.matmul(weight.t() if layer.transposed else weight)
+        one = WeightGradient(layer, x, grad, (x._version, grad._version))
+        gradients = layer.gradients
+        if gradients.collecting:
+            gradients.take(one)
+            return grad_x, None, None, None
+        # Somebody else's backward, such as a gradient penalty inside the loss: all gradients, as autograd wants them.
+        grad_weight = torch.mm(*one.product()) if ctx.needs_input_grad[1] else None
+        grad_bias = one.bias_gradient() if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None
+
+
+_NODE = _SplitLinear.__name__ + "Backward"
+
+
+class WeightGradients:
+    """Collects the weight gradients of one stage's linear layers and computes them into the sink.
+
+    Attributes:
+        active: a forward or a backward of the stage is running.
+        collecting: a backward of the stage is running.
+        used: layers in the order in which the last forward used them.
+    """
+
+    def __init__(self, module: nn.Module, sink: GradSink) -> None:
+        self._sink = sink
+        self.before_layer = sink.before_layer
+        self._layers = list(find_layers(module))
+        self.active = self.collecting = False
+        self.used: list[SplitLayer] = []
+        self._uses: Counter[int] = Counter()
+        self._defer = False
+        self._pending: list[WeightGradient] = []
+        for name, layer in self._layers:
+            layer.forward = SplitLayer(name, layer, self)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers that are split."""
+        return [name for name, _ in self._layers]
+
+    def remove(self) -> None:
+        """Give the layers their own ``forward`` back."""
+        for _, layer in self._layers:
+            layer.__dict__.pop("forward", None)
+        self._layers.clear()
+
+    @contextmanager
+    def forward(self) -> Iterator[list[SplitLayer]]:
+        """Within it, layers run split; yields the layers in the order of their uses."""
+        self.active, self.used = True, []
+        try:
+            yield self.used
+        finally:
+            self.active = False
+
+    @contextmanager
+    def backward(self, used: list[SplitLayer], *, defer: bool) -> Iterator[list[WeightGradient]]:
+        """Within it, the layers' backwards are collected; yields those left over for W, none unless ``defer``.
+
+        Args:
+            used: what :meth:`forward` yielded for the micro-batch.
+            defer: keep everything for a W of its own.
+        """
+        self.active = self.collecting = True
+        self._uses = Counter(id(param) for layer in used for param in (layer.weight, layer.bias))
+        self._defer, self._pending = defer, []
+        try:
+            yield self._pending
+        finally:
+            self.active = self.collecting = False
+        if not defer:
+            self.compute(self._pending)
+        self._sink.flush()
+
+    def take(self, gradient: WeightGradient) -> None:
+        """Called by a layer's backward."""
+        layer = gradient.layer
+        once = self._uses[id(layer.weight)] == 1 and (layer.bias is None or self._uses[id(layer.bias)] == 1)
+        if once and not self._defer:
+            self.compute([gradient])
+        else:  # autograd sums all uses of a parameter before it adds them to the window's sum, and so do we
+            self._pending.append(gradient)
+
+    @torch.no_grad()
+    def compute(self, gradients: Sequence[WeightGradient]) -> None:
+        """Add weight and bias gradients to the window's sums, in the order in which the backward met them."""
+        weights: dict[int, list[WeightGradient]] = {}
+        biases: dict[int, list[WeightGradient]] = {}
+        for gradient in gradients:
+            gradient.check_untouched()
+            layer = gradient.layer
+            weights.setdefault(id(layer.weight), []).append(gradient)
+            if layer.bias is not None and layer.bias.requires_grad:
+                biases.setdefault(id(layer.bias), []).append(gradient)
+        for uses in weights.values():
+            layer = uses[0].layer
+            if len(uses) > 1:
+                self._sink.accumulate(layer.weight, _sum(torch.mm(*use.product()) for use in uses))
+                continue
+            alone = layer.bias is not None and len(biases.get(id(layer.bias), ())) == 1 and not layer.transposed
+            self._sink.accumulate_product(layer.weight, *uses[0].product(), layer.bias if alone else None)
+            if alone:
+                del biases[id(layer.bias)]
+        for uses in biases.values():
+            bias = uses[0].layer.bias
+            assert bias is not None
+            self._sink.accumulate(bias, _sum(use.bias_gradient() for use in uses))
+
+    @torch.no_grad()
+    def compute_left(self, gradients: Sequence[WeightGradient]) -> None:
+        """:meth:`compute` for what was left over, in a W of its own."""
+        self.compute(gradients)
+        self._sink.flush()
+
+    def learn_order(self, outputs: Sequence[Tensor], used: Sequence[SplitLayer]) -> None:
+        """Tell the sink which layers read their parameters, and nobody else does, by the graph of a forward."""
+        alone = read_by_layers_alone(outputs)
+        order: dict[int, SplitLayer] = {id(layer): layer for layer in used}
+        layers = [[param for param in (one.weight, one.bias) if param is not None] for one in order.values()]
+        self._sink.set_layer_order([params for params in layers if all(id(param) in alone for param in params)])
+
+
+def read_by_layers_alone(outputs: Sequence[Tensor]) -> set[int]:
+    """``id`` of the parameters that the graph of ``outputs`` shows in split layers and nowhere else.
+
+    What checkpointing hides is not in it.
+    """
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    layers: set[int] = set()
+    others: set[int] = set()
+    while pending:
+        node = pending.pop()
+        for parent, _ in node.next_functions:
+            if parent is None:
+                continue
+            param = getattr(parent, "variable", None)
+            if param is not None:
+                (layers if type(node).__name__ == _NODE else others).add(id(param))
+            elif parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+    return layers - others
+
+
+def find_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every linear layer that can be split; see the top of this file for those that cannot."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, part in module.named_modules():
+        for role, param in part.named_parameters(recurse=False):
+            owners.setdefault(id(param), []).append((part, role))
+    compiled = [part for part in module.modules() if _is_compiled(part)]
+    inside_compiled = {id(part) for outer in compiled for part in outer.modules()}
+    candidates = {
+        id(part)
+        for part in module.modules()
+        if _is_linear(part) and id(part) not in inside_compiled and not _has_hooks(part)
+    }
+    while True:  # a layer that drops out may take those with it that share a parameter
+        shared = {
+            at
+            for uses in owners.values()
+            for part, role in uses
+            for at in [id(part)]
+            if at in candidates and any(id(other) not in candidates or other_role != role for other, other_role in uses)
+        }
+        if not shared:
+            break
+        candidates -= shared
+    for name, part in module.named_modules():
+        if id(part) in candidates:
+            yield name, part
+
+
+def _is_linear(part: nn.Module) -> bool:
+    weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
+    if weight is None or weight.dim() != 2 or not weight.requires_grad or "forward" in part.__dict__:
+        return False
+    if isinstance(part, nn.Linear):
+        return type(part).forward is nn.Linear.forward and weight.dtype.is_floating_point
+    is_conv1d = type(part).__name__ == "Conv1D" and getattr(part, "nf", None) == weight.shape[1]
+    return is_conv1d and bias is not None and bias.shape == (weight.shape[1],)
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    """Whether somebody waits for the gradient of a parameter itself, which a split layer would not deliver."""
+    params = [param for param in part._parameters.values() if param is not None]
+    return any(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None) for param in params)
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    return hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    total = next(terms)
+    for term in terms:
+        total = total + term
+    return total
+
+
+__all__ = ["SplitLayer", "WeightGradient", "WeightGradients", "find_layers"]

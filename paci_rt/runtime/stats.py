@@ -1,0 +1,63 @@
+"""What ``Pipeline.stats`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.runtime.executor import Executor
+from paci_rt.schedules.lowering import Lowering
+
+
+def pipeline_stats(
+    lowering: Lowering, policy: str, executor: Executor, bounds: Sequence[StageOptimizer]
+) -> dict[str, Any]:
+    """The dictionary that ``Pipeline.stats`` documents."""
+    runtimes = list(executor.runtimes.values())
+    audits = [runtime.audit for runtime in runtimes]
+    start_s = executor.first_start_s
+    wall_s = 0.0 if start_s is None else executor.last_end_s - start_s
+    compute_s = sum(audit.compute_s for audit in audits)
+    memory = {}
+    for runtime, bound in zip(runtimes, bounds, strict=True):
+        audit = runtime.audit
+        parts = {**bound.memory, "versions": runtime.weights.extra_bytes, "activations": audit.peak_activation_bytes}
+        for part, held_bytes in (runtime.ties.memory if runtime.ties is not None else {}).items():
+            parts[part] += held_bytes
+        memory[audit.stage] = {**parts, "total": sum(parts.values())}
+    shape = lowering.shape
+    ranks = {audit.rank.rank: audit.rank for audit in audits}
+    return {
+        "schedule": lowering.family.name,
+        "policy": policy,
+        "transport": executor.transport.name,
+        "transport_stats": executor.transport.stats() if hasattr(executor.transport, "stats") else {},
+        "stages": shape.num_stages,
+        "chunks": shape.chunks,
+        "accumulation": shape.accumulation,
+        "slack": list(shape.slack) if isinstance(shape.slack, tuple) else shape.slack,
+        "windows": max(audit.windows for audit in audits),
+        "micro_batches": max(audit.micro_batches for audit in audits),
+        "wall_s": wall_s,
+        "compute_s": compute_s,
+        "utilization": compute_s / (wall_s * len(ranks)) if wall_s > 0 else 0.0,
+        "exposed_comm_s": sum(audit.exposed_comm_s for audit in audits),
+        "drift": {audit.stage: dict(sorted(audit.drift.items())) for audit in audits},
+        "max_drift": max((drift for audit in audits for drift in audit.drift), default=0),
+        "drift_bound": max(audit.drift_bound for audit in audits),
+        "delay": {audit.stage: dict(sorted(audit.delay.items())) for audit in audits},
+        "max_delay": max((delay for audit in audits for delay in audit.delay), default=0),
+        "peak_in_flight": {audit.stage: audit.peak_in_flight for audit in audits},
+        "peak_pending": {audit.stage: audit.peak_pending for audit in audits},
+        "peak_rank_in_flight": {rank.rank: rank.peak_in_flight for rank in ranks.values()},
+        "lookahead_s": sum(runtime.weights.ahead_s for runtime in runtimes),
+        "lookahead_forwards": sum(runtime.weights.ahead_forwards for runtime in runtimes),
+        "nonfinite_gradients": sum(int(audit.nonfinite_gradients) for audit in audits),
+        "memory": memory,
+        "peak_bytes": max(
+            rank.peak_held_bytes
+            + sum(part["total"] - part["activations"] for stage, part in memory.items() if shape.rank_of(stage) == at)
+            for at, rank in ranks.items()
+        ),
+    }

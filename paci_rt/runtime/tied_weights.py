@@ -1,0 +1,113 @@
+"""A weight that lives on two stages, such as GPT-2's token embedding and output head.
+
+The owner keeps the optimizer state. In every window the reader, which is the last stage, sends the sum of its
+gradients and later takes over the updated weight, at the places that :mod:`paci_rt.schedules.lowering` fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from paci_rt.optim.accumulator import GradAccumulator
+from paci_rt.optim.backend import make_accumulator
+from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.stage_optimizer import GradSink, StageOptimizer
+from paci_rt.schedules.lowering import TiedWeight
+
+
+class TiedExchange(GradSink):
+    """One stage's side of all its tied weights.
+
+    Args:
+        ties: all tied weights of the pipeline, in the same order on every stage.
+        stage: this stage's index.
+        named_params: the stage's parameters.
+
+    Raises:
+        ValueError: a name in ``ties`` is no parameter of this stage.
+    """
+
+    def __init__(self, ties: tuple[TiedWeight, ...], stage: int, named_params: Mapping[str, nn.Parameter]) -> None:
+        self._owned: dict[int, nn.Parameter] = {}
+        self._read: dict[int, nn.Parameter] = {}
+        self._accumulators: dict[nn.Parameter, GradAccumulator] = {}
+        for number, tie in enumerate(ties):
+            for at, name, params in (
+                (tie.owner_stage, tie.owner, self._owned),
+                (tie.reader_stage, tie.reader, self._read),
+            ):
+                if at == stage:
+                    if name not in named_params:
+                        raise ValueError(f"tied weight {name!r} is no parameter of stage {stage}: check its name")
+                    params[number] = named_params[name]
+        for number, param in self._read.items():
+            group = FlatGroup([(ties[number].reader, param)])
+            self._accumulators[param] = make_accumulator(group, 1)
+        self._bound: StageOptimizer | None = None
+
+    @property
+    def read_params(self) -> set[nn.Parameter]:
+        """Parameters that follow another stage's and therefore have no optimizer state here."""
+        return set(self._read.values())
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights that follow another stage's, and of the sums of their gradients."""
+        return {
+            "weights": sum(accumulator.group.weight.nbytes for accumulator in self._accumulators.values()),
+            "accumulators": sum(accumulator.nbytes for accumulator in self._accumulators.values()),
+        }
+
+    def bind(self, bound: StageOptimizer) -> None:
+        """The optimizer of the stage's own parameters."""
+        self._bound = bound
+
+    @property
+    def bound(self) -> StageOptimizer:
+        """What :meth:`bind` was given."""
+        assert self._bound is not None
+        return self._bound
+
+    def place(self, param: nn.Parameter) -> tuple[GradAccumulator, int]:
+        """The reader's own accumulator, or the optimizer's."""
+        accumulator = self._accumulators.get(param)
+        return (accumulator, 0) if accumulator is not None else self.bound.place(param)
+
+    def flush(self) -> None:
+        for accumulator in self._accumulators.values():
+            accumulator.flush()
+        self.bound.flush()
+
+    def before_layer(self, param: nn.Parameter) -> None:
+        self.bound.before_layer(param)
+
+    def set_layer_order(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+        own = [params for params in layers if not any(param in self._accumulators for param in params)]
+        self.bound.set_layer_order(own)
+
+    def gradient(self, tie: int) -> Tensor:
+        """Reader: the fp32 sum of this window, and the accumulator is empty again."""
+        accumulator = self._accumulators[self._read[tie]]
+        accumulator.seal()
+        accumulator.consume()
+        total = accumulator.sealed_view(0).clone()
+        accumulator.release()
+        return total
+
+    def add_gradient(self, tie: int, gradient: Tensor) -> None:
+        """Owner: one more term of this window's sum."""
+        self.bound.accumulate(self._owned[tie], gradient)
+
+    def weight(self, tie: int) -> Tensor:
+        """Owner: a copy of the weight, since the next update may come before it has been sent."""
+        self.bound.before_reading()
+        return self._owned[tie].detach().clone()
+
+    def take_weight(self, tie: int, weight: Tensor) -> None:
+        """Reader: follow the owner; the version counter stays, as for every update of the schedule's own."""
+        param = self._read[tie]
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(param):
+            param.copy_(weight)

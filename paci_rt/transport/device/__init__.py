@@ -1,0 +1,1 @@
+"""Transports between GPUs: NCCL and CUDA IPC."""

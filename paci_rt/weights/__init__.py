@@ -1,0 +1,1 @@
+"""Which weights a forward and a backward see, one file a policy."""

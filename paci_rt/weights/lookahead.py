@@ -1,0 +1,189 @@
+"""Window look-ahead: run a forward at the weights that the optimizer would make now of the gradients that are in.
+
+Delay, not the inconsistency of forward and backward, is what asynchronous updates cost: at stage ``i`` a share
+``(P-1-i)/a`` of the forwards runs a version early. The schedule knows how many updates ``d`` will come before a
+forward's backward, and the front accumulator holds ``c`` of the ``a`` gradients of the next of them. Such a forward
+runs at the weights that ``d`` updates with the mean of those ``c`` would give; as long as ``c`` is 0, with the mean of
+the window before, which the accumulator still holds. Neither weights nor optimizer state change, the backward runs at
+the then current weights, and no version is kept.
+
+A stage most of whose forwards are early makes the weights ahead with what the first of a window knows, and the next
+ones run there too, until four times as many gradients are known: that is both steadier and cheaper than to make them
+anew each time. Why all this works: ``docs/convergence.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from paci_rt.clock import HostClock
+from paci_rt.optim import SGD
+from paci_rt.optim.bind import FusedStageOptimizer
+from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.schedules import policies
+from paci_rt.weights.base import StageWeights
+from paci_rt.weights.scratch import ScratchWeights
+
+SHARED_UNTIL = 4
+"""Weights ahead are shared until this many times as many gradients are known."""
+
+
+def can_look_ahead(bound: StageOptimizer) -> bool:
+    """Whether an optimizer can be asked for steps that it does not take: paci_rt's own, SGD only with momentum."""
+    optimizer = bound.optimizer
+    still = isinstance(optimizer, SGD) and any(group["momentum"] == 0 for group in optimizer.param_groups)
+    return isinstance(bound, FusedStageOptimizer) and not still
+
+
+def require_look_ahead(bound: StageOptimizer) -> None:
+    """Raise ValueError, with the remedy, for an optimizer that cannot be asked for steps that it does not take."""
+    if not can_look_ahead(bound):
+        name = type(bound.optimizer).__name__ + (" without momentum" if isinstance(bound, FusedStageOptimizer) else "")
+        raise ValueError(
+            f"lookahead=True cannot use {name}: give one of paci_rt's own optimizers, SGD with momentum above 0"
+        )
+
+
+class LookAhead:
+    """Puts a stage's weights ahead for the time of a forward.
+
+    fp32 weights are kept in a scratch buffer meanwhile; of the others the masters bring the true ones back.
+
+    Args:
+        bound: the stage's optimizer.
+        accumulation: micro-batches a window.
+        divisor: what the sum of a whole window is divided by.
+        shares: make the weights ahead anew only when SHARED_UNTIL times as many gradients are known, which takes one
+            more scratch buffer, of the weights' dtype.
+        clock: tells what look-ahead takes, in ``seconds``; None is the host's.
+
+    Raises:
+        ValueError: an optimizer that cannot be asked for steps that it does not take.
+    """
+
+    def __init__(
+        self,
+        bound: StageOptimizer,
+        *,
+        accumulation: int,
+        divisor: float,
+        shares: bool,
+        clock: HostClock | None = None,
+    ) -> None:
+        require_look_ahead(bound)
+        assert isinstance(bound, FusedStageOptimizer)
+        self._bound, self._true = bound, ScratchWeights(bound)
+        self._accumulation, self._share = accumulation, divisor / accumulation
+        self._shared = [torch.zeros_like(group.weight) for group in bound.groups] if shares else []
+        self._moved: list[list[int]] = []  # positions in each group, while the shared weights are of use
+        self._known = 0  # gradients that made them; 0 while they are of none
+        self._clock = clock or HostClock()
+        self.seconds, self.forwards = 0.0, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the scratch buffers."""
+        return self._true.nbytes + sum(shared.nbytes for shared in self._shared)
+
+    @contextmanager
+    def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
+        """Within it, the parameters are ``updates`` ahead, by the gradients of ``micro_batches`` of the window."""
+        clock, begin = self._clock, self._clock.mark()
+        reused = micro_batches < SHARED_UNTIL * self._known
+        moved = self._reuse() if reused else self._make(updates, micro_batches)
+        clock.between(begin, clock.mark(), self._count)
+        try:
+            yield
+        finally:
+            begin = clock.mark()
+            for number, positions in enumerate(moved):
+                self._true.restore(number, positions)
+            clock.between(begin, clock.mark(), self._count)
+            self.forwards += 1
+
+    def _count(self, start_s: float, end_s: float) -> None:
+        self.seconds += end_s - start_s
+
+    def _make(self, updates: int, micro_batches: int) -> list[list[int]]:
+        """Put the parameters ahead; positions of those that moved, in each group."""
+        before = micro_batches == 0
+        divisor = (micro_batches or self._accumulation) * self._share
+        moved = [
+            self._bound.ahead(number, divisor, updates, kept, before=before)
+            for number, kept in enumerate(self._true.kept)
+        ]
+        if self._shared and not before:
+            self._moved, self._known = moved, micro_batches
+            for shared, group in zip(self._shared, self._bound.groups, strict=True):
+                shared.copy_(group.weight)
+        return moved
+
+    def _reuse(self) -> list[list[int]]:
+        for shared, group in zip(self._shared, self._bound.groups, strict=True):
+            group.weight.copy_(shared)
+        return self._moved
+
+    def window_ends(self) -> None:
+        """The weights are about to change: those ahead of them are of no more use."""
+        self._known = 0
+
+    def restart(self) -> None:
+        """The pipeline is empty: the window before is no longer what comes next."""
+        self._known = 0
+        for accumulator in self._bound.accumulators:
+            accumulator.forget()
+
+
+class AheadWeights(StageWeights):
+    """Window look-ahead over policy ``bounded`` or ``recompute``; see :mod:`paci_rt.weights.lookahead`.
+
+    Args:
+        bound: the stage's optimizer, whose accumulators hold what is known of the coming updates.
+        accumulation, divisor: as for :class:`~paci_rt.weights.lookahead.LookAhead`.
+        early: forwards that the stage runs ahead of its backwards.
+        clock: likewise.
+    """
+
+    def __init__(
+        self,
+        bound: StageOptimizer,
+        *,
+        accumulation: int,
+        divisor: float,
+        early: int,
+        clock: HostClock | None = None,
+    ) -> None:
+        shares = policies.shares_pass(accumulation, early)
+        self._look_ahead = LookAhead(bound, accumulation=accumulation, divisor=divisor, shares=shares, clock=clock)
+        self.extra_bytes = self._look_ahead.nbytes
+        self._micro_batches = 0  # of the window in the making
+
+    def for_forward(self, window: int, current: int, start: int) -> tuple[int, AbstractContextManager[None]]:
+        ahead = window - current
+        context = nullcontext() if ahead <= 0 else self._look_ahead.ahead(ahead, self._micro_batches)
+        return current, context
+
+    @property
+    def ahead_s(self) -> float:  # type: ignore[override]
+        return self._look_ahead.seconds
+
+    @property
+    def ahead_forwards(self) -> int:  # type: ignore[override]
+        return self._look_ahead.forwards
+
+    def reset_stats(self) -> None:
+        self._look_ahead.seconds, self._look_ahead.forwards = 0.0, 0
+
+    def for_backward(self, at_forward: int, current: int) -> tuple[int, AbstractContextManager[None]]:
+        self._micro_batches += 1
+        return current, nullcontext()
+
+    def begin_update(self, current: int) -> None:
+        self._micro_batches = 0
+        self._look_ahead.window_ends()
+
+    def restart(self, current: int) -> None:
+        self._look_ahead.restart()

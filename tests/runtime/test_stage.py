@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paci_rt
+from paci_rt.runtime import stage
+from paci_rt.runtime.stage import PipelineStage
+
+
+def test_bad_stages_are_named() -> None:
+    with pytest.raises(ValueError, match="stage_index is 2 of num_stages 2"):
+        PipelineStage(nn.Linear(2, 2), 2, 2)
+    with pytest.raises(ValueError, match="'cuda'"):
+        PipelineStage(nn.Linear(2, 2), 0, 2, "cuda")
+    with pytest.raises(paci_rt.StageError, match="submodule is a function"):
+        PipelineStage(lambda x: x, 0, 2)  # type: ignore[arg-type]
+
+
+def test_a_stage_that_returns_no_tensor_is_named() -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, str]:
+            return x, "hidden"
+
+    with pytest.raises(paci_rt.StageError, match="returned a str at position 1"):
+        PipelineStage(Wrong(), 0, 2).forward(0, (torch.zeros(2, 2),), {})
+
+
+def test_backwards_start_from_outputs_where_edges_do_not_keep_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def weights() -> Tensor:
+        torch.manual_seed(0)
+        pipe = paci_rt.LocalPipeline(
+            [nn.Linear(3, 3), nn.Linear(3, 3)],
+            n_microbatches=2,
+            loss_fn=lambda output, target: (output - target).square().mean(),
+            optimizer=lambda params: paci_rt.AdamW(params, lr=1e-2),
+        )
+        for _ in range(3):
+            pipe.step(torch.randn(4, 3), target=torch.randn(4, 3))
+        pipe.drain()
+        pipe.close()
+        return torch.cat([param.detach().flatten() for _, param in pipe.named_parameters()])
+
+    by_edges = weights()
+    monkeypatch.setattr(stage, "_EDGES_AS_ROOTS", False)
+    assert torch.equal(weights(), by_edges)
+
+
+def test_saved_bytes_are_counted_by_hand() -> None:
+    linear = nn.Linear(8, 4)
+    stage = PipelineStage(nn.Sequential(linear, nn.Sigmoid()), 1, 3)
+    x = torch.zeros(10, 8, requires_grad=True)
+    stage.forward(0, (x,), {})
+    # The linear layer keeps its input, 10 x 8, and not a copy of its weight; sigmoid keeps its output, 10 x 4.
+    assert stage.kept_bytes(0)[0] == 4 * (10 * 8 + 10 * 4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_of_a_batch_a_micro_batch_counts_its_own_share(recompute: bool) -> None:
+    stage = PipelineStage(nn.Linear(8, 4), 0, 3)
+    batch = torch.zeros(30, 8)
+    stage.forward(0, (batch[:10],), {}, recompute=recompute)
+    assert stage.kept_bytes(0) == (4 * 10 * 8, 4 * 10 * 8)
+
+
+def test_of_a_batch_a_deferred_weight_gradient_counts_its_own_share() -> None:
+    stages = [nn.Linear(8, 8), nn.Linear(8, 4)]
+    pipe = paci_rt.LocalPipeline(stages, schedule="zb-h1", n_microbatches=2, loss_fn=nn.functional.mse_loss)
+    seen = []
+    stage = pipe.stages[0]
+    whole = stage.pending_bytes
+    stage.pending_bytes = lambda m: seen.append(whole(m)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
+    pipe.step(torch.zeros(60, 8), target=torch.zeros(60, 4))
+    assert seen == [4 * (30 * 8 + 30 * 8)] * 2  # input and gradient of the output, 30 rows each
+
+
+def test_saved_bytes_see_what_a_custom_function_saves() -> None:
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            squared = x * x
+            ctx.save_for_backward(squared)
+            return squared * x
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            return 3 * ctx.saved_tensors[0] * grad
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Cube.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+    stage = PipelineStage(Module(), 1, 3)
+    stage.forward(0, (torch.zeros(6, requires_grad=True),), {})
+    assert stage.kept_bytes(0)[0] == 4 * (6 + 6)  # its input, which every stage keeps, and the square
+
+
+def test_the_output_is_not_kept_for_the_backward() -> None:
+    stage = PipelineStage(nn.Linear(4, 4), 0, 2)
+    message, output, _ = stage.forward(0, (torch.ones(3, 4),), {})
+    assert message is not None and message.tensors[0] is not None
+    address = message.tensors[0].untyped_storage().data_ptr()
+    kept = [tensor for saved in stage._in_flight.values() for tensor in saved.inputs]
+    roots = [root for saved in stage._in_flight.values() for root in saved.held.roots]
+    assert not kept and not any(isinstance(root, Tensor) for root in roots)
+    assert output.untyped_storage().data_ptr() == address  # handed over, not copied
+    gradients = stage.backward(0, (torch.ones(3, 4),))
+    assert gradients.tensors == ()
+    assert stage.submod.weight.grad is not None  # nobody attached: gradients stay where torch leaves them
