@@ -6,8 +6,8 @@ module never fails for want of the core: the first use does, with one sentence t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from paci_rt.errors import NativeCoreError
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from typing_extensions import NotRequired, Unpack
 
     from paci_rt._C import Accumulator, Copier, Event, ShmIncoming, ShmOutgoing, ShmSegment, Stream, WeightGate
     from paci_rt._C import DeviceIncoming as DeviceIncoming  # for paci_rt.transport.device.transport
@@ -285,141 +287,108 @@ class Ahead(NamedTuple):
     repeats: int
     kept: Tensor | None
 
-    def arguments(self) -> dict[str, Any]:
-        """As the core takes them."""
-        kept = 0 if self.kept is None else self.kept.data_ptr()
-        return {"known": self.known, "repeats": self.repeats, "kept": kept}
 
+class FlatStep(TypedDict):
+    """What a step over ``pieces`` of flat fp32 buffers is told, whatever the optimizer.
 
-def adamw_step(
-    *,
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    pieces: list[tuple[int, int, int]],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    divisor: float,
-    step_sizes: Sequence[tuple[float, float]] = (),
-    stream: int = 0,
-    ahead: Ahead | None = None,
-) -> None:
-    """One step of AdamW or NAdam over ``pieces`` of flat fp32 buffers; ``weight`` receives the rounded result.
-
-    Args:
+    Attributes:
         master: fp32 weights, or the fp32 parameters themselves.
-        weight: bf16 or fp16 parameters, None where the parameters are fp32.
-        grad_sum: fp32 sums of gradients, divided by ``divisor`` on the way; a negative divisor maximises.
-        exp_avg: fp32 first moments.
-        exp_avg_sq: fp32 second moments.
+        weight: bf16 or fp16 parameters, which receive the rounded result; None where the parameters are fp32.
+        grad_sum: fp32 sums of gradients.
         pieces: offset and length in elements and number of this step, from 1, of every parameter to update.
-        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
-        step_sizes: makes it NAdam: what first moment and gradient are multiplied by, for each piece and, within it,
-            each repeat of a look-ahead.
+        lr, weight_decay: as in torch's optimizers.
+        divisor: what the sums are divided by on the way; a negative one maximises.
         stream: 0 on the CPU.
-        ahead: look ahead instead; the mean of past gradients stands in for unknown ones.
+        ahead: look ahead instead.
     """
-    arguments: dict[str, Any] = {
-        **_flat_arguments(master, weight, grad_sum, stream),
-        "exp_avg": exp_avg.data_ptr(),
-        "exp_avg_sq": exp_avg_sq.data_ptr(),
-        "pieces": pieces,
-        "lr": lr,
-        "beta1": betas[0],
-        "beta2": betas[1],
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "step_sizes": list(step_sizes),
-        "divisor": divisor,
-    }
-    if ahead is None:
-        core().adamw_step(**arguments)
-    else:
-        core().adamw_ahead(**arguments, **ahead.arguments())
+
+    master: Tensor
+    weight: Tensor | None
+    grad_sum: Tensor
+    pieces: list[tuple[int, int, int]]
+    lr: float
+    weight_decay: float
+    divisor: float
+    stream: NotRequired[int]
+    ahead: NotRequired[Ahead | None]
 
 
-def sgd_step(
-    *,
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    momentum_buffer: Tensor | None,
-    pieces: list[tuple[int, int, int]],
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    divisor: float,
-    stream: int = 0,
-    ahead: Ahead | None = None,
-) -> None:
-    """One step of SGD over ``pieces`` of flat fp32 buffers; see :func:`adamw_step` for the shared arguments.
+class AdamWStep(FlatStep):
+    """What a step of AdamW or NAdam is told besides; betas and eps as in ``torch.optim.AdamW``.
 
-    A piece whose step is 1 sets its momentum buffer to the gradient, as ``torch.optim.SGD`` does. Looking ahead, the
-    gradient under which the buffer would stay what it is stands in for unknown ones.
+    Attributes:
+        exp_avg, exp_avg_sq: fp32 first and second moments.
+        step_sizes: make it NAdam: what first moment and gradient are multiplied by, for each piece and, within it, each
+            repeat of a look-ahead.
     """
-    arguments: dict[str, Any] = {
-        **_flat_arguments(master, weight, grad_sum, stream),
-        "momentum_buffer": 0 if momentum_buffer is None else momentum_buffer.data_ptr(),
-        "pieces": pieces,
-        "lr": lr,
-        "momentum": momentum,
-        "dampening": dampening,
-        "weight_decay": weight_decay,
-        "nesterov": nesterov,
-        "divisor": divisor,
-    }
-    if ahead is None:
-        core().sgd_step(**arguments)
-    else:
-        core().sgd_ahead(**arguments, **ahead.arguments())
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    betas: tuple[float, float]
+    eps: float
+    step_sizes: NotRequired[Sequence[tuple[float, float]]]
 
 
-def lion_step(
-    *,
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    pieces: list[tuple[int, int, int]],
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    divisor: float,
-    stream: int = 0,
-    ahead: Ahead | None = None,
-) -> None:
-    """One step of Lion over ``pieces`` of flat fp32 buffers, whatever their number; see :func:`adamw_step` for the
-    shared arguments. Looking ahead, the momentum stands in for unknown gradients."""
-    arguments: dict[str, Any] = {
-        **_flat_arguments(master, weight, grad_sum, stream),
-        "exp_avg": exp_avg.data_ptr(),
-        "pieces": pieces,
-        "lr": lr,
-        "beta1": betas[0],
-        "beta2": betas[1],
-        "weight_decay": weight_decay,
-        "divisor": divisor,
-    }
-    if ahead is None:
-        core().lion_step(**arguments)
-    else:
-        core().lion_ahead(**arguments, **ahead.arguments())
+class SGDStep(FlatStep):
+    """What a step of SGD is told besides; numbers as in ``torch.optim.SGD``.
+
+    Attributes:
+        momentum_buffer: fp32, None where there is no momentum.
+    """
+
+    momentum_buffer: Tensor | None
+    momentum: float
+    dampening: float
+    nesterov: bool
 
 
-def _flat_arguments(master: Tensor, weight: Tensor | None, grad_sum: Tensor, stream: int) -> dict[str, Any]:
-    """What all steps over a flat group are told."""
-    return {
-        "master": master.data_ptr(),
-        "weight": 0 if weight is None else weight.data_ptr(),
-        "dtype": DTYPE_CODES[master.dtype if weight is None else weight.dtype],
-        "grad_sum": grad_sum.data_ptr(),
-        "device": device_code(master.device, "the parameter group"),
-        "stream": stream,
-        "threads": get_num_threads(),
-    }
+class LionStep(FlatStep):
+    """What a step of Lion is told besides.
+
+    Attributes:
+        exp_avg: fp32 momentum.
+        betas: of the direction and of the momentum.
+    """
+
+    exp_avg: Tensor
+    betas: tuple[float, float]
+
+
+def adamw_step(**step: Unpack[AdamWStep]) -> None:
+    """One step of AdamW or NAdam; looking ahead, the mean of past gradients stands in for unknown ones."""
+    _take("adamw", {"step_sizes": (), **step})
+
+
+def sgd_step(**step: Unpack[SGDStep]) -> None:
+    """One step of SGD. A piece whose step is 1 sets its momentum buffer to the gradient, as ``torch.optim.SGD`` does.
+
+    Looking ahead, the gradient under which the buffer would stay what it is stands in for unknown ones.
+    """
+    _take("sgd", step)
+
+
+def lion_step(**step: Unpack[LionStep]) -> None:
+    """One step of Lion, whatever its number; looking ahead, the momentum stands in for unknown gradients."""
+    _take("lion", step)
+
+
+def _take(optimizer: str, step: Mapping[str, Any]) -> None:
+    """Let the core take a step, or look ahead: tensors cross as addresses, None as 0."""
+    master, weight, ahead = step["master"], step["weight"], step.get("ahead")
+    arguments = {"stream": 0, **step, **({} if ahead is None else ahead._asdict())}
+    arguments.pop("ahead", None)
+    if "betas" in arguments:
+        arguments["beta1"], arguments["beta2"] = arguments.pop("betas")
+    run = getattr(core(), f"{optimizer}_step" if ahead is None else f"{optimizer}_ahead")
+    run(
+        **{name: _bare(value) for name, value in arguments.items()},
+        dtype=DTYPE_CODES[master.dtype if weight is None else weight.dtype],
+        device=device_code(master.device, "the parameter group"),
+        threads=get_num_threads(),
+    )
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return 0 if value is None else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,18 @@ def merged_is_exact(rows: int, summed: int, columns: int, _threads: int) -> bool
     apart = start + torch.mm(left, right)
     fresh = torch.mm(left, right, out=torch.empty_like(start))
     return torch.equal(start.addmm_(left, right), apart) and torch.equal(fresh, torch.mm(left, right))
+
+
+class Window(NamedTuple):
+    """What an update reads.
+
+    Attributes:
+        sums: flat fp32 sums of the window's gradients.
+        positions: parameters that got one, ascending.
+    """
+
+    sums: Tensor
+    positions: list[int]
 
 
 class GradAccumulator:
@@ -70,6 +82,7 @@ class GradAccumulator:
             raise ValueError(f"buffers={buffers}: an accumulator has 1 buffer (update in line) or 2")
         self.group = group
         self._tensors = [group.empty_like(torch.float32) for _ in range(buffers)]
+        self._views = [group.views(tensor) for tensor in self._tensors]
         self._native = native.make_accumulator(group.segments, group.numel, self._tensors)
         self._consuming: int | None = None
         self._totals: Tensor | None = None
@@ -142,7 +155,9 @@ class GradAccumulator:
         return grad if grad.is_contiguous() else grad.contiguous()
 
     def _on(self, stream: Any) -> Any:
-        return native.current_stream(self._device) if stream is None else stream
+        if stream is not None:
+            return stream
+        return 0 if self._device.type == "cpu" else native.current_stream(self._device)
 
     def front(self, index: int, *, stream: Any = None) -> tuple[Tensor, bool]:
         """For a caller that computes a parameter's gradient straight into the front buffer.
@@ -155,7 +170,7 @@ class GradAccumulator:
             AccumulatorStateError: the front buffer is sealed or being consumed.
         """
         overwrite = self._native.lend(index, self._on(stream), native.get_num_threads())
-        return self.group.view(self._tensors[self._native.front], index), overwrite
+        return self._views[self._native.front][index], overwrite
 
     def lend(self, indices: Sequence[int], *, stream: Any = None) -> list[bool]:
         """For a caller that adds many parameters' gradients itself, in work that it gives to ``stream`` next.
@@ -208,6 +223,13 @@ class GradAccumulator:
             raise ValueError(f"the gradient of parameter {name!r} is on {grad.device}, the parameter on {self._device}")
         native.dtype_code(grad.dtype, f"the gradient of parameter {name!r}")
 
+    def end_window(self) -> bool:
+        """Seal the front buffer if it has a gradient; whether it had."""
+        filling = self.state == "filling"
+        if filling:
+            self.seal()
+        return filling
+
     def seal(self, *, stream: Any = None, totals: Tensor | None = None) -> None:
         """End the window: the front buffer is sealed, parameters that got no gradient read as zero, and with two
         buffers the other one becomes the front.
@@ -235,13 +257,15 @@ class GradAccumulator:
                 f"{self._device}, as paci_rt.kernels.GradientStatistics.totals() returns it"
             )
 
-    def consume(self, *, stream: Any = None) -> None:
+    def consume(self, *, stream: Any = None) -> Window:
         """Begin to read the sealed buffer, in work that ``stream`` gets next.
 
         Raises:
             AccumulatorStateError: no buffer is sealed.
         """
-        self._consuming = self._native.consume(self._on(stream))
+        self._consuming = consuming = self._native.consume(self._on(stream))
+        positions = [position for position, touched in enumerate(self._native.touched) if touched]
+        return Window(self._tensors[consuming], positions)
 
     def continue_on(self, *, stream: Any = None) -> None:
         """Read on from another stream, behind what the last one got, for example the update after an all-reduce.

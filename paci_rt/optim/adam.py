@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from paci_rt import native
+from paci_rt.native import FlatStep
 from paci_rt.optim.flat import FlatGroup
-from paci_rt.optim.fused import FusedOptimizer, FusedState, check_betas, check_option, check_rates
-from paci_rt.optim.steps_native import adam_pass
+from paci_rt.optim.fused import FusedOptimizer, FusedState, check_option
 
 ADAM_BUFFERS = ("exp_avg", "exp_avg_sq")
 
@@ -41,26 +40,16 @@ class AdamW(FusedOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        check_rates(lr, weight_decay)
-        check_betas(betas)
-        check_option(eps >= 0, f"eps={eps}: must not be negative")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults)
+        shared = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, shared)
 
     def make_state(self, param_group: dict[str, Any], group: FlatGroup) -> FusedState:
         """First and second moments and a step count for each parameter."""
         return FusedState(self, param_group, group, ADAM_BUFFERS, {"step": 0.0})
 
-    def run(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        divisor: float,
-        positions: list[int],
-        ahead: native.Ahead | None = None,
-    ) -> None:
+    def run(self, state: FusedState, positions: list[int], step: FlatStep) -> None:
         """One pass over weights, gradients and both moments."""
-        adam_pass(state, grad_sum, divisor, positions, ahead)
+        adam_step(state, step)
 
 
 class NAdam(FusedOptimizer):
@@ -86,19 +75,9 @@ class NAdam(FusedOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        check_rates(lr, weight_decay)
-        check_betas(betas)
-        check_option(eps >= 0, f"eps={eps}: must not be negative")
         check_option(momentum_decay >= 0, f"momentum_decay={momentum_decay}: must not be negative")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
+        shared = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, {**shared, "momentum_decay": momentum_decay})
 
     def make_state(self, param_group: dict[str, Any], group: FlatGroup) -> FusedState:
         """AdamW's, and for each parameter the product of the momenta of its updates."""
@@ -117,26 +96,31 @@ class NAdam(FusedOptimizer):
             )
         return super().merge_options(own, saved)
 
-    def run(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        divisor: float,
-        positions: list[int],
-        ahead: native.Ahead | None = None,
-    ) -> None:
+    def run(self, state: FusedState, positions: list[int], step: FlatStep) -> None:
         """One pass over weights, gradients and both moments."""
-        repeats = 1 if ahead is None else ahead.repeats
+        ahead = step.get("ahead")
         products = state.numbers["mu_product"][positions]
-        updates = state.updates()
         sizes: list[list[tuple[float, float]]] = []
-        for number in range(1, repeats + 1):
-            products, one_each = _nadam_sizes(products, [updates[i] + number for i in positions], state.param_group)
+        for repeat in range(1 if ahead is None else ahead.repeats):
+            numbers = [first + repeat for _, _, first in step["pieces"]]
+            products, one_each = _nadam_sizes(products, numbers, state.param_group)
             sizes.append(one_each)
-        by_piece = [pair for piece in zip(*sizes, strict=True) for pair in piece]
-        adam_pass(state, grad_sum, divisor, positions, ahead, by_piece)
+        adam_step(state, step, [pair for piece in zip(*sizes, strict=True) for pair in piece])
         if ahead is None:
             state.numbers["mu_product"][positions] = products
+
+
+def adam_step(state: FusedState, step: FlatStep, sizes: Sequence[tuple[float, float]] = ()) -> None:
+    """AdamW's step, or with step sizes NAdam's; see :class:`paci_rt.native.AdamWStep`."""
+    beta1, beta2 = state.param_group["betas"]
+    state.steps.adamw_step(
+        **step,
+        exp_avg=state.flat["exp_avg"],
+        exp_avg_sq=state.flat["exp_avg_sq"],
+        betas=(float(beta1), float(beta2)),
+        eps=float(state.param_group["eps"]),
+        step_sizes=sizes,
+    )
 
 
 def _nadam_sizes(

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Protocol
+
 import torch
 
 from paci_rt import native
 from paci_rt.optim.accumulator import GradAccumulator
 from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.update_stream import UpdateStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Steps(Protocol):
+    """What takes the optimizers' steps over a flat group: :mod:`paci_rt.native`, or the kernels likewise."""
+
+    def adamw_step(self, **step: Unpack[native.AdamWStep]) -> None: ...
+    def sgd_step(self, **step: Unpack[native.SGDStep]) -> None: ...
+    def lion_step(self, **step: Unpack[native.LionStep]) -> None: ...
+
+
+def uses_kernels(device: torch.device) -> bool:
+    """Whether flat buffers on a device are worked on by the Triton kernels, and not by the native core."""
+    return device.type == "cuda"
 
 
 def make_accumulator(group: FlatGroup, buffers: int) -> GradAccumulator:
@@ -15,11 +34,25 @@ def make_accumulator(group: FlatGroup, buffers: int) -> GradAccumulator:
     Raises:
         TritonMissingError: the group is on a GPU, and Triton is not installed or too old.
     """
-    if not group.uses_kernels:
+    if not uses_kernels(group.device):
         return GradAccumulator(group, buffers=buffers)
     from paci_rt.optim.accumulator_triton import KernelAccumulator
 
     return KernelAccumulator(group, buffers=buffers)
+
+
+def make_steps(group: FlatGroup) -> Steps:
+    """What takes an optimizer's steps over a group on its device; raises as :func:`make_accumulator` does."""
+    if not uses_kernels(group.device):
+        return native
+    from paci_rt.optim.steps_triton import TritonSteps
+
+    return TritonSteps(group.layout)
+
+
+def update_order(device: torch.device | None) -> UpdateStream | None:
+    """What orders updates of parameters on ``device``; None where they are over when their call returns."""
+    return UpdateStream(device) if device is not None and uses_kernels(device) else None
 
 
 def usable(device: torch.device) -> torch.device:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from paci_rt.errors import OptimizerOwnedError
+from paci_rt.optim.accumulator import Window
 from paci_rt.optim.adam import AdamW, NAdam
-from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer
+from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer, FusedStageOptimizer
 from paci_rt.optim.lion import Lion
 from paci_rt.optim.muon import Muon
 from paci_rt.optim.sgd import SGD
@@ -35,12 +36,12 @@ _GUARD = "_paci_rt_guard"
 class _GradsOnly(StageOptimizer):
     """No optimizer: windows end up in ``.grad``, and the user steps."""
 
-    def _apply(self, live: list[int], divisor: int) -> None:
-        for number in live:
-            group, accumulator = self.groups[number], self.accumulators[number]
-            for position in self._touched(number):
+    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
+        for number, window in windows.items():
+            group = self.groups[number]
+            for position in window.positions:
                 param = group.params[position]
-                mean = (accumulator.sealed_view(position) / divisor).to(param.dtype)
+                mean = (group.view(window.sums, position) / divisor).to(param.dtype)
                 if param.grad is None:
                     param.grad = mean
                 else:
@@ -49,72 +50,6 @@ class _GradsOnly(StageOptimizer):
 
     def unbind(self) -> None:
         pass
-
-
-class FusedStageOptimizer(StageOptimizer):
-    """One of this package's optimizers, which read the sealed buffer themselves."""
-
-    def __init__(
-        self,
-        optimizer: FusedOptimizer,
-        grouped: Sequence[NamedParams],
-        owners: Sequence[dict[str, Any]],
-        frozen: Iterable[Tensor],
-        buffers: int,
-    ) -> None:
-        super().__init__(grouped, frozen, buffers)
-        self.optimizer: FusedOptimizer = optimizer
-        self._states = [optimizer.make_state(owner, group) for owner, group in zip(owners, self.groups, strict=True)]
-        optimizer.fused_states = self._states
-
-    def _apply(self, live: list[int], divisor: int) -> None:
-        touched = {number: self._touched(number) for number in live}
-        for number in live:
-            self._states[number].refresh_masters()
-        try:
-            for bucket in range(1 if self._buckets is None else self._buckets.count):
-                for number, positions in touched.items():
-                    part = positions
-                    if self._buckets is not None:
-                        part = self._buckets.part(bucket, number, positions)
-                    if part:
-                        grad_sum = self.accumulators[number].sealed_flat
-                        self.optimizer.apply(self._states[number], grad_sum, part, divisor)
-                        self._states[number].publish(part)
-                self.order.publish(bucket)
-        except BaseException:
-            self._publish_all()  # nobody may wait for what will not come
-            raise
-        # torch's learning-rate schedulers look at this to warn about a scheduler that steps before the optimizer.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
-
-    def master(self, number: int) -> Tensor | None:
-        self._states[number].refresh_masters()
-        return self._states[number].master
-
-    def ahead(self, number: int, divisor: float, repeats: int, kept: Tensor | None, *, before: bool) -> list[int]:
-        """Put the weights of flat group ``number`` where its next updates would bring them, by the gradients of the
-        window in the making, or of the one before; see :meth:`paci_rt.optim.fused.FusedOptimizer.ahead`."""
-        self.before_reading()
-        grad_sum, known = self.accumulators[number].sums(before=before)
-        self._states[number].refresh_masters()
-        return self.optimizer.ahead(self._states[number], grad_sum, known, divisor, repeats, kept)
-
-    def _masters_bytes(self) -> int:
-        return sum(state.master.nbytes for state in self._states if state.master is not None)
-
-    def _optimizer_bytes(self) -> int:
-        return sum(state.nbytes for state in self._states)
-
-    def _state_of(self, number: int, position: int) -> dict[str, Any]:
-        state = self._states[number]
-        return state.views(position) if state.has_state(position) else {}
-
-    def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
-        self._states[number].adopt(position, entry)
-
-    def unbind(self) -> None:
-        self.optimizer.fused_states = []
 
 
 class _AnyTorch(StageOptimizer):
@@ -138,16 +73,16 @@ class _AnyTorch(StageOptimizer):
         if not self._stepping:
             raise OptimizerOwnedError(OWNED_MESSAGE)
 
-    def _apply(self, live: list[int], divisor: int) -> None:
+    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
         for param in self._params:
             param.grad = None
-        for number in live:
-            group, accumulator = self.groups[number], self.accumulators[number]
+        for number, window in windows.items():
+            group = self.groups[number]
             if divisor != 1:
-                accumulator.sealed_flat.div_(divisor)
-            for position in self._touched(number):
+                window.sums.div_(divisor)
+            for position in window.positions:
                 param = group.params[position]
-                param.grad = accumulator.sealed_view(position).to(param.dtype)
+                param.grad = group.view(window.sums, position).to(param.dtype)
         self._stepping = True
         try:
             # Backwards of micro-batches still in flight must accept these weights; the schedule bounds their drift.

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 ALIGNMENT_BYTES = 64
 
 
-def uses_kernels(device: torch.device) -> bool:
-    """Whether flat buffers on a device are worked on by the Triton kernels, and not by the native core."""
-    return device.type == "cuda"
-
-
 class FlatHome(NamedTuple):
     """A flat buffer in which a group's parameters can live, with their views of it and the addresses of those."""
 
@@ -44,6 +39,7 @@ class FlatGroup:
         numels: length of each in elements.
         numel: length of the flat buffers in elements, padding included; padding is zero.
         index: ``id(parameter)`` to position.
+        home, weight: where the parameters live now, and the flat buffer of it.
 
     Raises:
         ValueError: no parameters, several dtypes or devices, or a dtype or device that the native core does not know.
@@ -79,15 +75,10 @@ class FlatGroup:
             view.copy_(param.detach())
         self.move_to(self.home)
 
-    @property
-    def weight(self) -> Tensor:
-        """The flat buffer that the parameters live in."""
-        return self.home.weight
-
     def make_home(self) -> FlatHome:
         """Another flat buffer for the parameters, zeroed."""
         flat, size = self.empty_like(self.dtype), self.dtype.itemsize
-        views = tuple(self.view(flat, position) for position in range(len(self.params)))
+        views = self.views(flat)
         addresses = tuple(
             flat.data_ptr() + offset * size if numel else 0
             for offset, numel in zip(self.offsets, self.numels, strict=True)
@@ -97,7 +88,7 @@ class FlatGroup:
     def move_to(self, home: FlatHome) -> None:
         """Let the parameters be views of another buffer that :meth:`make_home` made. Nothing is copied, and
         autograd's version counters stand still."""
-        self.home = home
+        self.home, self.weight = home, home.weight
         for param, view in zip(self.params, home.views, strict=True):
             param.data = view
 
@@ -106,14 +97,13 @@ class FlatGroup:
         offset = self.offsets[position]
         return flat[offset : offset + self.numels[position]].view(self.params[position].shape)
 
+    def views(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The parts of a flat buffer that belong to the parameters, in their shapes."""
+        return tuple(self.view(flat, position) for position in range(len(self.params)))
+
     def empty_like(self, dtype: torch.dtype) -> Tensor:
         """A zeroed flat buffer of this group's length on its device."""
         return native.empty_flat(self.numel, dtype, self.device)
-
-    @cached_property
-    def uses_kernels(self) -> bool:
-        """Whether the Triton kernels work on this group, and not the native core."""
-        return uses_kernels(self.device)
 
     @cached_property
     def layout(self) -> FlatLayout:

@@ -1,4 +1,5 @@
-"""Optimizers that update flat parameter groups straight from a sealed accumulator: what all of them share.
+"""Optimizers that update flat parameter groups straight from a sealed accumulator: what all of them share, their state
+for a group, and how a stage drives them.
 
 They are ordinary ``torch.optim.Optimizer`` objects as far as parameter groups, learning-rate schedulers and
 ``state_dict`` go, but a schedule takes their steps. State lives in flat fp32 buffers; ``optimizer.state`` holds views
@@ -9,16 +10,19 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from paci_rt import native
 from paci_rt.errors import OptimizerOwnedError
+from paci_rt.native import Ahead, FlatStep
+from paci_rt.optim.accumulator import Window
+from paci_rt.optim.backend import make_steps
 from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer
 
 
 class FusedState:
@@ -34,7 +38,7 @@ class FusedState:
         flat: flat fp32 buffers by state name.
         master: fp32 weights of bf16/fp16 parameters, None where parameters are fp32 themselves.
         numbers: by state name, one number for each parameter, such as ``step``, the updates that it has had.
-        scalars: what the kernels on a GPU keep there between launches; see :mod:`paci_rt.optim.steps_triton`.
+        steps: what takes the group's steps on its device.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class FusedState:
         numbers: Mapping[str, float] | None = None,
     ) -> None:
         self.group, self.param_group, self._optimizer = group, param_group, optimizer
-        self.scalars: dict[int, Any] = {}
+        self.steps = make_steps(group)
         self.flat = {name: group.empty_like(torch.float32) for name in names}
         self.master: Tensor | None = None
         if group.dtype is not torch.float32:
@@ -117,13 +121,25 @@ class FusedState:
             return [int(count) for count in steps.tolist()]
         return [int(self.has_state(position)) for position in range(len(self.group.params))]
 
+    def step(self, grad_sum: Tensor, divisor: float, positions: list[int], ahead: Ahead | None = None) -> FlatStep:
+        """What a step over the parameters at ``positions``, which ascend, is told: gradients ``grad_sum / divisor``,
+        flat and fp32, and the group's options."""
+        group, options, updates = self.group, self.param_group, self.updates()
+        return {
+            "master": group.weight if self.master is None else self.master,
+            "weight": None if self.master is None else group.weight,
+            "grad_sum": grad_sum,
+            "pieces": [(group.offsets[i], group.numels[i], updates[i] + 1) for i in positions],
+            "lr": float(options["lr"]),
+            "weight_decay": float(options["weight_decay"]),
+            "divisor": -divisor if options["maximize"] else divisor,
+            "ahead": ahead,
+        }
+
     def count(self, positions: list[int]) -> None:
-        """Parameters at ``positions`` were updated."""
+        """Parameters at ``positions`` were updated: their state shows in ``optimizer.state`` from now on."""
         if "step" in self.numbers:
             self.numbers["step"][positions] += 1
-
-    def publish(self, positions: list[int]) -> None:
-        """Make the state of parameters that were just updated visible in ``optimizer.state``."""
         if not self.flat and not self.numbers and self.master is None:
             return
         for position in positions:
@@ -162,6 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     fused_states: list[FusedState]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        _check_shared(**defaults)
         self.fused_states = []
         super().__init__(params, defaults)
 
@@ -170,21 +187,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """State buffers for one flat group."""
 
     @abstractmethod
-    def run(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        divisor: float,
-        positions: list[int],
-        ahead: native.Ahead | None = None,
-    ) -> None:
-        """Update the parameters at ``positions`` with the gradients ``grad_sum / divisor``, flat and fp32, or put them
-        ahead; their step counts stay."""
-
-    def apply(self, state: FusedState, grad_sum: Tensor, positions: list[int], divisor: int) -> None:
-        """Update the parameters at ``positions``; the others keep weights and state."""
-        self.run(state, grad_sum, divisor, positions)
-        state.count(positions)
+    def run(self, state: FusedState, positions: list[int], step: FlatStep) -> None:
+        """Update the parameters at ``positions``, or put them ahead, as ``step`` says; their step counts stay."""
 
     def ahead(
         self,
@@ -211,7 +215,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             Positions of the parameters that were put ahead.
         """
         moved = [position for position, count in enumerate(state.updates()) if known[position] or count]
-        self.run(state, grad_sum, divisor, moved, native.Ahead([known[i] for i in moved], repeats, kept))
+        ahead = Ahead([known[position] for position in moved], repeats, kept)
+        self.run(state, moved, state.step(grad_sum, divisor, moved, ahead))
         return moved
 
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
@@ -271,6 +276,73 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [(state, home[id(state.group.params[0])]) for state in self.fused_states]
 
 
+class FusedStageOptimizer(StageOptimizer):
+    """One of this package's optimizers, which read the sealed buffer themselves."""
+
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        grouped: Sequence[NamedParams],
+        owners: Sequence[dict[str, Any]],
+        frozen: Iterable[Tensor],
+        buffers: int,
+    ) -> None:
+        super().__init__(grouped, frozen, buffers)
+        self.optimizer: FusedOptimizer = optimizer
+        self._states = [optimizer.make_state(owner, group) for owner, group in zip(owners, self.groups, strict=True)]
+        optimizer.fused_states = self._states
+
+    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
+        for number in windows:
+            self._states[number].refresh_masters()
+        try:
+            for bucket in range(1 if self._buckets is None else self._buckets.count):
+                for number, (sums, positions) in windows.items():
+                    part = positions if self._buckets is None else self._buckets.part(bucket, number, positions)
+                    if part:
+                        self._update(number, sums, part, divisor)
+                self._publish(bucket)
+        except BaseException:
+            self._publish_all()  # nobody may wait for what will not come
+            raise
+        # torch's learning-rate schedulers look at this to warn about a scheduler that steps before the optimizer.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _update(self, number: int, grad_sum: Tensor, positions: list[int], divisor: int) -> None:
+        """Update the parameters at ``positions`` of flat group ``number``; the others keep weights and state."""
+        state = self._states[number]
+        self.optimizer.run(state, positions, state.step(grad_sum, divisor, positions))
+        state.count(positions)
+
+    def master(self, number: int) -> Tensor | None:
+        self._states[number].refresh_masters()
+        return self._states[number].master
+
+    def ahead(self, number: int, divisor: float, repeats: int, kept: Tensor | None, *, before: bool) -> list[int]:
+        """Put the weights of flat group ``number`` where its next updates would bring them, by the gradients of the
+        window in the making, or of the one before; see :meth:`FusedOptimizer.ahead`."""
+        self.before_reading()
+        grad_sum, known = self.accumulators[number].sums(before=before)
+        self._states[number].refresh_masters()
+        return self.optimizer.ahead(self._states[number], grad_sum, known, divisor, repeats, kept)
+
+    def _masters_bytes(self) -> int:
+        return sum(state.master.nbytes for state in self._states if state.master is not None)
+
+    def _optimizer_bytes(self) -> int:
+        return sum(state.nbytes for state in self._states)
+
+    def _state_of(self, number: int, position: int) -> dict[str, Any]:
+        state = self._states[number]
+        return state.views(position) if state.has_state(position) else {}
+
+    def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
+        self._states[number].adopt(position, entry)
+
+    def unbind(self) -> None:
+        self.optimizer.fused_states = []
+
+
 def check_option(ok: bool, text: str) -> None:
     """Refuse an option of an optimizer.
 
@@ -281,20 +353,10 @@ def check_option(ok: bool, text: str) -> None:
         raise ValueError(text)
 
 
-def check_rates(lr: float | Tensor, weight_decay: float) -> None:
-    """Refuse a negative learning rate or weight decay.
-
-    Raises:
-        ValueError: either is.
-    """
+def _check_shared(*, lr: float | Tensor, weight_decay: float, **others: Any) -> None:
+    """Refuse values of the options that several optimizers have."""
     check_option(float(lr) >= 0, f"lr={lr}: the learning rate must not be negative")
+    betas, eps = others.get("betas", ()), others.get("eps", 0.0)
+    check_option(all(0 <= beta < 1 for beta in betas), f"betas={betas}: both must lie in [0, 1)")
+    check_option(eps >= 0, f"eps={eps}: must not be negative")
     check_option(weight_decay >= 0, f"weight_decay={weight_decay}: must not be negative")
-
-
-def check_betas(betas: tuple[float, float]) -> None:
-    """Refuse shares that are none.
-
-    Raises:
-        ValueError: one is outside [0, 1).
-    """
-    check_option(0 <= betas[0] < 1 and 0 <= betas[1] < 1, f"betas={betas}: both must lie in [0, 1)")

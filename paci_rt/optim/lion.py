@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from paci_rt import native
+from paci_rt.native import FlatStep
 from paci_rt.optim.flat import FlatGroup
-from paci_rt.optim.fused import FusedOptimizer, FusedState, check_betas, check_rates
-from paci_rt.optim.steps_native import flat_arguments
+from paci_rt.optim.fused import FusedOptimizer, FusedState
 
 
 class Lion(FusedOptimizer):
@@ -41,32 +40,13 @@ class Lion(FusedOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        check_rates(lr, weight_decay)
-        check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
 
     def make_state(self, param_group: dict[str, Any], group: FlatGroup) -> FusedState:
         """The momentum."""
         return FusedState(self, param_group, group, ("exp_avg",))
 
-    def run(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        divisor: float,
-        positions: list[int],
-        ahead: native.Ahead | None = None,
-    ) -> None:
+    def run(self, state: FusedState, positions: list[int], step: FlatStep) -> None:
         """One pass over weights, gradients and the momentum."""
-        if state.group.uses_kernels:
-            from paci_rt.optim import steps_triton
-
-            steps_triton.lion(state, grad_sum, divisor, positions, ahead)
-            return
         beta1, beta2 = state.param_group["betas"]
-        native.lion_step(
-            **flat_arguments(state, grad_sum, divisor, positions),
-            exp_avg=state.flat["exp_avg"],
-            betas=(float(beta1), float(beta2)),
-            ahead=ahead,
-        )
+        state.steps.lion_step(**step, exp_avg=state.flat["exp_avg"], betas=(float(beta1), float(beta2)))

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from paci_rt import native
-from paci_rt.optim.adam import ADAM_BUFFERS
+from paci_rt.native import Ahead, FlatStep
+from paci_rt.optim.adam import ADAM_BUFFERS, adam_step
 from paci_rt.optim.flat import FlatGroup
-from paci_rt.optim.fused import FusedOptimizer, FusedState, check_betas, check_option, check_rates
-from paci_rt.optim.steps_native import adam_pass
+from paci_rt.optim.fused import FusedOptimizer, FusedState, check_option
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic of Muon's authors, steep at zero: five steps bring all that is above 0.01 to between 0.68 and 1.14."""
@@ -68,12 +67,9 @@ class Muon(FusedOptimizer):
         ns_eps: float = 1e-7,
         maximize: bool = False,
     ) -> None:
-        check_rates(lr, weight_decay)
-        check_betas(betas)
         check_option(0 <= momentum < 1, f"momentum={momentum}: must lie in [0, 1)")
         check_option(1 <= ns_steps < 100, f"ns_steps={ns_steps}: give a number of steps from 1 to 99, such as 5")
         check_option(len(ns_coefficients) == 3, f"ns_coefficients={ns_coefficients}: give three numbers")
-        check_option(eps >= 0, f"eps={eps}: must not be negative")
         check_option(ns_eps > 0, f"ns_eps={ns_eps}: must be positive")
         defaults = {
             "lr": lr,
@@ -137,24 +133,17 @@ class Muon(FusedOptimizer):
             )
         return super().merge_options(own, saved)
 
-    def run(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        divisor: float,
-        positions: list[int],
-        ahead: native.Ahead | None = None,
-    ) -> None:
+    def run(self, state: FusedState, positions: list[int], step: FlatStep) -> None:
         """AdamW's native pass, or matrix by matrix. Looking ahead, the gradient under which the momentum would stay
         what it is, the momentum itself, stands in for unknown ones."""
         if _BUFFER not in state.flat:
-            adam_pass(state, grad_sum, divisor, positions, ahead)
+            adam_step(state, step)
             return
+        ahead = step.get("ahead")
         for index, position in enumerate(positions):
             grad: Tensor | None = None
             if ahead is None or ahead.known[index]:
-                signed = -divisor if state.param_group["maximize"] else divisor
-                grad = state.group.view(grad_sum, position) / signed
+                grad = state.group.view(step["grad_sum"], position) / step["divisor"]
             if ahead is not None:
                 _look_ahead(state, position, grad, ahead)
             elif grad is not None:
@@ -174,7 +163,7 @@ def _update(state: FusedState, position: int, grad: Tensor) -> None:
 
 
 @torch.no_grad()
-def _look_ahead(state: FusedState, position: int, grad: Tensor | None, ahead: native.Ahead) -> None:
+def _look_ahead(state: FusedState, position: int, grad: Tensor | None, ahead: Ahead) -> None:
     group = state.group
     now = group.view(group.weight if state.master is None else state.master, position)
     weight, buffer = now.clone(), group.view(state.flat[_BUFFER], position).clone()

@@ -1,4 +1,4 @@
-"""SGD and Lion as one native pass over flat parameters."""
+"""SGD as one native pass over flat parameters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from paci_rt import native
+from paci_rt.native import FlatStep
 from paci_rt.optim.flat import FlatGroup
-from paci_rt.optim.fused import FusedOptimizer, FusedState, check_option, check_rates
-from paci_rt.optim.steps_native import flat_arguments
+from paci_rt.optim.fused import FusedOptimizer, FusedState, check_option
 
 
 class SGD(FusedOptimizer):
@@ -35,7 +34,6 @@ class SGD(FusedOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        check_rates(lr, weight_decay)
         check_option(momentum >= 0, f"momentum={momentum}: must not be negative")
         check_option(
             not nesterov or (momentum > 0 and dampening == 0),
@@ -56,14 +54,7 @@ class SGD(FusedOptimizer):
         names = ("momentum_buffer",) if float(param_group["momentum"]) != 0 else ()
         return FusedState(self, param_group, group, names)
 
-    def run(
-        self,
-        state: FusedState,
-        grad_sum: Tensor,
-        divisor: float,
-        positions: list[int],
-        ahead: native.Ahead | None = None,
-    ) -> None:
+    def run(self, state: FusedState, positions: list[int], step: FlatStep) -> None:
         """One pass over weights, gradients and the momentum buffer, which the first update of a parameter sets.
 
         Raises:
@@ -76,16 +67,10 @@ class SGD(FusedOptimizer):
                 "the momentum of a parameter group became non-zero after the optimizer was given to a schedule: "
                 "construct SGD with momentum above 0"
             )
-        if state.group.uses_kernels:
-            from paci_rt.optim import steps_triton
-
-            steps_triton.sgd(state, grad_sum, divisor, positions, ahead)
-            return
-        native.sgd_step(
-            **flat_arguments(state, grad_sum, divisor, positions),
+        state.steps.sgd_step(
+            **step,
             momentum_buffer=state.flat.get("momentum_buffer"),
             momentum=momentum,
             dampening=float(options["dampening"]),
             nesterov=bool(options["nesterov"]),
-            ahead=ahead,
         )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paci_rt.optim.accumulator import GradAccumulator
-from paci_rt.optim.backend import make_accumulator
+from paci_rt.optim.accumulator import GradAccumulator, Window
+from paci_rt.optim.backend import make_accumulator, update_order
 from paci_rt.optim.flat import FlatGroup
-from paci_rt.optim.update_stream import Buckets, update_order
+from paci_rt.optim.update_stream import Buckets
 
 
 class GradSink(ABC):
@@ -77,6 +78,7 @@ class StageOptimizer(GradSink):
         groups: flat groups, one for each optimizer group and dtype.
         accumulators: one for each of them.
         optimizer: the user's optimizer, None without one.
+        order: who waits for updates, on a GPU; None on the CPU, where nobody has to.
     """
 
     optimizer: torch.optim.Optimizer | None = None
@@ -117,7 +119,7 @@ class StageOptimizer(GradSink):
     def set_layer_order(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
         """Update in parts from now on, in this order of layers, which wait for their own part; without any, a forward
         waits for the whole update."""
-        if not self.order.in_parts:
+        if self.order is None:
             return
         self._buckets = Buckets(self._home, layers, len(self.groups)) if layers else None
         self.order.set_buckets(1 if self._buckets is None else self._buckets.count)
@@ -125,17 +127,18 @@ class StageOptimizer(GradSink):
     def before_forward(self, *, whole: bool = False) -> None:
         """A forward is about to run; ``whole``: it reads weights in another way than by its layers."""
         if whole or self._buckets is None:
-            self.order.wait_all()
-        else:
+            self.before_reading()
+        elif self.order is not None:
             self.order.wait(0)
 
     def before_layer(self, param: nn.Parameter) -> None:
-        if self._buckets is not None:
+        if self.order is not None and self._buckets is not None:
             self.order.wait(self._buckets.of_param.get(id(param), 0))
 
     def before_reading(self) -> None:
         """Something is about to run that reads any weight, or optimizer state."""
-        self.order.wait_all()
+        if self.order is not None:
+            self.order.wait_all()
 
     def update(self, divisor: int, prepare: Callable[[], None] = lambda: None) -> UpdateStats:
         """End the window: seal the sums, apply ``sum / divisor``, and leave the accumulators empty.
@@ -154,19 +157,16 @@ class StageOptimizer(GradSink):
             raise ValueError(f"divisor={divisor}: gradients are divided by a number of micro-batches, at least 1")
         for group in self.groups:
             group.check_views()
-        live = [number for number, accumulator in enumerate(self.accumulators) if accumulator.state == "filling"]
-        for number in live:
-            self.accumulators[number].seal()
+        live = [number for number, accumulator in enumerate(self.accumulators) if accumulator.end_window()]
         squares, nonfinite = 0.0, 0
         for number in live:
             square, count = self.accumulators[number].measured()
             squares, nonfinite = squares + square, nonfinite + count
-        with self.order.updating():
+        with nullcontext() if self.order is None else self.order.updating():
             prepare()
-            for number in live:
-                self.accumulators[number].consume()
+            windows = {number: self.accumulators[number].consume() for number in live}
             try:
-                self._apply(live, divisor)
+                self._apply(windows, divisor)
             finally:
                 for number in live:
                     self.accumulators[number].release()
@@ -174,15 +174,15 @@ class StageOptimizer(GradSink):
 
     def _publish_all(self) -> None:
         for bucket in range(1 if self._buckets is None else self._buckets.count):
+            self._publish(bucket)
+
+    def _publish(self, bucket: int) -> None:
+        if self.order is not None:
             self.order.publish(bucket)
 
-    def _touched(self, number: int) -> list[int]:
-        """Positions in flat group ``number`` that got a gradient in the window being consumed."""
-        return [position for position, touched in enumerate(self.accumulators[number].touched) if touched]
-
     @abstractmethod
-    def _apply(self, live: list[int], divisor: int) -> None:
-        """Update from the accumulators numbered ``live``, which are being consumed, and publish every bucket."""
+    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
+        """Update from what is being consumed of each flat group, by its number, and publish every bucket."""
 
     @property
     def memory(self) -> dict[str, int]:

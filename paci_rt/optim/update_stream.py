@@ -1,7 +1,7 @@
-"""Where a stage's updates run, and who waits for them.
+"""Where the updates of a stage on a GPU run, and who waits for them.
 
-On a GPU they run on a stream of their own: they begin when all that reads the weights is done, and forwards wait for
-them where they are about to read weights, layer by layer. On the CPU an update is over when its call returns.
+They run on a stream of their own: they begin when all that reads the weights is done, and forwards wait for them where
+they are about to read weights, layer by layer. On the CPU an update is over when its call returns: nobody ever waits.
 """
 
 from __future__ import annotations
@@ -15,37 +15,7 @@ from torch import nn
 from paci_rt import native
 
 
-class InLine:
-    """Updates of a stage on the CPU: nobody ever waits.
-
-    Attributes:
-        in_parts: whether it is of use to update in parts, each of which is waited for by itself.
-    """
-
-    in_parts = False
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Within it, weights may be written."""
-        yield
-
-    def publish(self, bucket: int) -> None:
-        """The update of a bucket has been issued."""
-
-    def set_buckets(self, buckets: int) -> None:
-        """From now on updates come in so many parts."""
-
-    def wait(self, bucket: int) -> None:
-        """What is computed from now on may read a bucket's weights."""
-
-    def wait_all(self) -> None:
-        """What is computed from now on may read all weights."""
-
-    def move_to(self, stream: torch.cuda.Stream) -> None:
-        """Updates run on this stream. Before the first of them only."""
-
-
-class UpdateStream(InLine):
+class UpdateStream:
     """Updates of a stage on a GPU, on a stream of their own.
 
     What reads the weights, and calls :meth:`wait` or :meth:`wait_all`, does so on the stream that is current in torch.
@@ -54,41 +24,39 @@ class UpdateStream(InLine):
         device: a CUDA device.
     """
 
-    in_parts = True
-
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.stream = torch.cuda.Stream(device)
         self._gate = native.make_weight_gate(1, device)
-        self._buckets = 1
 
     @contextmanager
     def updating(self) -> Iterator[None]:
+        """Within it, weights may be written."""
         self._gate.claim(self.stream.cuda_stream)
         with torch.cuda.stream(self.stream):
             yield
 
     def publish(self, bucket: int) -> None:
+        """The update of a bucket has been issued."""
         self._gate.publish(bucket, self.stream.cuda_stream)
 
     def set_buckets(self, buckets: int) -> None:
+        """From now on updates come in so many parts, each of which is waited for by itself."""
         self.wait_all()
-        self._gate, self._buckets = native.make_weight_gate(buckets, self._device), buckets
+        self._gate = native.make_weight_gate(buckets, self._device)
         self.wait_all()  # this stream reads the weights: the next update has to know
 
     def wait(self, bucket: int) -> None:
+        """What is computed from now on may read a bucket's weights."""
         self._gate.wait(bucket, native.current_stream(self._device))
 
     def wait_all(self) -> None:
+        """What is computed from now on may read all weights."""
         self._gate.wait_all(native.current_stream(self._device))
 
     def move_to(self, stream: torch.cuda.Stream) -> None:
+        """Updates run on this stream. Before the first of them only."""
         self.stream = stream
-
-
-def update_order(device: torch.device | None) -> InLine:
-    """How the updates of a stage with its parameters on ``device`` are ordered; None for one without any."""
-    return UpdateStream(device) if device is not None and device.type == "cuda" else InLine()
 
 
 class Buckets:

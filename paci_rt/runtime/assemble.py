@@ -150,7 +150,7 @@ def bind(
     bound = bind_optimizer(optimizer, named, buffers=setup.buffers, asynchronous=not family.flush, ignored=followers)
     try:
         bound.compute_products_by(stage.wgrad)
-        if stage.update_stream is not None:
+        if stage.update_stream is not None and bound.order is not None:
             bound.order.move_to(stage.update_stream)
         weights = make_weights(setup, bound, rank.rank, clock)
         if setup.lookahead_required:

@@ -5,6 +5,8 @@ What the streams of a GPU add to this, the order of work, is looked at in ``test
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 
 import paci_rt
 from paci_rt.errors import AccumulatorStateError
-from paci_rt.optim import flat
+from paci_rt.optim import backend, stage_optimizer
 from paci_rt.optim.accumulator import GradAccumulator
 from paci_rt.optim.backend import make_accumulator
 from paci_rt.optim.flat import FlatGroup
-from paci_rt.optim.update_stream import InLine
+from paci_rt.optim.update_stream import UpdateStream
 from support.interpreted import Interpreter
 from support.toy import CLASSES, WIDTH, Run, make_optimizer
 
@@ -39,12 +41,35 @@ class Odd(nn.Module):
         return self.last(self.norm(h)) + x
 
 
+class InParts(UpdateStream):
+    """Updates in parts that nobody waits for, so that every launch is about a part of the parameters."""
+
+    def __init__(self) -> None:
+        pass
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        yield
+
+    def _nothing(self, *_: Any) -> None:
+        pass
+
+    publish = set_buckets = wait = wait_all = _nothing  # type: ignore[assignment]
+
+
+@contextmanager
+def on(kernels: bool) -> Iterator[None]:
+    """Within it, groups are worked on by the kernels, or by the native core."""
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels:
+            patch.setattr(backend, "uses_kernels", lambda device: True)
+            patch.setattr(stage_optimizer, "update_order", lambda device: InParts())
+        yield
+
+
 def train(run: Run, kernels: bool, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Parameters, optimizer state and losses after a few windows; the statistics."""
-    chosen = flat.uses_kernels
-    flat.uses_kernels = lambda device: kernels  # type: ignore[assignment]
-    InLine.in_parts = kernels  # so that every launch is about a part of the parameters
-    try:
+    with on(kernels):
         modules: list[nn.Module] = [Odd(stage, 24 + 8 * stage) for stage in range(run.stages)]
         pipe = paci_rt.LocalPipeline(
             [module.to(dtype) for module in modules],
@@ -70,8 +95,6 @@ def train(run: Run, kernels: bool, dtype: torch.dtype = torch.float32) -> tuple[
         stats = pipe.stats()
         pipe.close()
         return seen, stats
-    finally:
-        flat.uses_kernels, InLine.in_parts = chosen, False
 
 
 RUNS = [
@@ -125,8 +148,7 @@ def test_fp16_training_differs_by_the_rounding_of_products(interpreter: Interpre
 
 
 def accumulate_in_parts() -> None:
-    flat.uses_kernels = lambda device: True  # type: ignore[assignment]
-    try:
+    with on(kernels=True):
         params = [nn.Parameter(torch.zeros(shape)) for shape in ((4, 6), (4,), (5,))]
         group = FlatGroup([(f"p{at}", param) for at, param in enumerate(params)])
         accumulator = make_accumulator(group, 2)
@@ -158,8 +180,6 @@ def accumulate_in_parts() -> None:
         assert accumulator.touched == (True, False, False)
         accumulator.consume()
         assert not accumulator.sealed_view(1).any() and not accumulator.sealed_view(2).any()
-    finally:
-        flat.uses_kernels = lambda device: device.type == "cuda"  # type: ignore[assignment]
 
 
 def test_gradients_wait_for_one_launch(interpreter: Interpreter) -> None:

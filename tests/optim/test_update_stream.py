@@ -13,16 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 import paci_rt
 from paci_rt.optim import stage_optimizer as bound
-from paci_rt.optim.update_stream import Buckets, InLine
+from paci_rt.optim.update_stream import Buckets, UpdateStream
 from paci_rt.runtime.split_backward import read_by_layers_alone
 
 WIDTH = 8
 
 
-class Recorder(InLine):
+class Recorder(UpdateStream):
     """Keeps what happens to one stage's weights, as a GPU's streams would be told."""
-
-    in_parts = True
 
     def __init__(self, log: list[Any]) -> None:
         self.log = log
