@@ -1,4 +1,6 @@
-from typing import Any
+from typing import Any, TypedDict
+
+from typing_extensions import NotRequired, Unpack
 
 # Streams are integer handles or objects with __cuda_stream__; 0 on the CPU.
 
@@ -141,36 +143,22 @@ class DeviceIncoming(Incoming):
     @property
     def ring_bytes(self) -> int: ...
 
+class _DeviceEnd(TypedDict):
+    kind: str
+    sender: int
+    receiver: int
+    fd: int
+    backend: str
+    nccl: NotRequired[Nccl | None]
+    unique_id: NotRequired[bytes]
+    max_ctas: NotRequired[int]
+    register_buffers: NotRequired[bool]
+    priority: NotRequired[int]
+
 class DeviceEngine:
     def __init__(self, device: int, stage: int, slots: int, timeout_s: float, ops: StreamOps | None = None) -> None: ...
-    def add_outgoing(
-        self,
-        *,
-        kind: str,
-        sender: int,
-        receiver: int,
-        fd: int,
-        backend: str,
-        nccl: Nccl | None = None,
-        unique_id: bytes = b"",
-        max_ctas: int = 4,
-        register_buffers: bool = False,
-        priority: int = 0,
-    ) -> DeviceOutgoing: ...
-    def add_incoming(
-        self,
-        *,
-        kind: str,
-        sender: int,
-        receiver: int,
-        fd: int,
-        backend: str,
-        nccl: Nccl | None = None,
-        unique_id: bytes = b"",
-        max_ctas: int = 4,
-        register_buffers: bool = False,
-        priority: int = 0,
-    ) -> DeviceIncoming: ...
+    def add_outgoing(self, **end: Unpack[_DeviceEnd]) -> DeviceOutgoing: ...
+    def add_incoming(self, **end: Unpack[_DeviceEnd]) -> DeviceIncoming: ...
     def connect(self) -> None: ...
     def check(self) -> None: ...
     def fail(self, origin: str) -> None: ...
@@ -240,125 +228,45 @@ def mark_sms(device: int, stream: Any, flags: int, blocks: int, microseconds: in
 def cuda_devices() -> tuple[int, str]: ...
 def cuda_spin(device: int, stream: Any, microseconds: int) -> None: ...
 def cuda_fill(device: int, stream: Any, address: int, numel: int, value: float) -> None: ...
-def adamw_step(
-    *,
-    master: int,
-    weight: int,
-    dtype: int,
-    grad_sum: int,
-    exp_avg: int,
-    exp_avg_sq: int,
-    pieces: list[tuple[int, int, int]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step_sizes: list[tuple[float, float]],
-    divisor: float,
-    device: int,
-    stream: int,
-    threads: int,
-) -> None: ...
-def sgd_step(
-    *,
-    master: int,
-    weight: int,
-    dtype: int,
-    grad_sum: int,
-    momentum_buffer: int,
-    pieces: list[tuple[int, int, int]],
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    divisor: float,
-    device: int,
-    stream: int,
-    threads: int,
-) -> None: ...
-def lion_step(
-    *,
-    master: int,
-    weight: int,
-    dtype: int,
-    grad_sum: int,
-    exp_avg: int,
-    pieces: list[tuple[int, int, int]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    divisor: float,
-    device: int,
-    stream: int,
-    threads: int,
-) -> None: ...
-def adamw_ahead(
-    *,
-    master: int,
-    weight: int,
-    dtype: int,
-    grad_sum: int,
-    exp_avg: int,
-    exp_avg_sq: int,
-    pieces: list[tuple[int, int, int]],
-    known: list[bool],
-    repeats: int,
-    kept: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step_sizes: list[tuple[float, float]],
-    divisor: float,
-    device: int,
-    stream: int,
-    threads: int,
-) -> None: ...
-def sgd_ahead(
-    *,
-    master: int,
-    weight: int,
-    dtype: int,
-    grad_sum: int,
-    momentum_buffer: int,
-    pieces: list[tuple[int, int, int]],
-    known: list[bool],
-    repeats: int,
-    kept: int,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    divisor: float,
-    device: int,
-    stream: int,
-    threads: int,
-) -> None: ...
-def lion_ahead(
-    *,
-    master: int,
-    weight: int,
-    dtype: int,
-    grad_sum: int,
-    exp_avg: int,
-    pieces: list[tuple[int, int, int]],
-    known: list[bool],
-    repeats: int,
-    kept: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    divisor: float,
-    device: int,
-    stream: int,
-    threads: int,
-) -> None: ...
+
+class _FlatStep(TypedDict):
+    master: int
+    weight: int
+    dtype: int
+    grad_sum: int
+    pieces: list[tuple[int, int, int]]
+    lr: float
+    weight_decay: float
+    divisor: float
+    device: int
+    stream: int
+    threads: int
+
+class _AdamW(_FlatStep):
+    exp_avg: int
+    exp_avg_sq: int
+    beta1: float
+    beta2: float
+    eps: float
+    step_sizes: list[tuple[float, float]]
+
+class _SGD(_FlatStep):
+    momentum_buffer: int
+    momentum: float
+    dampening: float
+    nesterov: bool
+
+class _Lion(_FlatStep):
+    exp_avg: int
+    beta1: float
+    beta2: float
+
+def adamw_step(**step: Unpack[_AdamW]) -> None: ...
+def adamw_ahead(*, known: list[bool], repeats: int, kept: int, **step: Unpack[_AdamW]) -> None: ...
+def sgd_step(**step: Unpack[_SGD]) -> None: ...
+def sgd_ahead(*, known: list[bool], repeats: int, kept: int, **step: Unpack[_SGD]) -> None: ...
+def lion_step(**step: Unpack[_Lion]) -> None: ...
+def lion_ahead(*, known: list[bool], repeats: int, kept: int, **step: Unpack[_Lion]) -> None: ...
 def available_isas() -> list[str]: ...
 def isa() -> str: ...
 def select_isa(name: str) -> None: ...

@@ -82,17 +82,18 @@ def test_package_is_typed_and_stubs_match_the_native_module() -> None:
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             declared[node.name] = node
     core = native.core()
-    assert set(declared) == {name for name in dir(core) if not name.startswith("_")}
-    for name, node in declared.items():
+    public = {name: node for name, node in declared.items() if not name.startswith("_")}
+    assert set(public) == {name for name in dir(core) if not name.startswith("_")}
+    for name, node in public.items():
         if isinstance(node, ast.FunctionDef):
-            assert arguments_of(getattr(core, name)) == arguments_declared(node), name
+            same_arguments(getattr(core, name), node, declared)
         elif isinstance(node, ast.ClassDef):
             methods = methods_declared(node, declared)
             bound = getattr(core, name)
             assert set(methods) - {"__init__", "__cuda_stream__"} == {n for n in dir(bound) if not n.startswith("_")}
             for method, declaration in methods.items():
                 if not declaration.decorator_list:
-                    assert arguments_of(getattr(bound, method)) == arguments_declared(declaration), (name, method)
+                    same_arguments(getattr(bound, method), declaration, declared)
 
 
 def methods_declared(node: ast.ClassDef, classes: dict[str, Any]) -> dict[str, ast.FunctionDef]:
@@ -104,8 +105,28 @@ def methods_declared(node: ast.ClassDef, classes: dict[str, Any]) -> dict[str, a
     return methods | {member.name: member for member in node.body if isinstance(member, ast.FunctionDef)}
 
 
-def arguments_declared(node: ast.FunctionDef) -> list[str]:
-    return [argument.arg for argument in [*node.args.args, *node.args.kwonlyargs] if argument.arg != "self"]
+def same_arguments(function: Any, node: ast.FunctionDef, classes: dict[str, Any]) -> None:
+    """In the same order, unless the stub takes some from a typed dictionary, whose order means nothing."""
+    declared, real = (
+        [one.arg for one in [*node.args.args, *node.args.kwonlyargs] if one.arg != "self"],
+        arguments_of(function),
+    )
+    if node.args.kwarg is not None:
+        unpacked = node.args.kwarg.annotation
+        assert isinstance(unpacked, ast.Subscript) and isinstance(unpacked.slice, ast.Name)
+        declared, real = sorted(declared + keys_of(classes[unpacked.slice.id], classes)), sorted(real)
+    assert declared == real, node.name
+
+
+def keys_of(node: ast.ClassDef, classes: dict[str, Any]) -> list[str]:
+    """Keys of a typed dictionary of the stub, those of its bases included."""
+    own = [
+        member.target.id
+        for member in node.body
+        if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name)
+    ]
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id != "TypedDict"]
+    return own + [key for base in bases for key in keys_of(classes[base], classes)]
 
 
 def arguments_of(function: Any) -> list[str]:

@@ -67,14 +67,14 @@ class _Every(Each):
                 yield
             return
         with super().ahead(updates, micro_batches):
-            self._made = [group.weight.clone() for group in self._bound.groups]
+            self._made = [group.weight.clone() for group in self._optimizer.groups]
             self._uses, self._updates = 1, updates
             yield
 
     @contextmanager
     def _reused(self) -> Iterator[None]:
         start = time.perf_counter()
-        weights = [group.weight for group in self._bound.groups]
+        weights = [group.weight for group in self._optimizer.groups]
         true = [weight.clone() for weight in weights]
         for weight, made in zip(weights, self._made, strict=True):
             weight.copy_(made)
@@ -118,13 +118,13 @@ class _OwnSums(_Told, ABC):
         window, at least one, and which parameters have one."""
 
     def _replaced(self, number: int, micro_batches: int, before: bool) -> tuple[Tensor, Known]:
-        accumulator = self._bound.accumulators[number]
+        accumulator = self._optimizer.accumulators[number]
         flat, known = type(accumulator).sums(accumulator, before=before)
         return (flat, known) if before else self.sums(flat, known, number, micro_batches)
 
     @contextmanager
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
-        accumulators = self._bound.accumulators
+        accumulators = self._optimizer.accumulators
         for number, accumulator in enumerate(accumulators):
             accumulator.sums = (  # type: ignore[method-assign]
                 lambda *, before=False, number=number: self._replaced(number, micro_batches, before)
@@ -147,7 +147,7 @@ class OneOlder(_OwnSums):
 
     def backward_begins(self, micro_batches: int) -> None:
         self._older = []
-        for accumulator in self._bound.accumulators:
+        for accumulator in self._optimizer.accumulators:
             flat, known = accumulator.sums(before=micro_batches == 0)
             self._older.append((micro_batches or self._accumulation, flat.clone(), known))
 
@@ -160,7 +160,7 @@ class Blended(_OwnSums):
     """Takes the mean of past gradients, as AdamW's first moment has it, for those of the window that are missing."""
 
     def sums(self, flat: Tensor, known: Known, number: int, micro_batches: int) -> tuple[Tensor, Known]:
-        group, state = self._bound.groups[number], self._bound._states[number]
+        group, state = self._optimizer.groups[number], self._optimizer._states[number]
         blended, missing = flat.clone(), self._accumulation - micro_batches
         for position, steps in enumerate(state.updates()):
             if known[position] and steps:
@@ -190,9 +190,9 @@ class Damped(Each):
 
     @contextmanager
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
-        true = [group.weight.clone() for group in self._bound.groups]
+        true = [group.weight.clone() for group in self._optimizer.groups]
         with super().ahead(updates, micro_batches):
-            for group, weight in zip(self._bound.groups, true, strict=True):
+            for group, weight in zip(self._optimizer.groups, true, strict=True):
                 group.weight.copy_(weight.lerp(group.weight, self.SHARE ** (updates - 1)))
             yield
 

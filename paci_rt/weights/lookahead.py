@@ -21,7 +21,7 @@ import torch
 
 from paci_rt.clock import HostClock
 from paci_rt.optim import SGD
-from paci_rt.optim.bind import FusedStageOptimizer
+from paci_rt.optim.fused import FusedStageOptimizer
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.schedules import policies
 from paci_rt.weights.base import StageWeights
@@ -31,17 +31,18 @@ SHARED_UNTIL = 4
 """Weights ahead are shared until this many times as many gradients are known."""
 
 
-def can_look_ahead(bound: StageOptimizer) -> bool:
+def can_look_ahead(stage_optimizer: StageOptimizer) -> bool:
     """Whether an optimizer can be asked for steps that it does not take: paci_rt's own, SGD only with momentum."""
-    optimizer = bound.optimizer
+    optimizer = stage_optimizer.optimizer
     still = isinstance(optimizer, SGD) and any(group["momentum"] == 0 for group in optimizer.param_groups)
-    return isinstance(bound, FusedStageOptimizer) and not still
+    return isinstance(stage_optimizer, FusedStageOptimizer) and not still
 
 
-def require_look_ahead(bound: StageOptimizer) -> None:
+def require_look_ahead(stage_optimizer: StageOptimizer) -> None:
     """Raise ValueError, with the remedy, for an optimizer that cannot be asked for steps that it does not take."""
-    if not can_look_ahead(bound):
-        name = type(bound.optimizer).__name__ + (" without momentum" if isinstance(bound, FusedStageOptimizer) else "")
+    if not can_look_ahead(stage_optimizer):
+        still = isinstance(stage_optimizer, FusedStageOptimizer)
+        name = type(stage_optimizer.optimizer).__name__ + (" without momentum" if still else "")
         raise ValueError(
             f"lookahead=True cannot use {name}: give one of paci_rt's own optimizers, SGD with momentum above 0"
         )
@@ -53,7 +54,7 @@ class LookAhead:
     fp32 weights are kept in a scratch buffer meanwhile; of the others the masters bring the true ones back.
 
     Args:
-        bound: the stage's optimizer.
+        optimizer: the stage's optimizer.
         accumulation: micro-batches a window.
         divisor: what the sum of a whole window is divided by.
         shares: make the weights ahead anew only when SHARED_UNTIL times as many gradients are known, which takes one
@@ -66,18 +67,18 @@ class LookAhead:
 
     def __init__(
         self,
-        bound: StageOptimizer,
+        optimizer: StageOptimizer,
         *,
         accumulation: int,
         divisor: float,
         shares: bool,
         clock: HostClock | None = None,
     ) -> None:
-        require_look_ahead(bound)
-        assert isinstance(bound, FusedStageOptimizer)
-        self._bound, self._true = bound, ScratchWeights(bound)
+        require_look_ahead(optimizer)
+        assert isinstance(optimizer, FusedStageOptimizer)
+        self._optimizer, self._true = optimizer, ScratchWeights(optimizer)
         self._accumulation, self._share = accumulation, divisor / accumulation
-        self._shared = [torch.zeros_like(group.weight) for group in bound.groups] if shares else []
+        self._shared = [torch.zeros_like(group.weight) for group in optimizer.groups] if shares else []
         self._moved: list[list[int]] = []  # positions in each group, while the shared weights are of use
         self._known = 0  # gradients that made them; 0 while they are of none
         self._clock = clock or HostClock()
@@ -112,17 +113,17 @@ class LookAhead:
         before = micro_batches == 0
         divisor = (micro_batches or self._accumulation) * self._share
         moved = [
-            self._bound.ahead(number, divisor, updates, kept, before=before)
+            self._optimizer.ahead(number, divisor, updates, kept, before=before)
             for number, kept in enumerate(self._true.kept)
         ]
         if self._shared and not before:
             self._moved, self._known = moved, micro_batches
-            for shared, group in zip(self._shared, self._bound.groups, strict=True):
+            for shared, group in zip(self._shared, self._optimizer.groups, strict=True):
                 shared.copy_(group.weight)
         return moved
 
     def _reuse(self) -> list[list[int]]:
-        for shared, group in zip(self._shared, self._bound.groups, strict=True):
+        for shared, group in zip(self._shared, self._optimizer.groups, strict=True):
             group.weight.copy_(shared)
         return self._moved
 
@@ -133,7 +134,7 @@ class LookAhead:
     def restart(self) -> None:
         """The pipeline is empty: the window before is no longer what comes next."""
         self._known = 0
-        for accumulator in self._bound.accumulators:
+        for accumulator in self._optimizer.accumulators:
             accumulator.forget()
 
 
@@ -141,7 +142,7 @@ class AheadWeights(StageWeights):
     """Window look-ahead over policy ``bounded`` or ``recompute``; see :mod:`paci_rt.weights.lookahead`.
 
     Args:
-        bound: the stage's optimizer, whose accumulators hold what is known of the coming updates.
+        optimizer: the stage's optimizer, whose accumulators hold what is known of the coming updates.
         accumulation, divisor: as for :class:`~paci_rt.weights.lookahead.LookAhead`.
         early: forwards that the stage runs ahead of its backwards.
         clock: likewise.
@@ -149,7 +150,7 @@ class AheadWeights(StageWeights):
 
     def __init__(
         self,
-        bound: StageOptimizer,
+        optimizer: StageOptimizer,
         *,
         accumulation: int,
         divisor: float,
@@ -157,7 +158,7 @@ class AheadWeights(StageWeights):
         clock: HostClock | None = None,
     ) -> None:
         shares = policies.shares_pass(accumulation, early)
-        self._look_ahead = LookAhead(bound, accumulation=accumulation, divisor=divisor, shares=shares, clock=clock)
+        self._look_ahead = LookAhead(optimizer, accumulation=accumulation, divisor=divisor, shares=shares, clock=clock)
         self.extra_bytes = self._look_ahead.nbytes
         self._micro_batches = 0  # of the window in the making
 

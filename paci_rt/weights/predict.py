@@ -30,14 +30,14 @@ class Predictor:
     Weights with fp32 masters are restored from those; of the others one scratch copy is kept meanwhile.
 
     Args:
-        bound: the stage's optimizer.
+        stage_optimizer: the stage's optimizer.
 
     Raises:
         ValueError: the optimizer's next steps cannot be told from its state.
     """
 
-    def __init__(self, bound: StageOptimizer) -> None:
-        optimizer = bound.optimizer
+    def __init__(self, stage_optimizer: StageOptimizer) -> None:
+        optimizer = stage_optimizer.optimizer
         known = isinstance(optimizer, (*_ADAM, *_SGD))
         still = isinstance(optimizer, _SGD) and any(group["momentum"] == 0 for group in optimizer.param_groups)
         if not known or still:
@@ -46,8 +46,8 @@ class Predictor:
                 f"policy 'predict' cannot foresee the steps of {name}: use AdamW, Adam, or SGD with momentum above 0"
             )
         assert optimizer is not None
-        self._bound, self._optimizer = bound, optimizer
-        self._true = ScratchWeights(bound)
+        self._stage_optimizer, self._optimizer = stage_optimizer, optimizer
+        self._true = ScratchWeights(stage_optimizer)
 
     @property
     def nbytes(self) -> int:
@@ -57,15 +57,15 @@ class Predictor:
     @contextmanager
     def ahead(self, updates: int) -> Iterator[None]:
         """Within it, the parameters are where ``updates`` more updates would bring them."""
-        self._bound.before_reading()
+        self._stage_optimizer.before_reading()
         options = {id(param): group for group in self._optimizer.param_groups for param in group["params"]}
         with torch.no_grad():
-            for number, group in enumerate(self._bound.groups):
+            for number, group in enumerate(self._stage_optimizer.groups):
                 kept = self._true.kept[number]
                 if kept is not None:
                     kept.copy_(group.weight)
                 for position, param in enumerate(group.params):
-                    state = self._bound.state_views(number, position)
+                    state = self._stage_optimizer.state_views(number, position)
                     if state:  # parameters that were never updated stay where they are
                         step = self._direction(state, options[id(param)], param)
                         # Through the flat buffer: the version counters of the parameters stand still.
@@ -73,7 +73,7 @@ class Predictor:
         try:
             yield
         finally:
-            for number in range(len(self._bound.groups)):
+            for number in range(len(self._stage_optimizer.groups)):
                 self._true.restore(number)
 
     def _direction(self, state: dict[str, Any], options: dict[str, Any], param: Tensor) -> Tensor:
@@ -93,11 +93,11 @@ class PredictedWeights(StageWeights):
     """Policy ``predict``: a forward runs as many updates ahead as will come before its backward.
 
     Args:
-        bound: the stage's optimizer, whose momentum shows where the weights are going.
+        stage_optimizer: the stage's optimizer, whose momentum shows where the weights are going.
     """
 
-    def __init__(self, bound: StageOptimizer) -> None:
-        self._predictor = Predictor(bound)
+    def __init__(self, stage_optimizer: StageOptimizer) -> None:
+        self._predictor = Predictor(stage_optimizer)
         self.extra_bytes = self._predictor.nbytes
 
     def for_forward(self, window: int, current: int, start: int) -> tuple[int, AbstractContextManager[None]]:

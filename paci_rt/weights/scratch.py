@@ -15,14 +15,14 @@ class ScratchWeights:
     scratch copy.
 
     Args:
-        bound: the stage's optimizer.
+        optimizer: the stage's optimizer.
     """
 
-    def __init__(self, bound: StageOptimizer) -> None:
-        self._bound = bound
+    def __init__(self, optimizer: StageOptimizer) -> None:
+        self._optimizer = optimizer
         self.kept: list[Tensor | None] = [
-            torch.zeros_like(group.weight) if bound.master(number) is None else None
-            for number, group in enumerate(bound.groups)
+            torch.zeros_like(group.weight) if optimizer.master(number) is None else None
+            for number, group in enumerate(optimizer.groups)
         ]
         """Scratch copy of each flat group, to be filled before its weights move; None where there are masters."""
 
@@ -34,8 +34,8 @@ class ScratchWeights:
     @torch.no_grad()
     def restore(self, number: int, positions: Sequence[int] | None = None) -> None:
         """Bring back flat group ``number``, or only its parameters at ``positions``."""
-        group, kept = self._bound.groups[number], self.kept[number]
-        true = self._bound.master(number) if kept is None else kept
+        group, kept = self._optimizer.groups[number], self.kept[number]
+        true = self._optimizer.master(number) if kept is None else kept
         assert true is not None
         # Through the flat buffer: the version counters of the parameters stand still.
         if positions is None or len(positions) == len(group.params):
