@@ -1,7 +1,7 @@
 """What ``mkdocs.yml`` needs beside its plugins: pages from outside ``docs/``, and docstrings without Sphinx roles.
 
-Pages link to files anywhere in the repository, as they must on a code host. In the site, the Markdown files of
-``BROUGHT_IN`` become pages of their own; a link to any other file outside ``docs/`` becomes its text.
+Pages link to files anywhere in the repository, as they must on a code host. In the site, the files of
+``BROUGHT_IN`` have places of their own; a link to any other file outside ``docs/`` becomes its text.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ BROUGHT_IN = {
     "CONTRIBUTING.md": "project/contributing.md",
     "README.md": "index.md",
     "benchmarks/README.md": "project/benchmarks.md",
+    "benchmarks/results/comm_overlap.png": "project/comm_overlap.png",
     "csrc/DESIGN.md": "project/csrc.md",
 }
 """Repository path to page; README.md stands for the site's own first page."""
 
-_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+_LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 _FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):`(?P<short>~?)(?P<name>[\w.]+)`")
 
@@ -56,9 +57,9 @@ def _in_site(match: re.Match[str], source: str, here: str) -> str:
         return match[0]  # mkdocs says that it is broken
     page = target.removeprefix("docs/") if target.startswith("docs/") else BROUGHT_IN.get(target)
     if page is None:
-        return match["text"]
+        return match[0] if match["image"] else match["text"]
     link = posixpath.relpath(page, posixpath.dirname(here) or ".")
-    return f"[{match['text']}]({link}{match['anchor'] or ''})"
+    return f"{match['image']}[{match['text']}]({link}{match['anchor'] or ''})"
 
 
 class PlainRoles(griffe.Extension):
