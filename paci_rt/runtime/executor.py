@@ -201,7 +201,7 @@ class Executor:
         loss = batch.losses.get(m) if stage.is_last else None
         audit = runtime.audit
         version = audit.version
-        if runtime.optimizer.order.in_parts:
+        if runtime.optimizer.order is not None:
             runtime.optimizer.before_forward(whole=runtime.weights.whole or not batch.training)
         if batch.training:
             window = m // runtime.accumulation
