@@ -181,6 +181,7 @@ def git_files(*options: str) -> set[str]:
 
 
 def test_kernels_are_one_folder_under_two_names() -> None:
+    git_files()  # a source distribution has the files twice instead
     link = ROOT / "paci_rt" / "kernels"
     assert link.is_symlink()
     assert os.readlink(link) == "../kernels"
