@@ -17,7 +17,7 @@ from torch import Tensor
 
 from paci_rt.kernels.device.accumulate import accumulate_kernel, measure_kernel, totals_kernel
 from paci_rt.kernels.elements import element
-from paci_rt.kernels.launch import BLOCK, OPTIONS, TOTALS_BLOCK, TOTALS_WARPS, check_flat, on_device, options
+from paci_rt.kernels.launch import BLOCK, OPTIONS, TOTALS_BLOCK, TOTALS_WARPS, check_flat, on_device, operator, options
 from paci_rt.kernels.layout import ABSENT, Entries, FlatLayout
 
 
@@ -49,7 +49,7 @@ class GradientStatistics:
         """
         totals = torch.empty(2, dtype=torch.float64, device=self.layout.device)
         if torch.compiler.is_compiling():
-            torch.ops.paci_rt.gradient_totals(totals, self.squares, self.nonfinite)
+            _totals_op(totals, self.squares, self.nonfinite)
         else:
             _launch_totals(totals, self.squares, self.nonfinite)
         return totals
@@ -105,7 +105,7 @@ def accumulate(
         return
     if torch.compiler.is_compiling():
         present = [grad for grad in grads if grad is not None]
-        torch.ops.paci_rt.accumulate(front, statistics.squares, statistics.nonfinite, layout.chunks, present, codes)
+        _accumulate_op(front, statistics.squares, statistics.nonfinite, layout.chunks, present, codes)
         return
     _launch(front, statistics.squares, statistics.nonfinite, layout.chunks, layout.entries(grads, codes))
 
@@ -156,34 +156,21 @@ def _launch_totals(totals: Tensor, squares: Tensor, nonfinite: Tensor) -> None:
         )
 
 
-@torch.library.custom_op(
-    "paci_rt::accumulate",
-    mutates_args=("front", "squares", "nonfinite"),
-    schema="(Tensor(a!) front, Tensor(b!) squares, Tensor(c!) nonfinite, Tensor chunks, Tensor[] grads, int[] codes)"
-    " -> ()",
-)
-def _accumulate_op(
+def _run(
     front: Tensor, squares: Tensor, nonfinite: Tensor, chunks: Tensor, grads: list[Tensor], codes: list[int]
 ) -> None:
     _launch(front, squares, nonfinite, chunks, Entries.fresh(grads, codes))
 
 
-@torch.library.custom_op(
-    "paci_rt::gradient_totals",
-    mutates_args=("totals",),
-    schema="(Tensor(a!) totals, Tensor squares, Tensor nonfinite) -> ()",
+_accumulate_op = operator(
+    "paci_rt::accumulate",
+    _run,
+    ("front", "squares", "nonfinite"),
+    "(Tensor(a!) front, Tensor(b!) squares, Tensor(c!) nonfinite, Tensor chunks, Tensor[] grads, int[] codes) -> ()",
 )
-def _totals_op(totals: Tensor, squares: Tensor, nonfinite: Tensor) -> None:
-    _launch_totals(totals, squares, nonfinite)
-
-
-@_accumulate_op.register_fake
-def _accumulate_fake(
-    front: Tensor, squares: Tensor, nonfinite: Tensor, chunks: Tensor, grads: list[Tensor], codes: list[int]
-) -> None:
-    return None
-
-
-@_totals_op.register_fake
-def _totals_fake(totals: Tensor, squares: Tensor, nonfinite: Tensor) -> None:
-    return None
+_totals_op = operator(
+    "paci_rt::gradient_totals",
+    _launch_totals,
+    ("totals",),
+    "(Tensor(a!) totals, Tensor squares, Tensor nonfinite) -> ()",
+)

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from paci_rt.kernels.device.adamw import adamw_ahead_kernel, adamw_kernel
-from paci_rt.kernels.elements import element
-from paci_rt.kernels.launch import BLOCK, UPDATE_WARPS, on_device, options
-from paci_rt.kernels.layout import Entries, FlatLayout
-from paci_rt.kernels.rows import ScalarRows, check_rows
-from paci_rt.kernels.update import check_ahead, check_buffers, check_clip, check_grads, check_weight
+from paci_rt.kernels.layout import FlatLayout
+from paci_rt.kernels.rows import ScalarRows
+from paci_rt.kernels.update import Update
+
+ADAMW = Update("adamw", adamw_kernel, adamw_ahead_kernel, state=("exp_avg", "exp_avg_sq"), NESTEROV=False)
 
 
 def adamw_step(
@@ -40,7 +39,7 @@ def adamw_step(
     overwrite: bool | Sequence[bool] = False,
     only: Sequence[int] | None = None,
 ) -> None:
-    """One step of the parameters that ``rows`` has steps of.
+    """One step of AdamW for the parameters that ``rows`` has steps of.
 
     Args:
         layout: the flat group.
@@ -62,17 +61,8 @@ def adamw_step(
     Raises:
         ValueError: a tensor does not fit the layout, see the limits above, or the rows are another optimizer's.
     """
-    rows.require("adamw")
-    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    check_weight(layout, weight)
-    table, clip = check_rows(rows, layout), check_clip(layout, clip)
-    codes = check_grads(layout, weight, grads, overwrite)
-    state = (master, weight, grad_sum, exp_avg, exp_avg_sq, table, layout.part_of(only), clip)
-    present = [grad for grad in grads or () if grad is not None]
-    if torch.compiler.is_compiling():
-        torch.ops.paci_rt.adamw(*state, present, codes)
-    else:
-        launch(*state, layout.entries(grads, codes) if grads is not None and codes else Entries())
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    ADAMW.step(layout, rows, master, weight, grad_sum, clip, grads, overwrite, only, **state)
 
 
 def adamw_ahead(
@@ -87,7 +77,7 @@ def adamw_ahead(
     exp_avg_sq: Tensor,
     only: Sequence[int] | None = None,
 ) -> None:
-    """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
+    """Put the weights where the next ``rows.repeats`` steps of AdamW would bring them; state stays.
 
     Args:
         layout: the flat group.
@@ -104,131 +94,4 @@ def adamw_ahead(
         ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
             optimizer's.
     """
-    rows.require("adamw")
-    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    check_ahead(layout, weight, kept)
-    state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.part_of(only))
-    if torch.compiler.is_compiling():
-        torch.ops.paci_rt.adamw_ahead(*state, rows.repeats)
-    else:
-        launch_ahead(*state, rows.repeats)
-
-
-# NAdam launches a step through this too.
-def launch(
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    clip: Tensor,
-    entries: Entries,
-    *,
-    nesterov: bool = False,
-) -> None:
-    if chunks.shape[0] == 0:
-        return
-    with on_device(master):
-        adamw_kernel[(chunks.shape[0],)](
-            master,
-            weight,
-            grad_sum,
-            exp_avg,
-            exp_avg_sq,
-            rows,
-            chunks,
-            clip,
-            entries.table,
-            ELEMENT=element(entries.dtype),
-            ALIGNED=entries.aligned,
-            BLOCK=BLOCK,
-            NESTEROV=nesterov,
-            **options(UPDATE_WARPS),
-        )
-
-
-# NAdam launches a look-ahead through this too.
-def launch_ahead(
-    master: Tensor,
-    weight: Tensor | None,
-    kept: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    repeats: int,
-    *,
-    nesterov: bool = False,
-) -> None:
-    if chunks.shape[0] == 0:
-        return
-    with on_device(master):
-        adamw_ahead_kernel[(chunks.shape[0],)](
-            master,
-            weight,
-            kept,
-            grad_sum,
-            exp_avg,
-            exp_avg_sq,
-            rows,
-            chunks,
-            repeats,
-            BLOCK=BLOCK,
-            NESTEROV=nesterov,
-            **options(UPDATE_WARPS),
-        )
-
-
-@torch.library.custom_op(
-    "paci_rt::adamw",
-    mutates_args=("master", "weight", "exp_avg", "exp_avg_sq"),
-    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor grad_sum, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq,"
-    " Tensor rows, Tensor chunks, Tensor clip, Tensor[] grads, int[] codes) -> ()",
-)
-def _adamw_op(
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    clip: Tensor,
-    grads: list[Tensor],
-    codes: list[int],
-) -> None:
-    entries = Entries.fresh(grads, codes)
-    launch(master, weight, grad_sum, exp_avg, exp_avg_sq, rows, chunks, clip, entries)
-
-
-@torch.library.custom_op(
-    "paci_rt::adamw_ahead",
-    mutates_args=("master", "weight", "kept"),
-    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor(c!)? kept, Tensor grad_sum, Tensor exp_avg,"
-    " Tensor exp_avg_sq, Tensor rows, Tensor chunks, int repeats) -> ()",
-)
-def _ahead_op(
-    master: Tensor,
-    weight: Tensor | None,
-    kept: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    repeats: int,
-) -> None:
-    launch_ahead(master, weight, kept, grad_sum, exp_avg, exp_avg_sq, rows, chunks, repeats)
-
-
-@_adamw_op.register_fake
-def _adamw_fake(*args: object) -> None:
-    return None
-
-
-@_ahead_op.register_fake
-def _ahead_fake(*args: object) -> None:
-    return None
+    ADAMW.ahead(layout, rows, master, weight, kept, grad_sum, only, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -43,6 +44,20 @@ def options(warps: int = WARPS) -> dict[str, Any]:
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes a tensor's device the current one, which is the one that Triton launches on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def operator(name: str, run: Callable[..., None], written: Sequence[str], schema: str) -> Callable[..., None]:
+    """An operator for ``torch.compile`` that returns nothing.
+
+    Args:
+        name: with its namespace, ``paci_rt::...``.
+        run: what it does.
+        written: the arguments that it writes.
+        schema: of its arguments, which are positional.
+    """
+    made = torch.library.custom_op(name, run, mutates_args=tuple(written), schema=schema)
+    made.register_fake(lambda *arguments: None)
+    return made
 
 
 def check_runs_on(device: torch.device, what: str) -> None:

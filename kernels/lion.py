@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from paci_rt.kernels.device.lion import lion_ahead_kernel, lion_kernel
-from paci_rt.kernels.elements import element
-from paci_rt.kernels.launch import BLOCK, UPDATE_WARPS, on_device, options
-from paci_rt.kernels.layout import Entries, FlatLayout
-from paci_rt.kernels.rows import ScalarRows, check_rows
-from paci_rt.kernels.update import check_ahead, check_buffers, check_clip, check_grads, check_weight
+from paci_rt.kernels.layout import FlatLayout
+from paci_rt.kernels.rows import ScalarRows
+from paci_rt.kernels.update import Update
+
+LION = Update("lion", lion_kernel, lion_ahead_kernel, state=("exp_avg",))
 
 
 def lion_step(
@@ -33,7 +32,7 @@ def lion_step(
     overwrite: bool | Sequence[bool] = False,
     only: Sequence[int] | None = None,
 ) -> None:
-    """One step of the parameters that ``rows`` has steps of.
+    """One step of Lion for the parameters that ``rows`` has steps of.
 
     Args:
         layout, master, weight, grad_sum, clip, grads, overwrite, only: as for :func:`paci_rt.kernels.adamw.adamw_step`.
@@ -41,19 +40,9 @@ def lion_step(
         exp_avg: flat fp32 momentum, zero before the first step.
 
     Raises:
-        ValueError: a tensor does not fit the layout, or the rows are another optimizer's.
+        ValueError: as there.
     """
-    rows.require("lion")
-    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg)
-    check_weight(layout, weight)
-    table, clip = check_rows(rows, layout), check_clip(layout, clip)
-    codes = check_grads(layout, weight, grads, overwrite)
-    state = (master, weight, grad_sum, exp_avg, table, layout.part_of(only), clip)
-    present = [grad for grad in grads or () if grad is not None]
-    if torch.compiler.is_compiling():
-        torch.ops.paci_rt.lion(*state, present, codes)
-    else:
-        _launch(*state, layout.entries(grads, codes) if grads is not None and codes else Entries())
+    LION.step(layout, rows, master, weight, grad_sum, clip, grads, overwrite, only, exp_avg=exp_avg)
 
 
 def lion_ahead(
@@ -67,7 +56,7 @@ def lion_ahead(
     exp_avg: Tensor,
     only: Sequence[int] | None = None,
 ) -> None:
-    """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
+    """Put the weights where the next ``rows.repeats`` steps of Lion would bring them; state stays.
 
     Args:
         layout, master, weight, kept, grad_sum, only: as for :func:`paci_rt.kernels.adamw.adamw_ahead`.
@@ -75,110 +64,6 @@ def lion_ahead(
         exp_avg: flat fp32 momentum.
 
     Raises:
-        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
-            optimizer's.
+        ValueError: as there.
     """
-    rows.require("lion")
-    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg)
-    check_ahead(layout, weight, kept)
-    state = (master, weight, kept, grad_sum, exp_avg, check_rows(rows, layout), layout.part_of(only))
-    if torch.compiler.is_compiling():
-        torch.ops.paci_rt.lion_ahead(*state, rows.repeats)
-    else:
-        _launch_ahead(*state, rows.repeats)
-
-
-def _launch(
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    clip: Tensor,
-    entries: Entries,
-) -> None:
-    if chunks.shape[0] == 0:
-        return
-    with on_device(master):
-        lion_kernel[(chunks.shape[0],)](
-            master,
-            weight,
-            grad_sum,
-            exp_avg,
-            rows,
-            chunks,
-            clip,
-            entries.table,
-            ELEMENT=element(entries.dtype),
-            ALIGNED=entries.aligned,
-            BLOCK=BLOCK,
-            **options(UPDATE_WARPS),
-        )
-
-
-def _launch_ahead(
-    master: Tensor,
-    weight: Tensor | None,
-    kept: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    repeats: int,
-) -> None:
-    if chunks.shape[0] == 0:
-        return
-    with on_device(master):
-        lion_ahead_kernel[(chunks.shape[0],)](
-            master, weight, kept, grad_sum, exp_avg, rows, chunks, repeats, BLOCK=BLOCK, **options(UPDATE_WARPS)
-        )
-
-
-@torch.library.custom_op(
-    "paci_rt::lion",
-    mutates_args=("master", "weight", "exp_avg"),
-    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor grad_sum, Tensor(c!) exp_avg, Tensor rows, Tensor chunks,"
-    " Tensor clip, Tensor[] grads, int[] codes) -> ()",
-)
-def _lion_op(
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    clip: Tensor,
-    grads: list[Tensor],
-    codes: list[int],
-) -> None:
-    _launch(master, weight, grad_sum, exp_avg, rows, chunks, clip, Entries.fresh(grads, codes))
-
-
-@torch.library.custom_op(
-    "paci_rt::lion_ahead",
-    mutates_args=("master", "weight", "kept"),
-    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor(c!)? kept, Tensor grad_sum, Tensor exp_avg, Tensor rows,"
-    " Tensor chunks, int repeats) -> ()",
-)
-def _ahead_op(
-    master: Tensor,
-    weight: Tensor | None,
-    kept: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    repeats: int,
-) -> None:
-    _launch_ahead(master, weight, kept, grad_sum, exp_avg, rows, chunks, repeats)
-
-
-@_lion_op.register_fake
-def _lion_fake(*args: object) -> None:
-    return None
-
-
-@_ahead_op.register_fake
-def _ahead_fake(*args: object) -> None:
-    return None
+    LION.ahead(layout, rows, master, weight, kept, grad_sum, only, exp_avg=exp_avg)

@@ -7,135 +7,32 @@ decoupled, as with ``torch.optim.NAdam(decoupled_weight_decay=True)``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
+from paci_rt.kernels.adamw import adamw_ahead, adamw_step
+from paci_rt.kernels.device.adamw import adamw_ahead_kernel, adamw_kernel
+from paci_rt.kernels.layout import FlatLayout
+from paci_rt.kernels.rows import ScalarRows
+from paci_rt.kernels.update import Update, same_arguments
 
-from paci_rt.kernels.adamw import launch, launch_ahead
-from paci_rt.kernels.layout import Entries, FlatLayout
-from paci_rt.kernels.rows import ScalarRows, check_rows
-from paci_rt.kernels.update import check_ahead, check_buffers, check_clip, check_grads, check_weight
+NADAM = Update("nadam", adamw_kernel, adamw_ahead_kernel, state=("exp_avg", "exp_avg_sq"), NESTEROV=True)
 
 
-def nadam_step(
-    layout: FlatLayout,
-    rows: ScalarRows,
-    *,
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    clip: Tensor | None = None,
-    grads: Sequence[Tensor | None] | None = None,
-    overwrite: bool | Sequence[bool] = False,
-    only: Sequence[int] | None = None,
-) -> None:
-    """One step of the parameters that ``rows`` has steps of.
+@same_arguments(adamw_step)
+def nadam_step(layout: FlatLayout, rows: ScalarRows, **tensors: Any) -> None:
+    """One step of NAdam for the parameters that ``rows`` has steps of.
 
-    Args:
-        layout, master, weight, grad_sum, exp_avg, exp_avg_sq, clip, grads, overwrite, only: as for
-            :func:`paci_rt.kernels.adamw.adamw_step`.
-        rows: scalars, set with :meth:`ScalarRows.set_nadam`.
-
-    Raises:
-        ValueError: a tensor does not fit the layout, or the rows are another optimizer's.
+    Arguments and errors are those of :func:`paci_rt.kernels.adamw.adamw_step`; the rows are set with
+    :meth:`ScalarRows.set_nadam`.
     """
-    rows.require("nadam")
-    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    check_weight(layout, weight)
-    table, clip = check_rows(rows, layout), check_clip(layout, clip)
-    codes = check_grads(layout, weight, grads, overwrite)
-    state = (master, weight, grad_sum, exp_avg, exp_avg_sq, table, layout.part_of(only), clip)
-    present = [grad for grad in grads or () if grad is not None]
-    if torch.compiler.is_compiling():
-        torch.ops.paci_rt.nadam(*state, present, codes)
-    else:
-        entries = layout.entries(grads, codes) if grads is not None and codes else Entries()
-        launch(*state, entries, nesterov=True)
+    NADAM.step(layout, rows, **tensors)
 
 
-def nadam_ahead(
-    layout: FlatLayout,
-    rows: ScalarRows,
-    *,
-    master: Tensor,
-    weight: Tensor | None,
-    kept: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    only: Sequence[int] | None = None,
-) -> None:
-    """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
+@same_arguments(adamw_ahead)
+def nadam_ahead(layout: FlatLayout, rows: ScalarRows, **tensors: Any) -> None:
+    """Put the weights where the next ``rows.repeats`` steps of NAdam would bring them; state stays.
 
-    Args:
-        layout, master, weight, kept, grad_sum, exp_avg, exp_avg_sq, only: as for
-            :func:`paci_rt.kernels.adamw.adamw_ahead`.
-        rows: scalars of as many steps a parameter, set with ``known=``.
-
-    Raises:
-        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
-            optimizer's.
+    Arguments and errors are those of :func:`paci_rt.kernels.adamw.adamw_ahead`; the rows are set with
+    :meth:`ScalarRows.set_nadam`.
     """
-    rows.require("nadam")
-    check_buffers(layout, master=master, grad_sum=grad_sum, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    check_ahead(layout, weight, kept)
-    state = (master, weight, kept, grad_sum, exp_avg, exp_avg_sq, check_rows(rows, layout), layout.part_of(only))
-    if torch.compiler.is_compiling():
-        torch.ops.paci_rt.nadam_ahead(*state, rows.repeats)
-    else:
-        launch_ahead(*state, rows.repeats, nesterov=True)
-
-
-@torch.library.custom_op(
-    "paci_rt::nadam",
-    mutates_args=("master", "weight", "exp_avg", "exp_avg_sq"),
-    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor grad_sum, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq,"
-    " Tensor rows, Tensor chunks, Tensor clip, Tensor[] grads, int[] codes) -> ()",
-)
-def _nadam_op(
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    clip: Tensor,
-    grads: list[Tensor],
-    codes: list[int],
-) -> None:
-    entries = Entries.fresh(grads, codes)
-    launch(master, weight, grad_sum, exp_avg, exp_avg_sq, rows, chunks, clip, entries, nesterov=True)
-
-
-@torch.library.custom_op(
-    "paci_rt::nadam_ahead",
-    mutates_args=("master", "weight", "kept"),
-    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor(c!)? kept, Tensor grad_sum, Tensor exp_avg,"
-    " Tensor exp_avg_sq, Tensor rows, Tensor chunks, int repeats) -> ()",
-)
-def _ahead_op(
-    master: Tensor,
-    weight: Tensor | None,
-    kept: Tensor | None,
-    grad_sum: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    repeats: int,
-) -> None:
-    launch_ahead(master, weight, kept, grad_sum, exp_avg, exp_avg_sq, rows, chunks, repeats, nesterov=True)
-
-
-@_nadam_op.register_fake
-def _nadam_fake(*args: object) -> None:
-    return None
-
-
-@_ahead_op.register_fake
-def _ahead_fake(*args: object) -> None:
-    return None
+    NADAM.ahead(layout, rows, **tensors)

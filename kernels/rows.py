@@ -154,17 +154,7 @@ class ScalarRows:
         known = self._check(steps, divisor, known)
 
         def row(_: int, is_known: bool) -> list[float]:
-            return [
-                1.0,
-                divisor if is_known else 1.0,
-                1.0 - lr * weight_decay,
-                betas[0],
-                1.0 - betas[0],
-                betas[1],
-                1.0 - betas[1],
-                -lr,
-                float(is_known),
-            ]
+            return [*_decay_and_betas(lr, betas, weight_decay, divisor, is_known), -lr, float(is_known)]
 
         self._upload("lion", self._table(steps, known, row))
 
@@ -218,6 +208,14 @@ class ScalarRows:
         self.optimizer = optimizer
 
 
+def _decay_and_betas(
+    lr: float, betas: tuple[float, float], weight_decay: float, divisor: float, is_known: bool
+) -> list[float]:
+    """What the rows of AdamW, NAdam and Lion begin with: 7 scalars."""
+    decay = 1.0 - lr * weight_decay
+    return [1.0, divisor if is_known else 1.0, decay, betas[0], 1.0 - betas[0], betas[1], 1.0 - betas[1]]
+
+
 def _adam_row(
     step: int,
     is_known: bool,
@@ -231,13 +229,7 @@ def _adam_row(
     if step == 1 and not is_known:
         raise ValueError("step 1 of a parameter without a gradient has no mean of past ones: leave it out")
     return [
-        1.0,
-        divisor if is_known else 1.0,
-        1.0 - lr * weight_decay,
-        betas[0],
-        1.0 - betas[0],
-        betas[1],
-        1.0 - betas[1],
+        *_decay_and_betas(lr, betas, weight_decay, divisor, is_known),
         1.0 / math.sqrt(1.0 - betas[1] ** step),
         eps,
         -(lr / (1.0 - betas[0] ** step)),

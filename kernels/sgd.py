@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from paci_rt.kernels.device.sgd import sgd_ahead_kernel, sgd_kernel
-from paci_rt.kernels.elements import element
-from paci_rt.kernels.launch import BLOCK, UPDATE_WARPS, on_device, options
-from paci_rt.kernels.layout import Entries, FlatLayout
-from paci_rt.kernels.rows import ScalarRows, check_rows
-from paci_rt.kernels.update import check_ahead, check_buffers, check_clip, check_grads, check_weight
+from paci_rt.kernels.layout import FlatLayout
+from paci_rt.kernels.rows import ScalarRows
+from paci_rt.kernels.update import Update
+
+SGD = Update("sgd", sgd_kernel, sgd_ahead_kernel, state=("momentum_buffer",), stateless=True)
 
 
 def sgd_step(
@@ -32,7 +31,7 @@ def sgd_step(
     overwrite: bool | Sequence[bool] = False,
     only: Sequence[int] | None = None,
 ) -> None:
-    """One step of the parameters that ``rows`` has steps of.
+    """One step of SGD for the parameters that ``rows`` has steps of.
 
     Args:
         layout, master, weight, grad_sum, clip, grads, overwrite, only: as for :func:`paci_rt.kernels.adamw.adamw_step`.
@@ -40,19 +39,9 @@ def sgd_step(
         momentum_buffer: flat fp32; None steps without momentum, whatever the rows say.
 
     Raises:
-        ValueError: a tensor does not fit the layout, or the rows are another optimizer's.
+        ValueError: as there.
     """
-    rows.require("sgd")
-    check_buffers(layout, master=master, grad_sum=grad_sum, momentum_buffer=momentum_buffer)
-    check_weight(layout, weight)
-    table, clip = check_rows(rows, layout), check_clip(layout, clip)
-    codes = check_grads(layout, weight, grads, overwrite)
-    state = (master, weight, grad_sum, momentum_buffer, table, layout.part_of(only), clip)
-    present = [grad for grad in grads or () if grad is not None]
-    if torch.compiler.is_compiling():
-        torch.ops.paci_rt.sgd(*state, present, codes)
-    else:
-        _launch(*state, layout.entries(grads, codes) if grads is not None and codes else Entries())
+    SGD.step(layout, rows, master, weight, grad_sum, clip, grads, overwrite, only, momentum_buffer=momentum_buffer)
 
 
 def sgd_ahead(
@@ -66,7 +55,7 @@ def sgd_ahead(
     momentum_buffer: Tensor,
     only: Sequence[int] | None = None,
 ) -> None:
-    """Put the weights where the next ``rows.repeats`` steps with these gradients would bring them; state stays.
+    """Put the weights where the next ``rows.repeats`` steps of SGD would bring them; state stays.
 
     Args:
         layout, master, weight, kept, grad_sum, only: as for :func:`paci_rt.kernels.adamw.adamw_ahead`.
@@ -74,110 +63,6 @@ def sgd_ahead(
         momentum_buffer: flat fp32; without momentum there is nothing to look ahead by.
 
     Raises:
-        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
-            optimizer's.
+        ValueError: as there.
     """
-    rows.require("sgd")
-    check_buffers(layout, master=master, grad_sum=grad_sum, momentum_buffer=momentum_buffer)
-    check_ahead(layout, weight, kept)
-    state = (master, weight, kept, grad_sum, momentum_buffer, check_rows(rows, layout), layout.part_of(only))
-    if torch.compiler.is_compiling():
-        torch.ops.paci_rt.sgd_ahead(*state, rows.repeats)
-    else:
-        _launch_ahead(*state, rows.repeats)
-
-
-def _launch(
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    momentum_buffer: Tensor | None,
-    rows: Tensor,
-    chunks: Tensor,
-    clip: Tensor,
-    entries: Entries,
-) -> None:
-    if chunks.shape[0] == 0:
-        return
-    with on_device(master):
-        sgd_kernel[(chunks.shape[0],)](
-            master,
-            weight,
-            grad_sum,
-            momentum_buffer,
-            rows,
-            chunks,
-            clip,
-            entries.table,
-            ELEMENT=element(entries.dtype),
-            ALIGNED=entries.aligned,
-            BLOCK=BLOCK,
-            **options(UPDATE_WARPS),
-        )
-
-
-def _launch_ahead(
-    master: Tensor,
-    weight: Tensor | None,
-    kept: Tensor | None,
-    grad_sum: Tensor,
-    momentum_buffer: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    repeats: int,
-) -> None:
-    if chunks.shape[0] == 0:
-        return
-    with on_device(master):
-        sgd_ahead_kernel[(chunks.shape[0],)](
-            master, weight, kept, grad_sum, momentum_buffer, rows, chunks, repeats, BLOCK=BLOCK, **options(UPDATE_WARPS)
-        )
-
-
-@torch.library.custom_op(
-    "paci_rt::sgd",
-    mutates_args=("master", "weight", "momentum_buffer"),
-    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor grad_sum, Tensor(c!)? momentum_buffer, Tensor rows,"
-    " Tensor chunks, Tensor clip, Tensor[] grads, int[] codes) -> ()",
-)
-def _sgd_op(
-    master: Tensor,
-    weight: Tensor | None,
-    grad_sum: Tensor,
-    momentum_buffer: Tensor | None,
-    rows: Tensor,
-    chunks: Tensor,
-    clip: Tensor,
-    grads: list[Tensor],
-    codes: list[int],
-) -> None:
-    _launch(master, weight, grad_sum, momentum_buffer, rows, chunks, clip, Entries.fresh(grads, codes))
-
-
-@torch.library.custom_op(
-    "paci_rt::sgd_ahead",
-    mutates_args=("master", "weight", "kept"),
-    schema="(Tensor(a!) master, Tensor(b!)? weight, Tensor(c!)? kept, Tensor grad_sum, Tensor momentum_buffer,"
-    " Tensor rows, Tensor chunks, int repeats) -> ()",
-)
-def _ahead_op(
-    master: Tensor,
-    weight: Tensor | None,
-    kept: Tensor | None,
-    grad_sum: Tensor,
-    momentum_buffer: Tensor,
-    rows: Tensor,
-    chunks: Tensor,
-    repeats: int,
-) -> None:
-    _launch_ahead(master, weight, kept, grad_sum, momentum_buffer, rows, chunks, repeats)
-
-
-@_sgd_op.register_fake
-def _sgd_fake(*args: object) -> None:
-    return None
-
-
-@_ahead_op.register_fake
-def _ahead_fake(*args: object) -> None:
-    return None
+    SGD.ahead(layout, rows, master, weight, kept, grad_sum, only, momentum_buffer=momentum_buffer)

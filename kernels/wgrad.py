@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from paci_rt.kernels.device.wgrad import bias_kernel, wgrad_kernel
-from paci_rt.kernels.launch import INTERPRETED, OPTIONS, check_runs_on, on_device
+from paci_rt.kernels.launch import INTERPRETED, OPTIONS, check_runs_on, on_device, operator
 from paci_rt.kernels.tiles import BIAS_COLUMNS, BIAS_WARPS, TILES, bias_constants
 
 CUBLAS = "cublas"
@@ -100,7 +100,7 @@ def wgrad(
     _check(front, dy, x, bias)
     first_bias = overwrite if overwrite_bias is None else overwrite_bias
     if torch.compiler.is_compiling():
-        torch.ops.paci_rt.wgrad(front, bias, dy, x, overwrite, first_bias, route)
+        _wgrad_op(front, bias, dy, x, overwrite, first_bias, route)
     else:
         _run(front, bias, dy, x, overwrite, first_bias, route)
 
@@ -202,18 +202,9 @@ def _bias(bias: Tensor, dy: Tensor, overwrite: bool) -> None:
         )
 
 
-@torch.library.custom_op(
+_wgrad_op = operator(
     "paci_rt::wgrad",
-    mutates_args=("front", "bias"),
-    schema="(Tensor(a!) front, Tensor(b!)? bias, Tensor dy, Tensor x, bool overwrite, bool overwrite_bias, str route)"
-    " -> ()",
+    _run,
+    ("front", "bias"),
+    "(Tensor(a!) front, Tensor(b!)? bias, Tensor dy, Tensor x, bool overwrite, bool overwrite_bias, str route) -> ()",
 )
-def _wgrad_op(
-    front: Tensor, bias: Tensor | None, dy: Tensor, x: Tensor, overwrite: bool, overwrite_bias: bool, route: str
-) -> None:
-    _run(front, bias, dy, x, overwrite, overwrite_bias, route)
-
-
-@_wgrad_op.register_fake
-def _wgrad_fake(*args: object) -> None:
-    return None

@@ -1,13 +1,18 @@
-"""What a fresh machine meets: metadata, constraints, stubs, build switches and the installer's choices."""
+"""What a fresh machine meets: metadata, constraints, stubs, build switches, the installer's choices and archives."""
 
 from __future__ import annotations
 
 import ast
 import importlib.metadata
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -186,3 +191,131 @@ def test_installer_recognises_wheels_that_bring_cuda() -> None:
     assert not installer.brings_cuda(report('nvidia-cudnn-cu13; platform_system == "Windows"'))
     assert not installer.brings_cuda({"install": [{"metadata": {"name": "torch"}}]})
     assert not installer.brings_cuda({"install": []})  # torch is there already
+
+
+def git_files(*options: str) -> set[str]:
+    """Files of this checkout that git lists, below its root."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout: nothing says which files there must be")
+    done = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name for name in done.stdout.split("\0") if (ROOT / name).is_file() or (ROOT / name).is_symlink()}
+
+
+def test_kernels_are_one_folder_under_two_names() -> None:
+    git_files()  # a source distribution has the files twice instead
+    link = ROOT / "paci_rt" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+
+
+def test_every_check_looks_into_kernels() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    folders = re.search(r"^PY_DIRS := (.*)$", makefile, re.MULTILINE)
+    assert folders is not None and {"paci_rt", "kernels"} <= set(folders[1].split())
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text().split("- id: ")[1:]
+    patterns = {hook.split()[0]: re.search(r"files: (.*)", hook) for hook in hooks}
+    of_package = {name: found[1] for name, found in patterns.items() if found and "paci_rt" in found[1]}
+    assert {"mypy", "imports"} <= set(of_package)
+    for name, pattern in of_package.items():
+        for file in ("kernels/adamw.py", "kernels/device/adamw.py", "paci_rt/optim/adam.py"):
+            assert re.search(pattern, file), (name, file)
+
+
+def test_mypy_finds_kernels_as_part_of_the_package() -> None:
+    find_sources = pytest.importorskip("mypy.find_sources")
+    options = importlib.import_module("mypy.options").Options()
+    files = re.search(r"^files = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert files is not None
+    names = [str(ROOT / name.strip().strip('"')) for name in files[1].split(",")]
+    modules = {source.module for source in find_sources.create_source_list(names, options)}
+    assert {"paci_rt.kernels", "paci_rt.kernels.adamw", "paci_rt.kernels.device.adamw"} <= modules
+
+
+# Compiling the native core takes minutes, so the one that runs the tests stands in for it.
+BACKEND = """
+import subprocess, sys
+from pathlib import Path
+from setuptools import build_meta
+run = subprocess.run
+subprocess.run = lambda command, **options: Path(command[0]).name == "cmake" or run(command, **options)
+getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2])
+"""
+
+
+def build(kind: str, folder: Path, out: Path) -> Path:
+    """Builds the ``sdist`` or the ``wheel`` of the sources in ``folder``, without build isolation; the archive."""
+    core = Path(native.core().__file__)
+    there = folder / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}" / "out"
+    there.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(core, there / core.name)
+    command = [sys.executable, "-c", BACKEND, kind, str(out)]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PACI_RT_CUDA": "off"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = out.iterdir()
+    return archive
+
+
+def imported_from(folder: Path, path: Path | None = None) -> Path:
+    """Where ``paci_rt.kernels`` is found by a program that runs in ``folder``, with ``path`` as PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {} if path is None else {"PYTHONPATH": str(path)}
+    program = "import paci_rt.kernels.device.adamw; print(paci_rt.kernels.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip()).parent
+
+
+@pytest.mark.slow
+def test_archives_hold_the_whole_package(tmp_path: Path) -> None:
+    """From a checkout a source distribution and a wheel, and from the source distribution the same wheel."""
+    pytest.importorskip("triton")
+    pytest.importorskip("pybind11")
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in git_files("--cached", "--others", "--exclude-standard"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, checkout / name, follow_symlinks=False)
+    assert imported_from(checkout) == checkout / "paci_rt" / "kernels"
+
+    sdist = build("sdist", checkout, tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    missing = {name for name in git_files() if not (unpacked / name).exists()}
+    assert missing <= {".ci/run", ".gitignore"}
+    configures(unpacked, tmp_path / "configured")
+
+    wheel = build("wheel", checkout, tmp_path / "wheel")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = {name for name in git_files() if name.startswith("paci_rt/")} - {"paci_rt/kernels"}
+    kernels = {f"paci_rt/{name}" for name in git_files() if name.startswith("kernels/")}
+    core = f"paci_rt/{Path(native.core().__file__).name}"
+    assert {name for name in names if ".dist-info/" not in name} == package | kernels | {core}
+    again = build("wheel", unpacked, tmp_path / "wheel_of_sdist")
+    assert set(zipfile.ZipFile(again).namelist()) == names
+
+    site = tmp_path / "site"
+    zipfile.ZipFile(again).extractall(site)
+    assert imported_from(elsewhere, site) == site / "paci_rt" / "kernels"
+
+
+def configures(source: Path, folder: Path) -> None:
+    """CMake finds every source that it names."""
+    cmake, ninja = (Path(sys.executable).parent / name for name in ("cmake", "ninja"))
+    if not cmake.exists() or not ninja.exists():
+        return
+    pybind11 = importlib.import_module("pybind11")
+    options = [
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        "-DPACI_RT_CUDA=off",
+        "-DPYBIND11_FINDPYTHON=ON",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    command = [str(cmake), "-S", str(source), "-B", str(folder), "-G", "Ninja", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

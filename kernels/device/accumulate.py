@@ -7,6 +7,15 @@ from paci_rt.kernels.device.flat import PAD, load_chunk, load_gradient, padded, 
 
 
 @triton.jit
+def count_in(square, count, total):
+    """Sums of squares and numbers of non-finite elements, lane by lane, with those of ``total`` (fp32) in them."""
+    # The square of an fp32 value is exact in fp64, and nothing finite overflows.
+    wide = total.to(tl.float64)
+    nonfinite = (total.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000
+    return square + wide * wide, count + nonfinite.to(tl.int32)
+
+
+@triton.jit
 def accumulate_kernel(
     front,
     squares,
@@ -32,10 +41,7 @@ def accumulate_kernel(
             fresh = load_gradient(entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
             total = tl.where(adds, old + fresh, fresh)
             tl.store(front + offset + at + lanes, total, mask=mask)
-            # The square of an fp32 value is exact in fp64, and nothing finite overflows.
-            wide = total.to(tl.float64)
-            square += wide * wide
-            count += ((total.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
+            square, count = count_in(square, count, total)
         # One slot a chunk: whoever runs first, the sums are added up in the same order.
         tl.store(squares + tl.program_id(0), tl.sum(square, 0))
         tl.store(nonfinite + tl.program_id(0), tl.sum(count, 0))
@@ -53,9 +59,7 @@ def measure_kernel(front, squares, nonfinite, numbers, chunks, BLOCK: tl.constex
     count = tl.zeros([BLOCK], tl.int32)
     for at in range(0, length, BLOCK):
         total = tl.load(front + offset + at + lanes, mask=at + lanes < padded(length), other=0.0)
-        wide = total.to(tl.float64)
-        square += wide * wide
-        count += ((total.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
+        square, count = count_in(square, count, total)
     tl.store(squares + number, tl.sum(square, 0))
     tl.store(nonfinite + number, tl.sum(count, 0))
 

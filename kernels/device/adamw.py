@@ -8,7 +8,7 @@ that the bits are those of the CPU kernels.
 import triton
 import triton.language as tl
 
-from paci_rt.kernels.device.flat import load_chunk, load_flag, load_sum, padded, spread, store_low
+from paci_rt.kernels.device.flat import block_of, load_chunk, load_flag, load_sum, spread, store_low
 
 
 @triton.jit
@@ -61,22 +61,15 @@ def adamw_kernel(
     position, start, length, offset = load_chunk(chunks)
     row = rows + position * 16
     if load_flag(row) != 0:
-        lanes = tl.arange(0, BLOCK)
         divisor, coefficient = tl.load(row + 1), tl.load(clip)
         for at in range(0, length, BLOCK):
-            here = offset + at + lanes
-            mask = at + lanes < padded(length)
-            valid = at + lanes < length
+            lanes, here, mask, valid = block_of(offset, at, length, BLOCK)
             # All of it on its way before anything waits: a division is many instructions with branches among them,
             # across which the compiler moves no load.
             weight = tl.load(master + here, mask=mask, other=0.0)
             mean = tl.load(exp_avg + here, mask=mask, other=0.0)
             square = tl.load(exp_avg_sq + here, mask=mask, other=0.0)
-            if entries is None:
-                total = tl.load(grad_sum + here, mask=mask, other=0.0)
-            else:
-                entry = tl.load(entries + position)
-                total = load_sum(grad_sum, here, mask, entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
+            total = load_sum(grad_sum, here, mask, entries, position, start, at, length, ELEMENT, ALIGNED, BLOCK)
             gradient = tl.div_rn(total, divisor) * coefficient
             weight, mean, square = adamw_math(weight, gradient, mean, square, row, NESTEROV, BLOCK)
             # Padding is zero and stays zero, also where eps is 0.
@@ -85,7 +78,7 @@ def adamw_kernel(
             tl.store(exp_avg + here, tl.where(valid, mean, 0.0), mask=mask)
             tl.store(exp_avg_sq + here, tl.where(valid, square, 0.0), mask=mask)
             if low is not None:
-                store_low(low, offset, at + lanes, weight, mask)
+                store_low(low, offset, lanes, weight, mask)
 
 
 @triton.jit(do_not_specialize=["repeats"])
@@ -107,12 +100,10 @@ def adamw_ahead_kernel(
     position, _, length, offset = load_chunk(chunks)
     first = rows + position * repeats * 16
     if load_flag(first) != 0:
-        lanes = tl.arange(0, BLOCK)
         divisor, unbias1 = tl.load(first + 1), tl.load(first + 11)
         known = spread(load_flag(first + 10), BLOCK) != 0
         for at in range(0, length, BLOCK):
-            here = offset + at + lanes
-            mask = at + lanes < padded(length)
+            lanes, here, mask, valid = block_of(offset, at, length, BLOCK)
             weight = tl.load(master + here, mask=mask, other=0.0)
             mean = tl.load(exp_avg + here, mask=mask, other=0.0)
             square = tl.load(exp_avg_sq + here, mask=mask, other=0.0)
@@ -123,8 +114,8 @@ def adamw_ahead_kernel(
             for repeat in range(repeats):
                 row = first + repeat * 16
                 weight, mean, square = adamw_math(weight, gradient, mean, square, row, NESTEROV, BLOCK)
-            weight = tl.where(at + lanes < length, weight, 0.0)
+            weight = tl.where(valid, weight, 0.0)
             if low is None:
                 tl.store(master + here, weight, mask=mask)
             else:
-                store_low(low, offset, at + lanes, weight, mask)
+                store_low(low, offset, lanes, weight, mask)

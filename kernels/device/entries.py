@@ -12,9 +12,12 @@ PER_LAUNCH = 32
 
 
 @triton.jit
-def store_entry(entries, index, count, entry):
-    """One entry, where the table goes that far."""
-    tl.store(entries + index, entry, mask=index < count)
+def store_four(entries, first, count, a, b, c, d, AT: tl.constexpr):
+    """Four entries from ``first + AT`` on, where the table goes that far."""
+    tl.store(entries + (first + AT), a, mask=first + AT < count)
+    tl.store(entries + (first + (AT + 1)), b, mask=first + (AT + 1) < count)
+    tl.store(entries + (first + (AT + 2)), c, mask=first + (AT + 2) < count)
+    tl.store(entries + (first + (AT + 3)), d, mask=first + (AT + 3) < count)
 
 
 @triton.jit(do_not_specialize=["first", "count", *(f"p{i}" for i in range(PER_LAUNCH))])
@@ -56,35 +59,11 @@ def entries_kernel(
     p31: tl.int64,
 ):
     """Writes entries ``first`` to ``first + 31``, as far as the table of ``count`` goes."""
-    store_entry(entries, first + 0, count, p0)
-    store_entry(entries, first + 1, count, p1)
-    store_entry(entries, first + 2, count, p2)
-    store_entry(entries, first + 3, count, p3)
-    store_entry(entries, first + 4, count, p4)
-    store_entry(entries, first + 5, count, p5)
-    store_entry(entries, first + 6, count, p6)
-    store_entry(entries, first + 7, count, p7)
-    store_entry(entries, first + 8, count, p8)
-    store_entry(entries, first + 9, count, p9)
-    store_entry(entries, first + 10, count, p10)
-    store_entry(entries, first + 11, count, p11)
-    store_entry(entries, first + 12, count, p12)
-    store_entry(entries, first + 13, count, p13)
-    store_entry(entries, first + 14, count, p14)
-    store_entry(entries, first + 15, count, p15)
-    store_entry(entries, first + 16, count, p16)
-    store_entry(entries, first + 17, count, p17)
-    store_entry(entries, first + 18, count, p18)
-    store_entry(entries, first + 19, count, p19)
-    store_entry(entries, first + 20, count, p20)
-    store_entry(entries, first + 21, count, p21)
-    store_entry(entries, first + 22, count, p22)
-    store_entry(entries, first + 23, count, p23)
-    store_entry(entries, first + 24, count, p24)
-    store_entry(entries, first + 25, count, p25)
-    store_entry(entries, first + 26, count, p26)
-    store_entry(entries, first + 27, count, p27)
-    store_entry(entries, first + 28, count, p28)
-    store_entry(entries, first + 29, count, p29)
-    store_entry(entries, first + 30, count, p30)
-    store_entry(entries, first + 31, count, p31)
+    store_four(entries, first, count, p0, p1, p2, p3, 0)
+    store_four(entries, first, count, p4, p5, p6, p7, 4)
+    store_four(entries, first, count, p8, p9, p10, p11, 8)
+    store_four(entries, first, count, p12, p13, p14, p15, 12)
+    store_four(entries, first, count, p16, p17, p18, p19, 16)
+    store_four(entries, first, count, p20, p21, p22, p23, 20)
+    store_four(entries, first, count, p24, p25, p26, p27, 24)
+    store_four(entries, first, count, p28, p29, p30, p31, 28)

@@ -46,6 +46,14 @@ def padded(length):
 
 
 @triton.jit
+def block_of(offset, at, length, BLOCK: tl.constexpr):
+    """The ``BLOCK`` elements of a chunk from ``at`` on: where they are in the chunk and in the flat buffers, which of
+    them are in the buffers at all (padding included), and which are the parameter's."""
+    lanes = tl.arange(0, BLOCK)
+    return at + lanes, offset + at + lanes, at + lanes < padded(length), at + lanes < length
+
+
+@triton.jit
 def load_gradient(entry, start, at, length, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """``BLOCK`` elements of a gradient as fp32, zeros behind its end and where there is no gradient.
 
@@ -79,15 +87,38 @@ def round_bf16(x):
 
 
 @triton.jit
-def load_sum(
+def add_last(
     grad_sum, here, mask, entry, start, at, length, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The window's sum with its last gradient, which is not in the buffer yet."""
+    """The sum in the buffer with the gradient at ``entry``."""
     adds = spread(entry & 1, BLOCK) == 0
     total = tl.load(grad_sum + here, mask=mask & adds, other=0.0)
     fresh = load_gradient(entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
     # Without a gradient the sum stays as it is: adding a zero would turn -0 into 0.
     return tl.where(spread(entry, BLOCK) == 0, total, tl.where(adds, total + fresh, fresh))
+
+
+@triton.jit
+def load_sum(
+    grad_sum,
+    here,
+    mask,
+    entries,
+    position,
+    start,
+    at,
+    length,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The window's sum, and with ``entries`` its last gradient, which is not in the buffer yet."""
+    if entries is None:
+        total = tl.load(grad_sum + here, mask=mask, other=0.0)
+    else:
+        entry = tl.load(entries + position)
+        total = add_last(grad_sum, here, mask, entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
+    return total
 
 
 @triton.jit

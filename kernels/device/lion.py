@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from paci_rt.kernels.device.flat import load_chunk, load_flag, load_sum, padded, spread, store_low
+from paci_rt.kernels.device.flat import block_of, load_chunk, load_flag, load_sum, spread, store_low
 
 
 @triton.jit
@@ -35,20 +35,13 @@ def lion_kernel(
     position, start, length, offset = load_chunk(chunks)
     row = rows + position * 16
     if load_flag(row) != 0:
-        lanes = tl.arange(0, BLOCK)
         divisor, coefficient = tl.load(row + 1), tl.load(clip)
         for at in range(0, length, BLOCK):
-            here = offset + at + lanes
-            mask = at + lanes < padded(length)
-            valid = at + lanes < length
+            lanes, here, mask, valid = block_of(offset, at, length, BLOCK)
             # All of it on its way before anything waits, as with AdamW.
             weight = tl.load(master + here, mask=mask, other=0.0)
             mean = tl.load(exp_avg + here, mask=mask, other=0.0)
-            if entries is None:
-                total = tl.load(grad_sum + here, mask=mask, other=0.0)
-            else:
-                entry = tl.load(entries + position)
-                total = load_sum(grad_sum, here, mask, entry, start, at, length, ELEMENT, ALIGNED, BLOCK)
+            total = load_sum(grad_sum, here, mask, entries, position, start, at, length, ELEMENT, ALIGNED, BLOCK)
             gradient = tl.div_rn(total, divisor) * coefficient
             weight, mean = lion_math(weight, gradient, mean, row)
             # Padding is zero and stays zero, also where the clip coefficient is NaN.
@@ -56,7 +49,7 @@ def lion_kernel(
             tl.store(master + here, weight, mask=mask)
             tl.store(exp_avg + here, tl.where(valid, mean, 0.0), mask=mask)
             if low is not None:
-                store_low(low, offset, at + lanes, weight, mask)
+                store_low(low, offset, lanes, weight, mask)
 
 
 @triton.jit(do_not_specialize=["repeats"])
@@ -75,12 +68,10 @@ def lion_ahead_kernel(
     position, _, length, offset = load_chunk(chunks)
     first = rows + position * repeats * 16
     if load_flag(first) != 0:
-        lanes = tl.arange(0, BLOCK)
         divisor = tl.load(first + 1)
         known = spread(load_flag(first + 8), BLOCK) != 0
         for at in range(0, length, BLOCK):
-            here = offset + at + lanes
-            mask = at + lanes < padded(length)
+            lanes, here, mask, valid = block_of(offset, at, length, BLOCK)
             weight = tl.load(master + here, mask=mask, other=0.0)
             mean = tl.load(exp_avg + here, mask=mask, other=0.0)
             total = tl.load(grad_sum + here, mask=mask & known, other=0.0)
@@ -89,8 +80,8 @@ def lion_ahead_kernel(
             gradient = tl.where(known, tl.div_rn(total, divisor), mean)
             for repeat in range(repeats):
                 weight, mean = lion_math(weight, gradient, mean, first + repeat * 16)
-            weight = tl.where(at + lanes < length, weight, 0.0)
+            weight = tl.where(valid, weight, 0.0)
             if low is None:
                 tl.store(master + here, weight, mask=mask)
             else:
-                store_low(low, offset, at + lanes, weight, mask)
+                store_low(low, offset, lanes, weight, mask)
