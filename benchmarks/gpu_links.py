@@ -22,12 +22,12 @@ from torch import Tensor
 from common import could_not, finish_measures, list_of, measure, positive, write_measures
 from paci_rt import launch
 from paci_rt.profiling.link import Clock, written_bytes
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport.base import Message
 
 TRANSPORTS = ("ipc", "nccl")
 SIZES = (4 << 10, 4 << 20, 64 << 20)
-DOWN: Channel = ("F", 0, 1)
+DOWN = Channel("F", 0, 1)
 JUDGED_BYTES = 64 << 20
 """From this size on bandwidth is judged: smaller messages stay in the caches, and latency counts."""
 ASKED_SHARE = 0.90

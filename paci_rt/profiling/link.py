@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from paci_rt import launch
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import check_transport, make_transport
 from paci_rt.transport.base import Message
 
@@ -133,18 +134,19 @@ def _measure(ctx: launch.Context, name: str, sizes: tuple[int, ...], rounds: int
         where = {"device": device}
     transport = make_transport(name, num_stages=2, **where)
     here, there = ctx.rank, 1 - ctx.rank
-    kind, answer = ("F", "B") if here == 0 else ("B", "F")  # what this process sends and receives
-    transport.open([(answer, there, here)])
+    outgoing = Channel("F" if here == 0 else "B", here, there)
+    incoming = outgoing.opposite()
+    transport.open([incoming])
     sent = received = 0
 
     def send() -> None:
         nonlocal sent
-        transport.send((kind, here, there), sent, message)
+        transport.send(outgoing, sent, message)
         sent += 1
 
     def recv() -> None:
         nonlocal received
-        transport.recv((answer, there, here), received)
+        transport.recv(incoming, received)
         received += 1
 
     medians = []

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paci_rt.errors import PeerLostError
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 
 
 def dump_events(
@@ -60,8 +60,8 @@ def origin_of(error: BaseException, rank: int) -> str:
 
 def action_of(channel: Channel, index: int, *, sending: bool) -> str:
     """The action that sends or receives message ``index``, for example ``0SEND_F7``."""
-    kind, sender, receiver = channel
-    return f"{sender}SEND_{kind}{index}" if sending else f"{receiver}RECV_{kind}{index}"
+    doing = f"{channel.sender}SEND" if sending else f"{channel.receiver}RECV"
+    return f"{doing}_{channel.kind}{index}"
 
 
 def standing(slot: int, size: str, sent: int | None, taken: int | None) -> str:
@@ -84,7 +84,7 @@ def timeout_text(channel: Channel, index: int, doing: str, where: str, timeout_s
     action, peer = action_of(channel, index, sending=sending), receiver if sending else sender
     what = {"F": "activations", "B": "gradients"}.get(kind, "a tied weight or its gradient")
     return (
-        f"action {action} timed out after {timeout_s:g} s: {doing}; edge {kind} {sender}->{receiver} ({what} from "
+        f"action {action} timed out after {timeout_s:g} s: {doing}; edge {channel.name} ({what} from "
         f"stage {sender} to stage {receiver}), {'micro-batch' if kind in 'FB' else 'window'} {index}, {where}. Look "
         f"for what holds stage {peer} up, or, if it may take that long, raise transfer_timeout_s "
         f"(--transfer-timeout), which is {timeout_s:g}"

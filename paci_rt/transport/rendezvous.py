@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -107,3 +108,10 @@ def hosts_by_name(identities: list[dict[str, str]]) -> dict[str, list[int]]:
         name = identities[ranks[0]]["name"]
         found[name if name not in found else f"{name} (another boot or container, {len(found) + 1})"] = ranks
     return found
+
+
+def raise_first(errors: Sequence[str]) -> None:
+    """Raise TransportError for the first rank that has told an error."""
+    for rank, error in enumerate(errors):
+        if error:
+            raise TransportError(f"rank {rank}: {error}")
