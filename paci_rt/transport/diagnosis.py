@@ -1,4 +1,4 @@
-"""What is left for people when a transfer ends badly: a file with the last events of every channel of a process."""
+"""What explains a transfer that failed: error texts, and a file with the last events of every channel."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def dump_events(
     channels: Sequence[str],
     folder: str | os.PathLike[str] | None = None,
 ) -> str:
-    """Write one JSON file: ``transport``, ``rank``, ``pid``, ``error``, both clocks' ``monotonic_ns`` and ``unix_s`` at
-    the same moment, and ``channels``, which holds one object for each end of a channel: ``edge side slots timeout_s
-    sent taken`` and ``events``, each with ``time_ns`` on the monotonic clock of the host, ``event``, and as far as they
-    apply ``sequence index slot bytes``.
+    """Write one JSON file with the last events of a process's channels.
+
+    It holds ``transport``, ``rank``, ``pid``, ``error``, both clocks at the same moment (``monotonic_ns``, ``unix_s``),
+    and ``channels``: one object for each end of a channel. Each has ``edge side slots timeout_s sent taken`` and
+    ``events``. An event has ``time_ns`` on the monotonic clock of the host, ``event``, and as far as they apply
+    ``sequence index slot bytes``.
 
     Args:
         channels: the channels' objects as JSON.
-        folder: where to; it is made if need be. None is the system's folder for temporary files.
+        folder: where the file goes; it is made if need be. None is the system's folder for temporary files.
 
     Returns:
         The file's path, or why it could not be written: no second error may hide the first.

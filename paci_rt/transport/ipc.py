@@ -10,8 +10,7 @@ from paci_rt.transport.device.gpu import GpuTransport
 
 
 class IpcTransport(GpuTransport):
-    """Stages on GPUs of one host, of which several may share one; see
-    :class:`~paci_rt.transport.device.gpu.GpuTransport`."""
+    """Stages on GPUs of one host; several may share a GPU. See ``GpuTransport`` for the arguments."""
 
     name = "ipc"
     candidates = (IPC,)

@@ -51,7 +51,7 @@ def load_nccl() -> Any:
 
 
 class NcclTransport(GpuTransport):
-    """Stages on GPUs that NCCL connects; see :class:`~paci_rt.transport.device.gpu.GpuTransport`.
+    """Stages on GPUs that NCCL connects; see ``GpuTransport`` for the other arguments.
 
     Args:
         register_buffers: stage messages in memory that NCCL's peers reach without copies of NCCL's own (2.23 or later).

@@ -42,8 +42,10 @@ def check_group(group: dist.ProcessGroup | None, num_stages: int, chunks: int, t
 
 
 def host_identity() -> dict[str, str]:
-    """What tells hosts apart: ``name`` for people, ``boot`` and ``pids`` (the namespace of process numbers, which is
-    another one in another container) for the comparison."""
+    """What tells hosts apart: ``name`` for people, ``boot`` and ``pids`` for the comparison.
+
+    ``pids`` is the namespace of process ids, which differs between containers.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
     try:
         return {

@@ -1,4 +1,4 @@
-"""Processes of one host, over memory that they share: one copy a message, no sockets.
+"""Processes of one host, over memory that they share: one copy per message, no sockets.
 
 The channels are the native core's (``csrc/p2p_shm.hpp``). What a process sends lies in a segment of its own, an
 anonymous file that the others open through ``/proc``; nothing is left behind, however a process ends.
@@ -82,7 +82,7 @@ class ShmTransport(NativeTransport):
         self._copier = native.make_copier()
 
     def _meet(self, meeting: Meeting) -> tuple[ShmSegment, list[Any]]:
-        """This process's segment, and where everybody's is. Whatever is wrong somewhere is raised everywhere."""
+        """This process's segment, and the addresses of all. An error on one rank is raised on all ranks."""
         own, error = None, ""
         try:
             own = native.make_shm_segment()

@@ -47,7 +47,7 @@ class Switchboard:
         """The socket of a new connection to the process at ``address``, which hears ``greeting``.
 
         Raises:
-            TransportError: nobody listens there.
+            TransportError: no process listens there.
         """
         host, port, token = address
         try:

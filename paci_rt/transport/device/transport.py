@@ -1,5 +1,4 @@
-"""What the transports for GPUs share (``nccl``, ``ipc``): channels of the native core's engine for devices
-(``csrc/p2p_device.hpp``).
+"""What the transports for GPUs share: channels of the native core's engine for devices.
 
 ``send`` and ``recv`` are called with torch's current stream being the one that computes. Nothing on the device waits
 for the host, and the host waits in ``recv`` only for a message that its sender has not yet issued.
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 
 
 class DeviceTransport(NativeTransport):
-    """Channels between stages on devices. Use :class:`~paci_rt.transport.nccl.NcclTransport` or
-    :class:`~paci_rt.transport.ipc.IpcTransport`.
+    """Channels between stages on devices; base class of ``NcclTransport`` and ``IpcTransport``.
 
     Args:
         name: what users call it.
@@ -56,7 +54,7 @@ class DeviceTransport(NativeTransport):
         self._hardware = hardware
         self._pairing = Pairing(gathering, hardware, candidates=candidates, options=options)
         self._engine = self._pairing.make_engine()
-        self._sent: dict[Channel, int] = {}  # messages between stages of this process that nobody has taken
+        self._sent: dict[Channel, int] = {}  # messages between stages of this process that have not been taken
         self._backends: dict[Channel, str] = {}
         self._measured: dict[Channel, list[Measured]] = {}
 
@@ -68,7 +66,7 @@ class DeviceTransport(NativeTransport):
         within = [channel for channel in receive if self._pairing.within(channel)]
         receive = [channel for channel in receive if channel not in within]
         send = [channel.opposite() for channel in receive if channel.opposite() not in self._outgoing]
-        # Both ends of all channels go through them in the same order, so that nobody waits in a circle.
+        # Both ends of all channels go through them in the same order, so that no circle of waits can form.
         greetings = {channel: self._pairing.prepare(channel) for channel in sorted([*receive, *send], key=_order)}
         try:
             for channel in within:
@@ -103,8 +101,10 @@ class DeviceTransport(NativeTransport):
     # --- messages ---
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
-        """Start sending and return at once. The tensors are kept until they have left; a message that finds no free
-        slot waits in the transport."""
+        """Start sending and return at once.
+
+        The tensors are kept until they have left. A message that finds no free slot waits in the transport.
+        """
         outgoing = self._sender(channel)
         metas, tensors, addresses = self._unpack(message)
         where = self._hardware.index, self._hardware.stream()
@@ -158,8 +158,11 @@ class DeviceTransport(NativeTransport):
         return Message(tensors, tuple(meta.requires_grad for meta in metas))
 
     def flush(self) -> None:
-        """Wait until every message sent so far has left this process. While a CUDA graph is recorded: make the current
-        stream wait for the sends recorded so far, which every recording has to end with."""
+        """Wait until every message sent so far has left this process.
+
+        While a CUDA graph is recorded, make the current stream wait for the sends recorded so far instead. Every
+        recording has to end with this.
+        """
         try:
             for outgoing in self._outgoing.values():
                 if self._hardware.capturing():
@@ -187,9 +190,12 @@ class DeviceTransport(NativeTransport):
         return sum(len(outgoing.held) for outgoing in self._outgoing.values())
 
     def stats(self) -> dict[str, Any]:
-        """What moves the bytes of each channel, why, and what it takes: ``backends`` by edge, ``measured`` by edge (one
-        entry a candidate: ``name small_us large_us error``), ``ring_bytes`` of device memory, ``nccl`` (path and
-        version)."""
+        """What moves the bytes of each channel, why, and what memory that takes.
+
+        Returns:
+            ``backends`` by edge; ``measured`` by edge, with one entry per candidate (``name small_us large_us
+            error``); ``ring_bytes`` of device memory; ``nccl`` (path and version).
+        """
         nccl = self._hardware.nccl
         return {
             "backends": {channel.name: backend for channel, backend in self._backends.items()},
