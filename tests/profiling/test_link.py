@@ -66,8 +66,9 @@ def test_to_and_fro_on_two_clocks(monkeypatch):
             return other.at_ms - self.at_ms
 
     now = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: 0.0)
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
     times, _ = play("cuda", True)
     assert times == pytest.approx([0.5e-3, 1.5e-3, 2.5e-3])  # halves of 1 - 0, 4 - 1 and 9 - 4 ms
-    assert Event.waited == 1  # for the last one, once everything has been issued
+    assert Event.waited == 1 + 3  # for the first mark, and for the three ends once everything has been issued
