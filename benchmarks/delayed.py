@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import Message, Transport
 
 
@@ -39,6 +39,10 @@ class DelayedTransport:
     @property
     def capacity(self) -> int | None:
         return self._inner.capacity
+
+    @property
+    def polled(self) -> bool:
+        return self._inner.polled
 
     def open(self, incoming: Sequence[Channel]) -> None:
         self._inner.open(incoming)

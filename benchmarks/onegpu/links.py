@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import LocalTransport
 from paci_rt.transport.base import Message
 

@@ -14,7 +14,7 @@ import torch
 from onegpu.links import LinkTransport
 from paci_rt import native
 from paci_rt.green import sm_partitions
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 
 CONNECTIONS = 32
 """Queues of the hardware that streams are spread over, at most. Streams that share one wait for each other."""
@@ -85,8 +85,8 @@ class GpuPlace(Place):
         self._partitions = split
         self.streams = [part.stream() for part in split.parts]
         self.update_streams = [part.stream() for part in split.parts]
-        edges: list[Channel] = [("F", stage, stage + 1) for stage in range(stages - 1)]
-        edges += [("B", stage + 1, stage) for stage in range(stages - 1)]
+        forward = [Channel("F", stage, stage + 1) for stage in range(stages - 1)]
+        edges = [*forward, *(channel.opposite() for channel in forward)]
         self._links = {edge: torch.cuda.Stream(device) if split.rest is None else split.rest.stream() for edge in edges}
         self._feeds = [torch.cuda.Stream(device) for _ in range(2)]
         self._fed: dict[int, torch.cuda.Event] = {}

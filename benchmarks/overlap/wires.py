@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import make_transport
 from paci_rt.transport.base import Message
 
@@ -126,7 +126,7 @@ class TransportWire:
 
 
 def _channel(sender: int, receiver: int) -> Channel:
-    return "F" if sender < receiver else "B", sender, receiver
+    return Channel("F" if sender < receiver else "B", sender, receiver)
 
 
 class TorchWire:

@@ -58,7 +58,7 @@ class Context:
         self._on_report = on_report
 
     def report(self, obj: dict[str, Any]) -> None:
-        """Hand ``obj`` (picklable) to the ``on_report`` of whoever launched the run; nothing where nobody asked."""
+        """Hand ``obj`` (picklable) to the ``on_report`` of the launching process, where it has one."""
         if self._on_report is not None:
             self._on_report(obj)
 

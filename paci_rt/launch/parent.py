@@ -1,4 +1,4 @@
-"""Starts one process a stage, watches over them, and ends them all as soon as one fails.
+"""Starts one process per stage, supervises them, and ends them all as soon as one fails.
 
     def work(ctx, steps):              # runs in every process, importable by name
         ctx.report({"step": steps})    # arrives at on_report in the launching process
@@ -37,11 +37,11 @@ from paci_rt.launch.child import LOOPBACK, Context, Failure, Job, child_main
 __all__ = ["Context", "run", "run_under_torchrun", "under_torchrun"]
 
 POLL_S = 0.5
-"""How often processes are looked at whose death reached nobody otherwise."""
+"""How often processes are polled for a death that closed no pipe."""
 GRACE_S = 3.0
 """How long a failure that looks like a consequence waits for its cause."""
 LAST_WORDS_S = 0.5
-"""How long the neighbours of a dead process may say where they stopped."""
+"""How long the neighbours of a dead process have to report where they stopped."""
 EXIT_S = 20.0
 """How long a process may take to leave once its work is done."""
 
@@ -252,7 +252,7 @@ class _Group:
         raise StageFailed(first.rank, first.cause, message, first.remote_traceback)
 
     def _dismiss(self) -> None:
-        """Let everybody leave: nobody may go before, since a neighbour could still be reading."""
+        """Let all processes exit. None may go before, since a neighbour could still be reading."""
         for child in self.children:
             with suppress(OSError):  # it has left already, which its exit code tells
                 child.conn.send_bytes(b"leave")

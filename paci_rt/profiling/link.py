@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +11,9 @@ from typing import Any
 import torch
 
 from paci_rt import launch
+from paci_rt.clock import HostClock
+from paci_rt.runtime.device_clock import clock_for
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import check_transport, make_transport
 from paci_rt.transport.base import Message
 
@@ -30,29 +32,13 @@ class Link:
     bandwidth_bytes_per_s: float
 
 
-class Clock:
-    """Marks on the time line of a device, and the seconds between them.
-
-    On a CPU a mark is the time on the host. On a GPU it is an event on the current stream: setting it waits for
-    nothing, and the time between two of them is what that stream took.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, marks: Sequence[Any]) -> list[float]:
-        """Seconds from each mark to the next; waits until the last has been passed."""
-        if not self._cuda:
-            return [end - start for start, end in pairwise(marks)]
-        marks[-1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
+def seconds_between(clock: HostClock, marks: Sequence[Any]) -> list[float]:
+    """Seconds from each of ``clock``'s marks to the next; waits until the last has been passed."""
+    found: list[float] = []
+    for begin, end in pairwise(marks):
+        clock.between(begin, end, lambda start_s, end_s: found.append(end_s - start_s))
+    clock.settle()
+    return found
 
 
 def written_bytes(count: int, device: torch.device) -> torch.Tensor:
@@ -64,7 +50,7 @@ def written_bytes(count: int, device: torch.device) -> torch.Tensor:
 
 
 def ping_pong(
-    send: Callable[[], object], recv: Callable[[], object], *, first: bool, rounds: int, clock: Clock
+    send: Callable[[], object], recv: Callable[[], object], *, first: bool, rounds: int, clock: HostClock
 ) -> list[float]:
     """Send one message to and fro, after a few rounds that do not count.
 
@@ -84,7 +70,7 @@ def ping_pong(
             step()
         if number >= WARM_UP:
             marks.append(clock.mark())
-    return [seconds / 2 for seconds in clock.seconds(marks)]
+    return [seconds / 2 for seconds in seconds_between(clock, marks)]
 
 
 def measure_link(large_bytes: int = 4 << 20, *, transport: str = "auto", rounds: int = ROUNDS) -> Link:
@@ -133,24 +119,25 @@ def _measure(ctx: launch.Context, name: str, sizes: tuple[int, ...], rounds: int
         where = {"device": device}
     transport = make_transport(name, num_stages=2, **where)
     here, there = ctx.rank, 1 - ctx.rank
-    kind, answer = ("F", "B") if here == 0 else ("B", "F")  # what this process sends and receives
-    transport.open([(answer, there, here)])
+    outgoing = Channel("F" if here == 0 else "B", here, there)
+    incoming = outgoing.opposite()
+    transport.open([incoming])
     sent = received = 0
 
     def send() -> None:
         nonlocal sent
-        transport.send((kind, here, there), sent, message)
+        transport.send(outgoing, sent, message)
         sent += 1
 
     def recv() -> None:
         nonlocal received
-        transport.recv((answer, there, here), received)
+        transport.recv(incoming, received)
         received += 1
 
     medians = []
     for size in sizes:
         message = Message((written_bytes(size, device),), (False,))
-        times = ping_pong(send, recv, first=here == 0, rounds=rounds, clock=Clock(device))
+        times = ping_pong(send, recv, first=here == 0, rounds=rounds, clock=clock_for(device))
         medians.append(statistics.median(times))
     transport.flush()
     transport.close()

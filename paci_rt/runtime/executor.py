@@ -24,7 +24,7 @@ from paci_rt.runtime.batch import Batch
 from paci_rt.runtime.microbatch import on_device
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
-from paci_rt.schedules.lowering import Channel, TiedWeight, channels
+from paci_rt.schedules.lowering import TiedWeight, stage_channels
 from paci_rt.trace import Event
 from paci_rt.transport.base import Message, Transport
 from paci_rt.weights.base import StageWeights
@@ -83,11 +83,11 @@ class Executor:
         self.events: list[Event] = []
         self.first_start_s: float | None = None
         self.last_end_s = 0.0
-        self._ties = ties
         self._explain = explain
         self._trace = trace
-        for runtime in runtimes:
-            transport.open(_incoming(runtime.stage, ties))
+        self._channels = {at: stage_channels(at, one.stage.num_stages, ties) for at, one in self.runtimes.items()}
+        for table in self._channels.values():
+            transport.open([channel for op, found in table.items() if op in RECV_OPS for channel in found])
         self._run_op: dict[Op, Callable[[StageRuntime, Action, Batch], int | None]] = {
             Op.F: self._forward,
             Op.B: self._backward,
@@ -134,10 +134,13 @@ class Executor:
             self.last_end_s += seconds
 
     def _can_run(self, action: Action) -> bool:
-        if action.op in COMPUTE_OPS:
+        if not self.transport.polled or action.op in COMPUTE_OPS:
             return True
-        possible = self.transport.ready if action.op in RECV_OPS else self.transport.has_room
-        return all(possible(channel) for channel in channels(action, self._ties))
+        receives = action.op in RECV_OPS
+        if not receives and self.transport.capacity is None:
+            return True
+        possible = self.transport.ready if receives else self.transport.has_room
+        return all(map(possible, self._channels[action.stage][action.op]))
 
     def _execute(self, action: Action, batch: Batch) -> None:
         runtime = self.runtimes[action.stage]
@@ -248,27 +251,27 @@ class Executor:
         return version
 
     def _send(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
-        (channel,) = channels(action)
+        (channel,) = self._channels[action.stage][action.op]
         self.transport.send(channel, action.index, runtime.outgoing.pop((action.op, action.index)))
 
     def _recv(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
-        (channel,) = channels(action)
+        (channel,) = self._channels[action.stage][action.op]
         message = self.transport.recv(channel, action.index)
         runtime.received[action.op, action.index] = moved(message, runtime.stage.device)
 
     def _send_tied(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
         assert runtime.ties is not None
         take = runtime.ties.gradient if action.op is Op.SEND_TG else runtime.ties.weight
-        for channel in channels(action, self._ties):
-            self.transport.send(channel, action.index, Message((take(_tie_number(channel)),), (False,)))
+        for channel in self._channels[action.stage][action.op]:
+            self.transport.send(channel, action.index, Message((take(channel.tied_weight),), (False,)))
 
     def _recv_tied(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
         assert runtime.ties is not None
         put = runtime.ties.add_gradient if action.op is Op.RECV_TG else runtime.ties.take_weight
-        for channel in channels(action, self._ties):
+        for channel in self._channels[action.stage][action.op]:
             (tensor,) = moved(self.transport.recv(channel, action.index), runtime.stage.device).tensors
             assert tensor is not None
-            put(_tie_number(channel), tensor)
+            put(channel.tied_weight, tensor)
 
 
 def moved(message: Message, device: torch.device) -> Message:
@@ -279,15 +282,3 @@ def moved(message: Message, device: torch.device) -> Message:
     unblocked = device.type != "cpu"
     tensors = (None if tensor is None else tensor.to(device, non_blocking=unblocked) for tensor in message.tensors)
     return Message(tuple(tensors), message.requires_grad)
-
-
-def _tie_number(channel: Channel) -> int:
-    return int(channel[0][2:])
-
-
-def _incoming(stage: PipelineStage, ties: tuple[TiedWeight, ...]) -> list[Channel]:
-    """The channels on which ``stage`` receives."""
-    ops = [Op.RECV_TG, Op.RECV_TW]
-    ops += [] if stage.is_first else [Op.RECV_F]
-    ops += [] if stage.is_last else [Op.RECV_B]
-    return [channel for op in ops for channel in channels(Action(stage.stage_index, op, 0), ties)]

@@ -1,9 +1,7 @@
-"""From a schedule's compute actions to what each stage really executes, and the proof that it runs to its end.
+"""From a schedule's compute actions to what each stage executes: with sends and receives.
 
-``Lowering`` adds the receive before and the send after every computation that crosses a stage boundary. ``validate``
-plays all ranks' lowered streams against each other, without clocks but with the transport's real capacity, and raises
-with the rank x step grid and the failing cell marked where a stream cannot run, breaks a dependency, or exceeds the
-family's own bounds.
+``Lowering`` adds the receive before and the send after every computation that crosses a stage boundary.
+``stage_channels`` says over which channels they go.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from paci_rt.action import COMPUTE_OPS, Action, Op, decode
 from paci_rt.errors import ScheduleError
 from paci_rt.schedules.base import ScheduleFamily, Shape
+from paci_rt.schedules.channel import Channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +32,6 @@ class TiedWeight:
     owner: str
     reader_stage: int
     reader: str
-
-
-# (channel, sender, receiver): messages on one channel arrive in the order in which they were sent.
-Channel = tuple[str, int, int]
-
-
-_CHANNEL_OF = {
-    Op.SEND_F: ("F", +1),
-    Op.RECV_F: ("F", -1),
-    Op.SEND_B: ("B", -1),
-    Op.RECV_B: ("B", +1),
-}
-
-
-def neighbour(action: Action) -> int:
-    """The stage at the other end of a ``SEND_F``, ``RECV_F``, ``SEND_B`` or ``RECV_B``."""
-    return action.stage + _CHANNEL_OF[action.op][1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +79,7 @@ class Lowering:
     def forward_only(self, rank: int, first: int, count: int) -> list[Action]:
         """Evaluation: ``count`` forwards of every stage of ``rank`` and their messages, numbered from ``first``.
 
-        With several stages a rank, as many micro-batches as there are ranks pass through one before the next.
+        With several stages per rank, a group of as many micro-batches as ranks passes one stage before the next.
         """
         step = self.shape.ranks if self.shape.chunks > 1 else count
         groups = (range(at, min(at + step, first + count)) for at in range(first, first + count, step))
@@ -168,18 +150,22 @@ class Lowering:
         return [Action(forward.stage, Op.RECV_TW, window - 1)] if due else []
 
 
-def channels(action: Action, ties: Sequence[TiedWeight] = ()) -> list[Channel]:
-    """The channels that a send or a receive uses: one, or one a tied weight."""
-    stage, op = action.stage, action.op
-    if op in _CHANNEL_OF:
-        kind, other = _CHANNEL_OF[op][0], neighbour(action)
-        return [(kind, stage, other) if op in (Op.SEND_F, Op.SEND_B) else (kind, other, stage)]
-    found = []
-    for at, tie in enumerate(ties):
-        if (op is Op.SEND_TG and tie.reader_stage == stage) or (op is Op.RECV_TG and tie.owner_stage == stage):
-            found.append((f"TG{at}", tie.reader_stage, tie.owner_stage))
-        elif (op is Op.SEND_TW and tie.owner_stage == stage) or (op is Op.RECV_TW and tie.reader_stage == stage):
-            found.append((f"TW{at}", tie.owner_stage, tie.reader_stage))
+def stage_channels(stage: int, num_stages: int, ties: Sequence[TiedWeight] = ()) -> dict[Op, tuple[Channel, ...]]:
+    """The channels of every send and receive that ``stage`` can make: one, or one per tied weight."""
+    gradients = [Channel(f"TG{at}", tie.reader_stage, tie.owner_stage) for at, tie in enumerate(ties)]
+    weights = [channel.opposite() for channel in gradients]
+    found = {
+        Op.SEND_TG: tuple(channel for channel in gradients if channel.sender == stage),
+        Op.RECV_TG: tuple(channel for channel in gradients if channel.receiver == stage),
+        Op.SEND_TW: tuple(channel for channel in weights if channel.sender == stage),
+        Op.RECV_TW: tuple(channel for channel in weights if channel.receiver == stage),
+    }
+    if stage > 0:
+        below = Channel("F", stage - 1, stage)
+        found |= {Op.RECV_F: (below,), Op.SEND_B: (below.opposite(),)}
+    if stage < num_stages - 1:
+        above = Channel("F", stage, stage + 1)
+        found |= {Op.SEND_F: (above,), Op.RECV_B: (above.opposite(),)}
     return found
 
 

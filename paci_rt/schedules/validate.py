@@ -1,13 +1,19 @@
-"""The proof that a lowered schedule runs to its end: its streams played against each other, without a clock."""
+"""The proof that a lowered schedule runs to its end: its streams played against each other, without a clock.
+
+Channels have the transport's real capacity. Where a stream cannot run, breaks a dependency, or exceeds the family's
+bounds, an error has the rank x step grid with the failing cell marked.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from typing import NoReturn
 
 from paci_rt.action import COMPUTE_OPS, RECV_OPS, Action, Op, dependencies
 from paci_rt.errors import ScheduleError
-from paci_rt.schedules.lowering import Channel, Lowering, channels, format_grid
+from paci_rt.schedules.channel import Channel
+from paci_rt.schedules.lowering import Lowering, format_grid, stage_channels
 
 
 def validate(lowering: Lowering, *, windows: int | None = None, capacity: int | None = None) -> None:
@@ -29,7 +35,7 @@ def validate(lowering: Lowering, *, windows: int | None = None, capacity: int | 
 
 
 def play_streams(streams: Sequence[Sequence[Action]], lowering: Lowering, capacity: int | None = None) -> None:
-    """Play one stream a rank against each other; see :func:`validate`."""
+    """Play one stream per rank against each other; see :func:`validate`."""
     player = _Player(streams, lowering, capacity)
     progressed = True
     while progressed:
@@ -51,15 +57,21 @@ def play_streams(streams: Sequence[Sequence[Action]], lowering: Lowering, capaci
 
 
 class _Player:
-    """Clockless execution: a receive may run once its message lies in the channel, a send once there is room for its
-    message, everything else at once."""
+    """Runs streams without a clock.
+
+    A receive may run once its message lies in the channel, a send once there is room, everything else at once.
+    """
 
     def __init__(self, streams: Sequence[Sequence[Action]], lowering: Lowering, capacity: int | None) -> None:
         self.streams = streams
         self.lowering = lowering
         self.capacity = capacity
         self.cursor = [0] * len(streams)
-        self.queues: dict[Channel, deque[int]] = {}
+        stages = range(lowering.shape.num_stages)
+        self.channels = [stage_channels(stage, len(stages), lowering.ties) for stage in stages]
+        self.queues: dict[Channel, deque[int]] = {
+            channel: deque() for table in self.channels for found in table.values() for channel in found
+        }
         self.done: set[Action] = set()
         self.in_flight: Counter[int] = Counter()  # by rank
         self.version: Counter[int] = Counter()  # by stage, as the next
@@ -81,7 +93,7 @@ class _Player:
         return True
 
     def _send(self, action: Action) -> bool:
-        queues = [self.queues.setdefault(channel, deque()) for channel in channels(action, self.lowering.ties)]
+        queues = self._queues(action)
         if self.capacity is not None and any(len(queue) >= self.capacity for queue in queues):
             return False
         for queue in queues:
@@ -89,15 +101,20 @@ class _Player:
         return True
 
     def _receive(self, action: Action) -> bool:
-        queues = [self.queues.get(channel) for channel in channels(action, self.lowering.ties)]
+        queues = self._queues(action)
         if not all(queues):
             return False
         for queue in queues:
-            assert queue is not None
             if queue[0] != action.index:
                 self._fail(action, f"expects message {action.index} but message {queue[0]} comes next")
             queue.popleft()
         return True
+
+    def _queues(self, action: Action) -> list[deque[int]]:
+        found = self.channels[action.stage].get(action.op)
+        if found is None:
+            self._fail(action, "has no stage at its other end")
+        return [self.queues[channel] for channel in found]
 
     def _compute(self, action: Action) -> None:
         stage, op, index = action.stage, action.op, action.index
@@ -126,5 +143,5 @@ class _Player:
                 self._fail(action, f"updates window {index} while window {self.version[stage]} is due")
             self.version[stage] += 1
 
-    def _fail(self, action: Action, why: str) -> None:
+    def _fail(self, action: Action, why: str) -> NoReturn:
         raise ScheduleError(f"action {action} {why}\n{format_grid(self.streams, action, self.cursor)}")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 
 DEFAULT_TIMEOUT_S = 300.0
 """Deadline of a wait for another stage, unless the user says otherwise."""
@@ -37,24 +37,33 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str:
-        """Which one it is: the name by which users ask for it."""
+        """The name by which users ask for it."""
 
     @property
     def capacity(self) -> int | None:
         """Messages that fit into a channel before its next send has to wait; None where a send never waits."""
 
+    @property
+    def polled(self) -> bool:
+        """Whether ``ready`` and ``has_room`` must be asked before ``recv`` and ``send``.
+
+        So it is between stages of one process, which take turns. Between processes ``send`` and ``recv`` wait instead.
+        """
+
     def open(self, incoming: Sequence[Channel]) -> None:
-        """Get ready to receive on these channels: from now on, receives are posted ahead of the computation that
-        needs them."""
+        """Get ready to receive on these channels.
+
+        From now on, receives are posted ahead of the computation that needs them.
+        """
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         """Start sending and return; the transport keeps the tensors alive until they have left."""
 
     def ready(self, channel: Channel) -> bool:
-        """Whether ``recv`` may be called: always, where it can block; in one process only once a message is there."""
+        """Whether ``recv`` may be called; see ``polled``."""
 
     def has_room(self, channel: Channel) -> bool:
-        """Whether ``send`` may be called: always, where it can block; in one process only once there is room."""
+        """Whether ``send`` may be called; see ``polled``. Always where ``capacity`` is None."""
 
     def recv(self, channel: Channel, index: int) -> Message:
         """The next message of ``channel``, whose index must be ``index``."""
@@ -63,7 +72,31 @@ class Transport(Protocol):
         """Wait until every message sent so far has left this process."""
 
     def fail(self, error: BaseException) -> None:
-        """This process goes no further, because of ``error``: let those who wait for it know, where possible."""
+        """This process stops because of ``error``: tell those who wait for it, where possible."""
 
     def close(self) -> None:
         """Release threads and buffers. Idempotent."""
+
+
+class WaitingTransport:
+    """Half of a transport between processes: ``send`` and ``recv`` wait for the other side, so nothing is polled."""
+
+    polled: bool = False
+
+    def ready(self, channel: Channel) -> bool:
+        return True
+
+    def has_room(self, channel: Channel) -> bool:
+        return True
+
+
+def check_timeout(seconds: float, name: str = "timeout_s") -> None:
+    """Raise ValueError, with ``name`` in it, unless ``seconds`` is above 0."""
+    if not seconds > 0:
+        raise ValueError(f"{name} is {seconds!r}: give a number of seconds above 0")
+
+
+def check_slots(slots: int, name: str = "slots") -> None:
+    """Raise ValueError, with ``name`` in it, unless a channel can hold ``slots`` messages."""
+    if not isinstance(slots, int) or slots < 1:
+        raise ValueError(f"{name} is {slots!r}: a channel holds at least 1 message")

@@ -1,4 +1,4 @@
-"""What is left for people when a transfer ends badly: a file with the last events of every channel of a process."""
+"""What explains a transfer that failed: error texts, and a file with the last events of every channel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paci_rt.errors import PeerLostError
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 
 
 def dump_events(
@@ -20,14 +20,16 @@ def dump_events(
     channels: Sequence[str],
     folder: str | os.PathLike[str] | None = None,
 ) -> str:
-    """Write one JSON file: ``transport``, ``rank``, ``pid``, ``error``, both clocks' ``monotonic_ns`` and ``unix_s`` at
-    the same moment, and ``channels``, which holds one object for each end of a channel: ``edge side slots timeout_s
-    sent taken`` and ``events``, each with ``time_ns`` on the monotonic clock of the host, ``event``, and as far as they
-    apply ``sequence index slot bytes``.
+    """Write one JSON file with the last events of a process's channels.
+
+    It holds ``transport``, ``rank``, ``pid``, ``error``, both clocks at the same moment (``monotonic_ns``, ``unix_s``),
+    and ``channels``: one object for each end of a channel. Each has ``edge side slots timeout_s sent taken`` and
+    ``events``. An event has ``time_ns`` on the monotonic clock of the host, ``event``, and as far as they apply
+    ``sequence index slot bytes``.
 
     Args:
         channels: the channels' objects as JSON.
-        folder: where to; it is made if need be. None is the system's folder for temporary files.
+        folder: where the file goes; it is made if need be. None is the system's folder for temporary files.
 
     Returns:
         The file's path, or why it could not be written: no second error may hide the first.
@@ -60,8 +62,8 @@ def origin_of(error: BaseException, rank: int) -> str:
 
 def action_of(channel: Channel, index: int, *, sending: bool) -> str:
     """The action that sends or receives message ``index``, for example ``0SEND_F7``."""
-    kind, sender, receiver = channel
-    return f"{sender}SEND_{kind}{index}" if sending else f"{receiver}RECV_{kind}{index}"
+    doing = f"{channel.sender}SEND" if sending else f"{channel.receiver}RECV"
+    return f"{doing}_{channel.kind}{index}"
 
 
 def standing(slot: int, size: str, sent: int | None, taken: int | None) -> str:
@@ -84,7 +86,7 @@ def timeout_text(channel: Channel, index: int, doing: str, where: str, timeout_s
     action, peer = action_of(channel, index, sending=sending), receiver if sending else sender
     what = {"F": "activations", "B": "gradients"}.get(kind, "a tied weight or its gradient")
     return (
-        f"action {action} timed out after {timeout_s:g} s: {doing}; edge {kind} {sender}->{receiver} ({what} from "
+        f"action {action} timed out after {timeout_s:g} s: {doing}; edge {channel.name} ({what} from "
         f"stage {sender} to stage {receiver}), {'micro-batch' if kind in 'FB' else 'window'} {index}, {where}. Look "
         f"for what holds stage {peer} up, or, if it may take that long, raise transfer_timeout_s "
         f"(--transfer-timeout), which is {timeout_s:g}"

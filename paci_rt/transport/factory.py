@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paci_rt.errors import TransportError
-from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Transport
+from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Transport, check_timeout
 from paci_rt.transport.local import LocalTransport
 
 if TYPE_CHECKING:
@@ -42,10 +42,9 @@ def make_transport(
 ) -> Transport:
     """The transport called ``name`` for a pipeline of which this process has ``chunks`` of ``num_stages`` stages.
 
-    A process with all stages has nobody to talk to and gets ``local``, whatever the name. ``auto`` is ``shm`` where
-    all processes are on one host that allows it, else ``gloo``; for stages on GPUs it is ``nccl`` or, channel by
-    channel, ``ipc`` where that was measured to be faster. All processes of ``group`` must call this, in the same
-    order and with the same name.
+    A process with all stages gets ``local``, whatever the name. ``auto`` is ``shm`` where all processes are on one
+    host that allows it, else ``gloo``. For stages on GPUs it is ``nccl`` or, channel by channel, ``ipc`` where that
+    was measured to be faster. All processes of ``group`` must call this, in the same order and with the same name.
 
     Args:
         group: process group of the pipeline's processes, None for the default group.
@@ -61,8 +60,7 @@ def make_transport(
         NcclError: ``nccl`` without an NCCL that works.
     """
     check_transport(name)
-    if not timeout_s > 0:
-        raise ValueError(f"transfer_timeout_s is {timeout_s!r}: give a number of seconds above 0")
+    check_timeout(timeout_s, "transfer_timeout_s")
     if chunks == num_stages:
         return LocalTransport(capacity=slots)
     if name == "local":
@@ -72,61 +70,69 @@ def make_transport(
         )
     if name == "gloo" and slots is not None:
         raise ValueError(f"slots is {slots}, and gloo's channels have no limit: leave it out, or use transport 'shm'")
-    from paci_rt.transport.gloo import GlooTransport  # imports torch.distributed
-    from paci_rt.transport.rendezvous import Meeting, check_group
-    from paci_rt.transport.shm import SLOTS, ShmTransport
+    from paci_rt.transport.rendezvous import Meeting, check_group  # imports torch.distributed
 
     check_group(group, num_stages, chunks, name)
     on_gpus = device is not None and device.type == "cuda"
     one_host = _agree(Meeting(group, timeout_s), name, on_gpus)
+    place = _Place(group, num_stages, chunks)
+    options = _Options(timeout_s, slots, events_dir)
     if name in ON_GPUS or (name == "auto" and on_gpus):
-        return _on_gpus(name, group, num_stages, chunks, device, DeviceSettings(timeout_s, slots, events_dir))
+        return _between_gpus(name, place, device, options)
     if name == "shm" or (name == "auto" and one_host):
         try:
-            return ShmTransport(
-                group,
-                num_stages=num_stages,
-                chunks=chunks,
-                timeout_s=timeout_s,
-                slots=SLOTS if slots is None else slots,
-                events_dir=events_dir,
-            )
+            return _shm(place, options)
         except TransportError as error:  # the same on all processes
             if name == "shm":
                 raise
             warnings.warn(f"transport 'auto' takes gloo: {error}", RuntimeWarning, stacklevel=2)
-    return GlooTransport(group, num_stages=num_stages, chunks=chunks, timeout_s=timeout_s)
+    return _gloo(place, timeout_s)
 
 
-class DeviceSettings(NamedTuple):
-    """What transports for GPUs are told beside what all are; None is their default."""
+class _Place(NamedTuple):
+    """Which stages are where; the arguments that all transports between processes take."""
+
+    group: dist.ProcessGroup | None
+    num_stages: int
+    chunks: int
+
+
+class _Options(NamedTuple):
+    """What users may choose; ``slots`` and ``events_dir`` are None for the transport's default."""
 
     timeout_s: float
     slots: int | None
     events_dir: str | os.PathLike[str] | None
 
+    def given(self) -> dict[str, Any]:
+        """The options that are not left to the transport."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
-def _on_gpus(
-    name: str,
-    group: dist.ProcessGroup | None,
-    num_stages: int,
-    chunks: int,
-    device: torch.device | None,
-    settings: DeviceSettings,
-) -> Transport:
+
+def _gloo(place: _Place, timeout_s: float) -> Transport:
+    from paci_rt.transport.gloo import GlooTransport
+
+    return GlooTransport(**place._asdict(), timeout_s=timeout_s)
+
+
+def _shm(place: _Place, options: _Options) -> Transport:
+    from paci_rt.transport.shm import ShmTransport
+
+    return ShmTransport(**place._asdict(), **options.given())
+
+
+def _between_gpus(name: str, place: _Place, device: torch.device | None, options: _Options) -> Transport:
     import torch
 
-    from paci_rt.transport.device.pairing import SLOTS, DeviceOptions
+    from paci_rt.transport.device.pairing import DeviceOptions
     from paci_rt.transport.ipc import IpcTransport
     from paci_rt.transport.nccl import NcclTransport
 
-    timeout_s, slots, events_dir = settings
-    options = DeviceOptions(timeout_s=timeout_s, slots=SLOTS if slots is None else slots, events_dir=events_dir)
-    here = torch.device("cpu") if device is None else device
+    where = {**place._asdict(), "device": torch.device("cpu") if device is None else device}
+    chosen = DeviceOptions(**options.given())
     if name == "ipc":
-        return IpcTransport(group, num_stages=num_stages, chunks=chunks, device=here, options=options)
-    measure = name == "auto"
-    return NcclTransport(group, num_stages=num_stages, chunks=chunks, device=here, measure=measure, options=options)
+        return IpcTransport(**where, options=chosen)
+    return NcclTransport(**where, measure=name == "auto", options=chosen)
 
 
 def _agree(meeting: Meeting, name: str, on_gpus: bool) -> bool:

@@ -25,17 +25,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paci_rt.errors import PaciError, PeerLostError, ScheduleError, TransferTimeoutError
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import wire
-from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message
+from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, WaitingTransport, check_timeout
 from paci_rt.transport.diagnosis import action_of, standing, timeout_text
 from paci_rt.transport.rendezvous import check_group
 
 DEPTH = 2
-_LANES = 512  # tags a channel
+_LANES = 512  # tags per channel
 _SPILL = 256
-_CHANNELS = 32  # channels a transport
-_TRANSPORTS = 65535  # transports of a group until tags are used again
+_CHANNELS = 32  # channels per transport
+_TRANSPORTS = 65535  # transports per group before tags are used again
 _TAG_BASE = 1 << 30
 
 Work = Any  # torch.distributed.Work; its type is None-able in torch's stubs
@@ -48,14 +48,14 @@ class _Tags:
     messages of the next one.
     """
 
-    def __init__(self, transport: int, kind: str, chunk: int, chunks: int) -> None:
-        number = 2 * chunk + (kind == "B")
-        if kind not in ("F", "B"):  # TG<n> and TW<n>
-            number = 2 * chunks + 2 * int(kind[2:]) + (kind[1] == "W")
+    def __init__(self, transport: int, channel: Channel, chunk: int, chunks: int) -> None:
+        number = 2 * chunk + (channel.kind == "B")
+        if channel.is_tied:
+            number = 2 * chunks + 2 * channel.tied_weight + channel.kind.startswith("TW")
         if number >= _CHANNELS:
             raise ValueError(
-                f"channel {kind}: the gloo transport has room for {_CHANNELS // 2} stages a rank and tied weights, and "
-                f"there are {chunks} stages: use fewer chunks"
+                f"channel {channel.kind}: the gloo transport has room for {_CHANNELS // 2} stages a rank and tied "
+                f"weights, and there are {chunks} stages: use fewer chunks"
             )
         self.header = _TAG_BASE + (transport % _TRANSPORTS * _CHANNELS + number) * _LANES
 
@@ -228,13 +228,13 @@ class _Incoming:
         return tuple(tensors)
 
 
-class GlooTransport:
+class GlooTransport(WaitingTransport):
     """Stage ``i`` of a pipeline over ``P`` processes is on rank ``i mod P`` of ``group``.
 
     Args:
         group: a gloo process group, or None for the default group.
         num_stages: stages of the pipeline.
-        chunks: stages a process.
+        chunks: stages per process.
         timeout_s: deadline of every single wait, in seconds.
 
     Raises:
@@ -258,6 +258,7 @@ class GlooTransport:
         backend = dist.get_backend_config(group)
         if "gloo" not in backend:
             raise ValueError(f"the process group's backend is {backend!r}: the gloo transport needs a gloo group")
+        check_timeout(timeout_s)
         self._group, self._ranks, self._chunks = group, num_stages // chunks, chunks
         self._timeout = timedelta(seconds=timeout_s)
         # All processes make their pipelines in the same order, so they agree on the number without talking.
@@ -273,18 +274,12 @@ class GlooTransport:
             self._receiver(channel)
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
-        opposite, outgoing = self._incoming.get(_opposite(channel)), self._sender(channel)
+        opposite, outgoing = self._incoming.get(channel.opposite()), self._sender(channel)
         with self._losing(channel, index, outgoing):
             outgoing.start(index, message, 0 if opposite is None else opposite.sequence)
 
-    def ready(self, channel: Channel) -> bool:
-        return True
-
-    def has_room(self, channel: Channel) -> bool:
-        return True
-
     def recv(self, channel: Channel, index: int) -> Message:
-        incoming, opposite = self._receiver(channel), self._outgoing.get(_opposite(channel))
+        incoming, opposite = self._receiver(channel), self._outgoing.get(channel.opposite())
         with self._losing(channel, index, incoming):
             message = incoming.take(index)
             if opposite is not None:
@@ -297,7 +292,7 @@ class GlooTransport:
                 outgoing.flush()
 
     def fail(self, error: BaseException) -> None:
-        """Gloo has no way to tell; neighbours notice when this process ends, or at their deadline."""
+        """Nothing: gloo cannot tell. Neighbours notice when this process ends, or at their deadline."""
 
     @property
     def held_messages(self) -> int:
@@ -312,7 +307,7 @@ class GlooTransport:
         outgoing = self._outgoing.get(channel)
         if outgoing is None:
             outgoing = self._outgoing[channel] = _Outgoing(
-                self._tags(channel), self._rank(channel[2]), self._group, self._timeout
+                self._tags(channel), self._rank(channel.receiver), self._group, self._timeout
             )
         return outgoing
 
@@ -320,13 +315,13 @@ class GlooTransport:
         incoming = self._incoming.get(channel)
         if incoming is None:
             incoming = self._incoming[channel] = _Incoming(
-                channel, self._tags(channel), self._rank(channel[1]), self._group, self._timeout
+                channel, self._tags(channel), self._rank(channel.sender), self._group, self._timeout
             )
         return incoming
 
     def _tags(self, channel: Channel) -> _Tags:
-        kind, sender, receiver = channel
-        return _Tags(self._number, kind, min(sender, receiver) // self._ranks, self._chunks)
+        chunk = min(channel.sender, channel.receiver) // self._ranks
+        return _Tags(self._number, channel, chunk, self._chunks)
 
     def _rank(self, stage: int) -> int:
         rank = stage % self._ranks
@@ -334,7 +329,7 @@ class GlooTransport:
 
     @contextmanager
     def _losing(self, channel: Channel, index: int, end: _Outgoing | _Incoming) -> Iterator[None]:
-        """Gloo's errors mean that the deadline is over or the stage at the other end gone; our own pass as they are."""
+        """Turn gloo's errors into ours: the deadline has passed, or the stage at the other end is gone."""
         try:
             yield
         except PaciError:
@@ -342,17 +337,10 @@ class GlooTransport:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             sending = isinstance(end, _Outgoing)
-            action, peer = action_of(channel, index, sending=sending), channel[2] if sending else channel[1]
+            action, peer = action_of(channel, index, sending=sending), channel.receiver if sending else channel.sender
             if "timed out" in reason.lower():
                 timeout_s = self._timeout.total_seconds()
                 text = timeout_text(channel, index, reason, end.standing(), timeout_s, sending=sending)
                 raise TransferTimeoutError(action, text) from error
             message = f"action {action} lost the connection to stage {peer}, which failed or was ended: {reason}"
             raise PeerLostError(action, message) from error
-
-
-def _opposite(channel: Channel) -> Channel:
-    """The channel that answers: gradients to activations, tied weights to their gradients."""
-    kind, sender, receiver = channel
-    answers = {"F": "B", "B": "F"}.get(kind) or kind[0] + ("W" if kind[1] == "G" else "G") + kind[2:]
-    return answers, receiver, sender

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 
 from paci_rt.errors import ScheduleError
-from paci_rt.schedules.lowering import Channel
-from paci_rt.transport.base import Message
+from paci_rt.schedules.channel import Channel
+from paci_rt.transport.base import Message, check_slots
 
 
 class _Mail(NamedTuple):
-    """A message, and on a GPU the stream that its tensors were made on with an event behind them."""
+    """A message; on a GPU also the stream that made its tensors, and an event behind them."""
 
     number: int
     message: Message
@@ -23,18 +23,20 @@ class _Mail(NamedTuple):
 
 
 class LocalTransport:
-    """Mailboxes, one a channel. Tensors are shared, not copied. On a GPU the stream that receives waits for the one
-    that sent; both are those that are current in torch.
+    """Mailboxes, one per channel. Tensors are shared, not copied.
+
+    On a GPU the stream that receives waits for the one that sent; both are those that are current in torch.
 
     Args:
         capacity: messages that fit into a mailbox, None for any number.
     """
 
     name = "local"
+    polled = True
 
     def __init__(self, capacity: int | None = None) -> None:
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity is {capacity}: a channel holds at least 1 message")
+        if capacity is not None:
+            check_slots(capacity, "capacity")
         self.capacity = capacity
         self._mailboxes: dict[Channel, deque[_Mail]] = {}
 
@@ -67,7 +69,7 @@ class LocalTransport:
         """Every message is handed over the moment it is sent."""
 
     def fail(self, error: BaseException) -> None:
-        """Nobody waits elsewhere."""
+        """No other process waits."""
 
     def close(self) -> None:
         self._mailboxes.clear()
@@ -78,7 +80,7 @@ def _gpu_of(message: Message) -> torch.device | None:
 
 
 def _follow(sender: torch.cuda.Stream, made: torch.cuda.Event, message: Message) -> None:
-    """The stream that receives waits, and keeps the tensors' memory until it is through with them."""
+    """Make the stream that receives wait, and keep the tensors' memory until it has used them."""
     here = torch.cuda.current_stream(sender.device)
     if here == sender:
         return

@@ -14,19 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from paci_rt import native
-from paci_rt.errors import NcclError, StageError, TransportError
-from paci_rt.transport import wire
-from paci_rt.transport.device.backends import Candidate
-from paci_rt.transport.device.hardware import find_hardware
+from paci_rt.errors import NcclError, TransportError
+from paci_rt.transport.device.backends import IPC, NCCL, REGISTERED
+from paci_rt.transport.device.gpu import CudaHardware, GpuTransport
 from paci_rt.transport.device.pairing import DeviceOptions
-from paci_rt.transport.device.transport import DeviceTransport
-from paci_rt.transport.rendezvous import Meeting, check_group
 
-NCCL = Candidate("nccl", nccl=True)
-REGISTERED = Candidate("nccl", nccl=True, register=True)
 LIBRARY = "libnccl.so.2"
 DEFAULT_CONNECTIONS = 8
 """Queues between host and device where ``CUDA_DEVICE_MAX_CONNECTIONS`` does not say otherwise (CUDA's manual)."""
@@ -56,106 +50,38 @@ def load_nccl() -> Any:
     return native.core().load_nccl(LIBRARY, library_candidates())
 
 
-class CudaHardware:
-    """A GPU of this process.
-
-    Raises:
-        TransportError: ``device`` is none, torch cannot use it, or the core was built without CUDA.
-    """
-
-    ops = None
-
-    def __init__(self, device: torch.device, transport: str) -> None:
-        if device.type != "cuda":
-            raise TransportError(
-                f"the {transport} transport is for stages on GPUs, and this one is on {device}: use transport 'shm' or "
-                "'gloo', or put the stage on 'cuda'"
-            )
-        if not native.core().cuda:
-            raise TransportError(
-                f"the {transport} transport needs the CUDA half of paci_rt's native core, which was built without it: "
-                "PACI_RT_CUDA=on pip install -e . in the source folder, where the CUDA toolkit is"
-            )
-        if not torch.cuda.is_available():
-            raise TransportError(
-                f"the {transport} transport needs a GPU that torch can use, and torch {torch.__version__} sees none: "
-                "`paci-rt doctor` says what is missing"
-            )
-        self.index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", self.index)
-        self.nccl: Any = None
-        self.identity = str(torch.cuda.get_device_properties(self.device).uuid)
-
-    def stream(self) -> int:
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
-
-    def capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
-
-    def empty(self, meta: wire.TensorMeta) -> Tensor:
-        return torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
-
-    def check(self, tensor: Tensor) -> None:
-        if tensor.device != self.device:
-            raise StageError(
-                f"a tensor on {tensor.device} cannot travel from a stage on {self.device}: move it there first"
-            )
-
-
-class NcclTransport(DeviceTransport):
-    """Stage ``i`` of a pipeline over ``P`` processes is on rank ``i mod P`` of ``group``, each on a GPU.
-
-    All processes of the group must construct their transports, in the same order; they meet there.
+class NcclTransport(GpuTransport):
+    """Stages on GPUs that NCCL connects; see ``GpuTransport`` for the other arguments.
 
     Args:
-        group: any process group, or None for the default group; only its store is used.
-        num_stages: stages of the pipeline.
-        device: the GPU of this process's stages.
-        chunks: stages a process.
         register_buffers: stage messages in memory that NCCL's peers reach without copies of NCCL's own (2.23 or later).
         measure: where another way could be faster on this host (copies, registered buffers), measure all once at
             start-up and take the fastest, channel by channel; this is what ``auto`` is.
-        options: see :class:`~paci_rt.transport.device.pairing.DeviceOptions`.
 
     Raises:
-        ValueError: an argument that cannot work, or ``torch.distributed`` is not initialised.
-        TransportError: the core was built without CUDA, a stage is not on a GPU, processes share a GPU where NCCL does
-            not allow it, or the environment makes transfers wait for each other.
+        TransportError: also where processes share a GPU and NCCL does not allow it, or the environment makes transfers
+            wait for each other.
         NcclError: NCCL is absent or too old.
-        CudaError: the GPU cannot be used.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup | None,
         *,
+        register_buffers: bool = False,
+        measure: bool = False,
         num_stages: int,
         device: torch.device,
         chunks: int = 1,
-        register_buffers: bool = False,
-        measure: bool = False,
         options: DeviceOptions | None = None,
     ) -> None:
+        self._measure = measure
+        self.name = "auto" if measure else "nccl"
+        self.candidates = (REGISTERED if register_buffers else NCCL,)
+        if measure:
+            self.candidates = (NCCL, REGISTERED, IPC)
         options = options or DeviceOptions()
-        name = "auto" if measure else "nccl"
-        check_group(group, num_stages, chunks, name)
-        meeting = Meeting(group, options.timeout_s)
-
-        def make() -> CudaHardware:
-            hardware = CudaHardware(device, name)
-            hardware.nccl = _load(required=not measure)
-            check_environment(4 * chunks, hardware.nccl)
-            return hardware
-
-        super().__init__(
-            name,
-            meeting,
-            find_hardware(meeting, make),
-            num_stages=num_stages,
-            chunks=chunks,
-            candidates=_candidates(register_buffers, measure),
-            options=options,
-        )
+        super().__init__(group, num_stages=num_stages, device=device, chunks=chunks, options=options)
         channels, multiprocessors = 4 * chunks, self._engine.multiprocessors
         if options.max_ctas * channels > multiprocessors // 2:
             most = max(1, multiprocessors // (2 * channels))
@@ -164,11 +90,11 @@ class NcclTransport(DeviceTransport):
                 f"has {multiprocessors} multiprocessors: give at most {most}, so that all fit beside the computation"
             )
 
-
-def _candidates(register_buffers: bool, measure: bool) -> tuple[Candidate, ...]:
-    if measure:
-        return NCCL, REGISTERED, Candidate("ipc")
-    return (REGISTERED if register_buffers else NCCL,)
+    def _hardware_of(self, device: torch.device, channels: int) -> CudaHardware:
+        hardware = super()._hardware_of(device, channels)
+        hardware.nccl = _load(required=not self._measure)
+        check_environment(channels, hardware.nccl)
+        return hardware
 
 
 def _load(required: bool) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,8 +42,10 @@ def check_group(group: dist.ProcessGroup | None, num_stages: int, chunks: int, t
 
 
 def host_identity() -> dict[str, str]:
-    """What tells hosts apart: ``name`` for people, ``boot`` and ``pids`` (the namespace of process numbers, which is
-    another one in another container) for the comparison."""
+    """What tells hosts apart: ``name`` for people, ``boot`` and ``pids`` for the comparison.
+
+    ``pids`` is the namespace of process ids, which differs between containers.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
     try:
         return {
@@ -107,3 +110,10 @@ def hosts_by_name(identities: list[dict[str, str]]) -> dict[str, list[int]]:
         name = identities[ranks[0]]["name"]
         found[name if name not in found else f"{name} (another boot or container, {len(found) + 1})"] = ranks
     return found
+
+
+def raise_first(errors: Sequence[str]) -> None:
+    """Raise TransportError for the first rank that has told an error."""
+    for rank, error in enumerate(errors):
+        if error:
+            raise TransportError(f"rank {rank}: {error}")

@@ -1,4 +1,4 @@
-"""Processes of one host, over memory that they share: one copy a message, no sockets.
+"""Processes of one host, over memory that they share: one copy per message, no sockets.
 
 The channels are the native core's (``csrc/p2p_shm.hpp``). What a process sends lies in a segment of its own, an
 anonymous file that the others open through ``/proc``; nothing is left behind, however a process ends.
@@ -7,9 +7,8 @@ anonymous file that the others open through ``/proc``; nothing is left behind, h
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,14 +16,14 @@ from torch.utils.dlpack import from_dlpack
 
 from paci_rt import native
 from paci_rt.errors import PaciError, PeerLostError, StageError, TransferTimeoutError, TransportError
-from paci_rt.schedules.lowering import Channel
-from paci_rt.transport import wire
-from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message
-from paci_rt.transport.diagnosis import dump_events, origin_of
-from paci_rt.transport.rendezvous import Meeting, check_group, host_identity, hosts_by_name
+from paci_rt.schedules.channel import Channel
+from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, check_slots, check_timeout
+from paci_rt.transport.diagnosis import origin_of
+from paci_rt.transport.native_channels import NativeTransport, Outgoing
+from paci_rt.transport.rendezvous import Meeting, check_group, host_identity, hosts_by_name, raise_first
 
 if TYPE_CHECKING:
-    from paci_rt.native import ShmIncoming, ShmOutgoing, ShmSegment
+    from paci_rt.native import ShmIncoming, ShmSegment
 
 SLOTS = 32
 """Messages that fit into a channel. Memory is taken for as many as were ever there at the same time."""
@@ -32,24 +31,7 @@ HELD = 64
 """Received messages whose memory the computation may keep; further ones are copied out."""
 
 
-class _Outgoing:
-    """Sending end of one channel, and what its last message looked like."""
-
-    __slots__ = ("end", "leaving", "metas")
-
-    def __init__(self, end: ShmOutgoing) -> None:
-        self.end = end
-        self.metas: wire.Meta | None = None
-        self.leaving: deque[tuple[int, list[Tensor | None]]] = deque()  # being copied: they must stay as they are
-
-    def let_go(self) -> None:
-        """Forget tensors that have been copied."""
-        completed = self.end.completed()
-        while self.leaving and self.leaving[0][0] <= completed:
-            self.leaving.popleft()
-
-
-class ShmTransport:
+class ShmTransport(NativeTransport):
     """Stage ``i`` of a pipeline over ``P`` processes is on rank ``i mod P`` of ``group``; all on one host.
 
     Received tensors are views of shared memory, writable and aligned to 64 bytes, which goes back to the channel when
@@ -60,7 +42,7 @@ class ShmTransport:
     Args:
         group: any process group, or None for the default group; only its store is used.
         num_stages: stages of the pipeline.
-        chunks: stages a process.
+        chunks: stages per process.
         timeout_s: deadline of every single wait, in seconds.
         slots: messages that may be under way on a channel before its next send waits.
         held: received messages of a channel whose memory may be kept; see ``HELD``.
@@ -80,31 +62,27 @@ class ShmTransport:
         group: dist.ProcessGroup | None,
         *,
         num_stages: int,
-        chunks: int = 1,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
         slots: int = SLOTS,
         held: int = HELD,
+        chunks: int = 1,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
         events_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         check_group(group, num_stages, chunks, self.name)
-        if not isinstance(slots, int) or slots < 1:
-            raise ValueError(f"slots is {slots!r}: a channel holds at least 1 message")
+        check_slots(slots)
         if not isinstance(held, int) or held < 0:
             raise ValueError(f"held is {held!r}: the receiver keeps 0 messages or more")
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s is {timeout_s!r}: give a number of seconds above 0")
+        check_timeout(timeout_s)
+        super().__init__(dist.get_rank(group), events_dir)
         self.capacity = slots
-        self._held, self._timeout_s, self._events_dir = held, timeout_s, events_dir
+        self._held, self._timeout_s = held, timeout_s
         self._ranks = num_stages // chunks
-        self._rank = dist.get_rank(group)
-        self._outgoing: dict[Channel, _Outgoing] = {}
-        self._incoming: dict[Channel, ShmIncoming] = {}
         self._own, self._addresses = self._meet(Meeting(group, timeout_s))
         self._peers: dict[int, ShmSegment] = {self._rank: self._own}
         self._copier = native.make_copier()
 
     def _meet(self, meeting: Meeting) -> tuple[ShmSegment, list[Any]]:
-        """This process's segment, and where everybody's is. Whatever is wrong somewhere is raised everywhere."""
+        """This process's segment, and the addresses of all. An error on one rank is raised on all ranks."""
         own, error = None, ""
         try:
             own = native.make_shm_segment()
@@ -112,7 +90,7 @@ class ShmTransport:
             error = str(refusal)
         address = [] if own is None else [own.pid, own.fd, own.token]
         told = meeting.exchange("segment", {"host": host_identity(), "address": address, "error": error})
-        _raise_first([member["error"] for member in told])
+        raise_first([member["error"] for member in told])
         hosts = hosts_by_name([member["host"] for member in told])
         if len(hosts) > 1:
             where = "; ".join(f"{name}: {', '.join(map(str, ranks))}" for name, ranks in hosts.items())
@@ -126,7 +104,7 @@ class ShmTransport:
             native.attach_shm_segment(*addresses[(meeting.rank + 1) % meeting.size])
         except TransportError as refusal:
             error = str(refusal)
-        _raise_first(meeting.exchange("attached", error))
+        raise_first(meeting.exchange("attached", error))
         return own, addresses
 
     def open(self, incoming: Sequence[Channel]) -> None:
@@ -135,42 +113,27 @@ class ShmTransport:
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         outgoing = self._outgoing.get(channel) or self._sender(channel)
-        metas = wire.describe(message)
-        packed = None if metas == outgoing.metas else wire.pack_metas(metas)
-        tensors = [None if tensor is None else _plain(tensor) for tensor in message.tensors]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        metas, tensors, addresses = self._unpack(message)
         try:
-            sequence = outgoing.end.send(index, packed, addresses)
+            sequence = outgoing.end.send(index, outgoing.changed(metas), addresses)
         except (TransferTimeoutError, PeerLostError) as error:
-            self._explain(error)
-        outgoing.metas = metas
-        outgoing.leaving.append((sequence, tensors))
+            self._report(error)
+        outgoing.hold(sequence, metas, tensors)
         self._let_go()
-
-    def ready(self, channel: Channel) -> bool:
-        return True
-
-    def has_room(self, channel: Channel) -> bool:
-        return True
 
     def recv(self, channel: Channel, index: int) -> Message:
         incoming = self._incoming.get(channel) or self._receiver(channel)
         try:
             capsules, requires_grad = incoming.receive(index)
         except (TransferTimeoutError, PeerLostError) as error:
-            self._explain(error)
+            self._report(error)
         self._let_go()
         return Message(tuple(None if one is None else from_dlpack(one) for one in capsules), requires_grad)
 
     def flush(self) -> None:
         for outgoing in self._outgoing.values():
             outgoing.end.flush()
-            outgoing.leaving.clear()
-
-    def _let_go(self) -> None:
-        for outgoing in self._outgoing.values():
-            if outgoing.leaving:
-                outgoing.let_go()
+            outgoing.held.clear()
 
     def fail(self, error: BaseException) -> None:
         """Tell the neighbours that this process goes no further: their waits end with ``error``'s first line."""
@@ -196,18 +159,12 @@ class ShmTransport:
         return sum(end.held for end in self._incoming.values())
 
     def _wake(self) -> None:
-        ends: list[ShmOutgoing | ShmIncoming] = [outgoing.end for outgoing in self._outgoing.values()]
-        for end in [*ends, *self._incoming.values()]:
+        for end in self._ends():
             end.wake()
 
-    def _explain(self, error: TransferTimeoutError | PeerLostError) -> NoReturn:
-        """Raise ``error`` again, with the file that has what came before."""
-        ends = [*(outgoing.end for outgoing in self._outgoing.values()), *self._incoming.values()]
-        written = dump_events(self.name, self._rank, error, [end.json() for end in ends], self._events_dir)
-        text = f"{error}. Last events of this process's channels: {written}"
-        if isinstance(error, PeerLostError):
-            raise PeerLostError(error.action, text, error.origin) from None
-        raise TransferTimeoutError(error.action, text) from None
+    def _check(self, tensor: Tensor) -> None:
+        if not tensor.is_cpu:
+            raise StageError(f"a tensor on {tensor.device} cannot travel over the shm transport: move it to 'cpu'")
 
     def _peer(self, stage: int) -> ShmSegment:
         rank = stage % self._ranks
@@ -216,17 +173,17 @@ class ShmTransport:
             segment = self._peers[rank] = native.attach_shm_segment(*self._addresses[rank])
         return segment
 
-    def _sender(self, channel: Channel) -> _Outgoing:
+    def _sender(self, channel: Channel) -> Outgoing:
         options = {"slots": self.capacity, "held": self._held, "timeout_s": self._timeout_s}
-        end = native.make_shm_outgoing(channel, self._own, self._peer(channel[2]), copier=self._copier, **options)
-        outgoing = self._outgoing[channel] = _Outgoing(end)
+        end = native.make_shm_outgoing(channel, self._own, self._peer(channel.receiver), copier=self._copier, **options)
+        outgoing = self._outgoing[channel] = Outgoing(end)
         return outgoing
 
     def _receiver(self, channel: Channel) -> ShmIncoming:
         incoming = self._incoming.get(channel)
         if incoming is None:
             incoming = self._incoming[channel] = native.make_shm_incoming(
-                channel, self._peer(channel[1]), slots=self.capacity, timeout_s=self._timeout_s
+                channel, self._peer(channel.sender), slots=self.capacity, timeout_s=self._timeout_s
             )
         return incoming
 
@@ -239,18 +196,3 @@ def why_unusable() -> str:
     except PaciError as error:
         return str(error)
     return ""
-
-
-def _raise_first(errors: list[str]) -> None:
-    for rank, error in enumerate(errors):
-        if error:
-            raise TransportError(f"rank {rank}: {error}")
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """``tensor`` as bytes in a row in this process's memory; itself, but for rare exceptions."""
-    if not tensor.is_cpu:
-        raise StageError(f"a tensor on {tensor.device} cannot travel over the shm transport: move it to 'cpu'")
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    return tensor if tensor.is_contiguous() else tensor.contiguous()

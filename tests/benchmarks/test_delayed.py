@@ -13,6 +13,7 @@ import paci_rt
 import pipeline_throughput
 from delayed import DelayedTransport
 from paci_rt.errors import ScheduleError
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import LocalTransport, Message
 from paci_rt.transport.gloo import GlooTransport
 from pipelines import Case
@@ -20,7 +21,7 @@ from support.plain import same
 from support.pool import WorkerPool
 from support.toy import Run, loss_fn, make_optimizer, module, train, train_local
 
-CHANNEL = ("F", 0, 1)
+CHANNEL = Channel("F", 0, 1)
 HOP_S = 0.05
 
 

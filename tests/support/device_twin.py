@@ -111,8 +111,6 @@ class Machine:
                     backend,
                     Gathering(rank, self.ranks, board, barrier),
                     hardware,
-                    num_stages=self.ranks * chunks,
-                    chunks=chunks,
                     candidates=CANDIDATES[backend],
                     options=options or DeviceOptions(timeout_s=20.0),
                 )

@@ -10,10 +10,11 @@ import torch
 
 import paci_rt
 from paci_rt import launch
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import Message
 from support.toy import Run, loss_fn, make_optimizer, module, train
 
-DOWN, UP = ("F", 0, 1), ("B", 1, 0)
+DOWN, UP = Channel("F", 0, 1), Channel("B", 1, 0)
 
 RUNS = [
     Run(schedule="paci", stages=2, accumulation=3, lookahead=True, wide=True),

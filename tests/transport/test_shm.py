@@ -20,13 +20,14 @@ import torch
 import paci_rt
 from paci_rt import native
 from paci_rt.errors import PeerLostError, ScheduleError, StageError, TransferTimeoutError, TransportError
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import Message, make_transport
 from paci_rt.transport.shm import ShmTransport, why_unusable
 from support.pool import WorkerPool
 from support.sanitizers import build
 from support.toy import Run, loss_fn, make_optimizer, module, train_local, train_rank
 
-DOWN, UP = ("F", 0, 1), ("B", 1, 0)
+DOWN, UP = Channel("F", 0, 1), Channel("B", 1, 0)
 LARGE = 300_000  # fp32 elements, beyond what is copied by whoever sends
 
 
@@ -78,7 +79,7 @@ def changes_after(rank: int, group: Any) -> Any:
         transport.send(DOWN, 0, of(torch.arange(LARGE, dtype=torch.float32)))
         torch.zeros(LARGE)  # would take the tensor's memory, were it free
         transport.flush()
-        return [len(outgoing.leaving) for outgoing in transport._outgoing.values()]
+        return [len(outgoing.held) for outgoing in transport._outgoing.values()]
     time.sleep(0.05)
     tensor = transport.recv(DOWN, 0).tensors[0]
     return bool(torch.equal(tensor, torch.arange(LARGE, dtype=torch.float32)))  # type: ignore[arg-type]

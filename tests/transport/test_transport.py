@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from paci_rt.errors import ScheduleError, StageError
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import LocalTransport, Message, make_transport, wire
 from paci_rt.transport.gloo import GlooTransport
 from support.messages import check, message
 from support.pool import WorkerPool
 
-DOWN, UP = ("F", 0, 1), ("B", 1, 0)
+DOWN, UP = Channel("F", 0, 1), Channel("B", 1, 0)
 
 
 def exchange(rank: int, group: Any, name: str, count: int, ahead: int, sleeps: bool) -> None:
@@ -48,7 +49,7 @@ def relay(rank: int, group: Any, name: str, seed: int, count: int, processes: in
     """A chain: messages of up to 8 MiB go down and other ones up, between skewed ranks that keep some of what they
     receive; returns a hash of all that arrived."""
     transport = make_transport(name, group=group, num_stages=processes, slots=None if name == "gloo" else 3)
-    below, above = ("F", rank - 1, rank), ("B", rank + 1, rank)
+    below, above = Channel("F", rank - 1, rank), Channel("B", rank + 1, rank)
     transport.open([channel for channel in (below, above) if 0 <= channel[1] < processes])
     rng, digest, kept = random.Random(seed * 100 + rank), hashlib.sha256(), []
 
@@ -58,7 +59,7 @@ def relay(rank: int, group: Any, name: str, seed: int, count: int, processes: in
         numel = (0, 700, 300_000, 2 << 20)[size]
         return Message((torch.randn(numel, generator=generator), None), (True, False))
 
-    def take(channel: tuple[str, int, int], at: int) -> None:
+    def take(channel: Channel, at: int) -> None:
         tensor = transport.recv(channel, at).tensors[0]
         assert tensor is not None
         kept.append(tensor)
@@ -72,9 +73,9 @@ def relay(rank: int, group: Any, name: str, seed: int, count: int, processes: in
         if rank > 0:
             take(below, at)
         if rank + 1 < processes:
-            transport.send(("F", rank, rank + 1), at, big(at, rank))
+            transport.send(Channel("F", rank, rank + 1), at, big(at, rank))
         if rank > 0:
-            transport.send(("B", rank, rank - 1), at, big(at, rank))
+            transport.send(Channel("B", rank, rank - 1), at, big(at, rank))
         if rank + 1 < processes and at >= 2:
             take(above, at - 2)
     for at in range(max(0, count - 2), count):

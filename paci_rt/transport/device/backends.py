@@ -1,25 +1,14 @@
-"""Which of several ways to move bytes between two devices is the faster one: measured at start-up, on the channel's own
-pair of devices, not looked up."""
+"""Ways to move bytes between two devices: which can work, and which was measured to be the fastest."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from paci_rt.errors import TransportError
-from paci_rt.schedules.lowering import Channel
-from paci_rt.transport import wire
-from paci_rt.transport.device.sockets import channel_name
+from paci_rt.schedules.channel import Channel
 
-if TYPE_CHECKING:
-    from paci_rt.transport.device.hardware import Hardware
-
-SMALL_BYTES, LARGE_BYTES = 16 << 10, 4 << 20
-WARM_UP, MESSAGES = 3, 20
 MULTI_RANK_NCCL = 23000
 
 
@@ -36,8 +25,11 @@ class Candidate:
         return self.backend + (" registered" if self.register else "")
 
     def obstacle(self, sender: dict[str, Any], receiver: dict[str, Any]) -> str:
-        """Why it cannot work between two processes, and the remedy; empty where it can. ``sender`` and ``receiver`` are
-        what they have told: ``host process device nccl shares_gpus``."""
+        """Why it cannot work between two processes, and the remedy; empty where it can.
+
+        Args:
+            sender, receiver: what the two have told: ``host process device nccl shares_gpus``.
+        """
         if not self.nccl:
             if sender["host"] != receiver["host"]:
                 return "CUDA's handles for other processes work within one host: use transport nccl"
@@ -64,8 +56,13 @@ class Candidate:
         return ""
 
 
+NCCL = Candidate("nccl", nccl=True)
+REGISTERED = Candidate("nccl", nccl=True, register=True)
+IPC = Candidate("ipc")
+
+
 class Measured(NamedTuple):
-    """Microseconds a message of 16 KiB and of 4 MiB, sent one behind the other; None where it failed, and why."""
+    """Microseconds per message of 16 KiB and of 4 MiB in a row; None where it failed, and why."""
 
     name: str
     small_us: float | None
@@ -74,7 +71,7 @@ class Measured(NamedTuple):
 
 
 def choose(possible: Sequence[Candidate], measured: Sequence[Measured], channel: Channel) -> Candidate:
-    """The candidate that takes least for a small and a large message together; the first where nothing was measured.
+    """The candidate that takes the least for a small plus a large message; the first where nothing was measured.
 
     Raises:
         TransportError: none of them worked.
@@ -88,38 +85,6 @@ def choose(possible: Sequence[Candidate], measured: Sequence[Measured], channel:
     }
     if not times:
         tried = "; ".join(f"{one.name}: {one.error}" for one in measured)
-        raise TransportError(f"channel {channel_name(channel)}: nothing moves bytes between the two devices ({tried})")
+        raise TransportError(f"channel {channel.name}: nothing moves bytes between the two devices ({tried})")
     best = min(times, key=times.__getitem__)
     return next(one for one in possible if one.name == best)
-
-
-def send_probe(candidate: Candidate, end: Any, hardware: Hardware) -> Measured:
-    """Send both sizes and time them; the other side calls :func:`receive_probe`."""
-    index, times = 0, []
-    for size in (SMALL_BYTES, LARGE_BYTES):
-        meta = _meta(size)
-        tensor, packed = hardware.empty(meta), wire.pack_metas((meta,))
-        for count in (WARM_UP, MESSAGES):
-            start = time.perf_counter()
-            for _ in range(count):
-                end.send_on(index, packed, [tensor.data_ptr()], hardware.index, hardware.stream())
-                index += 1
-            end.flush()
-            took_us = (time.perf_counter() - start) / count * 1e6
-        times.append(round(took_us, 1))
-    return Measured(candidate.name, times[0], times[1])
-
-
-def receive_probe(candidate: Candidate, end: Any, hardware: Hardware) -> Measured:
-    """The other side of :func:`send_probe`; what it returns says that it worked."""
-    index = 0
-    for size in (SMALL_BYTES, LARGE_BYTES):
-        tensor = hardware.empty(_meta(size))
-        for _ in range(WARM_UP + MESSAGES):
-            end.take(index, hardware.index, hardware.stream()).unpack([tensor.data_ptr()])
-            index += 1
-    return Measured(candidate.name, None, None)
-
-
-def _meta(size_bytes: int) -> wire.TensorMeta:
-    return wire.TensorMeta(torch.uint8, (size_bytes,), True, False)

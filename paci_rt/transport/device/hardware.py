@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from paci_rt.errors import PaciError, TransportError
+from paci_rt.errors import PaciError
 from paci_rt.transport import wire
+from paci_rt.transport.rendezvous import raise_first
 
 
 class Hardware(Protocol):
-    """The device that a process's stages are on; see ``paci_rt.transport.nccl.CudaHardware``."""
+    """The device that a process's stages are on; see ``paci_rt.transport.device.gpu.CudaHardware``."""
 
     ops: Any  # None is CUDA
     index: int
@@ -35,7 +36,7 @@ class Gathering(Protocol):
 
 
 def find_hardware(gathering: Gathering, make: Callable[[], Hardware]) -> Hardware:
-    """What ``make`` finds here. What it raises somewhere is raised everywhere: nobody waits for who cannot come.
+    """What ``make`` finds here. What it raises on one rank is raised on all, so that no rank waits for another in vain.
 
     Raises:
         PaciError: what ``make`` raises here.
@@ -49,8 +50,6 @@ def find_hardware(gathering: Gathering, make: Callable[[], Hardware]) -> Hardwar
     told = gathering.exchange("usable", "" if refusal is None else str(refusal))
     if refusal is not None:
         raise refusal
-    for rank, said in enumerate(told):
-        if said:
-            raise TransportError(f"rank {rank}: {said}")
+    raise_first(told)
     assert found is not None
     return found

@@ -9,17 +9,16 @@ from typing import Any
 
 from paci_rt import native
 from paci_rt.errors import PaciError, TransportError
-from paci_rt.schedules.lowering import Channel
-from paci_rt.transport.base import DEFAULT_TIMEOUT_S
-from paci_rt.transport.device.backends import Candidate, Measured, choose, receive_probe, send_probe
+from paci_rt.schedules.channel import Channel
+from paci_rt.transport.base import DEFAULT_TIMEOUT_S, check_slots, check_timeout
+from paci_rt.transport.device.backends import Candidate, Measured, choose
 from paci_rt.transport.device.hardware import Gathering, Hardware
-from paci_rt.transport.device.sockets import Switchboard, channel_name
+from paci_rt.transport.device.probe import receive_probe, send_probe
+from paci_rt.transport.device.sockets import Switchboard
 from paci_rt.transport.rendezvous import host_identity, hosts_by_name
 
 SLOTS = 4
 """Messages of a channel that may have been issued and not taken. Each slot grows to the largest message it has held."""
-
-
 MAX_CTAS = 4
 """Thread blocks that NCCL may use for a transfer: what a compute kernel cannot have meanwhile."""
 
@@ -44,10 +43,8 @@ class DeviceOptions:
     events_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.slots, int) or self.slots < 1:
-            raise ValueError(f"slots is {self.slots!r}: a channel holds at least 1 message")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s is {self.timeout_s!r}: give a number of seconds above 0")
+        check_slots(self.slots)
+        check_timeout(self.timeout_s)
         if not isinstance(self.max_ctas, int) or not 0 <= self.max_ctas <= 64:
             raise ValueError(f"max_ctas is {self.max_ctas!r}: give 1 to 64 thread blocks, or 0 to leave it to NCCL")
 
@@ -59,8 +56,7 @@ class Pairing:
     NCCL), ``unique_id`` (of the communicator, in hexadecimal), ``measured``.
 
     Args:
-        gathering: all processes of the pipeline, which meet here.
-        ranks: how many they are; stage ``i`` is on rank ``i mod ranks``.
+        gathering: all processes of the pipeline, which meet here; stage ``i`` is on rank ``i mod size``.
         candidates: what may move the bytes, in order of preference; where several can, they are measured.
     """
 
@@ -69,11 +65,10 @@ class Pairing:
         gathering: Gathering,
         hardware: Hardware,
         *,
-        ranks: int,
         candidates: Sequence[Candidate],
         options: DeviceOptions,
     ) -> None:
-        self.rank, self._ranks = gathering.rank, ranks
+        self.rank, self._ranks = gathering.rank, gathering.size
         self._hardware, self._options = hardware, options
         self._candidates = tuple(candidates)
         hosts = gathering.exchange("host", host_identity())
@@ -99,7 +94,7 @@ class Pairing:
 
     def within(self, channel: Channel) -> bool:
         """Whether both ends are here."""
-        return self.rank_of(channel[1]) == self.rank_of(channel[2])
+        return self.rank_of(channel.sender) == self.rank_of(channel.receiver)
 
     def greeting_within(self) -> dict[str, Any]:
         """For a channel between two stages of this process."""
@@ -112,13 +107,13 @@ class Pairing:
         Raises:
             TransportError: nothing moves bytes between the two processes; the message has the remedies.
         """
-        sender, receiver = (self._facts[self.rank_of(stage)] for stage in channel[1:])
+        sender, receiver = (self._facts[self.rank_of(stage)] for stage in (channel.sender, channel.receiver))
         obstacles = [one.obstacle(sender, receiver) for one in self._candidates]
         possible = [one for one, obstacle in zip(self._candidates, obstacles, strict=True) if not obstacle]
         if not possible:
-            raise TransportError(f"channel {channel_name(channel)}: " + "; ".join(obstacles))
+            raise TransportError(f"channel {channel.name}: " + "; ".join(obstacles))
         measured = [self._measure(channel, one) for one in possible] if len(possible) > 1 else []
-        if self.rank_of(channel[1]) != self.rank:
+        if self.rank_of(channel.sender) != self.rank:
             return {}
         return self._greeting(choose(possible, measured, channel), measured)
 
@@ -134,7 +129,7 @@ class Pairing:
         """Times of one candidate over an engine of its own, which both ends make and end."""
         engine, topic = self.make_engine(), f"probe {candidate.name}"
         try:
-            if self.rank_of(channel[1]) == self.rank:
+            if self.rank_of(channel.sender) == self.rank:
                 end = self.add_outgoing(engine, channel, self._greeting(candidate, []), topic)
                 engine.connect()
                 return send_probe(candidate, end, self._hardware)
@@ -148,7 +143,7 @@ class Pairing:
 
     def add_outgoing(self, engine: Any, channel: Channel, greeting: dict[str, Any], topic: str = "data") -> Any:
         """Connect to the receiver and add the sending end to ``engine``."""
-        address = self._facts[self.rank_of(channel[2])]["address"]
+        address = self._facts[self.rank_of(channel.receiver)]["address"]
         fd = self._switchboard.connect(address, channel, topic, greeting)
         return engine.add_outgoing(**self.lane(channel, fd, greeting))
 
@@ -159,11 +154,8 @@ class Pairing:
 
     def lane(self, channel: Channel, fd: int, greeting: dict[str, Any]) -> dict[str, Any]:
         """What the native engine has to know of a channel's end."""
-        kind, sender, receiver = channel
         return {
-            "kind": kind,
-            "sender": sender,
-            "receiver": receiver,
+            **channel._asdict(),
             "fd": fd,
             "backend": greeting["backend"],
             "nccl": self._hardware.nccl,

@@ -1,5 +1,8 @@
-"""Connections between the processes of a pipeline for the small things that both ends of a channel tell each other
-(``csrc/control_link.hpp``): one listening socket a process, one connection a channel, on one host or across hosts."""
+"""Connections between the processes of a pipeline, on one host or across hosts.
+
+Both ends of a channel tell each other small things over them (``csrc/control_link.hpp``). There is one listening socket
+per process and one connection per channel.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import time
 from typing import Any
 
 from paci_rt.errors import TransportError
-from paci_rt.schedules.lowering import Channel
+from paci_rt.schedules.channel import Channel
 
 LOOPBACK = "127.0.0.1"
 MAX_GREETING_BYTES = 1 << 16
@@ -44,7 +47,7 @@ class Switchboard:
         """The socket of a new connection to the process at ``address``, which hears ``greeting``.
 
         Raises:
-            TransportError: nobody listens there.
+            TransportError: no process listens there.
         """
         host, port, token = address
         try:
@@ -54,8 +57,8 @@ class Switchboard:
             link.sendall(_LENGTH.pack(len(data)) + data)
         except OSError as error:
             raise TransportError(
-                f"channel {channel_name(channel)}: no connection to {host}:{port} ({error}): see that the process of "
-                f"stage {channel[2]} still runs, and that a firewall lets processes of the run connect to each other"
+                f"channel {channel.name}: no connection to {host}:{port} ({error}): see that the process of stage "
+                f"{channel.receiver} still runs, and that a firewall lets processes of the run connect to each other"
             ) from error
         return link.detach()
 
@@ -71,7 +74,7 @@ class Switchboard:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise TransportError(
-                    f"channel {channel_name(channel)}: stage {channel[1]} has not connected within {self._timeout_s:g} "
+                    f"channel {channel.name}: stage {channel.sender} has not connected within {self._timeout_s:g} "
                     "s: look for what holds it up, or raise transfer_timeout_s"
                 )
             self._listener.settimeout(min(left_s, 0.5))  # signals are seen in between
@@ -84,14 +87,14 @@ class Switchboard:
         return link.detach(), greeting
 
     def _greet(self, link: socket.socket) -> None:
-        """Take in who has connected; strangers are hung up on."""
+        """Read who has connected, and close connections of strangers."""
         link.settimeout(10.0)
         try:
             (size,) = _LENGTH.unpack(_read(link, _LENGTH.size))
             head = json.loads(_read(link, min(size, MAX_GREETING_BYTES)))
             known = hmac.compare_digest(head["token"], self._token)
             kind, sender, receiver = head["channel"]
-            key = ((kind, sender, receiver), head["topic"])
+            key = (Channel(kind, sender, receiver), head["topic"])
         except (OSError, ValueError, KeyError, TypeError):
             known = False
         if not known:
@@ -128,9 +131,3 @@ def _read(link: socket.socket, count: int) -> bytes:
             raise OSError("closed")
         data += piece
     return data
-
-
-def channel_name(channel: Channel) -> str:
-    """``F 0->1``."""
-    kind, sender, receiver = channel
-    return f"{kind} {sender}->{receiver}"

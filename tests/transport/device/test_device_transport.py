@@ -20,6 +20,7 @@ import torch
 import paci_rt
 from paci_rt import native
 from paci_rt.errors import PeerLostError, ScheduleError, StageError, TransferTimeoutError, TransportError
+from paci_rt.schedules.channel import Channel
 from paci_rt.transport import Message
 from paci_rt.transport.device.backends import Candidate, Measured, choose
 from paci_rt.transport.device.pairing import DeviceOptions
@@ -31,7 +32,7 @@ from support.messages import check, message
 from support.sanitizers import build
 from support.toy import Run, loss_fn, make_optimizer, module, train, train_local
 
-DOWN, UP = ("F", 0, 1), ("B", 1, 0)
+DOWN, UP = Channel("F", 0, 1), Channel("B", 1, 0)
 BACKENDS = ["nccl", "registered", "ipc"]
 SHORT = DeviceOptions(timeout_s=1.0)
 Work = Callable[[DeviceTransport, TwinHardware], Any]
@@ -371,7 +372,9 @@ def test_a_failure_reaches_every_rank_with_its_origin() -> None:
 
     def work(transport: DeviceTransport, hardware: TwinHardware) -> None:
         rank = rank_of(transport)
-        incoming = ([("F", rank - 1, rank)] if rank else []) + ([("B", rank + 1, rank)] if rank < 3 else [])
+        incoming = ([Channel("F", rank - 1, rank)] if rank else []) + (
+            [Channel("B", rank + 1, rank)] if rank < 3 else []
+        )
         transport.open(incoming)
         start.wait(20)
         if rank == 3:
@@ -743,12 +746,13 @@ def test_strangers_are_hung_up_on_and_connections_may_come_in_any_order() -> Non
     stranger = socket.create_connection((host, port))
     stranger.sendall(b"\x05\x00\x00\x00hello")
     fds = [
-        board.connect([host, port, token], channel, "data", {"for": list(channel)}) for channel in (DOWN, ("F", 2, 3))
+        board.connect([host, port, token], channel, "data", {"for": list(channel)})
+        for channel in (DOWN, Channel("F", 2, 3))
     ]
     with pytest.raises(TransportError, match="no connection to"):
         board.connect([host, 1, token], DOWN, "data", {})
-    other = board.connect([host, port, "guess"], ("F", 4, 5), "data", {})
-    for channel in (("F", 2, 3), DOWN):
+    other = board.connect([host, port, "guess"], Channel("F", 4, 5), "data", {})
+    for channel in (Channel("F", 2, 3), DOWN):
         fd, greeting = board.accept(channel, "data")
         assert greeting == {"for": list(channel)}
         socket.socket(fileno=fd).close()
