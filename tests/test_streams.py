@@ -22,7 +22,7 @@ core = native.core()
 
 
 def twin(max_delay_us: int = 0) -> Any:
-    return core._testing.HostTwin(max_delay_us, random.getrandbits(32))
+    return native.testing().HostTwin(max_delay_us, random.getrandbits(32))
 
 
 class Rig:

@@ -1,5 +1,6 @@
 """Connections between the processes of a pipeline for the small things that both ends of a channel tell each other
-(``csrc/control_link.hpp``): one listening socket a process, one connection a channel, on one host or across hosts."""
+(``csrc/p2p/control_link.hpp``): one listening socket a process, one connection a channel, on one host or across
+hosts."""
 
 from __future__ import annotations
 
