@@ -18,8 +18,8 @@ P2P_SOURCES := tests/cpp/p2p_stress.cpp $(addprefix csrc/p2p/, channel.cpp copie
 DEVICE_TSAN_PROGRAM ?= build/tsan/device_stress
 DEVICE_ASAN_PROGRAM ?= build/asan/device_stress
 DEVICE_SOURCES := tests/cpp/device_stress.cpp $(addprefix csrc/testing/, fake_nccl.cpp host_twin.cpp) \
-  $(addprefix csrc/p2p/, channel.cpp control_link.cpp device_channel.cpp device_engine.cpp ipc_lane.cpp nccl_api.cpp \
-  nccl_lane.cpp)
+  $(addprefix csrc/p2p/, channel.cpp control_link.cpp device_channel.cpp device_engine.cpp device_issuer.cpp \
+  device_watchdog.cpp ipc_lane.cpp nccl_api.cpp nccl_communicator.cpp nccl_lane.cpp)
 DEVICE_MODES := nccl nccl-background nccl-registered ipc nccl-fails ipc-fails
 P2P_BREAK ?=# for the tests: what of the protocol to break, for example -DPACI_RT_P2P_PUBLISH=std::memory_order_relaxed
 PY_DIRS := paci_rt tests benchmarks examples tools setup.py

@@ -30,6 +30,12 @@ Accumulator make(const Pairs& segments, std::int64_t numel, const std::vector<st
 void bind_accumulator(py::module_& m) {
   // A device may make the caller wait, for room in a stream's queue; on the CPU only `add` and `seal` take time.
   const auto on_device = [](const Accumulator& self) { return !self.on_cpu(); };
+  const auto on_stream = [on_device](auto method) {
+    return [on_device, method](Accumulator& self, StreamArg stream) {
+      const MaybeReleaseGil release(on_device(self));
+      return (self.*method)(stream.on());
+    };
+  };
   const auto released = [](auto getter) { return py::cpp_function(getter, py::call_guard<py::gil_scoped_release>()); };
   py::class_<Accumulator>(m, "Accumulator")
       .def(py::init(&make), py::arg("segments"), py::arg("numel"), py::arg("buffers"), py::arg("device") = kCpu,
@@ -59,27 +65,9 @@ void bind_accumulator(py::module_& m) {
       .def(
           "seal", [](Accumulator& self, StreamArg stream, std::uintptr_t totals) { self.seal(stream.on(), totals); },
           py::arg("stream"), py::arg("totals") = 0, py::call_guard<py::gil_scoped_release>())
-      .def(
-          "consume",
-          [on_device](Accumulator& self, StreamArg stream) {
-            const MaybeReleaseGil release(on_device(self));
-            return self.consume(stream.on());
-          },
-          py::arg("stream"))
-      .def(
-          "continue_on",
-          [on_device](Accumulator& self, StreamArg stream) {
-            const MaybeReleaseGil release(on_device(self));
-            return self.continue_on(stream.on());
-          },
-          py::arg("stream"))
-      .def(
-          "release",
-          [on_device](Accumulator& self, StreamArg stream) {
-            const MaybeReleaseGil release(on_device(self));
-            self.release(stream.on());
-          },
-          py::arg("stream"))
+      .def("consume", on_stream(&Accumulator::consume), py::arg("stream"))
+      .def("continue_on", on_stream(&Accumulator::continue_on), py::arg("stream"))
+      .def("release", on_stream(&Accumulator::release), py::arg("stream"))
       .def_property_readonly("states", &Accumulator::states)
       .def_property_readonly("front", &Accumulator::front)
       .def_property_readonly("sum_of_squares", released(&Accumulator::sum_of_squares))

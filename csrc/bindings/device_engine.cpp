@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <type_traits>
+
+#include "bindings/message.hpp"
 #include "bindings/module.hpp"
 #include "p2p/ipc_lane.hpp"
 #include "p2p/nccl_lane.hpp"
@@ -43,6 +46,9 @@ struct Wanted {
     check_value(nccl != nullptr, "backend ", backend, " without a library: pass nccl=load_nccl(...)");
     return nccl;
   }
+  void need_ipc() const {  // the last one to be asked for
+    check_value(backend == "ipc", "unknown backend ", backend, ": choose from nccl, ipc, self-nccl, self-copy");
+  }
 };
 
 std::unique_ptr<SendLane> sender_of(const Wanted& wanted, const LaneOptions& lane) {
@@ -50,8 +56,7 @@ std::unique_ptr<SendLane> sender_of(const Wanted& wanted, const LaneOptions& lan
   if (wanted.backend == "self-nccl")
     return make_push_sender(lane, Reach::process, make_nccl_mover(wanted.need_nccl(), lane, wanted.options));
   if (wanted.backend == "self-copy") return make_push_sender(lane, Reach::process, make_copy_mover(lane.ops));
-  check_value(wanted.backend == "ipc", "unknown backend ", wanted.backend,
-              ": choose from nccl, ipc, self-nccl, self-copy");
+  wanted.need_ipc();
   return make_push_sender(lane, Reach::host, make_copy_mover(lane.ops));
 }
 
@@ -59,8 +64,7 @@ std::unique_ptr<RecvLane> receiver_of(const Wanted& wanted, const LaneOptions& l
   if (wanted.backend == "nccl") return make_nccl_receiver(wanted.need_nccl(), lane, wanted.options);
   if (wanted.backend == "self-nccl") return make_push_receiver(lane, Reach::process, "nccl");
   if (wanted.backend == "self-copy") return make_push_receiver(lane, Reach::process, "copy");
-  check_value(wanted.backend == "ipc", "unknown backend ", wanted.backend,
-              ": choose from nccl, ipc, self-nccl, self-copy");
+  wanted.need_ipc();
   return make_push_receiver(lane, Reach::host, "copy");
 }
 
@@ -82,13 +86,6 @@ struct Taken {
     arrival.lease = nullptr;
   }
 };
-
-std::shared_ptr<const Layout> layout_for(const std::shared_ptr<const Layout>& last, const py::object& packed,
-                                         const Edge& edge) {
-  auto layout = packed.is_none() ? last : Layout::parse(packed.cast<std::string>());
-  check_value(layout != nullptr, "channel ", edge.name(), ": the first message needs its description");
-  return layout;
-}
 
 void bind_nccl(py::module_& m) {
   py::class_<NcclApi, Nccl>(m, "Nccl")
@@ -140,7 +137,7 @@ void bind_ends(py::module_& m) {
           "capture",
           [](DeviceOutgoing& self, std::int64_t index, const py::object& packed,
              const std::vector<std::uintptr_t>& addresses, int device, StreamArg stream) {
-            auto layout = layout_for(self.layout(), packed, self.edge());
+            auto layout = layout_for(packed, self.layout(), self.edge());
             const py::gil_scoped_release release;
             self.capture(index, std::move(layout), addresses, stream.on(device));
           },
@@ -149,7 +146,7 @@ void bind_ends(py::module_& m) {
           "send_on",
           [](DeviceOutgoing& self, std::int64_t index, const py::object& packed,
              const std::vector<std::uintptr_t>& addresses, int device, StreamArg stream) {
-            auto layout = layout_for(self.layout(), packed, self.edge());
+            auto layout = layout_for(packed, self.layout(), self.edge());
             const py::gil_scoped_release release;
             return self.send(index, std::move(layout), addresses, stream.on(device));
           },
@@ -177,7 +174,7 @@ void bind_ends(py::module_& m) {
           "capture",
           [](DeviceIncoming& self, std::int64_t index, const std::vector<std::uintptr_t>& addresses, int device,
              StreamArg stream) {
-            auto layout = layout_for(self.layout(), py::none(), self.edge());
+            auto layout = layout_for(py::none(), self.layout(), self.edge());
             const py::gil_scoped_release release;
             self.capture(index, std::move(layout), addresses, stream.on(device));
           },
@@ -192,48 +189,37 @@ void bind_ends(py::module_& m) {
       .def_property_readonly("ring_bytes", &DeviceIncoming::ring_bytes);
 }
 
+using EngineClass = py::class_<DeviceEngine, Engine>;
+
+// Binds `DeviceEngine.name`: adds one end of a channel, with the lane that `lane_of` makes.
+template <typename LaneOf>
+void bind_add(EngineClass& engine, const char* name, const LaneOf& lane_of) {
+  engine.def(
+      name,
+      [lane_of](const Engine& self, const std::string& kind, int sender, int receiver, int fd, std::string backend,
+                Nccl nccl, const py::bytes& unique_id, int max_ctas, bool register_buffers, int priority) {
+        Wanted wanted{std::move(backend), std::move(nccl), {}};
+        if (wanted.backend == "nccl" || wanted.backend == "self-nccl") wanted.options.id = id_of(unique_id);
+        wanted.options.max_ctas = max_ctas;
+        wanted.options.register_buffers = register_buffers;
+        const py::gil_scoped_release release;
+        auto link = std::make_unique<ControlLink>(fd);
+        auto& end =
+            self->add(Edge{kind, sender, receiver}, std::move(link), lane_of(wanted, self->lane_options(priority)));
+        return std::shared_ptr<std::remove_reference_t<decltype(end)>>(self, &end);
+      },
+      py::kw_only(), py::arg("kind"), py::arg("sender"), py::arg("receiver"), py::arg("fd"), py::arg("backend"),
+      py::arg("nccl") = nullptr, py::arg("unique_id") = py::bytes(), py::arg("max_ctas") = 4,
+      py::arg("register_buffers") = false, py::arg("priority") = 0);
+}
+
 void bind_engine(py::module_& m) {
-  const auto wanted = [](std::string backend, Nccl nccl, const py::bytes& id, int max_ctas, bool register_buffers) {
-    Wanted made{std::move(backend), std::move(nccl), {}};
-    if (made.backend == "nccl" || made.backend == "self-nccl") made.options.id = id_of(id);
-    made.options.max_ctas = max_ctas;
-    made.options.register_buffers = register_buffers;
-    return made;
-  };
-  py::class_<DeviceEngine, Engine>(m, "DeviceEngine")
-      .def(py::init(&make_engine), py::arg("device"), py::arg("stage"), py::arg("slots"), py::arg("timeout_s"),
-           py::arg("ops") = nullptr)
-      .def(
-          "add_outgoing",
-          [wanted](const Engine& self, const std::string& kind, int sender, int receiver, int fd,
-                   const std::string& backend, Nccl nccl, const py::bytes& unique_id, int max_ctas,
-                   bool register_buffers, int priority) {
-            const Wanted lane = wanted(backend, std::move(nccl), unique_id, max_ctas, register_buffers);
-            const py::gil_scoped_release release;
-            auto link = std::make_unique<ControlLink>(fd);
-            DeviceOutgoing& end =
-                self->add(Edge{kind, sender, receiver}, std::move(link), sender_of(lane, self->lane_options(priority)));
-            return std::shared_ptr<DeviceOutgoing>(self, &end);
-          },
-          py::kw_only(), py::arg("kind"), py::arg("sender"), py::arg("receiver"), py::arg("fd"), py::arg("backend"),
-          py::arg("nccl") = nullptr, py::arg("unique_id") = py::bytes(), py::arg("max_ctas") = 4,
-          py::arg("register_buffers") = false, py::arg("priority") = 0)
-      .def(
-          "add_incoming",
-          [wanted](const Engine& self, const std::string& kind, int sender, int receiver, int fd,
-                   const std::string& backend, Nccl nccl, const py::bytes& unique_id, int max_ctas,
-                   bool register_buffers, int priority) {
-            const Wanted lane = wanted(backend, std::move(nccl), unique_id, max_ctas, register_buffers);
-            const py::gil_scoped_release release;
-            auto link = std::make_unique<ControlLink>(fd);
-            DeviceIncoming& end = self->add(Edge{kind, sender, receiver}, std::move(link),
-                                            receiver_of(lane, self->lane_options(priority)));
-            return std::shared_ptr<DeviceIncoming>(self, &end);
-          },
-          py::kw_only(), py::arg("kind"), py::arg("sender"), py::arg("receiver"), py::arg("fd"), py::arg("backend"),
-          py::arg("nccl") = nullptr, py::arg("unique_id") = py::bytes(), py::arg("max_ctas") = 4,
-          py::arg("register_buffers") = false, py::arg("priority") = 0)
-      .def("connect", &DeviceEngine::connect, Released())
+  EngineClass engine(m, "DeviceEngine");
+  engine.def(py::init(&make_engine), py::arg("device"), py::arg("stage"), py::arg("slots"), py::arg("timeout_s"),
+             py::arg("ops") = nullptr);
+  bind_add(engine, "add_outgoing", sender_of);
+  bind_add(engine, "add_incoming", receiver_of);
+  engine.def("connect", &DeviceEngine::connect, Released())
       .def("check", &DeviceEngine::check, Released())
       .def("fail", &DeviceEngine::give_up, py::arg("origin"), Released())
       .def("close", &DeviceEngine::close, Released())

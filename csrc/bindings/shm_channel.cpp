@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/dlpack.hpp"
+#include "bindings/message.hpp"
 #include "bindings/module.hpp"
 #include "p2p/channel.hpp"
 #include "p2p/copier.hpp"
@@ -50,8 +51,7 @@ std::pair<py::tuple, py::tuple> receive(Incoming& self, std::int64_t index, Stre
 
 std::int64_t send(Outgoing& self, std::int64_t index, const py::object& packed,
                   const std::vector<std::uintptr_t>& addresses, StreamArg stream) {
-  auto layout = packed.is_none() ? self.layout() : Layout::parse(packed.cast<std::string>());
-  check_value(layout != nullptr, "channel ", self.edge().name(), ": the first message needs its description");
+  auto layout = layout_for(packed, self.layout(), self.edge());
   const py::gil_scoped_release release;
   return self.send(index, std::move(layout), addresses, stream.on());
 }

@@ -15,27 +15,27 @@ namespace {
 constexpr std::int64_t kBlock = 1024;  // elements of fp32 work that stay in the first-level cache until rounded
 
 template <DType dtype>
-inline Lanes load_as(const void* base, std::int64_t i) {
+inline SimdFloats load_as(const void* base, std::int64_t i) {
   if constexpr (dtype == DType::f32) return load(static_cast<const float*>(base) + i);
   if constexpr (dtype == DType::bf16) return load_bf16(static_cast<const std::uint16_t*>(base) + i);
   if constexpr (dtype == DType::f16) return load_f16(static_cast<const std::uint16_t*>(base) + i);
 }
 
 // Pairwise over the lanes, in the same order everywhere.
-double reduce(const Sums& sums) {
-  double lanes[kLanes];
+double reduce(const SimdSums& sums) {
+  double lanes[kSimdWidth];
   spill(sums, lanes);
-  for (std::int64_t width = kLanes / 2; width > 0; width /= 2)
+  for (std::int64_t width = kSimdWidth / 2; width > 0; width /= 2)
     for (std::int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
 }
 
 template <DType dtype, bool overwrite, bool stream>
 double accumulate_as(float* dst, const void* src, std::int64_t n) {
-  Sums sums;
+  SimdSums sums;
   std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Lanes x = load_as<dtype>(src, i);
+  for (; i + kSimdWidth <= n; i += kSimdWidth) {
+    SimdFloats x = load_as<dtype>(src, i);
     if constexpr (!overwrite) x = add(load(dst + i), x);
     if constexpr (stream) {
       store_past_cache(dst + i, x);
@@ -45,12 +45,12 @@ double accumulate_as(float* dst, const void* src, std::int64_t n) {
     add_squares(sums, x);
   }
   if (i < n) {  // the tail, as a full set of lanes padded with zeros
-    alignas(64) float old[kLanes] = {};
-    alignas(64) unsigned char fresh[kLanes * 4] = {};
+    alignas(64) float old[kSimdWidth] = {};
+    alignas(64) unsigned char fresh[kSimdWidth * 4] = {};
     const auto count = static_cast<std::size_t>(n - i);
     std::memcpy(fresh, static_cast<const unsigned char*>(src) + i * size_of(dtype), count * size_of(dtype));
     if constexpr (!overwrite) std::memcpy(old, dst + i, count * 4);
-    Lanes x = load_as<dtype>(fresh, 0);
+    SimdFloats x = load_as<dtype>(fresh, 0);
     if constexpr (!overwrite) x = add(load(old), x);
     add_squares(sums, x);
     store(old, x);
@@ -79,11 +79,11 @@ double accumulate(float* dst, const void* src, DType dtype, std::int64_t n, bool
 }
 
 double sum_of_squares(const float* x, std::int64_t n) {
-  Sums sums;
+  SimdSums sums;
   std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add_squares(sums, load(x + i));
+  for (; i + kSimdWidth <= n; i += kSimdWidth) add_squares(sums, load(x + i));
   if (i < n) {
-    alignas(64) float tail[kLanes] = {};
+    alignas(64) float tail[kSimdWidth] = {};
     std::memcpy(tail, x + i, static_cast<std::size_t>(n - i) * 4);
     add_squares(sums, load(tail));
   }
@@ -109,10 +109,10 @@ void round_to(void* low, DType dtype, std::int64_t at, const float* x, std::int6
     return;
   }
   std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_f16(out + i, load(x + i));
+  for (; i + kSimdWidth <= n; i += kSimdWidth) store_f16(out + i, load(x + i));
   if (i < n) {
-    float tail[kLanes] = {};
-    std::uint16_t rounded[kLanes];
+    float tail[kSimdWidth] = {};
+    std::uint16_t rounded[kSimdWidth];
     std::memcpy(tail, x + i, static_cast<std::size_t>(n - i) * 4);
     store_f16(rounded, load(tail));
     std::memcpy(out + i, rounded, static_cast<std::size_t>(n - i) * 2);

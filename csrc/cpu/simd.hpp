@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kSimdWidth = 16;
 
 inline float float_of_bits(std::uint32_t bits) {
   float x;
@@ -27,66 +27,66 @@ inline std::uint32_t bits_of_float(float x) {
 
 #if defined(__AVX512F__)
 
-struct Lanes {
+struct SimdFloats {
   __m512 v;
 };
-struct Sums {
+struct SimdSums {
   __m512d lo = _mm512_setzero_pd(), hi = _mm512_setzero_pd();
 };
 
-inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Lanes load_bf16(const std::uint16_t* p) {
+inline SimdFloats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline SimdFloats load_bf16(const std::uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-inline Lanes load_f16(const std::uint16_t* p) {
+inline SimdFloats load_f16(const std::uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
-inline void store_past_cache(float* p, Lanes a) { _mm512_stream_ps(p, a.v); }
+inline SimdFloats add(SimdFloats a, SimdFloats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline void store(float* p, SimdFloats a) { _mm512_storeu_ps(p, a.v); }
+inline void store_past_cache(float* p, SimdFloats a) { _mm512_stream_ps(p, a.v); }
 inline void fence() { _mm_sfence(); }
 // The square of a float is exact in double, so a fused multiply-add rounds as the two separate operations do.
-inline void add_squares(Sums& s, Lanes a) {
+inline void add_squares(SimdSums& s, SimdFloats a) {
   const __m512d lo = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
   const __m512d hi = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)));
   s.lo = _mm512_fmadd_pd(lo, lo, s.lo);
   s.hi = _mm512_fmadd_pd(hi, hi, s.hi);
 }
-inline void spill(const Sums& s, double* out) {
+inline void spill(const SimdSums& s, double* out) {
   _mm512_storeu_pd(out, s.lo);
   _mm512_storeu_pd(out + 8, s.hi);
 }
-inline void store_f16(std::uint16_t* p, Lanes a) {
+inline void store_f16(std::uint16_t* p, SimdFloats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 #elif defined(__AVX2__)
 
-struct Lanes {
+struct SimdFloats {
   __m256 lo, hi;
 };
-struct Sums {
+struct SimdSums {
   __m256d v[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd()};
 };
 
-inline Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline SimdFloats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline __m256 widen_bf16(const std::uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
-inline Lanes load_bf16(const std::uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
-inline Lanes load_f16(const std::uint16_t* p) {
+inline SimdFloats load_bf16(const std::uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+inline SimdFloats load_f16(const std::uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
-inline Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-inline void store(float* p, Lanes a) {
+inline SimdFloats add(SimdFloats a, SimdFloats b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline void store(float* p, SimdFloats a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
 }
-inline void store_past_cache(float* p, Lanes a) {
+inline void store_past_cache(float* p, SimdFloats a) {
   _mm256_stream_ps(p, a.lo);
   _mm256_stream_ps(p + 8, a.hi);
 }
@@ -95,26 +95,26 @@ inline void add_square(__m256d& sum, __m128 x) {
   const __m256d wide = _mm256_cvtps_pd(x);
   sum = _mm256_add_pd(sum, _mm256_mul_pd(wide, wide));
 }
-inline void add_squares(Sums& s, Lanes a) {
+inline void add_squares(SimdSums& s, SimdFloats a) {
   add_square(s.v[0], _mm256_castps256_ps128(a.lo));
   add_square(s.v[1], _mm256_extractf128_ps(a.lo, 1));
   add_square(s.v[2], _mm256_castps256_ps128(a.hi));
   add_square(s.v[3], _mm256_extractf128_ps(a.hi, 1));
 }
-inline void spill(const Sums& s, double* out) {
+inline void spill(const SimdSums& s, double* out) {
   for (int i = 0; i < 4; ++i) _mm256_storeu_pd(out + 4 * i, s.v[i]);
 }
-inline void store_f16(std::uint16_t* p, Lanes a) {
+inline void store_f16(std::uint16_t* p, SimdFloats a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
 }
 
 #else  // any other CPU: plain loops over 16 elements, which compilers turn into whatever vectors there are
 
-struct Lanes {
+struct SimdFloats {
   float v[16];
 };
-struct Sums {
+struct SimdSums {
   double v[16] = {};
 };
 
@@ -141,33 +141,33 @@ inline std::uint16_t narrow_f16(float x) {
   return static_cast<std::uint16_t>(sign | ((rounded >> 13) - (112u << 10)));
 }
 
-inline Lanes load(const float* p) {
-  Lanes a;
+inline SimdFloats load(const float* p) {
+  SimdFloats a;
   std::memcpy(a.v, p, sizeof a.v);
   return a;
 }
-inline Lanes load_bf16(const std::uint16_t* p) {
-  Lanes a;
+inline SimdFloats load_bf16(const std::uint16_t* p) {
+  SimdFloats a;
   for (int i = 0; i < 16; ++i) a.v[i] = float_of_bits(static_cast<std::uint32_t>(p[i]) << 16);
   return a;
 }
-inline Lanes load_f16(const std::uint16_t* p) {
-  Lanes a;
+inline SimdFloats load_f16(const std::uint16_t* p) {
+  SimdFloats a;
   for (int i = 0; i < 16; ++i) a.v[i] = widen_f16(p[i]);
   return a;
 }
-inline Lanes add(Lanes a, Lanes b) {
+inline SimdFloats add(SimdFloats a, SimdFloats b) {
   for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
   return a;
 }
-inline void store(float* p, Lanes a) { std::memcpy(p, a.v, sizeof a.v); }
-inline void store_past_cache(float* p, Lanes a) { store(p, a); }
+inline void store(float* p, SimdFloats a) { std::memcpy(p, a.v, sizeof a.v); }
+inline void store_past_cache(float* p, SimdFloats a) { store(p, a); }
 inline void fence() {}
-inline void add_squares(Sums& s, Lanes a) {
+inline void add_squares(SimdSums& s, SimdFloats a) {
   for (int i = 0; i < 16; ++i) s.v[i] += static_cast<double>(a.v[i]) * static_cast<double>(a.v[i]);
 }
-inline void spill(const Sums& s, double* out) { std::memcpy(out, s.v, sizeof s.v); }
-inline void store_f16(std::uint16_t* p, Lanes a) {
+inline void spill(const SimdSums& s, double* out) { std::memcpy(out, s.v, sizeof s.v); }
+inline void store_f16(std::uint16_t* p, SimdFloats a) {
   for (int i = 0; i < 16; ++i) p[i] = narrow_f16(a.v[i]);
 }
 

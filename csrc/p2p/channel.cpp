@@ -124,9 +124,10 @@ Endpoint::Endpoint(Edge edge, Options options)
 std::string Endpoint::json() const {
   const Progress at = progress();
   const auto json_number = [](std::int64_t value) { return value < 0 ? std::string("null") : std::to_string(value); };
-  return concat("{\"edge\": \"", edge_.name(), "\", \"side\": \"", side(), "\", \"slots\": ", options_.slots,
-                ", \"timeout_s\": ", options_.timeout_s, ", \"sent\": ", json_number(at.sent),
-                ", \"taken\": ", json_number(at.taken), ", \"events\": ", events_->json(), "}");
+  return concat("{\"edge\": \"", edge_.name(), "\", \"side\": \"", sends() ? "sender" : "receiver",
+                "\", \"slots\": ", options_.slots, ", \"timeout_s\": ", options_.timeout_s,
+                ", \"sent\": ", json_number(at.sent), ", \"taken\": ", json_number(at.taken),
+                ", \"events\": ", events_->json(), "}");
 }
 
 void Endpoint::time_out(const Waiting& waiting, double waited_s) {
@@ -151,6 +152,9 @@ void Endpoint::lose(const Waiting& waiting, const std::string& origin) {
                  concat("action ", waiting.action, " lost the connection to stage ", peer(), ": ", origin), origin);
 }
 
-int Endpoint::peer() const { return side() == std::string("sender") ? edge_.receiver : edge_.sender; }
+Endpoint::Waiting Endpoint::waiting_for(std::int64_t index, std::int64_t slot, std::int64_t bytes,
+                                        std::string doing) const {
+  return {sends() ? edge_.send_action(index) : edge_.recv_action(index), std::move(doing), index, slot, bytes};
+}
 
 }  // namespace paci_rt

@@ -30,6 +30,8 @@ inline constexpr int kSliceMs = 50;           // how long a wait sleeps before i
 // CLOCK_MONOTONIC, which all processes of a host share.
 using Clock = std::chrono::steady_clock;
 std::int64_t now_ns();
+inline std::int64_t ns_of(double seconds) { return static_cast<std::int64_t>(seconds * 1e9); }
+inline double seconds_since(std::int64_t start_ns) { return static_cast<double>(now_ns() - start_ns) * 1e-9; }
 
 struct Edge {
   std::string kind;
@@ -148,7 +150,7 @@ class Endpoint {
   virtual void close() = 0;
 
  protected:
-  virtual const char* side() const = 0;  // "sender" or "receiver"
+  virtual bool sends() const = 0;
 
   // The end of a wait. `doing` says what for, for example "slot 3 is still full".
   struct Waiting {
@@ -161,7 +163,8 @@ class Endpoint {
   [[noreturn]] void time_out(const Waiting& waiting, double waited_s);
   // `origin` says why, in a sentence that can be passed on to stages further away.
   [[noreturn]] void lose(const Waiting& waiting, const std::string& origin);
-  int peer() const;  // the stage at the other end
+  int peer() const { return sends() ? edge_.receiver : edge_.sender; }  // the stage at the other end
+  Waiting waiting_for(std::int64_t index, std::int64_t slot, std::int64_t bytes, std::string doing) const;
 
   const Edge edge_;
   const Options options_;
@@ -185,7 +188,7 @@ class Outgoing : public Endpoint {
   const std::shared_ptr<const Layout>& layout() const { return layout_; }
 
  protected:
-  const char* side() const override { return "sender"; }
+  bool sends() const override { return true; }
   std::shared_ptr<const Layout> layout_;
 };
 
@@ -203,7 +206,7 @@ class Incoming : public Endpoint {
   virtual std::int64_t held() const = 0;  // slots that are out on a lease
 
  protected:
-  const char* side() const override { return "receiver"; }
+  bool sends() const override { return false; }
 };
 
 }  // namespace paci_rt

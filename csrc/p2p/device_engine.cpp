@@ -1,6 +1,5 @@
 #include "p2p/device_engine.hpp"
 
-#include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -11,12 +10,7 @@
 namespace paci_rt {
 namespace {
 
-constexpr std::int64_t kProtocol = 1;
-constexpr int kConnectSliceMs = 1;                  // how often a lane that connects is asked how far it is
-constexpr int kWatchMs = 10;                        // how often transfers under way are looked at
-constexpr double kLeaveS = 5.0;                     // how long the end of a channel waits for the other side's
-constexpr int kStuckMs = 1000;                      // how long an abort waits for who issues
-constexpr std::int64_t kTroubleNs = 1'000'000'000;  // how long trouble of a lane may turn out to be a goodbye
+constexpr double kLeaveS = 5.0;  // how long the end of a channel waits for the other side's
 
 // What the neighbours are told: of the first stage to go, as far as this one knows.
 std::string origin_of(const std::exception_ptr& error, int stage) {
@@ -29,10 +23,6 @@ std::string origin_of(const std::exception_ptr& error, int stage) {
   } catch (...) {
     return concat("stage ", stage, " failed");
   }
-}
-
-Frame hello_of(const Edge& edge, const Lane& lane, std::int64_t slots) {
-  return {FrameType::hello, kProtocol, slots, lane.can_register() ? 1 : 0, 0, lane.backend() + "\n" + edge.name()};
 }
 
 }  // namespace
@@ -60,7 +50,7 @@ DeviceEngine::~DeviceEngine() {
 // still leased waits for its lease, which holds the engine, and what never ends keeps its memory.
 void DeviceEngine::drop_lanes() {
   for (const auto& end : outgoing_) end->lane_.reset();
-  const std::int64_t limit = now_ns() + static_cast<std::int64_t>(kLeaveS * 1e9);
+  const std::int64_t limit = now_ns() + ns_of(kLeaveS);
   for (const auto& end : incoming_) {
     if (end->lane_ == nullptr || end->held() > 0) continue;
     bool done = false;
@@ -168,7 +158,7 @@ void DeviceEngine::wait(std::unique_lock<std::mutex>& lock) {
 }
 
 bool DeviceEngine::wait_for(std::unique_lock<std::mutex>& lock, double seconds, const std::function<bool()>& done) {
-  const std::int64_t end = now_ns() + static_cast<std::int64_t>(seconds * 1e9);
+  const std::int64_t end = now_ns() + ns_of(seconds);
   while (!done()) {
     throw_if_failed();
     if (now_ns() > end) return false;
@@ -184,8 +174,6 @@ Event DeviceEngine::take_event() {
   return event;
 }
 
-// --- the issuing thread ---
-
 // For a thread of the engine, as long as it lives. A thread begins on device 0, and the first call of CUDA or NCCL that
 // finds no context current makes one there: half a gigabyte for every process whose device is another one.
 std::shared_ptr<void> DeviceEngine::enter_device() {
@@ -199,238 +187,6 @@ std::shared_ptr<void> DeviceEngine::enter_device() {
   }
 }
 
-void DeviceEngine::issue_loop() {
-  const std::shared_ptr<void> current = enter_device();
-  for (;;) {
-    poll_links();
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (stopping_) return;
-    }
-    try {
-      const Ends now = ends();
-      now.for_each([this](auto& end) { serve(end); });
-      while (advance_one()) {
-      }
-      now.for_each([](auto& end) { end.state_.link->write(); });
-    } catch (...) {
-      fail(std::current_exception());
-    }
-    changed_.notify_all();
-  }
-}
-
-DeviceEngine::Ends DeviceEngine::ends() {
-  Ends found;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& end : outgoing_) found.outgoing.push_back(end.get());
-  for (const auto& end : incoming_) found.incoming.push_back(end.get());
-  return found;
-}
-
-void DeviceEngine::poll_links() {
-  std::vector<pollfd> fds{{wake_fd_, POLLIN, 0}};
-  int timeout_ms = -1;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for_each_end([&](const auto& end) {
-      const LinkState& state = end.state_;
-      if (state.phase != LinkState::Phase::hello && state.phase != LinkState::Phase::ready)
-        timeout_ms = failure_ ? kSliceMs : kConnectSliceMs;
-      if (!state.link->broken().empty()) return;
-      fds.push_back({state.link->fd(), static_cast<short>(POLLIN | (state.link->unsent() ? POLLOUT : 0)), 0});
-    });
-  }
-  ::poll(fds.data(), fds.size(), timeout_ms);
-  std::uint64_t count = 0;
-  while (::read(wake_fd_, &count, sizeof count) > 0) {
-  }
-}
-
-template <typename End>
-void DeviceEngine::serve(End& end) {
-  LinkState& state = end.state_;
-  if (!state.hello_sent) {
-    state.hello_sent = true;
-    state.link->queue(hello_of(end.edge(), *end.lane_, options_.slots));
-  }
-  while (const std::optional<Frame> frame = state.link->read()) handle(end, *frame);
-  if (!failed()) go_on_connecting(end);
-  std::unique_lock<std::mutex> lock(mutex_);
-  if (failure_ && !state.abort_sent) {
-    state.abort_sent = true;
-    state.link->queue({FrameType::abort, 0, 0, 0, 0, last_words_.substr(0, 4096)});
-  }
-  if ((failure_ ? aborted_ : leaving_) && end.idle() && !state.bye_sent) {
-    lock.unlock();  // it may wait for the device
-    {
-      const std::lock_guard<std::mutex> issuing(issue_mutex_);
-      end.lane_->detach();
-    }
-    lock.lock();
-    state.bye_sent = true;
-    state.link->queue({FrameType::bye, 0, 0, 0, 0, {}});
-  }
-  state.gone = !state.link->broken().empty();
-  if (!state.gone || state.bye || failure_ || leaving_) return;
-  lose(end, concat("stage ", end.peer(), " is gone: ", state.link->broken()));
-}
-
-template <typename End>
-void DeviceEngine::lose(End& end, const std::string& origin) {
-  try {
-    end.lose(end.waiting_for(end.last_index_ + 1, kNone, kNone, {}), origin);
-  } catch (...) {
-    fail_locked(std::current_exception());
-  }
-}
-
-template <typename End>
-void DeviceEngine::handle(End& end, const Frame& frame) {
-  LinkState& state = end.state_;
-  switch (frame.type) {
-    case FrameType::hello:
-      return greet(end, frame);
-    case FrameType::events:
-    case FrameType::need:
-    case FrameType::slot: {
-      if (failed()) return;
-      const std::lock_guard<std::mutex> issuing(issue_mutex_);
-      return end.lane_->on_frame(frame, *state.link);
-    }
-    default:
-      break;
-  }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (frame.type == FrameType::bye) {
-    state.bye = true;
-  } else if (frame.type == FrameType::abort) {
-    if (!failure_) lose(end, frame.payload);
-  } else {
-    end.on_frame(frame);
-  }
-}
-
-template <typename End>
-void DeviceEngine::greet(End& end, const Frame& hello) {
-  const Frame mine = hello_of(end.edge(), *end.lane_, options_.slots);
-  const auto differ = [&](const char* what, const auto& here, const auto& there) {
-    check_value(here == there, "edge ", end.edge().name(), ": ", what, " is ", here, " here and ", there,
-                " on the other side: give both the same");
-  };
-  differ("the protocol's version", mine.a, hello.a);
-  differ("slots", mine.b, hello.b);
-  differ("the backend and edge", mine.payload, hello.payload);
-  const std::lock_guard<std::mutex> issuing(issue_mutex_);
-  end.lane_->begin(*end.state_.link, mine.c != 0 && hello.c != 0);
-  const std::lock_guard<std::mutex> lock(mutex_);
-  end.state_.phase = LinkState::Phase::connecting;
-}
-
-template <typename End>
-void DeviceEngine::go_on_connecting(End& end) {
-  using Phase = LinkState::Phase;
-  LinkState& state = end.state_;
-  const auto enter = [&](Phase phase) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    state.phase = phase;
-  };
-  if (state.phase == Phase::connecting || state.phase == Phase::settling) {
-    const std::lock_guard<std::mutex> issuing(issue_mutex_);
-    if (state.phase == Phase::connecting) {
-      if (!end.lane_->connected()) return;
-      end.lane_->warm_up();
-      enter(Phase::settling);
-    }
-    if (!end.lane_->settled()) return;
-    state.warm.record(end.lane_->stream());
-    enter(Phase::warming);
-  }
-  if (state.phase != Phase::warming || !state.warm.done()) return;
-  end.events_->note(Moment::open, kNone, kNone, kNone, kNone);
-  enter(Phase::ready);
-}
-
-bool DeviceEngine::advance_one() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  if (failure_ || stopping_) return false;
-  bool advanced = false;
-  // Receives first: the other side's kernels wait for them already.
-  for (std::size_t i = 0; i < incoming_.size(); ++i) advanced |= incoming_[i]->advance(lock);
-  for (std::size_t i = 0; i < outgoing_.size(); ++i) advanced |= outgoing_[i]->advance(lock);
-  return advanced;
-}
-
-// --- the watching thread ---
-
-void DeviceEngine::watch_loop() {
-  const std::shared_ptr<void> current = enter_device();
-  std::unique_lock<std::mutex> lock(mutex_);
-  while (!stopping_) {
-    if (failure_ && !aborted_) {
-      lock.unlock();
-      abort_lanes();
-      lock.lock();
-      aborted_ = true;
-      changed_.notify_all();
-    } else if (failure_) {
-      // The other sides wait for this one's last transfer before they give memory back.
-      for_each_end([](auto& end) { end.poll_done(); });
-      wake();
-    } else {
-      try {
-        for_each_end([](auto& end) {
-          end.poll_done();
-          end.check_deadline();
-        });
-        lock.unlock();
-        look_for_trouble();
-        lock.lock();
-      } catch (...) {
-        const std::exception_ptr error = std::current_exception();
-        if (lock.owns_lock()) lock.unlock();
-        fail(error);
-        lock.lock();
-        continue;
-      }
-    }
-    bool busy = false;
-    for_each_end([&](const auto& end) { busy |= !end.idle() || end.state_.phase != LinkState::Phase::ready; });
-    if (stopping_ || (failure_ && !aborted_)) continue;
-    watch_.wait_for(lock, std::chrono::milliseconds(busy ? kWatchMs : 10 * kSliceMs));
-  }
-}
-
-void DeviceEngine::look_for_trouble() {
-  // While something is being issued, its own calls report what is wrong.
-  const std::unique_lock<std::mutex> issuing(issue_mutex_, std::try_to_lock);
-  if (!issuing.owns_lock()) return;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for_each_end([&](auto& end) {
-    LinkState& state = end.state_;
-    if (state.bye || leaving_ || state.phase == LinkState::Phase::hello) return;
-    const std::string trouble = end.lane_->trouble();
-    if (trouble.empty()) {
-      state.trouble_ns = 0;
-    } else if (state.trouble_ns == 0) {
-      state.trouble_ns = now_ns();
-    } else if (now_ns() - state.trouble_ns > kTroubleNs) {
-      lose(end, concat("stage ", stage_, " lost stage ", end.peer(), ": ", trouble));
-    }
-  });
-}
-
-void DeviceEngine::abort_lanes() {
-  // Communicators must not be used while they are aborted; but who issues may be stuck in the driver.
-  // (No try_lock_for: ThreadSanitizer does not know the call behind it.)
-  std::unique_lock<std::mutex> issuing(issue_mutex_, std::try_to_lock);
-  for (int waited_ms = 0; !issuing.owns_lock() && waited_ms < kStuckMs; ++waited_ms) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    (void)issuing.try_lock();
-  }
-  ends().for_each([](auto& end) { end.lane_->abort(); });
-}
-
 // --- the end ---
 
 void DeviceEngine::close() {
@@ -439,7 +195,7 @@ void DeviceEngine::close() {
     if (closed_) return;
     closed_ = leaving_ = true;
     wake();
-    const std::int64_t end = now_ns() + static_cast<std::int64_t>(kLeaveS * 1e9);
+    const std::int64_t end = now_ns() + ns_of(kLeaveS);
     const auto all = [&](const auto& holds) {
       bool found = true;
       for_each_end([&](const auto& one) { found &= holds(one); });

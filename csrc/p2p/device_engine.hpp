@@ -12,7 +12,6 @@
 #pragma once
 
 #include <condition_variable>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -21,132 +20,11 @@
 #include <thread>
 #include <vector>
 
-#include "p2p/channel.hpp"
-#include "p2p/lane.hpp"
+#include "p2p/device_channel.hpp"
 
 namespace paci_rt {
 
-class DeviceEngine;
-
-// What both kinds of ends share: the link, and how far it has come. The link is the issuing thread's alone.
-struct LinkState {
-  enum class Phase { hello, connecting, settling, warming, ready };
-  LinkState(std::unique_ptr<ControlLink> made, Event warm) : link(std::move(made)), warm(std::move(warm)) {}
-
-  std::unique_ptr<ControlLink> link;
-  Event warm;  // behind the first transfer
-  Phase phase = Phase::hello;
-  bool hello_sent = false, bye_sent = false, abort_sent = false, bye = false, gone = false;
-  std::int64_t trouble_ns = 0;  // when the lane said so first; the peer's goodbye may be on its way
-};
-
-// Issued, and not known to be done.
-struct InFlight {
-  std::int64_t sequence, index, slot, bytes, issued_ns;
-  Event done;
-};
-
-void forget_done(std::deque<InFlight>& transfers);
-
-class DeviceOutgoing final : public Outgoing {
- public:
-  DeviceOutgoing(DeviceEngine& engine, Edge edge, Options options, std::unique_ptr<ControlLink> link,
-                 std::unique_ptr<SendLane> lane);
-
-  std::int64_t send(std::int64_t index, std::shared_ptr<const Layout> layout,
-                    const std::vector<std::uintptr_t>& addresses, Stream stream) override;
-  bool has_room() override { return true; }  // messages without a credit wait here, not their sender
-  std::int64_t completed() override;
-  void flush() override;
-  Progress progress() const override;
-  void close() override;
-
-  // Sends within the CUDA graph that is being recorded on `stream`. Throws OrderError where earlier messages still
-  // wait for a credit.
-  void capture(std::int64_t index, std::shared_ptr<const Layout> layout, const std::vector<std::uintptr_t>& addresses,
-               Stream stream);
-  void join_captured(Stream stream);
-
- private:
-  friend class DeviceEngine;
-  struct Pending {
-    Transfer transfer;
-    Event ready;
-  };
-
-  // All with the engine's mutex held.
-  bool advance(std::unique_lock<std::mutex>& lock);  // issues one message if it can
-  void on_frame(const Frame& frame);
-  void poll_done();
-  void check_deadline();
-  bool idle() const { return pending_.empty() && in_flight_.empty() && !issuing_; }
-  Waiting waiting_for(std::int64_t index, std::int64_t slot, std::int64_t bytes, std::string doing) const;
-
-  DeviceEngine& engine_;
-  LinkState state_;
-  std::unique_ptr<SendLane> lane_;
-  std::deque<Pending> pending_;
-  std::deque<InFlight> in_flight_;
-  std::vector<bool> vacant_;
-  std::shared_ptr<const Layout> announced_;
-  bool issuing_ = false;
-  std::int64_t next_ = 0, last_index_ = kNone, told_ = kNone;
-  std::atomic<std::int64_t> completed_{kNone}, peer_taken_{kNone};  // read without the mutex, for error messages
-};
-
-class DeviceIncoming final : public Incoming {
- public:
-  DeviceIncoming(DeviceEngine& engine, Edge edge, Options options, std::unique_ptr<ControlLink> link,
-                 std::unique_ptr<RecvLane> lane);
-
-  void post() override {}  // the issuing thread does, as soon as it may
-  bool ready() override;
-  // The tensors lie in a slot. Copy them out with work on `stream`, then drop the lease, which frees the slot behind
-  // that work.
-  Arrival take(std::int64_t index, Stream stream) override;
-  std::int64_t held() const override;
-  Progress progress() const override;
-  void close() override;
-
-  // Receives into `addresses` within the CUDA graph that is being recorded on `stream`. Throws OrderError where
-  // earlier messages have not been taken.
-  void capture(std::int64_t index, std::shared_ptr<const Layout> layout, const std::vector<std::uintptr_t>& addresses,
-               Stream stream);
-  // The layout of the last message taken; null before the first.
-  std::shared_ptr<const Layout> layout() const;
-  std::int64_t ring_bytes() const { return lane_ == nullptr ? 0 : lane_->ring_bytes(); }
-  const std::shared_ptr<DeviceOps>& ops() const;
-
- private:
-  friend class DeviceEngine;
-  enum class SlotState { vacant, posted, taken };
-  struct Slot {
-    SlotState state = SlotState::vacant;
-    Transfer transfer;
-  };
-
-  bool advance(std::unique_lock<std::mutex>& lock);
-  void on_frame(const Frame& frame);
-  void poll_done();
-  void check_deadline();
-  bool idle() const { return announced_.empty() && in_flight_.empty() && !posting_; }
-  void vacate(std::int64_t slot, Stream stream) noexcept;
-  void wait_for_message(std::unique_lock<std::mutex>& lock, std::int64_t index);
-  Slot& at(std::int64_t slot) { return slots_[static_cast<std::size_t>(slot)]; }
-  Waiting waiting_for(std::int64_t index, std::int64_t slot, std::int64_t bytes, std::string doing) const;
-
-  DeviceEngine& engine_;
-  LinkState state_;
-  std::unique_ptr<RecvLane> lane_;
-  std::deque<Transfer> announced_;
-  std::deque<InFlight> in_flight_;
-  std::vector<Slot> slots_;
-  std::deque<std::int64_t> vacated_;  // slots to tell the sender about
-  std::shared_ptr<const Layout> layout_, taken_layout_;
-  bool posting_ = false;
-  std::int64_t next_post_ = 0, last_index_ = kNone;
-  std::atomic<std::int64_t> next_take_{0}, peer_completed_{kNone};
-};
+inline constexpr int kConnectSliceMs = 1;  // how often a lane that connects is asked how far it is
 
 class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
  public:
@@ -175,12 +53,15 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   std::string json();  // what every channel did lately
 
  private:
+  template <typename Base, typename LaneOfBase>
+  friend class DeviceEnd;
   friend class DeviceOutgoing;
   friend class DeviceIncoming;
 
   std::shared_ptr<void> enter_device();
-  void issue_loop();
-  void watch_loop();
+  void drop_lanes();
+
+  // The issuing thread (device_issuer.cpp).
   struct Ends {  // as of a moment; ends are only ever added
     std::vector<DeviceOutgoing*> outgoing;
     std::vector<DeviceIncoming*> incoming;
@@ -191,6 +72,7 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
     }
   };
   Ends ends();
+  void issue_loop();
   void poll_links();  // sleeps until there is something to do
   template <typename End>
   void serve(End& end);  // reads, connects, says goodbye, writes
@@ -200,13 +82,25 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   void go_on_connecting(End& end);
   template <typename End>
   void handle(End& end, const Frame& frame);
-  void fail_locked(const std::exception_ptr& error);  // with the mutex held, as `lose`
   template <typename End>
-  void lose(End& end, const std::string& origin);
+  void say_goodbye(End& end, std::unique_lock<std::mutex>& lock);
   bool advance_one();
+
+  // The watching thread (device_watchdog.cpp).
+  void watch_loop();
+  bool watch(std::unique_lock<std::mutex>& lock);  // false: it failed just now
   void look_for_trouble();
   void abort_lanes();
-  void drop_lanes();
+
+  void fail_locked(const std::exception_ptr& error);  // with the mutex held, as the next
+  template <typename End>
+  void lose(End& end, const std::string& origin) {
+    try {
+      end.lose(end.waiting_for(end.last_index_ + 1, kNone, kNone, {}), origin);
+    } catch (...) {
+      fail_locked(std::current_exception());
+    }
+  }
   void wake();
   // Sleeps for a slice of time or until something changes, and calls the caller's poll without the lock.
   void wait(std::unique_lock<std::mutex>& lock);

@@ -22,7 +22,12 @@ class CopyMover final : public Mover {
 };
 
 std::string backend_of(Reach reach, const std::string& mover) {
-  return (reach == Reach::host ? "ipc" : "in-process ") + (reach == Reach::host ? std::string() : mover);
+  return reach == Reach::host ? "ipc" : "in-process " + mover;
+}
+
+[[noreturn]] void refuse_capture(const std::string& backend) {
+  throw OrderError(concat("a CUDA graph cannot hold transfers of the ", backend, " backend, whose events other ",
+                          "processes record: use transport nccl for graphs"));
 }
 
 template <typename Value>
@@ -156,7 +161,7 @@ class PushSender final : public SendLane {
     arrived_.record(transfer.slot, stream());
   }
 
-  void capture(const Transfer&, Stream) override { refuse_capture(); }
+  void capture(const Transfer&, Stream) override { refuse_capture(backend()); }
   void join_captured(Stream) override {}
 
   std::string trouble() override { return mover_->trouble(); }
@@ -175,11 +180,6 @@ class PushSender final : public SendLane {
   }
 
  private:
-  [[noreturn]] void refuse_capture() const {
-    throw OrderError(concat("a CUDA graph cannot hold transfers of the ", backend(), " backend, whose events other ",
-                            "processes record: use transport nccl for graphs"));
-  }
-
   struct Slot {
     void* address = nullptr;
     std::int64_t bytes = 0;
@@ -237,10 +237,7 @@ class PushReceiver final : public RecvLane {
     arrived_.block(transfer.slot, stream());
     here_[static_cast<std::size_t>(transfer.slot)].record(stream());
   }
-  void capture(const Transfer&, Stream) override {
-    throw OrderError(concat("a CUDA graph cannot hold transfers of the ", backend(), " backend, whose events other ",
-                            "processes record: use transport nccl for graphs"));
-  }
+  void capture(const Transfer&, Stream) override { refuse_capture(backend()); }
 
   std::uintptr_t address(std::int64_t slot) const override {
     return reinterpret_cast<std::uintptr_t>(memory_.address(slot));

@@ -5,6 +5,7 @@
 #include <climits>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 namespace paci_rt {
 namespace {
@@ -30,25 +31,11 @@ static_assert(sizeof(Config) == 48 && offsetof(Config, net_name) == 32 && offset
 constexpr int kChar = 0;  // ncclInt8: counts are bytes
 
 const char* name_of(NcclResult result) {
-  switch (result) {
-    case NcclResult::success:
-      return "ncclSuccess";
-    case NcclResult::unhandled_cuda_error:
-      return "ncclUnhandledCudaError";
-    case NcclResult::system_error:
-      return "ncclSystemError";
-    case NcclResult::internal_error:
-      return "ncclInternalError";
-    case NcclResult::invalid_argument:
-      return "ncclInvalidArgument";
-    case NcclResult::invalid_usage:
-      return "ncclInvalidUsage";
-    case NcclResult::remote_error:
-      return "ncclRemoteError";
-    case NcclResult::in_progress:
-      return "ncclInProgress";
-  }
-  return "an error that this version of paci_rt does not know";
+  constexpr const char* names[] = {"ncclSuccess",       "ncclUnhandledCudaError", "ncclSystemError",
+                                   "ncclInternalError", "ncclInvalidArgument",    "ncclInvalidUsage",
+                                   "ncclRemoteError",   "ncclInProgress"};
+  const auto at = static_cast<std::size_t>(result);  // a negative one is large
+  return at < std::size(names) ? names[at] : "an error that this version of paci_rt does not know";
 }
 
 const char* remedy(NcclResult result) {

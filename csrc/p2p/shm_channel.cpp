@@ -77,13 +77,11 @@ std::int64_t extend(std::int64_t ours, std::uint32_t word) {
   return ours + static_cast<std::int32_t>(word - static_cast<std::uint32_t>(ours));
 }
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
 // Sleeps on `word` until `ready`. `look` throws where nothing is to be hoped for; its argument is false before the
 // first sleep, when asking the system how the other process is would only cost time.
 template <typename Ready, typename Look>
 void sleep_until(Word& word, Word* waits, double timeout_s, const Ready& ready, const Look& look) {
-  const Clock::time_point start = Clock::now();
+  const std::int64_t start = now_ns();
   const double slice_s = kSliceMs / 1000.0;
   bool slept = false;
   for (;;) {
@@ -136,7 +134,7 @@ Progress ShmOutgoing::progress() const { return {copied_.load() - 1, extend(sent
 
 void ShmOutgoing::wait_for_credit(std::int64_t index, std::int64_t bytes) {
   if (has_room()) return;
-  const Waiting waiting{edge_.send_action(index), "", index, sent_ % slots(), bytes};
+  const Waiting waiting = waiting_for(index, sent_ % slots(), bytes, "");
   events_->note(Moment::wait, sent_, index, waiting.slot, bytes);
   sleep_until(
       channel_->taken, &channel_->sender_waits, timeout_s(), [this] { return has_room(); },
@@ -158,7 +156,7 @@ std::int64_t ShmOutgoing::send(std::int64_t index, std::shared_ptr<const Layout>
   check_value(!closed_, "channel ", edge_.name(), " is closed");
   check_value(addresses.size() == layout->tensors.size(), addresses.size(), " addresses for ", layout->tensors.size(),
               " tensors");
-  if (peer_->failed()) lose({edge_.send_action(index), "", index, kNone, layout->bytes}, peer_->lost("", false));
+  if (peer_->failed()) lose(waiting_for(index, kNone, layout->bytes, ""), peer_->lost("", false));
   const bool fresh = layout_ == nullptr || (layout != layout_ && layout->packed != layout_->packed);
   const std::int64_t description_bytes = fresh ? static_cast<std::int64_t>(layout->packed.size()) : 0;
   const std::int64_t bytes = align_up(description_bytes) + layout->bytes;
@@ -323,8 +321,7 @@ Progress ShmIncoming::progress() const {
 
 void ShmIncoming::wait_for_message(std::int64_t index) {
   if (arrived()) return;
-  const Waiting waiting{edge_.recv_action(index), "", index, taken_ % slots(),
-                        layout_ == nullptr ? kUnknown : layout_->bytes};
+  const Waiting waiting = waiting_for(index, taken_ % slots(), layout_ == nullptr ? kUnknown : layout_->bytes, "");
   events_->note(Moment::wait, taken_, index, waiting.slot, waiting.bytes);
   const auto look = [&](bool look_closely, double waited_s) {
     const std::string why = state_->peer->lost(concat("stage ", peer()), look_closely);

@@ -1,5 +1,6 @@
 #include "testing/fake_nccl.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -89,60 +90,60 @@ void FakeNccl::hold(bool on) {
   }
 }
 
-void FakeNccl::break_all(int result) {
+template <typename Work>
+auto FakeNccl::locked(const Work& work) const {
   const std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->broken = NcclResult{result};
+  return work(*state_);
+}
+
+void FakeNccl::break_all(int result) {
+  locked([&](State& state) { state.broken = NcclResult{result}; });
 }
 
 void FakeNccl::set_init_result(int result) {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->init_result = NcclResult{result};
+  locked([&](State& state) { state.init_result = NcclResult{result}; });
 }
 
 void FakeNccl::set_eager_bytes(std::int64_t bytes) {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->eager_bytes = static_cast<std::size_t>(bytes);
+  locked([&](State& state) { state.eager_bytes = static_cast<std::size_t>(bytes); });
 }
 
 void FakeNccl::set_background(int polls) {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->background_polls = polls;
+  locked([&](State& state) { state.background_polls = polls; });
 }
 
 std::int64_t FakeNccl::matched() const {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  return state_->matched;
+  return locked([](const State& state) { return state.matched; });
 }
 
 std::int64_t FakeNccl::registered() const {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  std::size_t count = 0;
-  for (const auto& comm : state_->comms) count += comm->registered.size();
-  return static_cast<std::int64_t>(count);
+  return locked([](const State& state) {
+    std::size_t count = 0;
+    for (const auto& comm : state.comms) count += comm->registered.size();
+    return static_cast<std::int64_t>(count);
+  });
 }
 
 std::int64_t FakeNccl::alive() const {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  std::int64_t count = 0;
-  for (const auto& comm : state_->comms) count += comm->gone ? 0 : 1;
-  return count;
+  return locked([](const State& state) {
+    return std::count_if(state.comms.begin(), state.comms.end(), [](const auto& comm) { return !comm->gone; });
+  });
 }
 
 std::int64_t FakeNccl::aborts() const {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  return state_->aborts;
+  return locked([](const State& state) { return state.aborts; });
 }
 
 std::string FakeNccl::misuse() const {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  return state_->misuse;
+  return locked([](const State& state) { return state.misuse; });
 }
 
 std::int64_t FakeNccl::issuing_threads() const {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  std::size_t most = 0;
-  for (const auto& comm : state_->comms) most = std::max(most, comm->issuers.size());
-  return static_cast<std::int64_t>(most);
+  return locked([](const State& state) {
+    std::size_t most = 0;
+    for (const auto& comm : state.comms) most = std::max(most, comm->issuers.size());
+    return static_cast<std::int64_t>(most);
+  });
 }
 
 // --- communicators ---
@@ -394,7 +395,5 @@ NcclResult FakeNccl::comm_deregister(NcclComm comm, void* handle) {
 }
 
 std::string FakeNccl::error_text(NcclResult result) const { return concat("fake error ", static_cast<int>(result)); }
-
-std::string FakeNccl::last_error(NcclComm) const { return {}; }
 
 }  // namespace paci_rt

@@ -56,7 +56,7 @@ class FakeNccl final : public NcclApi {
   NcclResult comm_register(NcclComm comm, void* buffer, std::size_t bytes, void** handle) override;
   NcclResult comm_deregister(NcclComm comm, void* handle) override;
   std::string error_text(NcclResult result) const override;
-  std::string last_error(NcclComm comm) const override;
+  std::string last_error(NcclComm) const override { return {}; }
 
  private:
   struct Clique;
@@ -64,6 +64,8 @@ class FakeNccl final : public NcclApi {
   struct Call;
   struct State;
 
+  template <typename Work>
+  auto locked(const Work& work) const;  // `work(state)` with the state's mutex held
   NcclResult queue(Call call);
   void check_current(int device, const char* call);  // with the state's mutex held; device -1: any
   static void run(const std::shared_ptr<State>& state, Comm* comm, std::vector<std::shared_ptr<Call>> calls);
