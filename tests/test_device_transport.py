@@ -489,7 +489,7 @@ def test_the_constructor_takes_no_nonsense() -> None:
         DeviceOptions(max_ctas=65)
     twin = native.testing().HostTwin()
     engine = native.core().DeviceEngine(0, 0, 4, 20.0, twin)
-    for backend, said in (("pigeon", "unknown backend pigeon"), ("nccl", "a unique id of 0 bytes is none")):
+    for backend, said in (("pigeon", "unknown backend pigeon"), ("nccl", "a unique id of 0 bytes is not")):
         here, there = socket.socketpair()
         with there, pytest.raises(ValueError, match=said):
             engine.add_outgoing(kind="F", sender=0, receiver=1, fd=here.detach(), backend=backend)

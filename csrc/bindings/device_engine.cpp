@@ -19,7 +19,7 @@ using Engine = std::shared_ptr<DeviceEngine>;
 using Nccl = std::shared_ptr<NcclApi>;
 using Released = py::call_guard<py::gil_scoped_release>;
 
-// Threads are joined when the last reference goes, be it that of a lease.
+// Threads are joined when the last reference goes, which may be that of a lease.
 Engine make_engine(int device, int stage, std::int64_t slots, double timeout_s, std::shared_ptr<DeviceOps> ops) {
   if (!ops) ops = device_ops_for(device);
   const py::gil_scoped_release release;
@@ -29,8 +29,8 @@ Engine make_engine(int device, int stage, std::int64_t slots, double timeout_s, 
 
 NcclUniqueId id_of(const py::bytes& bytes) {
   const std::string text = bytes;
-  check_value(text.size() == NcclUniqueId::kBytes, "a unique id of ", text.size(), " bytes is none: NCCL's has ",
-              NcclUniqueId::kBytes);
+  check_value(text.size() == NcclUniqueId::kBytes, "a unique id of ", text.size(),
+              " bytes is not one of NCCL's, which has ", NcclUniqueId::kBytes);
   NcclUniqueId id;
   text.copy(id.internal, sizeof id.internal);
   return id;

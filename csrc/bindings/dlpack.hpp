@@ -48,7 +48,7 @@ inline DLManagedTensor* to_dlpack(const Arrival& arrival, std::size_t at, int de
   tensor.dtype_code = dtype.code;
   tensor.dtype_bits = dtype.bits;
   tensor.dtype_lanes = 1;
-  tensor.shape = const_cast<std::int64_t*>(meta.shape.data());  // nobody writes them
+  tensor.shape = const_cast<std::int64_t*>(meta.shape.data());  // never written
   manager->managed.manager = manager;
   manager->managed.deleter = [](DLManagedTensor* self) { delete static_cast<Manager*>(self->manager); };
   return &manager->managed;

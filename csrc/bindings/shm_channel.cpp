@@ -17,7 +17,7 @@ namespace {
 
 using Released = py::call_guard<py::gil_scoped_release>;
 
-constexpr const char* kCapsule = "dltensor";  // renamed by whoever takes the tensor over
+constexpr const char* kCapsule = "dltensor";  // the consumer of the tensor renames it
 
 py::object capsule(const Arrival& arrival, std::size_t at, int device) {
   DLManagedTensor* tensor = to_dlpack(arrival, at, device);

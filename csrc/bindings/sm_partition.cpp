@@ -17,7 +17,7 @@ void bind_sm_partition(py::module_& m) {
       .def(
           "stream", [](const SmPartition& self, int priority) { return make_stream(self, priority); },
           py::arg("priority") = 0, Released())
-      // Never destroyed, like torch's own streams: whenever torch's allocator takes a tensor back, be it at exit, it
+      // Never destroyed, like torch's own streams: whenever torch's allocator takes a tensor back, even at exit, it
       // records an event on every stream that used the tensor.
       .def(
           "lasting_stream",

@@ -52,7 +52,7 @@ class Accumulator {
   std::vector<bool> lend_many(const std::vector<std::int64_t>& indices, Stream stream);
 
   // front: filling -> sealed; segments without a gradient become zero. On a device `totals` is the address of a
-  // DeviceTotals that work on `stream` writes, or 0 where nobody will ask.
+  // DeviceTotals that work on `stream` writes, or 0 where they are not needed.
   void seal(Stream stream, std::uintptr_t totals);
   std::int64_t consume(Stream stream);      // sealed -> consuming; returns the buffer's number
   std::int64_t continue_on(Stream stream);  // consuming goes on on another stream

@@ -33,9 +33,10 @@ Lifecycle::Lifecycle(std::size_t buffers, int device, std::shared_ptr<StreamOps>
 void Lifecycle::refuse(const char* verb, State from, State to) const {
   std::string all;
   for (const Buffer& buffer : buffers_) all += concat(all.empty() ? "" : ", ", name_of(buffer.state));
-  throw StateError(concat("cannot ", verb, " the accumulator: ", name_of(from), " -> ", name_of(to),
-                          " is no legal transition (a buffer goes empty -> filling -> sealed -> consuming -> empty; ",
-                          "this accumulator's are: ", all, ")"));
+  throw StateError(
+      concat("cannot ", verb, " the accumulator: ", name_of(from), " -> ", name_of(to),
+             " is not a legal transition (a buffer goes empty -> filling -> sealed -> consuming -> empty; ",
+             "this accumulator's are: ", all, ")"));
 }
 
 void Lifecycle::set_mark(Buffer& buffer) {
@@ -51,7 +52,7 @@ void Lifecycle::hand_over(Buffer& buffer, Stream stream) {
     buffer.mark->block(stream);
   }
   buffer.holder = stream;
-  buffer.marked = false;  // whoever asks is about to issue more
+  buffer.marked = false;  // the caller is about to issue more
 }
 
 std::size_t Lifecycle::begin_fill(const char* verb, Stream stream) {

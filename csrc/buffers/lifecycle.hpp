@@ -18,9 +18,9 @@ const char* name_of(State state);
 //
 // A buffer is in the hands of one stream at a time: that of the last call about it. When a call names another stream,
 // that one is made to wait for the work of the former. The events for this are recorded by `seal` and `release`, right
-// behind the work that they stand for, so that nobody waits for what the stream was given afterwards. Only when two
-// streams fill the same window by turns, the event is recorded at the change of hands, since work that is launched
-// behind the core's back has no other end.
+// behind the work that they stand for, so that nothing waits for what the stream was given afterwards. Only when two
+// streams fill the same window by turns, the event is recorded at the change of hands, since the core
+// does not see where work that others launch ends.
 //
 // A call that throws changes no state. On the CPU there are no events, and streams must be 0.
 class Lifecycle {

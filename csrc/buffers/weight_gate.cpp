@@ -8,7 +8,7 @@ namespace paci_rt {
 
 WeightGate::WeightGate(std::int64_t buckets, int device, std::shared_ptr<StreamOps> ops)
     : device_(device), ops_(std::move(ops)) {
-  check_value(buckets >= 1, "a gate of ", buckets, " buckets makes no sense: at least 1");
+  check_value(buckets >= 1, "a gate of ", buckets, " buckets is not possible: at least 1");
   if (ops_) ops_->check_device(device);
   for (std::int64_t i = 0; i < buckets; ++i) {
     Bucket bucket;

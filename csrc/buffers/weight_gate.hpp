@@ -14,7 +14,7 @@ namespace paci_rt {
 
 // The parameters of a stage in buckets, in the order in which a forward needs them. The update publishes each bucket as
 // soon as its work is issued; whoever is about to read the bucket's weights, a forward or a backward, first lets its
-// stream wait for that work. The host waits for neither. A bucket that no update has written yet holds nobody up.
+// stream wait for that work. The host waits for neither. A bucket that no update has written yet blocks nothing.
 //
 // In the other direction an update claims the weights before it writes them: its stream then waits for all that was
 // issued so far to the streams that read them, and for the update before it. Where the seal is on the same stream as

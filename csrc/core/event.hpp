@@ -7,7 +7,7 @@
 
 namespace paci_rt {
 
-// Made here, and goes with this object, or borrowed, and stays. An event that was never recorded holds nobody up.
+// Made here, and goes with this object, or borrowed, and stays. An event that was never recorded blocks nothing.
 class Event {
  public:
   Event(std::shared_ptr<StreamOps> ops, int device)

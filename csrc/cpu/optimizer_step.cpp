@@ -20,7 +20,7 @@ struct Task {
 std::vector<Task> cut(const std::vector<Piece>& pieces) {
   std::vector<Task> tasks;
   for (std::size_t p = 0; p < pieces.size(); ++p) {
-    check_value(pieces[p].step >= 1, "step ", pieces[p].step, " of a parameter is no step number: they start at 1");
+    check_value(pieces[p].step >= 1, "step ", pieces[p].step, " of a parameter is not a step number: they start at 1");
     for (std::int64_t at = 0; at < pieces[p].numel; at += kChunk) {
       const std::int64_t left = pieces[p].numel - at;
       tasks.push_back({pieces[p].offset + at, left < kChunk ? left : kChunk, p});
@@ -85,7 +85,7 @@ LionScalars lion_scalars(const LionConfig& config, double divisor) {
 
 void check_ahead(const FlatWeights& flat, const Ahead& ahead, double divisor) {
   check_value(divisor != 0.0, "gradients cannot be divided by 0");
-  check_value(ahead.repeats >= 1, "looking ahead by ", ahead.repeats, " steps makes no sense: at least 1");
+  check_value(ahead.repeats >= 1, "looking ahead by ", ahead.repeats, " steps is not possible: at least 1");
   check_value(flat.weight != 0 || ahead.kept != 0, "fp32 weights need a buffer that keeps them");
   check_value(ahead.known.size() == ahead.pieces.size(), "one flag for each piece is needed");
 }

@@ -35,32 +35,24 @@ const char* remedy(cudaError_t status) {
 }
 
 std::string describe(cudaError_t status, const char* file, int line, const char* call) {
-  const char* slash = std::strrchr(file, '/');  // where it was built is nobody's business
+  const char* slash = std::strrchr(file, '/');  // without the folder it was built in
   const char* what_to_do = remedy(status);
   return concat(slash == nullptr ? file : slash + 1, ":", line, ": ", call, " failed with ", cudaGetErrorName(status),
                 " (", static_cast<int>(status), "): ", cudaGetErrorString(status), *what_to_do == '\0' ? "" : "; ",
                 what_to_do);
 }
 
-// A function of the driver, which the runtime has loaded; the module itself does not link it, so that it loads
-// without one.
 template <typename Function>
-Function driver_function(const char* name) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-#if CUDART_VERSION >= 12050
-  PACI_RT_CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result));
-#else
-  PACI_RT_CUDA_CHECK(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result));
-#endif
-  if (found == nullptr || result != cudaDriverEntryPointSuccess)
+Function need(const char* name) {
+  void* found = driver_function(name, 12000);
+  if (found == nullptr)
     throw CudaError(concat("NVIDIA's driver has no function ", name, ": update it to one for CUDA 12 or later"));
   return reinterpret_cast<Function>(found);
 }
 
 struct Driver {
-  CUresult (*get_context)(CUcontext*) = driver_function<CUresult (*)(CUcontext*)>("cuCtxGetCurrent");
-  CUresult (*set_context)(CUcontext) = driver_function<CUresult (*)(CUcontext)>("cuCtxSetCurrent");
+  CUresult (*get_context)(CUcontext*) = need<CUresult (*)(CUcontext*)>("cuCtxGetCurrent");
+  CUresult (*set_context)(CUcontext) = need<CUresult (*)(CUcontext)>("cuCtxSetCurrent");
 };
 
 // A failure is not remembered: the next call tries again.
@@ -83,6 +75,18 @@ void report_cuda_error(cudaError_t status, const char* file, int line, const cha
     std::fprintf(stderr, "paci_rt: %s\n", describe(status, file, line, call).c_str());
   } catch (...) {  // no memory for the text
   }
+}
+
+void* driver_function(const char* name, int version) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+  PACI_RT_CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &found, version, cudaEnableDefault, &result));
+#else
+  (void)version;
+  PACI_RT_CUDA_CHECK(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result));
+#endif
+  return result == cudaDriverEntryPointSuccess ? found : nullptr;
 }
 
 DeviceGuard::DeviceGuard(int device) {

@@ -22,8 +22,13 @@ void report_cuda_error(cudaError_t status, const char* file, int line, const cha
 
 #define PACI_RT_CUDA_REPORT(call) ::paci_rt::report_cuda_error((call), __FILE__, __LINE__, #call)
 
-// Makes a device current for a scope. The context that was current comes back, be it none: setting the former device by
-// its number instead would create a context on device 0, and take its memory, where the thread had not used any yet.
+// A function of the driver, which the runtime has loaded; the module itself does not link it, so that it loads without
+// one. `version` is that of the CUDA whose driver was the first to have the function. Null: this driver has none.
+void* driver_function(const char* name, int version);
+
+// Makes a device current for a scope. The context that was current comes back, also where there was none: setting the
+// former device by its number instead would create a context on device 0, and take its memory, where the thread had not
+// used any yet.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);

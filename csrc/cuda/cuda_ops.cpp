@@ -172,7 +172,7 @@ class CudaOps final : public DeviceOps {
   template <typename Handle>
   static Handle handle_of(const std::string& text) {
     Handle handle;
-    check_value(text.size() == sizeof handle, "a handle of ", text.size(), " bytes is none of CUDA's, which has ",
+    check_value(text.size() == sizeof handle, "a handle of ", text.size(), " bytes is not one of CUDA's, which has ",
                 sizeof handle);
     std::memcpy(&handle, text.data(), sizeof handle);
     return handle;

@@ -29,14 +29,10 @@ SmSplit split_sms(int, int, int) { refuse(); }
 
 namespace {
 
-// From the driver that the runtime has loaded; the module itself does not link it. `version` is that of the CUDA whose
-// driver was the first to have the function.
 template <typename Function>
 Function entry(const char* name, int version) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-  PACI_RT_CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &found, version, cudaEnableDefault, &result));
-  if (found == nullptr || result != cudaDriverEntryPointSuccess) {
+  void* found = driver_function(name, version);
+  if (found == nullptr) {
     int driver = 0;
     PACI_RT_CUDA_CHECK(cudaDriverGetVersion(&driver));
     throw CudaError(concat("partitions of SMs need an NVIDIA driver for CUDA 12.5 or later, with ", name,

@@ -68,7 +68,7 @@ std::shared_ptr<const Layout> Layout::parse(const std::string& packed) {
     check_value(rank >= 0 && rank <= 64, "a tensor of ", rank, " dimensions cannot travel between stages: at most 64");
     for (std::int64_t i = 0; i < rank; ++i) {
       meta.shape.push_back(next());
-      check_value(meta.shape.back() >= 0, "a tensor of size ", meta.shape.back(), " makes no sense");
+      check_value(meta.shape.back() >= 0, "a tensor of size ", meta.shape.back(), " is not possible");
     }
     layout->offsets.push_back(layout->bytes);
     layout->bytes += (meta.bytes() + kAlign - 1) / kAlign * kAlign;

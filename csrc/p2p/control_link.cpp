@@ -26,10 +26,10 @@ static_assert(sizeof(Header) == 48, "the wire format");
 }  // namespace
 
 ControlLink::ControlLink(int fd) : fd_(fd) {
-  check_value(fd >= 0, "socket ", fd, " is none");
+  check_value(fd >= 0, "socket ", fd, " is not a file descriptor");
   const int flags = fcntl(fd_, F_GETFL, 0);
   check_value(flags >= 0 && fcntl(fd_, F_SETFL, flags | O_NONBLOCK) == 0, "file descriptor ", fd,
-              " is no socket: ", std::strerror(errno));
+              " is not a socket: ", std::strerror(errno));
   // Frames are small and somebody waits for each. Pairs of one process are no TCP, and refuse.
   const int on = 1;
   (void)setsockopt(fd_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);

@@ -23,7 +23,7 @@ struct LinkState {
   Event warm;  // behind the first transfer
   Phase phase = Phase::hello;
   bool hello_sent = false, bye_sent = false, abort_sent = false, bye = false, gone = false;
-  std::int64_t trouble_ns = 0;  // when the lane said so first; the peer's goodbye may be on its way
+  std::int64_t trouble_ns = 0;  // when the lane first reported an error; the peer's bye may be on its way
 };
 
 // Issued, and not known to be done.

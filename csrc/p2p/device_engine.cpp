@@ -201,7 +201,7 @@ void DeviceEngine::close() {
       for_each_end([&](const auto& one) { found &= holds(one); });
       return found;
     };
-    // First what is under way here, then the others' goodbyes, behind which nothing of theirs is under way either.
+    // First what is under way here, then the others' byes, after which nothing of theirs is under way either.
     while (now_ns() < end) {
       for_each_end([](auto& one) { one.poll_done(); });
       const bool over = all([&](const auto& one) {

@@ -1,5 +1,5 @@
 // The engine of point-to-point transfers on a device: one for each process (or thread that acts as one), with all of
-// its channels, a thread that issues and a thread that watches. How bytes move is a lane's business (lane.hpp).
+// its channels, a thread that issues and a thread that watches. How bytes move is up to a lane (lane.hpp).
 //
 // Protocol of a channel. The computing thread hands a message over and goes on. The issuing thread issues it once the
 // slot that it goes to is known to be vacant, and then tells the other side, whose issuing thread posts the receive at
@@ -75,7 +75,7 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   void issue_loop();
   void poll_links();  // sleeps until there is something to do
   template <typename End>
-  void serve(End& end);  // reads, connects, says goodbye, writes
+  void serve(End& end);  // reads, connects, says bye, writes
   template <typename End>
   void greet(End& end, const Frame& hello);
   template <typename End>
@@ -83,7 +83,7 @@ class DeviceEngine : public std::enable_shared_from_this<DeviceEngine> {
   template <typename End>
   void handle(End& end, const Frame& frame);
   template <typename End>
-  void say_goodbye(End& end, std::unique_lock<std::mutex>& lock);
+  void say_bye(End& end, std::unique_lock<std::mutex>& lock);
   bool advance_one();
 
   // The watching thread (device_watchdog.cpp).

@@ -77,14 +77,14 @@ void DeviceEngine::serve(End& end) {
     state.abort_sent = true;
     state.link->queue({FrameType::abort, 0, 0, 0, 0, last_words_.substr(0, 4096)});
   }
-  if ((failure_ ? aborted_ : leaving_) && end.idle() && !state.bye_sent) say_goodbye(end, lock);
+  if ((failure_ ? aborted_ : leaving_) && end.idle() && !state.bye_sent) say_bye(end, lock);
   state.gone = !state.link->broken().empty();
   if (!state.gone || state.bye || failure_ || leaving_) return;
   lose(end, concat("stage ", end.peer(), " is gone: ", state.link->broken()));
 }
 
 template <typename End>
-void DeviceEngine::say_goodbye(End& end, std::unique_lock<std::mutex>& lock) {
+void DeviceEngine::say_bye(End& end, std::unique_lock<std::mutex>& lock) {
   lock.unlock();  // it may wait for the device
   {
     const std::lock_guard<std::mutex> issuing(issue_mutex_);

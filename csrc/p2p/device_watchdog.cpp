@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kWatchMs = 10;                        // how often transfers under way are looked at
 constexpr int kStuckMs = 1000;                      // how long an abort waits for who issues
-constexpr std::int64_t kTroubleNs = 1'000'000'000;  // how long trouble of a lane may turn out to be a goodbye
+constexpr std::int64_t kTroubleNs = 1'000'000'000;  // how long an error of a lane may turn out to be a normal end
 
 }  // namespace
 

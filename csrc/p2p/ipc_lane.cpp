@@ -38,7 +38,7 @@ std::string raw(Value value) {
 template <typename Value>
 Value from_raw(const std::string& text) {
   Value value{};
-  check_value(text.size() == sizeof value, "a handle of ", text.size(), " bytes is no address");
+  check_value(text.size() == sizeof value, "a handle of ", text.size(), " bytes is not an address");
   std::memcpy(&value, text.data(), sizeof value);
   return value;
 }
@@ -233,7 +233,7 @@ class PushReceiver final : public RecvLane {
   // The sender has recorded the event before it told of the message. What computes waits for an event of this side,
   // since it may get to that when the sender's has gone.
   void post(const Transfer& transfer) override {
-    if (detached_) return;  // nobody takes it any more
+    if (detached_) return;  // the receiver has left
     arrived_.block(transfer.slot, stream());
     here_[static_cast<std::size_t>(transfer.slot)].record(stream());
   }

@@ -62,7 +62,7 @@ class Lane {
   // After a failure, perhaps without the issue lock where its holder is stuck: nothing on the stream waits for the
   // other side from here on, as far as that is in the lane's hands.
   virtual void abort() noexcept = 0;
-  // Before this side says goodbye, with nothing of its own under way, and none to come: gives back what belongs to the
+  // Before this side says bye, with nothing of its own under way, and none to come: gives back what belongs to the
   // other side, which takes it for gone from then on.
   virtual void detach() noexcept {}
   // At the end, by one thread, with nothing under way: first `finish` for all lanes whose other sides end as well,

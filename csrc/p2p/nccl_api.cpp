@@ -140,7 +140,7 @@ class LoadedNccl final : public NcclApi {
     function = reinterpret_cast<Function*>(dlsym(library_, name));
     if (function == nullptr)
       throw NcclError(concat(path_, " has no function ", name,
-                             ", so it is no NCCL that paci_rt can use: ", "pip install nvidia-nccl-cu12 or -cu13"));
+                             ", so paci_rt cannot use it: pip install nvidia-nccl-cu12 or -cu13"));
   }
 
   void* library_;

@@ -30,7 +30,7 @@ class NcclCommunicator {
   // One group of calls. The first ones connect, which takes the other side's: `settled` says when they are issued.
   void start(const Calls& calls);
   bool settled();
-  void issue(const Calls& calls);  // issued when this returns, for which a connected one waits for nobody
+  void issue(const Calls& calls);  // issued when this returns, which does not wait for the other side once connected
   std::string trouble();
   void abort() noexcept;
   void finish() noexcept;

@@ -230,7 +230,7 @@ std::int32_t ShmOutgoing::pick_buffer(std::int64_t bytes) {
   least_free_ = std::min(least_free_, free_.size());
   Buffer& buffer = buffers_[static_cast<std::size_t>(number)];
   if (buffer.bytes < bytes) {
-    // With room to spare where sizes change, lest a slow growth make each message allocate.
+    // With room to spare where sizes change, so that sizes that grow slowly do not make each message allocate.
     const std::int64_t enough = buffer.bytes == 0 ? bytes : bytes + bytes / 8;
     if (buffer.bytes > 0) own_->release(buffer.offset, buffer.bytes);
     buffer = {};

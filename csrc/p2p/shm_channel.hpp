@@ -28,7 +28,7 @@ struct ShmChannel;  // what both ends share of a channel
 class ShmOutgoing final : public Outgoing {
  public:
   // `own` is the sender's segment, `peer` the receiver's. `held` is how many buffers the receiver may keep. `copier`
-  // copies large messages; null: whoever sends.
+  // copies large messages; null: the thread that sends does.
   ShmOutgoing(Edge edge, Options options, std::shared_ptr<ShmSegment> own, std::shared_ptr<ShmSegment> peer,
               std::int64_t held, std::shared_ptr<Copier> copier);
   ~ShmOutgoing() override;
@@ -60,7 +60,7 @@ class ShmOutgoing final : public Outgoing {
   std::shared_ptr<Copier> copier_;
   ShmChannel* channel_;
   std::int64_t sent_ = 0;                // handed over, by the thread that sends
-  std::atomic<std::int64_t> copied_{0};  // and published, by whoever copies
+  std::atomic<std::int64_t> copied_{0};  // and published, by the thread that copies
   std::uint32_t collected_ = 0;          // of the buffers that came back
   std::vector<Buffer> buffers_;
   std::vector<std::int32_t> free_;  // the last one came back last and may still be in a cache

@@ -81,11 +81,11 @@ class ShmSegment {
   std::int64_t find(const std::string& name) const;  // its offset, -1 where there is none
   std::atomic<std::uint32_t>& channels_word() const;
 
-  // The maker's last words: those who wait for it stop and raise. The first call counts.
+  // Why the maker stopped: those who wait for it stop and raise. The first call counts.
   void fail(const std::string& reason);
   void close();
   bool failed() const;
-  // Why nobody should wait for the maker any longer; empty while they should. `who` begins the sentence, for example
+  // Why waiting for the maker is pointless; empty while it is not. `who` begins the sentence, for example
   // "stage 3", unless it is one of the maker's own. `look` asks the system, too.
   std::string lost(const std::string& who, bool look) const;
 

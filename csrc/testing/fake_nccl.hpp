@@ -1,6 +1,6 @@
 // NCCL on the host twin, for tests of the engine without a GPU: it moves bytes on the twin's worker threads and keeps
 // NCCL's rules. A communicator's calls are first in, first out, in each direction; a call keeps its stream until it is
-// matched; the first calls connect, for which both sides have to have made theirs; nobody is told of a lost peer; after
+// matched; the first calls connect, for which both sides have to have made theirs; a lost peer is not reported; after
 // an abort the streams of this side go on, without data.
 #pragma once
 

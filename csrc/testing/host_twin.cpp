@@ -123,7 +123,7 @@ void HostTwin::check_device(int device) {
 
 HostTwin::Worker& HostTwin::worker(Stream stream) {
   const auto found = workers_.find(stream.handle);
-  check_value(found != workers_.end(), "stream ", stream.handle, " is none of this host twin's");
+  check_value(found != workers_.end(), "stream ", stream.handle, " does not belong to this host twin");
   check_value(found->second->device() == stream.device, "stream ", stream.handle, " is of device ",
               found->second->device(), ", and was passed for work on device ", stream.device);
   return *found->second;
@@ -131,7 +131,7 @@ HostTwin::Worker& HostTwin::worker(Stream stream) {
 
 HostTwin::EventEntry& HostTwin::event(int device, std::uintptr_t handle) {
   const auto found = events_.find(handle);
-  check_value(found != events_.end(), "event ", handle, " is none of this host twin's");
+  check_value(found != events_.end(), "event ", handle, " does not belong to this host twin");
   check_value(found->second->device == device, "event ", handle, " is of device ", found->second->device,
               ", and was used on device ", device);
   return *found->second;
@@ -198,7 +198,7 @@ void HostTwin::record(std::uintptr_t handle, Stream stream) {
 void HostTwin::wait_event(Stream stream, std::uintptr_t handle) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = events_.find(handle);
-  check_value(found != events_.end(), "event ", handle, " is none of this host twin's");
+  check_value(found != events_.end(), "event ", handle, " does not belong to this host twin");
   Worker& waiting = worker(stream);
   const std::int64_t number = ++waits_;
   if (lose_every_ > 0 && number % lose_every_ == 0) return;
@@ -277,14 +277,14 @@ void HostTwin::capture(Stream stream, bool on) {
 std::string HostTwin::export_memory(int, void* address) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = sizes_.find(address);
-  check_value(found != sizes_.end(), "memory at ", address, " is no whole piece of this host twin's");
+  check_value(found != sizes_.end(), "memory at ", address, " is not a whole allocation of this host twin");
   if (found->second % (std::size_t{2} << 20) != 0) misuse_ += "memory was shared that shares its block with other; ";
   return {reinterpret_cast<const char*>(&address), sizeof address};
 }
 
 void* HostTwin::open_memory(int, const std::string& handle) {
   void* address = nullptr;
-  check_value(handle.size() == sizeof address, "a handle of ", handle.size(), " bytes is none of the host twin's");
+  check_value(handle.size() == sizeof address, "a handle of ", handle.size(), " bytes is not one of the host twin's");
   std::memcpy(&address, handle.data(), sizeof address);
   const std::lock_guard<std::mutex> lock(mutex_);
   if (sizes_.count(address) == 0) misuse_ += "a handle was opened whose memory had gone; ";
@@ -317,11 +317,11 @@ std::string HostTwin::export_event(int device, std::uintptr_t handle) {
 std::uintptr_t HostTwin::open_event(int device, const std::string& text) {
   check_device(device);
   std::uintptr_t owners = 0;
-  check_value(text.size() == sizeof owners, "a handle of ", text.size(), " bytes is none of the host twin's");
+  check_value(text.size() == sizeof owners, "a handle of ", text.size(), " bytes is not one of the host twin's");
   std::memcpy(&owners, text.data(), sizeof owners);
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = events_.find(owners);
-  check_value(found != events_.end(), "event ", owners, " is none of this host twin's");
+  check_value(found != events_.end(), "event ", owners, " does not belong to this host twin");
   const std::uintptr_t handle = next_handle_++;
   events_.emplace(handle, found->second);
   return handle;
