@@ -5,16 +5,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.paci_rt-installed
 DOCS_STAMP := $(VENV)/.paci_rt-docs-installed
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu tests/cpp/*.cpp)
+CXX_HEADERS := $(wildcard csrc/*/*.hpp)
+CXX_FILES := $(CXX_HEADERS) $(wildcard csrc/*/*.cpp csrc/*/*.cu tests/cpp/*.cpp)
+CXX_WARNED := -std=c++17 -O1 -g -Wall -Wextra -Icsrc
+TSAN_FLAGS := -fsanitize=thread
+ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN_PROGRAM ?= build/tsan/protocol_stress
-TSAN_SOURCES := tests/cpp/protocol_stress.cpp csrc/host_twin.cpp csrc/lifecycle.cpp csrc/weight_gate.cpp
+TSAN_SOURCES := tests/cpp/protocol_stress.cpp $(addprefix csrc/, buffers/lifecycle.cpp buffers/weight_gate.cpp \
+  testing/host_twin.cpp)
 P2P_TSAN_PROGRAM ?= build/tsan/p2p_stress
 P2P_ASAN_PROGRAM ?= build/asan/p2p_stress
-P2P_SOURCES := tests/cpp/p2p_stress.cpp csrc/copier.cpp csrc/p2p.cpp csrc/p2p_shm.cpp csrc/shm_segment.cpp
+P2P_SOURCES := tests/cpp/p2p_stress.cpp $(addprefix csrc/p2p/, channel.cpp copier.cpp shm_channel.cpp shm_segment.cpp)
 DEVICE_TSAN_PROGRAM ?= build/tsan/device_stress
 DEVICE_ASAN_PROGRAM ?= build/asan/device_stress
-DEVICE_SOURCES := tests/cpp/device_stress.cpp csrc/control_link.cpp csrc/fake_nccl.cpp csrc/host_twin.cpp \
-  csrc/nccl_api.cpp csrc/p2p.cpp csrc/p2p_device.cpp csrc/p2p_device_ends.cpp csrc/p2p_ipc.cpp csrc/p2p_nccl.cpp
+DEVICE_SOURCES := tests/cpp/device_stress.cpp $(addprefix csrc/testing/, fake_nccl.cpp host_twin.cpp) \
+  $(addprefix csrc/p2p/, channel.cpp control_link.cpp device_channel.cpp device_engine.cpp device_issuer.cpp \
+  device_watchdog.cpp ipc_lane.cpp nccl_api.cpp nccl_communicator.cpp nccl_lane.cpp)
 DEVICE_MODES := nccl nccl-background nccl-registered ipc nccl-fails ipc-fails
 P2P_BREAK ?=# for the tests: what of the protocol to break, for example -DPACI_RT_P2P_PUBLISH=std::memory_order_relaxed
 PY_DIRS := paci_rt kernels tests benchmarks examples tools setup.py
@@ -96,27 +102,16 @@ asan: $(P2P_ASAN_PROGRAM) $(DEVICE_ASAN_PROGRAM)
 	$(P2P_ASAN_PROGRAM) processes 200 $$(date +%s)
 	for mode in $(DEVICE_MODES); do $(DEVICE_ASAN_PROGRAM) $$mode 40 $$(date +%s) || exit 1; done
 
-$(TSAN_PROGRAM): $(TSAN_SOURCES) $(wildcard csrc/*.hpp)
-	@mkdir -p $(dir $@)
-	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -Wall -Wextra -Icsrc $(TSAN_SOURCES) -pthread -o $@
+$(TSAN_PROGRAM): $(TSAN_SOURCES)
+$(P2P_TSAN_PROGRAM) $(P2P_ASAN_PROGRAM): $(P2P_SOURCES)
+$(DEVICE_TSAN_PROGRAM) $(DEVICE_ASAN_PROGRAM): $(DEVICE_SOURCES)
 
-$(P2P_TSAN_PROGRAM): $(P2P_SOURCES) $(wildcard csrc/*.hpp)
-	@mkdir -p $(dir $@)
-	$(CXX) -std=c++17 -O1 -g -fsanitize=thread $(P2P_BREAK) -Wall -Wextra -Icsrc $(P2P_SOURCES) -pthread -o $@
+$(TSAN_PROGRAM) $(P2P_TSAN_PROGRAM) $(DEVICE_TSAN_PROGRAM): SANITIZER := $(TSAN_FLAGS)
+$(P2P_ASAN_PROGRAM) $(DEVICE_ASAN_PROGRAM): SANITIZER := $(ASAN_FLAGS)
 
-$(P2P_ASAN_PROGRAM): $(P2P_SOURCES) $(wildcard csrc/*.hpp)
+$(TSAN_PROGRAM) $(P2P_TSAN_PROGRAM) $(P2P_ASAN_PROGRAM) $(DEVICE_TSAN_PROGRAM) $(DEVICE_ASAN_PROGRAM): $(CXX_HEADERS)
 	@mkdir -p $(dir $@)
-	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Icsrc \
-	  $(P2P_SOURCES) -pthread -o $@
-
-$(DEVICE_TSAN_PROGRAM): $(DEVICE_SOURCES) $(wildcard csrc/*.hpp)
-	@mkdir -p $(dir $@)
-	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -Wall -Wextra -Icsrc $(DEVICE_SOURCES) -pthread -ldl -o $@
-
-$(DEVICE_ASAN_PROGRAM): $(DEVICE_SOURCES) $(wildcard csrc/*.hpp)
-	@mkdir -p $(dir $@)
-	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Icsrc \
-	  $(DEVICE_SOURCES) -pthread -ldl -o $@
+	$(CXX) $(CXX_WARNED) $(SANITIZER) $(P2P_BREAK) $(filter %.cpp,$^) -pthread -ldl -o $@
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info paci_rt/_C*.so runs

@@ -1,7 +1,7 @@
 """Builds the native core: drives CMakeLists.txt and puts ``_C`` into the package.
 
-``PACI_RT_CUDA=auto|on|off`` is passed on to CMake. Build products stay in ``build/``, so that a second build compiles
-only what changed.
+``PACI_RT_CUDA=auto|on|off`` and ``PACI_RT_TESTING=on|off`` (off: what only the tests use is not built in) are passed on
+to CMake. Build products stay in ``build/``, so that a second build compiles only what changed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,28 @@ def _tool(name: str) -> str:
     return beside
 
 
+def _switch(name: str, default: str, *others: str) -> str:
+    """What the environment sets ``name`` to."""
+    value = os.environ.get(name, default).lower()
+    if value not in (default, *others):
+        raise SystemExit(f"{name}={value} is unknown: set it to {', '.join([default, *others[:-1]])} or {others[-1]}")
+    return value
+
+
 class CMakeBuild(build_ext):
     """Configures and builds with CMake and ninja, then copies the module to where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        cuda = os.environ.get("PACI_RT_CUDA", "auto").lower()
         build_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         build_dir.mkdir(parents=True, exist_ok=True)
         # Passed on every time: under build isolation the tools move to a new folder with each build.
         options = {
             "CMAKE_MAKE_PROGRAM": _tool("ninja"),
             "CMAKE_BUILD_TYPE": "Release",
-            "PACI_RT_CUDA": cuda,
+            "PACI_RT_CUDA": _switch("PACI_RT_CUDA", "auto", "on", "off"),
+            "PACI_RT_TESTING": _switch("PACI_RT_TESTING", "off", "on"),
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "PYBIND11_FINDPYTHON": "ON",
             "Python_EXECUTABLE": sys.executable,

@@ -23,12 +23,12 @@ if(paci_rt_no_cuda)
       "static library), put nvcc on PATH or set CUDAToolkit_ROOT to its folder, or build with PACI_RT_CUDA=auto or off")
   endif()
   message(STATUS "paci_rt: without the CUDA half (${paci_rt_no_cuda})")
-  target_sources(_C PRIVATE csrc/no_cuda.cpp)
-  set_source_files_properties(csrc/no_cuda.cpp PROPERTIES COMPILE_DEFINITIONS "PACI_RT_NO_CUDA=\"${paci_rt_no_cuda}\"")
+  target_sources(_C PRIVATE csrc/cuda/stub_cuda.cpp)
+  set_source_files_properties(csrc/cuda/stub_cuda.cpp PROPERTIES COMPILE_DEFINITIONS "PACI_RT_NO_CUDA=\"${paci_rt_no_cuda}\"")
   return()
 endif()
 
-target_sources(_C PRIVATE csrc/cuda_check.cpp csrc/cuda_ops.cpp csrc/green.cpp)
+target_sources(_C PRIVATE csrc/cuda/cuda_check.cpp csrc/cuda/cuda_ops.cpp csrc/cuda/sm_partition.cpp)
 target_include_directories(_C SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 # Static, so that the module loads, and says that there is no device, where no CUDA library is installed.
 target_link_libraries(_C PRIVATE CUDA::cudart_static)
@@ -54,7 +54,7 @@ if(paci_rt_no_nvcc)
     message(FATAL_ERROR "PACI_RT_CUDA=on: ${paci_rt_no_nvcc}; PACI_RT_CUDA=auto builds without device code")
   endif()
   message(STATUS "paci_rt: with the CUDA half (${CUDAToolkit_VERSION}), without device code: ${paci_rt_no_nvcc}")
-  target_sources(_C PRIVATE csrc/no_probe.cpp)
+  target_sources(_C PRIVATE csrc/cuda/stub_test_kernels.cpp)
   return()
 endif()
 
@@ -76,16 +76,17 @@ endif()
 # GPUs that come later compile this on first use.
 list(APPEND paci_rt_gencode "-gencode=arch=compute_${paci_rt_newest},code=compute_${paci_rt_newest}")
 string(REPLACE ";" "," paci_rt_arch_list "${paci_rt_archs}")
-set(paci_rt_probe ${CMAKE_CURRENT_BINARY_DIR}/probe.cu.o)
+set(paci_rt_test_kernels ${CMAKE_CURRENT_BINARY_DIR}/test_kernels.cu.o)
 add_custom_command(
-  OUTPUT ${paci_rt_probe}
+  OUTPUT ${paci_rt_test_kernels}
   COMMAND ${CUDAToolkit_NVCC_EXECUTABLE} -c -O2 -std=c++17 --threads=1
-    ${paci_rt_gencode} -Xcompiler=-fPIC,-fvisibility=hidden -o ${paci_rt_probe}
-    ${CMAKE_CURRENT_SOURCE_DIR}/csrc/probe.cu
-  DEPENDS csrc/probe.cu csrc/probe.hpp
+    -I${CMAKE_CURRENT_SOURCE_DIR}/csrc
+    ${paci_rt_gencode} -Xcompiler=-fPIC,-fvisibility=hidden -o ${paci_rt_test_kernels}
+    ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/test_kernels.cu
+  DEPENDS csrc/cuda/test_kernels.cu csrc/cuda/test_kernels.hpp
   COMMENT "Building device code for sm_${paci_rt_arch_list}"
   VERBATIM)
-target_sources(_C PRIVATE ${paci_rt_probe})
-set_source_files_properties(csrc/cuda_ops.cpp PROPERTIES COMPILE_DEFINITIONS "PACI_RT_CUDA_ARCHS=${paci_rt_arch_list}")
-set_source_files_properties(${paci_rt_probe} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
+target_sources(_C PRIVATE ${paci_rt_test_kernels})
+set_source_files_properties(csrc/cuda/cuda_ops.cpp PROPERTIES COMPILE_DEFINITIONS "PACI_RT_CUDA_ARCHS=${paci_rt_arch_list}")
+set_source_files_properties(${paci_rt_test_kernels} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
 message(STATUS "paci_rt: with the CUDA half (${CUDAToolkit_VERSION}), device code for sm_${paci_rt_arch_list}")

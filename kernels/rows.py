@@ -1,8 +1,8 @@
 """Scalars of an update in device memory: 16 fp32 a parameter and step.
 
-They are derived in double precision and rounded once, as ``csrc/fused_step.cpp`` does. Because the kernels read them
-from memory, a new learning rate or step number compiles nothing, and a captured CUDA graph stays valid: call ``set``
-before each replay.
+They are derived in double precision and rounded once, as ``csrc/cpu/optimizer_step.cpp`` does. Because the kernels
+read them from memory, a new learning rate or step number compiles nothing, and a captured CUDA graph stays valid: call
+``set`` before each replay.
 """
 
 from __future__ import annotations

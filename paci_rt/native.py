@@ -52,6 +52,21 @@ def core() -> Any:
     return _core
 
 
+def testing() -> Any:
+    """What only the tests use: a host twin of a GPU's streams, and a fake NCCL on it.
+
+    Raises:
+        NativeCoreError: the core was built without them, as wheels are.
+    """
+    parts = getattr(core(), "_testing", None)
+    if parts is None:
+        raise NativeCoreError(
+            "this build of paci_rt has no host twin and no fake NCCL, which its tests need: "
+            "PACI_RT_TESTING=on pip install -e . in the source folder"
+        )
+    return parts
+
+
 def info() -> dict[str, Any]:
     """What was built: ``available``, ``error``, ``isa``, ``isas``, ``cuda`` (the CUDA half), ``cuda_runtime`` (its
     version), ``cuda_archs`` (what its device code was compiled for), ``threads``. Asks no driver: whether a GPU can be
@@ -250,7 +265,7 @@ def make_copier() -> Copier:
 def make_shm_outgoing(
     channel: tuple[str, int, int], own: ShmSegment, peer: ShmSegment, *, copier: Copier | None = None, **options: Any
 ) -> ShmOutgoing:
-    """Sending end of a channel between the makers of two segments; see ``csrc/p2p_shm.hpp``.
+    """Sending end of a channel between the makers of two segments; see ``csrc/p2p/shm_channel.hpp``.
 
     Args:
         channel: kind, sending and receiving stage.

@@ -23,6 +23,7 @@ from packaging.version import Version
 
 import paci_rt
 from paci_rt import native
+from paci_rt.errors import NativeCoreError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,6 +173,64 @@ def test_cuda_on_demand_says_what_is_missing(tmp_path: Path) -> None:
     )
     assert "PACI_RT_CUDA=on: no CUDA toolkit from version 12.0 was found; install the toolkit" in said
     assert "PACI_RT_CUDA=auto or off" in said
+
+
+def test_unknown_testing_switch_fails_in_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "PACI_RT_TESTING=maybe is unknown: set it to on or off" in configure(tmp_path, "-DPACI_RT_TESTING=maybe")
+    monkeypatch.setenv("PACI_RT_TESTING", "maybe")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == "PACI_RT_TESTING=maybe is unknown: set it to off or on"
+
+
+def test_what_only_tests_use_is_in_this_build_and_says_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"HostTwin", "FakeNccl"} <= set(dir(native.testing()))
+    assert b"HostTwin" in Path(native.core().__file__).read_bytes()
+    monkeypatch.setattr(native, "_core", ModuleType("_C"))
+    with pytest.raises(NativeCoreError, match=r"no host twin .*PACI_RT_TESTING=on pip install -e \."):
+        native.testing()
+
+
+@pytest.mark.slow
+def test_a_build_without_the_option_has_nothing_of_the_tests(tmp_path: Path) -> None:
+    """A copy of the build folder with the option off compiles only what the option changes."""
+    built = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+    cmake, ninja = (Path(sys.executable).parent / name for name in ("cmake", "ninja"))
+    if not (built / "build.ninja").exists() or not cmake.exists() or not ninja.exists():
+        pytest.skip("the native core was not built in this folder by this environment")
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path / "build"
+    shutil.copytree(built, folder)
+    cache = folder / "CMakeCache.txt"
+    cuda = re.search(r"^PACI_RT_CUDA:STRING=(\w+)", cache.read_text(), re.MULTILINE)
+    assert cuda is not None
+    cache.unlink()  # names the folder that it was made in
+    settings = {
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "PACI_RT_CUDA": cuda[1],
+        "CMAKE_BUILD_TYPE": "Release",
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "PYBIND11_FINDPYTHON": "ON",
+        "Python_EXECUTABLE": sys.executable,
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": tmp_path,
+    }
+    options = [f"-D{name}={value}" for name, value in settings.items()]
+    for command in ([cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *options], [cmake, "--build", folder]):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    (module,) = tmp_path.glob("_C*.so")
+    for name in (b"HostTwin", b"FakeNccl", b"_testing"):
+        assert name not in module.read_bytes()
+    program = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("paci_rt._C", {str(module)!r})
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+print(hasattr(core, "_testing"), core.cuda, sorted(name for name in dir(core) if not name.startswith("_")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    public = sorted(name for name in dir(native.core()) if not name.startswith("_"))
+    assert done.stdout.strip() == f"False {native.core().cuda} {public}"
 
 
 def report(*requires: str) -> dict[str, Any]:

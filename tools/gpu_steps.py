@@ -15,7 +15,7 @@ STEPS: tuple[Step, ...] = (
         does="the native core with its CUDA half, into this folder",
         # In place: works offline, and where the interpreter's packages cannot be written to.
         command=("{python}", "setup.py", "build_ext", "--inplace"),
-        environment={"PACI_RT_CUDA": "on"},
+        environment={"PACI_RT_CUDA": "on", "PACI_RT_TESTING": "on"},
         reads="nothing",
         share_s=60,
         limit_s=170,

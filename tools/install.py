@@ -84,6 +84,8 @@ def main() -> None:
             remedy="set PACI_RT_TORCH_INDEX to another index of CPU wheels if need be",
         )
     pip(*BUILD_TOOLS)
+    # The tests need the host twin and the fake NCCL, which a wheel does not have.
+    os.environ.setdefault("PACI_RT_TESTING", "on")
     # With the build tools in place, the build needs no environment of its own and is incremental.
     pip("--no-build-isolation", "-e", f".[{EXTRAS}]")
 

@@ -1,4 +1,4 @@
-"""AdamW and NAdam over one chunk of flat buffers. What computes has its twin in ``csrc/cpu_kernels_isa.cpp``.
+"""AdamW and NAdam over one chunk of flat buffers. What computes has its twin in ``csrc/cpu/kernels_isa.cpp``.
 
 A *row* holds the scalars of one parameter and one step, 16 fp32; ``paci_rt.kernels.rows`` writes it. Nothing may be
 contracted into fused multiply-adds (the wrappers see to it) and division and root are the correctly rounded ones, so

@@ -1,6 +1,6 @@
 """Processes of one host, over memory that they share: one copy per message, no sockets.
 
-The channels are the native core's (``csrc/p2p_shm.hpp``). What a process sends lies in a segment of its own, an
+The channels are the native core's (``csrc/p2p/shm_channel.hpp``). What a process sends lies in a segment of its own, an
 anonymous file that the others open through ``/proc``; nothing is left behind, however a process ends.
 """
 

@@ -93,7 +93,7 @@ def pack_header(sequence: int, index: int, taken: int, metas: Meta, inline: bool
 
 @lru_cache(maxsize=64)  # messages of a channel look alike
 def pack_metas(metas: Meta) -> bytes:
-    """The part of a header that describes the tensors; the native core reads it too (``csrc/p2p.hpp``)."""
+    """The part of a header that describes the tensors; the native core reads it too (``csrc/p2p/channel.hpp``)."""
     fields: list[int] = []
     for meta in metas:
         flags = (_PRESENT if meta.present else 0) | (_REQUIRES_GRAD if meta.requires_grad else 0)

@@ -18,10 +18,10 @@
 #include <thread>
 #include <vector>
 
-#include "fake_nccl.hpp"
-#include "host_twin.hpp"
-#include "p2p_device.hpp"
-#include "p2p_nccl.hpp"
+#include "p2p/device_engine.hpp"
+#include "p2p/nccl_lane.hpp"
+#include "testing/fake_nccl.hpp"
+#include "testing/host_twin.hpp"
 
 using namespace paci_rt;
 

@@ -19,7 +19,7 @@
 #include <thread>
 #include <vector>
 
-#include "p2p_shm.hpp"
+#include "p2p/shm_channel.hpp"
 
 using namespace paci_rt;
 

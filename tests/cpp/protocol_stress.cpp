@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "host_twin.hpp"
-#include "lifecycle.hpp"
-#include "weight_gate.hpp"
+#include "buffers/lifecycle.hpp"
+#include "buffers/weight_gate.hpp"
+#include "testing/host_twin.hpp"
 
 using namespace paci_rt;
 

@@ -140,12 +140,12 @@ def test_without_a_gpu_the_reason_is_said() -> None:
             sm_partitions("cuda:0", 2)
 
 
-# --- csrc/green.cpp against a fake of the driver ---
+# --- csrc/cuda/sm_partition.cpp against a fake of the driver ---
 
 
 @pytest.fixture(scope="module")
 def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int, list[str]]]:
-    """Runs ``tests/cpp/green_fake.cpp``; returns exit code and lines."""
+    """Runs ``tests/cpp/sm_partition_fake.cpp``; returns exit code and lines."""
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     nvcc = shutil.which("nvcc")
     if compiler is None or nvcc is None:
@@ -155,9 +155,10 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
     include = next((path for top in tops if (path := Path(top.strip()) / "include").joinpath("cuda.h").exists()), None)
     if include is None or toolkit_is_old((include / "cuda.h").read_text()):
         pytest.skip("the CUDA toolkit has no cuda.h where nvcc is, or one from before 12.5")
-    program = tmp_path_factory.mktemp("green") / "green_fake"
-    sources = [ROOT / "tests/cpp/green_fake.cpp", ROOT / "csrc/green.cpp", ROOT / "csrc/cuda_check.cpp"]
-    command = [compiler, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-isystem", str(include), *map(str, sources)]
+    program = tmp_path_factory.mktemp("green") / "sm_partition_fake"
+    csrc = ROOT / "csrc"
+    sources = [ROOT / "tests/cpp/sm_partition_fake.cpp", csrc / "cuda/sm_partition.cpp", csrc / "cuda/cuda_check.cpp"]
+    command = [compiler, "-std=c++17", "-O1", f"-I{csrc}", "-isystem", str(include), *map(str, sources)]
     subprocess.run([*command, "-o", str(program)], check=True, timeout=300)
 
     def call(*arguments: object) -> tuple[int, list[str]]:
@@ -202,7 +203,7 @@ def test_errors_of_the_driver_name_the_remedy_and_leave_nothing_behind(fake_driv
     )
     code, lines = fake_driver("failing-create")
     assert code == 1
-    assert lines[-1].startswith("error: green.cpp:") and "failed with CUDA_ERROR_OF_THE_FAKE (801)" in lines[-1]
+    assert lines[-1].startswith("error: sm_partition.cpp:") and "failed with CUDA_ERROR_OF_THE_FAKE (801)" in lines[-1]
     assert lines[-1].endswith("has no partitions of SMs: use ordinary streams")
     assert sum(line.startswith("create") for line in lines) == sum(line.startswith("destroy") for line in lines) == 2
     assert fake_driver("split", 8, 16)[1][-1] == (

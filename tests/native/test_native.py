@@ -212,7 +212,7 @@ def test_stream_handles() -> None:
         ptr = 45
 
     core = native.core()
-    ops = core._testing.HostTwin()
+    ops = native.testing().HostTwin()
     for stream, handle in ((0, 0), (7, 7), (Method(), 41), (Attribute(), 42), (OldTorch(), 43), (OldCuPy(), 44)):
         assert native.stream_handle(stream) == core.Stream.borrow(0, stream, ops).handle == handle
     for take in (native.stream_handle, lambda stream: core.Stream.borrow(0, stream, ops)):

@@ -22,7 +22,7 @@ core = native.core()
 
 
 def twin(max_delay_us: int = 0) -> Any:
-    return core._testing.HostTwin(max_delay_us, random.getrandbits(32))
+    return native.testing().HostTwin(max_delay_us, random.getrandbits(32))
 
 
 class Rig:
@@ -109,7 +109,7 @@ def test_streams_are_owned_or_borrowed_and_of_one_device() -> None:
     other = core.Event(0, ops)
     with pytest.raises(ValueError, match="is of device 3, and was passed for work on device 0"):
         other.record(owner)
-    with pytest.raises(ValueError, match="stream 0 is none of this host twin's"):
+    with pytest.raises(ValueError, match="stream 0 does not belong to this host twin"):
         event.record(0)
     with pytest.raises(TypeError, match="'default' is no stream: pass an integer handle"):
         event.record("default")
@@ -227,7 +227,7 @@ def test_illegal_transitions_name_both_states_and_order_nothing() -> None:
     with pytest.raises(AccumulatorStateError, match="sealed -> empty"):
         rig.accumulator.release(rig.update)
     assert (rig.twin.waits, rig.twin.records) == (waits, records)
-    with pytest.raises(ValueError, match="stream 12345 is none of this host twin's"):
+    with pytest.raises(ValueError, match="stream 12345 does not belong to this host twin"):
         rig.accumulator.consume(12345)
     assert rig.accumulator.states == ["sealed"]  # a call that fails changes no state
     rig.accumulator.consume(rig.update)

@@ -163,7 +163,7 @@ def test_transitions_of_one_buffer(state: str, verb: str) -> None:
         VERBS[verb](accumulator)
         assert accumulator.state == TO[verb]
     else:
-        with pytest.raises(AccumulatorStateError, match=f"{state} -> {TO[verb]} is no legal transition"):
+        with pytest.raises(AccumulatorStateError, match=f"{state} -> {TO[verb]} is not a legal transition"):
             VERBS[verb](accumulator)
         assert accumulator.states == (state,)
 

@@ -82,9 +82,9 @@ class Machine:
         self, ranks: int, *, max_delay_us: int = 0, seed: int = 0, shared: bool = False, nccl: Any = True
     ) -> None:
         self.ranks, self._shared = ranks, shared
-        self.twin = native.core()._testing.HostTwin(max_delay_us, seed)
+        self.twin = native.testing().HostTwin(max_delay_us, seed)
         version = 23203 if nccl is True else nccl
-        self.nccl = native.core()._testing.FakeNccl(self.twin, version) if nccl else None
+        self.nccl = native.testing().FakeNccl(self.twin, version) if nccl else None
         self.transports: list[DeviceTransport | None] = [None] * ranks
 
     def device_of(self, rank: int) -> int:

@@ -82,7 +82,7 @@ def _use(stream: FakeStream) -> Iterator[None]:
 def install(patch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Let stages believe that they are on a GPU; returns bytes and stream of every tensor that was kept for another
     stream than its own."""
-    FakeStream.twin = core._testing.HostTwin(0, 0)
+    FakeStream.twin = native.testing().HostTwin(0, 0)
     FakeStream.current = FakeStream()
     kept: list[tuple[int, int]] = []
     patch.setattr(torch.cuda, "Stream", FakeStream)

@@ -377,7 +377,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     text = capsys.readouterr().out
     for step in STEPS:
         assert f"{step.name:10s} {step.share_s:4.0f} to {step.limit_s:.0f} s  {step.does}" in text
-    assert "PACI_RT_CUDA=on python setup.py build_ext --inplace" in text
+    assert "PACI_RT_CUDA=on PACI_RT_TESTING=on python setup.py build_ext --inplace" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -72,7 +72,7 @@ def test_communicators_are_asked_for_as_documented_and_errors_name_call_and_reme
 def test_libraries_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(NcclError, match=r"NCCL 2\.17\.1 \(.*libnccl.*\) is too old: from 2\.18\.0 on it works; pip"):
         load(stub(tmp_path / "old", 21701))
-    with pytest.raises(NcclError, match="has no function ncclCommFinalize, so it is no NCCL that paci_rt can use"):
+    with pytest.raises(NcclError, match="has no function ncclCommFinalize, so paci_rt cannot use it"):
         load(stub(tmp_path / "partial", 22703, "-DSTUB_WITHOUT_FINALIZE"))
     with pytest.raises(
         NcclError, match=r"no NCCL was found: .*absent\.so: .*; it comes with torch's CUDA builds, or pip"

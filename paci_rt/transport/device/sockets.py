@@ -1,6 +1,6 @@
 """Connections between the processes of a pipeline, on one host or across hosts.
 
-Both ends of a channel tell each other small things over them (``csrc/control_link.hpp``). There is one listening socket
+Both ends of a channel tell each other small things over them (``csrc/p2p/control_link.hpp``). There is one listening socket
 per process and one connection per channel.
 """
 

@@ -490,9 +490,9 @@ def test_the_constructor_takes_no_nonsense() -> None:
         DeviceOptions(timeout_s=-1)
     with pytest.raises(ValueError, match="max_ctas is 65"):
         DeviceOptions(max_ctas=65)
-    twin = native.core()._testing.HostTwin()
+    twin = native.testing().HostTwin()
     engine = native.core().DeviceEngine(0, 0, 4, 20.0, twin)
-    for backend, said in (("pigeon", "unknown backend pigeon"), ("nccl", "a unique id of 0 bytes is none")):
+    for backend, said in (("pigeon", "unknown backend pigeon"), ("nccl", "a unique id of 0 bytes is not")):
         here, there = socket.socketpair()
         with there, pytest.raises(ValueError, match=said):
             engine.add_outgoing(kind="F", sender=0, receiver=1, fd=here.detach(), backend=backend)
