@@ -21,7 +21,9 @@ from torch import Tensor
 
 from common import could_not, finish_measures, list_of, measure, positive, write_measures
 from paci_rt import launch
-from paci_rt.profiling.link import Clock, written_bytes
+from paci_rt.clock import HostClock, intervals
+from paci_rt.profiling.link import written_bytes
+from paci_rt.runtime.device_clock import clock_for
 from paci_rt.schedules.lowering import Channel
 from paci_rt.transport.base import Message
 
@@ -62,7 +64,7 @@ class Wire:
         self.recv()
 
 
-def seconds_of(work: Callable[[], object], count: int, clock: Clock) -> float:
+def seconds_of(work: Callable[[], object], count: int, clock: HostClock) -> float:
     """Mean seconds of a call, on the time line of the current stream, after a warm-up."""
     for _ in range(WARM_UP):
         work()
@@ -70,7 +72,7 @@ def seconds_of(work: Callable[[], object], count: int, clock: Clock) -> float:
     for _ in range(count):
         work()
     marks.append(clock.mark())
-    return clock.seconds(marks)[0] / count
+    return intervals(clock, marks)[0] / count
 
 
 class Bench:
@@ -78,7 +80,8 @@ class Bench:
 
     def __init__(self, wire: Wire, device: torch.device, *, repeats: int, compute_ms: float) -> None:
         self._wire, self._device, self._repeats = wire, device, repeats
-        self._clock = Clock(device)
+        self._clock = clock_for(device)
+        self._clock.mark()  # the first one waits for the device
         cuda = device.type == "cuda"
         size = MATRIX if cuda else 64
         self._a, self._b = (torch.randn(size, size, device=device) for _ in range(2))
@@ -238,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _transport(text: str) -> str:
     if text not in TRANSPORTS:
-        raise ValueError(f"{text!r} is no transport for GPUs: choose from {', '.join(TRANSPORTS)}")
+        raise ValueError(f"{text!r} is not a transport for GPUs: choose from {', '.join(TRANSPORTS)}")
     return text
 
 

@@ -26,6 +26,7 @@ import paci_rt
 from common import (
     finish_measures,
     gpu_facts,
+    integer,
     list_of,
     measure,
     median_spread,
@@ -222,15 +223,15 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--stages", type=_stages, default=8)
+    parser.add_argument("--stages", type=integer(2), default=8)
     parser.add_argument("--accumulation", type=list_of(positive), default=[8, 24], help="micro-batches a window")
     parser.add_argument("--schedules", type=list_of(_schedule), default=["1f1b", "zb-h1", "zb-2p", "paci"])
     parser.add_argument("--hidden", type=positive, default=6144, help="width of the linear layers")
     parser.add_argument("--layers", type=positive, default=3, help="linear layers a stage")
     parser.add_argument("--tokens", type=positive, default=4096, help="rows of a micro-batch")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--latency-us", type=_not_negative, default=0, help="of every link, on top of the copy")
-    parser.add_argument("--slack", type=_not_negative, default=0, help="warm-up forwards more, for paci")
+    parser.add_argument("--latency-us", type=integer(0), default=0, help="of every link, on top of the copy")
+    parser.add_argument("--slack", type=integer(0), default=0, help="warm-up forwards more, for paci")
     parser.add_argument("--min-sms", type=positive, default=None, help="multiprocessors a stage (as many as possible)")
     parser.add_argument("--windows", type=positive, default=3, help="windows to measure in a repeat")
     parser.add_argument("--repeats", type=positive, default=3)
@@ -250,20 +251,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             except ValueError as error:
                 parser.error(f"--schedules {name} with --accumulation {accumulation}: {error}")
     return args
-
-
-def _stages(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} is no pipeline: give at least 2")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 def _schedule(text: str) -> str:

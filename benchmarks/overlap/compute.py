@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from paci_rt.profiling.link import Clock
+from paci_rt.clock import intervals
+from paci_rt.runtime.device_clock import clock_for
 
 PR_SET_TIMERSLACK = 29  # <linux/prctl.h>
 GEMM, EMULATED = "gemm", "emulated"
@@ -38,12 +39,12 @@ class Gemm:
         self.run()  # everywhere, so that a GPU has loaded its kernels before anything there waits for a neighbour
         found = [0]
         if dist.get_rank() == 0:
-            clock = Clock(device)
+            clock = clock_for(device)
             marks = [clock.mark()]
             for _ in range(CALIBRATION_ROUNDS):
                 self.run()
                 marks.append(clock.mark())
-            each_s = statistics.median(clock.seconds(marks)[1:]) / self.products
+            each_s = statistics.median(intervals(clock, marks)[1:]) / self.products
             found = [max(1, round(milliseconds / 1e3 / each_s))]
         dist.broadcast_object_list(found, 0)
         self.products = found[0]

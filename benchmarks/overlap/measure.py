@@ -16,8 +16,10 @@ from overlap.compute import Compute, make_compute
 from overlap.sms import blocks_in_use
 from overlap.wires import WIRES, Wire, WireKind, make_wire, neighbours
 from paci_rt import launch
+from paci_rt.clock import intervals
 from paci_rt.errors import PaciError
-from paci_rt.profiling.link import Clock, ping_pong, written_bytes
+from paci_rt.profiling.link import ping_pong, written_bytes
+from paci_rt.runtime.device_clock import clock_for
 
 WARM_UP = 4
 MOST_ROUNDS, LEAST_ROUNDS = 200, 12
@@ -112,7 +114,8 @@ class _Process:
         if cuda:
             self.device = torch.device("cuda", ctx.rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
-        self.clock = Clock(self.device)
+        self.clock = clock_for(self.device)
+        self.clock.mark()  # the first one waits for the device
         wants_nccl = any(WIRES[name].backend == "nccl" for name in plan.wires)
         self.nccl_group = dist.new_group(backend="nccl") if wants_nccl else None
         self.computes: dict[tuple[str, float], Compute] = {
@@ -280,7 +283,7 @@ class _Process:
         marks = [self.clock.mark()]
         work()
         marks.append(self.clock.mark())
-        return self.clock.seconds(marks)[0]
+        return intervals(self.clock, marks)[0]
 
     # ---------------------------------------------------------------------------------------------------- the overlap
 
@@ -315,7 +318,7 @@ class _Process:
                 part()
                 step.append(self.clock.mark())
             marks.append(step)
-        return [self.clock.seconds(step) for step in marks[WARM_UP:]]
+        return [intervals(self.clock, step) for step in marks[WARM_UP:]]
 
     # ----------------------------------------------------------------------------------------------------- beside them
 

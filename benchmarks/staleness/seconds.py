@@ -13,8 +13,7 @@ import torch
 import paci_rt
 from paci_rt import schedules
 from paci_rt.action import Action, Op
-from paci_rt.planner import plan
-from paci_rt.planner.choose import load_profile, stage_costs
+from paci_rt.planner import load_profile, plan, stage_costs
 from paci_rt.simulate import Costs, simulate
 from paci_rt.trace import Event
 from staleness.case import METHODS, Method

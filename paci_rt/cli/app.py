@@ -9,8 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from paci_rt.cli.options import nearest
-from paci_rt.errors import PaciError, StageFailed
+from paci_rt.errors import PaciError, StageFailed, did_you_mean, unknown
 
 BAD_VALUE, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -36,17 +35,15 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            known = list(action.choices)
-            raise ValueError(
-                f"unknown {action.metavar} {value!r}: {nearest(value, known)}choose from {', '.join(known)}"
-            )
+            raise unknown(str(action.metavar), value, action.choices)
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Complain about arguments that nobody understood."""
         first = unknown[0]
         if not first.startswith("-"):
             raise ValueError(f"unexpected argument {first!r}: options start with --")
-        raise ValueError(f"unknown option {first}: {nearest(first, self._option_string_actions)}see {self.prog} --help")
+        hint = did_you_mean(first.split("=")[0], self._option_string_actions)
+        raise ValueError(f"unknown option {first}: {hint}see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from paci_rt.schedules import Slack
 from paci_rt.schedules.slack import parse_slack
-
-
-def nearest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
-    near = difflib.get_close_matches(word.split("=")[0], list(known), n=1, cutoff=0.4)
-    return f"did you mean {near[0]}? " if near else ""
 
 
 class ConfigOptions:

@@ -15,7 +15,7 @@ from paci_rt.cli.options import MS, number, numbers, slack_argument
 from paci_rt.cli.simulate_report import PRICE, report_text, to_json
 from paci_rt.planner import auto_slack
 from paci_rt.schedules import AUTO, ScheduleFamily, Shape, Slack, StepCosts, policies
-from paci_rt.schedules.base import check_shape
+from paci_rt.schedules.base import check_shape, check_takes
 from paci_rt.simulate import Costs, Simulation, simulate
 
 DESCRIPTION = """\
@@ -160,8 +160,7 @@ def _check_integers(args: argparse.Namespace) -> None:
 
 def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
     chunks = args.chunks if args.chunks is not None else 2 if family.takes_chunks else 1
-    if chunks > 1 and not family.takes_chunks:
-        raise ValueError(f"--chunks is {chunks}: {family.name} runs one piece of the model a stage; use 1")
+    check_takes(family, chunks=chunks, prefix="--")
     if args.partition is not None:
         if args.profile is None:
             raise ValueError("--partition cuts the blocks of a profile: give --profile FILE with it")

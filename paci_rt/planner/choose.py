@@ -20,25 +20,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paci_rt import schedules as families
-from paci_rt.planner.candidate import MEMORY, Candidate, Limits, Prediction, mib
+from paci_rt.planner.candidate import MEMORY, Candidate, Limits, mib
 from paci_rt.planner.evaluate import Evaluator
-from paci_rt.planner.profile import BlockProfile, Profile, load_profile, parse_profile
-from paci_rt.planner.stage_costs import device_speeds_of, stage_costs, step_costs
+from paci_rt.planner.profile import Profile
+from paci_rt.planner.stage_costs import device_speeds_of
 from paci_rt.schedules import policies as consistency
 from paci_rt.schedules.slack import check_slack, slack_by_stage
-
-__all__ = [
-    "BlockProfile",
-    "Candidate",
-    "Plan",
-    "Prediction",
-    "Profile",
-    "load_profile",
-    "parse_profile",
-    "plan",
-    "stage_costs",
-    "step_costs",
-]
 
 MEASURED = "measured"
 MEASURED_DELAY_LIMITS = {True: 1, False: 0}

@@ -11,13 +11,14 @@ import numpy as np
 
 from paci_rt.planner.candidate import MEMORY, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
 from paci_rt.planner.memory import Keeps, copies_beside, needs, peak_bytes, what_is_kept
-from paci_rt.planner.partition import Matrix, best_partition
+from paci_rt.planner.partition import best_partition
 from paci_rt.planner.profile import Profile
 from paci_rt.planner.stage_costs import Spans, loops, stage_costs, step_costs
 from paci_rt.schedules import ScheduleFamily, Shape, policies
 from paci_rt.schedules.base import check_shape
 from paci_rt.schedules.slack import Loops
 from paci_rt.simulate import Costs, simulate
+from paci_rt.simulate.costs import Floats
 
 FITTING_ROUNDS = 3
 
@@ -175,7 +176,7 @@ class Evaluator:
             spans = Spans(profile=self.profile, stages=stages)
             times = self._time_of(spans, again=again)
 
-            def cost_of(stage: int) -> Matrix:
+            def cost_of(stage: int) -> Floats:
                 if keeps is None:
                     return times(stage)
                 fits = peak_bytes(spans, keeps[stage], stage) <= self.limits.memory_bytes[stage]
@@ -184,11 +185,11 @@ class Evaluator:
             self._partitions[key] = best_partition(cost_of, stages, self.profile.middle)
         return self._partitions[key]
 
-    def _time_of(self, spans: Spans, *, again: tuple[bool, ...]) -> Callable[[int], Matrix]:
+    def _time_of(self, spans: Spans, *, again: tuple[bool, ...]) -> Callable[[int], Floats]:
         """Seconds of one micro-batch on each stage, by what it holds; ``again``: whether its forward runs twice."""
         allowed = spans.allowed()
 
-        def time_of(stage: int) -> Matrix:
+        def time_of(stage: int) -> Floats:
             seconds = spans.total("compute_s", stage)
             if again[stage]:
                 seconds = seconds + spans.total("forward_s", stage)
@@ -224,7 +225,7 @@ class Evaluator:
         spans = Spans(profile=self.profile, stages=self.ranks)
         allowed = spans.allowed()
 
-        def share_of(stage: int) -> Matrix:
+        def share_of(stage: int) -> Floats:
             needed = peak_bytes(spans, keeps[stage], stage) / self.limits.memory_bytes[stage]
             return np.where(allowed, needed, np.inf)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-Matrix = npt.NDArray[np.float64]
-CostOf = Callable[[int], Matrix]
+from paci_rt.simulate.costs import Floats
+
+CostOf = Callable[[int], Floats]
 """``cost_of(stage)[i, j]`` is the cost of ``stage`` if it holds blocks ``i ... j - 1``; infinite where it cannot, and
 always where it would hold none. Square matrices of one size, ``blocks + 1``."""
 

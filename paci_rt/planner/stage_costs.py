@@ -12,9 +12,7 @@ import numpy.typing as npt
 from paci_rt.planner.profile import Profile
 from paci_rt.schedules import StepCosts
 from paci_rt.schedules.slack import Loops
-from paci_rt.simulate import Costs
-
-Floats = npt.NDArray[np.float64]
+from paci_rt.simulate.costs import Costs, Floats
 
 LOOKAHEAD_TO_UPDATE = {False: 32 / 28, True: 24 / 30}
 """Bytes per parameter that a look-ahead and its undoing move, over those of an AdamW update: with fp32 parameters 24

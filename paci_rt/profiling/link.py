@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from paci_rt import launch
+from paci_rt.clock import HostClock, intervals
+from paci_rt.runtime.device_clock import clock_for
 from paci_rt.transport import check_transport, make_transport
 from paci_rt.transport.base import Message
 
@@ -30,31 +30,6 @@ class Link:
     bandwidth_bytes_per_s: float
 
 
-class Clock:
-    """Marks on the time line of a device, and the seconds between them.
-
-    On a CPU a mark is the time on the host. On a GPU it is an event on the current stream: setting it waits for
-    nothing, and the time between two of them is what that stream took.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, marks: Sequence[Any]) -> list[float]:
-        """Seconds from each mark to the next; waits until the last has been passed."""
-        if not self._cuda:
-            return [end - start for start, end in pairwise(marks)]
-        marks[-1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
-
-
 def written_bytes(count: int, device: torch.device) -> torch.Tensor:
     """``count`` bytes that have been written to, since all pages of fresh zeros can be one page of memory.
 
@@ -64,7 +39,7 @@ def written_bytes(count: int, device: torch.device) -> torch.Tensor:
 
 
 def ping_pong(
-    send: Callable[[], object], recv: Callable[[], object], *, first: bool, rounds: int, clock: Clock
+    send: Callable[[], object], recv: Callable[[], object], *, first: bool, rounds: int, clock: HostClock
 ) -> list[float]:
     """Send one message to and fro, after a few rounds that do not count.
 
@@ -84,7 +59,7 @@ def ping_pong(
             step()
         if number >= WARM_UP:
             marks.append(clock.mark())
-    return [seconds / 2 for seconds in clock.seconds(marks)]
+    return [seconds / 2 for seconds in intervals(clock, marks)]
 
 
 def measure_link(large_bytes: int = 4 << 20, *, transport: str = "auto", rounds: int = ROUNDS) -> Link:
@@ -150,7 +125,7 @@ def _measure(ctx: launch.Context, name: str, sizes: tuple[int, ...], rounds: int
     medians = []
     for size in sizes:
         message = Message((written_bytes(size, device),), (False,))
-        times = ping_pong(send, recv, first=here == 0, rounds=rounds, clock=Clock(device))
+        times = ping_pong(send, recv, first=here == 0, rounds=rounds, clock=clock_for(device))
         medians.append(statistics.median(times))
     transport.flush()
     transport.close()

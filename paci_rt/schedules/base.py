@@ -19,16 +19,23 @@ from paci_rt.schedules.slack import Slack, check_slack, slack_text
 
 def check_shape(family: ScheduleFamily, shape: Shape) -> None:
     """Raise ValueError for a shape that ``family`` cannot have."""
-    if shape.slack and not family.takes_slack:
-        raise ValueError(f"slack is {slack_text(shape.slack)}: {family.name} takes no slack; leave it at 0")
-    if shape.chunks > 1 and not family.takes_chunks:
-        raise ValueError(f"chunks is {shape.chunks}: {family.name} runs one stage a rank; use 1, or interleaved-1f1b")
-    if family.one_micro_batch_windows and shape.accumulation != 1:
+    check_takes(family, slack=shape.slack, chunks=shape.chunks, accumulation=shape.accumulation)
+    family.check(shape)
+
+
+def check_takes(
+    family: ScheduleFamily, *, slack: Slack | str = 0, chunks: int = 1, accumulation: int = 1, prefix: str = ""
+) -> None:
+    """Raise ValueError for a value that ``family`` cannot use; ``prefix`` stands before its name, such as ``--``."""
+    if slack and not family.takes_slack:
+        raise ValueError(f"{prefix}slack is {slack_text(slack)}: {family.name} takes no slack; use 0")
+    if chunks > 1 and not family.takes_chunks:
+        raise ValueError(f"{prefix}chunks is {chunks}: {family.name} takes no chunks; use 1, or interleaved-1f1b")
+    if family.one_micro_batch_windows and accumulation != 1:
         raise ValueError(
-            f"accumulation is {shape.accumulation}: {family.name} updates after every micro-batch; use 1, and more "
+            f"{prefix}accumulation is {accumulation}: {family.name} updates after every micro-batch; use 1, and more "
             "windows"
         )
-    family.check(shape)
 
 
 class StepCosts(NamedTuple):

@@ -21,8 +21,7 @@ runs at version ``k - 1``, so the delay is one update everywhere. ``predict``: S
 
 from __future__ import annotations
 
-import difflib
-
+from paci_rt.errors import unknown
 from paci_rt.schedules.base import ScheduleFamily, Shape
 
 POLICIES = ("bounded", "stash", "2bw", "predict", "recompute")
@@ -40,9 +39,7 @@ def resolve(family: ScheduleFamily, shape: Shape, policy: str | None) -> str:
     if policy is None:
         policy = family.policies[0]
     if policy not in POLICIES:
-        near = difflib.get_close_matches(policy, POLICIES, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown policy {policy!r}: {hint}choose from {', '.join(POLICIES)}")
+        raise unknown("policy", policy, POLICIES)
     if policy not in family.policies:
         why = "its weights stand still between forward and backward" if family.flush else "it is defined by its own"
         raise ValueError(

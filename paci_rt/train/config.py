@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from paci_rt import native, schedules
-from paci_rt.errors import TritonMissingError
+from paci_rt.errors import TritonMissingError, unknown
 from paci_rt.optim.backend import usable
 from paci_rt.planner import auto_slack
 from paci_rt.schedules import policies
+from paci_rt.schedules.base import check_takes
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 
@@ -206,10 +206,7 @@ class TrainConfig:
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
         accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt
-        if family.one_micro_batch_windows and accumulation != 1:
-            raise ValueError(
-                f"--accumulation is {accumulation}: {family.name} updates after every micro-batch; use --accumulation 1"
-            )
+        check_takes(family, chunks=self.chunks, accumulation=accumulation, prefix="--")
         if self.batch_size % accumulation:
             raise ValueError(
                 f"--batch-size {self.batch_size} cannot be cut into {accumulation} equal micro-batches; "
@@ -219,8 +216,6 @@ class TrainConfig:
             raise ValueError(
                 f"--seq-len {seq_len} exceeds the {model.context} positions of {model.name}; use at most that"
             )
-        if self.chunks > 1 and not family.takes_chunks:
-            raise ValueError(f"--chunks is {self.chunks}: {family.name} runs one piece of the model a stage; use 1")
         pieces = self.stages * self.chunks
         shape = schedules.Shape(
             num_stages=pieces,
@@ -297,13 +292,9 @@ class TrainConfig:
         return asdict(self)
 
 
-def _known(flag: str, value: str, choices: Iterable[str]) -> None:
-    choices = list(choices)
+def _known(flag: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
-        begun = [choice for choice in choices if value and choice.startswith(str(value))]
-        near = begun or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown {flag} {value!r}: {hint}choose from {', '.join(choices)}")
+        raise unknown(flag, value, choices)
 
 
 def _flag(name: str) -> str:

@@ -24,8 +24,9 @@ OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weig
 
 def small_cases(device: str) -> Any:
     import kernels_cuda
+    import kernels_cuda_sides
 
-    kernels_cuda.BLOCK_SHAPES = SMALL
+    kernels_cuda_sides.BLOCK_SHAPES = SMALL
     return kernels_cuda
 
 

@@ -142,7 +142,7 @@ def test_train_plans_slack_from_a_profile(capsys, stored):
     assert train("--slack", "auto", "--profile", stored).slack == (3, 2, 1, 0)
     for name, value in (("--seq-len", "16"), ("--batch-size", "16"), ("--threads", "2"), ("--dtype", "bf16")):
         refused_with("was measured with", "--slack", "auto", "--profile", stored, name, value)
-    refused_with("--slack is auto: 1f1b flushes", "--slack", "auto", "--profile", stored, "--schedule", "1f1b")
+    refused_with("--slack is auto: 1f1b takes no slack", "--slack", "auto", "--profile", stored, "--schedule", "1f1b")
     refused_with("--profile tells --slack auto", "--slack", "1", "--profile", stored)
     refused_with("profile nowhere.json cannot be read", "--slack", "auto", "--profile", "nowhere.json")
     refused_with("needs at least 6 micro-batches a window", "--slack", "auto", "--profile", stored, "--policy", "2bw",

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from paci_rt import planner, schedules
-from paci_rt.planner import plan
+from paci_rt.planner import BlockProfile, Profile, load_profile, parse_profile, plan, stage_costs
 from paci_rt.planner.candidate import Candidate, Limits
-from paci_rt.planner.choose import BlockProfile, Profile, load_profile, parse_profile, stage_costs
 from paci_rt.planner.evaluate import Evaluator
 from paci_rt.schedules import Shape, policies
 from paci_rt.simulate import simulate

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from paci_rt.profiling.link import Clock, measure_link, ping_pong
+from paci_rt.profiling.link import measure_link, ping_pong
+from paci_rt.runtime.device_clock import clock_for
 
 
 @pytest.mark.parametrize("transport", ["auto", "gloo", "shm"])
@@ -40,7 +41,7 @@ def test_to_and_fro_on_two_clocks(monkeypatch):
             lambda: steps.append("recv"),
             first=first,
             rounds=3,
-            clock=Clock(torch.device(device)),
+            clock=clock_for(torch.device(device)),
         )
         return times, steps
 
@@ -55,7 +56,7 @@ def test_to_and_fro_on_two_clocks(monkeypatch):
         def __init__(self, *, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None:
+        def record(self, stream: None) -> None:
             self.at_ms = float(next(now)) ** 2
 
         def synchronize(self) -> None:
@@ -66,6 +67,7 @@ def test_to_and_fro_on_two_clocks(monkeypatch):
 
     now = itertools.count()
     monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
     times, _ = play("cuda", True)
-    assert times == [0.5e-3, 1.5e-3, 2.5e-3]  # halves of 1 - 0, 4 - 1 and 9 - 4 ms
-    assert Event.waited == 1  # for the last one, once everything has been issued
+    assert times == pytest.approx([2e-3, 2.5e-3, 3.5e-3])  # halves of 4 - 0, 9 - 4 and 16 - 9 ms; 1 is the host's clock
+    assert Event.waited == 1 + 3  # for the first, and for the others once everything has been issued

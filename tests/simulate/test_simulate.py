@@ -407,7 +407,7 @@ def test_what_does_not_fit_together_is_named():
         run("1f1b", 4, 4, windows=0)
     with pytest.raises(ValueError, match="slack is 1: 1f1b takes no slack"):
         run("1f1b", 4, 4, slack=1)
-    with pytest.raises(ValueError, match="chunks is 2: zb-h1 runs one stage a rank"):
+    with pytest.raises(ValueError, match="chunks is 2: zb-h1 takes no chunks"):
         run("zb-h1", 4, 4, chunks=2)
     with pytest.raises(ValueError, match="accumulation is 4: pipedream updates after every micro-batch"):
         run("pipedream", 4, 4)
