@@ -21,8 +21,8 @@ from torch import Tensor
 
 from common import could_not, finish_measures, list_of, measure, positive, write_measures
 from paci_rt import launch
-from paci_rt.clock import HostClock, intervals
-from paci_rt.profiling.link import written_bytes
+from paci_rt.clock import HostClock
+from paci_rt.profiling.link import seconds_between, written_bytes
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.schedules.lowering import Channel
 from paci_rt.transport.base import Message
@@ -72,7 +72,7 @@ def seconds_of(work: Callable[[], object], count: int, clock: HostClock) -> floa
     for _ in range(count):
         work()
     marks.append(clock.mark())
-    return intervals(clock, marks)[0] / count
+    return seconds_between(clock, marks)[0] / count
 
 
 class Bench:

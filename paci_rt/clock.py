@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 Done = Callable[[float, float], None]
@@ -24,12 +23,3 @@ class HostClock:
 
     def settle(self) -> None:
         """Wait until ``done`` has been told about everything."""
-
-
-def intervals(clock: HostClock, marks: Sequence[Any]) -> list[float]:
-    """Seconds from each mark to the next; waits until the last has been passed."""
-    found: list[float] = []
-    for begin, end in pairwise(marks):
-        clock.between(begin, end, lambda begin_s, end_s: found.append(end_s - begin_s))
-    clock.settle()
-    return found

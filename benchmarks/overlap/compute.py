@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from paci_rt.clock import intervals
+from paci_rt.profiling.link import seconds_between
 from paci_rt.runtime.device_clock import clock_for
 
 PR_SET_TIMERSLACK = 29  # <linux/prctl.h>
@@ -44,7 +44,7 @@ class Gemm:
             for _ in range(CALIBRATION_ROUNDS):
                 self.run()
                 marks.append(clock.mark())
-            each_s = statistics.median(intervals(clock, marks)[1:]) / self.products
+            each_s = statistics.median(seconds_between(clock, marks)[1:]) / self.products
             found = [max(1, round(milliseconds / 1e3 / each_s))]
         dist.broadcast_object_list(found, 0)
         self.products = found[0]

@@ -16,9 +16,8 @@ from overlap.compute import Compute, make_compute
 from overlap.sms import blocks_in_use
 from overlap.wires import WIRES, Wire, WireKind, make_wire, neighbours
 from paci_rt import launch
-from paci_rt.clock import intervals
 from paci_rt.errors import PaciError
-from paci_rt.profiling.link import ping_pong, written_bytes
+from paci_rt.profiling.link import ping_pong, seconds_between, written_bytes
 from paci_rt.runtime.device_clock import clock_for
 
 WARM_UP = 4
@@ -283,7 +282,7 @@ class _Process:
         marks = [self.clock.mark()]
         work()
         marks.append(self.clock.mark())
-        return intervals(self.clock, marks)[0]
+        return seconds_between(self.clock, marks)[0]
 
     # ---------------------------------------------------------------------------------------------------- the overlap
 
@@ -318,7 +317,7 @@ class _Process:
                 part()
                 step.append(self.clock.mark())
             marks.append(step)
-        return [intervals(self.clock, step) for step in marks[WARM_UP:]]
+        return [seconds_between(self.clock, step) for step in marks[WARM_UP:]]
 
     # ----------------------------------------------------------------------------------------------------- beside them
 

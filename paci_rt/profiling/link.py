@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from paci_rt import launch
-from paci_rt.clock import HostClock, intervals
+from paci_rt.clock import HostClock
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.transport import check_transport, make_transport
 from paci_rt.transport.base import Message
@@ -28,6 +29,15 @@ class Link:
 
     hop_s: float
     bandwidth_bytes_per_s: float
+
+
+def seconds_between(clock: HostClock, marks: Sequence[Any]) -> list[float]:
+    """Seconds from each of ``clock``'s marks to the next; waits until the last has been passed."""
+    found: list[float] = []
+    for begin, end in pairwise(marks):
+        clock.between(begin, end, lambda start_s, end_s: found.append(end_s - start_s))
+    clock.settle()
+    return found
 
 
 def written_bytes(count: int, device: torch.device) -> torch.Tensor:
@@ -59,7 +69,7 @@ def ping_pong(
             step()
         if number >= WARM_UP:
             marks.append(clock.mark())
-    return [seconds / 2 for seconds in intervals(clock, marks)]
+    return [seconds / 2 for seconds in seconds_between(clock, marks)]
 
 
 def measure_link(large_bytes: int = 4 << 20, *, transport: str = "auto", rounds: int = ROUNDS) -> Link:

@@ -28,13 +28,15 @@ def check_takes(
 ) -> None:
     """Raise ValueError for a value that ``family`` cannot use; ``prefix`` stands before its name, such as ``--``."""
     if slack and not family.takes_slack:
-        raise ValueError(f"{prefix}slack is {slack_text(slack)}: {family.name} takes no slack; use 0")
+        raise ValueError(f"{prefix}slack is {slack_text(slack)}: {family.name} takes no slack; use {prefix}slack 0")
     if chunks > 1 and not family.takes_chunks:
-        raise ValueError(f"{prefix}chunks is {chunks}: {family.name} takes no chunks; use 1, or interleaved-1f1b")
+        raise ValueError(
+            f"{prefix}chunks is {chunks}: {family.name} takes no chunks; use {prefix}chunks 1, or interleaved-1f1b"
+        )
     if family.one_micro_batch_windows and accumulation != 1:
         raise ValueError(
-            f"{prefix}accumulation is {accumulation}: {family.name} updates after every micro-batch; use 1, and more "
-            "windows"
+            f"{prefix}accumulation is {accumulation}: {family.name} updates after every micro-batch; "
+            f"use {prefix}accumulation 1"
         )
 
 

@@ -56,7 +56,7 @@ def test_to_and_fro_on_two_clocks(monkeypatch):
         def __init__(self, *, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self, stream: None) -> None:
+        def record(self, stream: object) -> None:
             self.at_ms = float(next(now)) ** 2
 
         def synchronize(self) -> None:
@@ -66,8 +66,9 @@ def test_to_and_fro_on_two_clocks(monkeypatch):
             return other.at_ms - self.at_ms
 
     now = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: 0.0)
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
     times, _ = play("cuda", True)
-    assert times == pytest.approx([2e-3, 2.5e-3, 3.5e-3])  # halves of 4 - 0, 9 - 4 and 16 - 9 ms; 1 is the host's clock
-    assert Event.waited == 1 + 3  # for the first, and for the others once everything has been issued
+    assert times == pytest.approx([0.5e-3, 1.5e-3, 2.5e-3])  # halves of 1 - 0, 4 - 1 and 9 - 4 ms
+    assert Event.waited == 1 + 3  # for the first mark, and for the three ends once everything has been issued
