@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True,
                         help="torch.distributed's isend/irecv and batch_isend_irecv too (default: yes)")  # fmt: skip
     parser.add_argument("--bytes", type=list_of(positive), default=None, metavar="N,...",
-                        help="bytes a message (default: 4 KiB to 4 MiB, on a GPU to 64 MiB)")  # fmt: skip
+                        help="bytes per message (default: 4 KiB to 4 MiB, on a GPU to 64 MiB)")  # fmt: skip
     parser.add_argument("--processes", type=integer(2), default=2, metavar="N", help="in the chain (default: 2)")
     parser.add_argument("--compute-ms", type=list_of(_milliseconds), default=[10.0], metavar="MS,...",
                         help="compute that is to hide a transfer (default: 10)")  # fmt: skip
@@ -84,7 +84,7 @@ def refusal(name: str, processes: int) -> str | None:
             return "this torch was built without NCCL: install one with CUDA"
         if kind.rival and processes > torch.cuda.device_count():
             return (
-                f"torch.distributed takes one GPU a process, and there are {processes} processes for "
+                f"torch.distributed takes one GPU per process, and there are {processes} processes for "
                 f"{torch.cuda.device_count()}: use more GPUs, or --no-rivals"
             )
     if kind.backend == "gloo" and not dist.is_gloo_available():

@@ -294,7 +294,7 @@ def run_all(
     device: str = "cuda",
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """Run and print every case whose name contains ``only``; returns a row a case, the copy first.
+    """Run and print every case whose name contains ``only``; returns a row per case, the copy first.
 
     A case that fails is a row that says why, and the others go on. ``keep`` is called with the rows behind each case.
     """

@@ -1,4 +1,4 @@
-"""Which schedule pushes most micro-batches a second through the same stages, and how busy are the stages?
+"""Which schedule pushes most micro-batches per second through the same stages, and how busy are the stages?
 
 Every case runs in the same processes, one thread a stage, in alternation; medians with the smallest and largest in
 brackets. README.md in this folder defines each number.
@@ -20,14 +20,14 @@ from common import finish, list_of, median_spread, positive, print_table
 from paci_rt import launch, schedules
 from paci_rt.profiling.link import SMALL_BYTES, measure_link
 from paci_rt.schedules.slack import check_slack
-from pipelines import PEERS, Case, Measured, add_options, describe, measure
+from pipelines import PEERS, Case, Measured, add_options, case_options, describe, measure
 
 LARGE_BYTES = 4 << 20
 LARGE_UTILIZATION, LARGE_EXPOSED_PERCENT = 0.95, 3.0
 
 
 def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
-    """One row a case: throughput and utilisation of each repeat, averaged over the stages."""
+    """One row per case: throughput and utilisation of each repeat, averaged over the stages."""
     rows = []
     for case in per_rank[0]:
         repeats = list(zip(*(measured[case] for measured in per_rank), strict=True))
@@ -168,7 +168,7 @@ def asked_over_zero_latency(args: argparse.Namespace, row: dict[str, Any]) -> fl
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=positive, default=2)
-    parser.add_argument("--accumulation", type=list_of(positive), default=[2, 4], help="micro-batches a window")
+    parser.add_argument("--accumulation", type=list_of(positive), default=[2, 4], help="micro-batches per window")
     parser.add_argument("--schedules", type=list_of(_schedule), default=["1f1b", "paci"])
     parser.add_argument(
         "--slack",
@@ -189,7 +189,9 @@ def parse_arguments() -> argparse.Namespace:
     add_options(parser, windows=8, repeats=5)
     args = parser.parse_args()
     if schedules.AUTO in args.slack and args.emulate_ms is None:
-        parser.error("--slack auto needs --emulate-ms: of a real model nobody knows beforehand how long stages take")
+        parser.error(
+            "--slack auto needs --emulate-ms: how long the stages of a real model take is not known beforehand"
+        )
     return args
 
 
@@ -253,16 +255,10 @@ def make_cases(args: argparse.Namespace, link_ms: float = 0.0) -> dict[Case, boo
                 slack = planned_slack(name, args.stages, max(hop_ms, link_ms), args.emulate_ms)
             case = Case(
                 schedule=name,
-                stages=args.stages,
                 accumulation=accumulation,
                 slack=slack,
                 hop_ms=hop_ms,
-                model=args.model,
-                rows=args.rows,
-                seq_len=args.seq_len,
-                emulate_ms=args.emulate_ms,
-                message_bytes=args.message_bytes,
-                transport=args.transport,
+                **case_options(args),
             )
             cases[replace(case, slack=0, hop_ms=0.0)] = False  # what the others are measured by
             cases[case] = cases.get(case, False) or planned

@@ -41,7 +41,7 @@ class Case:
             backward, or forward, I and W; None for the real model.
         message_bytes: size of what emulated stages exchange.
         transport: how the stages of paci_rt's schedules reach each other; torch's go over gloo.
-        rows, seq_len: sequences a micro-batch and tokens a sequence of the real model.
+        rows, seq_len: sequences per micro-batch and tokens per sequence of the real model.
     """
 
     schedule: str
@@ -127,8 +127,9 @@ class _Output(torch.autograd.Function):
 
 
 class Messages:
-    """What an emulated stage sends: the same ones each time, since making them anew would take time of its own. Not
-    zeros, since all pages of fresh zeros can be one page of memory.
+    """What an emulated stage sends: the same tensors each time, since making new ones would take time.
+
+    They are not zeros, since all pages of fresh zeros can be one page of memory.
 
     Args:
         count: numbers in a message.
@@ -344,6 +345,12 @@ def add_options(parser: argparse.ArgumentParser, *, windows: int, repeats: int) 
     parser.add_argument("--windows", type=positive, default=windows, help="windows per repeat")
     parser.add_argument("--repeats", type=positive, default=repeats)
     parser.add_argument("--json", default=None)
+
+
+def case_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of every :class:`Case` of a benchmark with these options."""
+    names = ("stages", "model", "rows", "seq_len", "emulate_ms", "message_bytes", "transport")
+    return {name: getattr(args, name) for name in names}
 
 
 def describe(args: argparse.Namespace, compute: str | None, *notes: str) -> str:

@@ -1,8 +1,8 @@
 """Every schedule of the comparison through the same stages: throughput, bubbles, memory, drift, and what the
 simulator had predicted.
 
-Stages are processes, one thread each; schedules run in alternation. With --emulate-ms a sleep takes the
-place of the kernels, so that eight stages fit on two cores. README.md in this folder defines each number.
+Stages are processes, one thread each; schedules run in alternation. With --emulate-ms a sleep takes the place of the
+kernels, so that eight stages fit on two cores. README.md in this folder defines each number.
 
     python benchmarks/schedules.py --stages 8 --accumulation 4,8,24 --emulate-ms 20,20,20
     python benchmarks/schedules.py --stages 2 --accumulation 4
@@ -23,7 +23,7 @@ from paci_rt.action import Action, Op
 from paci_rt.schedules import policies
 from paci_rt.simulate import Costs, Simulation, simulate
 from paci_rt.trace import Event
-from pipelines import Case, Measured, add_options, describe, measure
+from pipelines import Case, Measured, add_options, case_options, describe, measure
 
 ALL = (
     *("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "async-1f1b", "pipedream"),
@@ -157,7 +157,7 @@ def _plus(seconds: tuple[float, ...], more_s: float) -> tuple[float, ...]:
 
 
 def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
-    """One row a case."""
+    """One row per case."""
     by_case = {case: list(zip(*(measured[case] for measured in per_rank), strict=True)) for case in per_rank[0]}
     base = {case.accumulation: repeats for case, repeats in by_case.items() if case.schedule == "1f1b"}
     links = {
@@ -270,7 +270,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=positive, default=2)
-    parser.add_argument("--accumulation", type=list_of(positive), default=[4], help="micro-batches a window")
+    parser.add_argument("--accumulation", type=list_of(positive), default=[4], help="micro-batches per window")
     parser.add_argument("--schedules", type=list_of(_schedule), default=list(ALL), help="NAME or NAME+POLICY, ...")
     parser.add_argument("--chunks", type=positive, default=2, help="pieces of the model a stage, for interleaved-1f1b")
     parser.add_argument("--emulate-ms", type=_times, default=None, metavar="F,I,W", help="sleep instead of computing")
@@ -307,17 +307,11 @@ def make_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
             family = schedules.get(name)
             case = Case(
                 schedule=name,
-                stages=args.stages,
                 accumulation=accumulation,
                 chunks=args.chunks if family.takes_chunks else 1,
                 policy=policy or None,
                 costs=costs if family.takes_costs else None,
-                model=args.model,
-                rows=args.rows,
-                seq_len=args.seq_len,
-                emulate_ms=args.emulate_ms,
-                message_bytes=args.message_bytes,
-                transport=args.transport,
+                **case_options(args),
             )
             try:
                 _, shape = family_and_shape(case)

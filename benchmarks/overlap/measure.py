@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         wires: names from ``WIRES``, all of one device.
         processes: in the chain.
-        sizes: bytes a message.
+        sizes: bytes per message.
         computes: kinds of compute, ``gemm`` or ``emulated``.
         compute_ms: lengths of compute that is to hide transfers.
         quick: a quarter of the rounds.
@@ -143,7 +143,7 @@ class _Process:
 
     def _disconnect(self, wire: Wire) -> None:
         wire.flush()
-        self._settle()  # nobody leaves while a neighbour still reads
+        self._settle()  # no process leaves while a neighbour still reads
         wire.close()
 
     def _connect(self, kind: WireKind) -> Wire | None:
@@ -163,7 +163,7 @@ class _Process:
         return wire
 
     def _settle(self) -> None:
-        """All processes have done what they began. A GPU may still have receives posted, for which nobody waits."""
+        """All processes have done what they began. A GPU may still have receives posted that no process waits for."""
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         dist.barrier()

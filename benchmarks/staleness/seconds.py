@@ -54,7 +54,7 @@ def profiled_costs(path: str, stages: int, accumulation: int) -> Costs:
     """Costs of a profile's stages, cut as the planner cuts them for PACI without limits.
 
     Raises:
-        ValueError: the file is no profile, or has too few blocks.
+        ValueError: the file is not a profile, or has too few blocks.
     """
     profile = load_profile(path)
     chosen = plan(profile, stages=stages, accumulations=[accumulation], schedules=["paci"], slack=0).chosen
@@ -132,7 +132,7 @@ class TimeRow:
     """How many times as fast a method gets down to each threshold as a flush schedule does.
 
     Attributes:
-        throughput: updates a second over the flush schedule's.
+        throughput: updates per second over the flush schedule's.
         speedups: early, middle, late; mean over the seeds.
         short: whether a run never came down to a threshold, so that its speedups are upper bounds.
     """

@@ -67,7 +67,7 @@ class TextTask(Task):
 
     Attributes:
         model: its shape; ``layers`` of it are those of the task.
-        seq_len: tokens a sequence.
+        seq_len: tokens per sequence.
     """
 
     model: GPTConfig

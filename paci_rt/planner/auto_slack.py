@@ -1,4 +1,4 @@
-"""``--slack`` as it is typed: a number, one a stage, or ``auto``, which needs to know how long messages take."""
+"""``--slack`` as it is typed: a number, one per stage, or ``auto``, which needs to know how long messages take."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def from_profile(
         if profile.profiled.get(name) != value:
             raise ValueError(
                 f"--profile {path} was measured with {name} {profile.profiled.get(name)}, and this run has {value}: "
-                "measure anew, or give --slack as numbers"
+                "measure again, or give --slack as numbers"
             )
     costs = stage_costs(profile, partition)
     slack = planned(costs, family, shape, policies.resolve(family, shape, policy))

@@ -2,7 +2,7 @@
 
 Every combination of schedule, policy, accumulation and chunks is a candidate, with no slack and, where messages take
 time, with as much by stage as hides some or all of it (:mod:`paci_rt.schedules.slack`). For each, an exact dynamic
-program (:mod:`paci_rt.planner.partition`) cuts the model such that the dearest stage is as quick as can be within the
+program (:mod:`paci_rt.planner.partition`) cuts the model so that the slowest stage is as fast as possible within the
 memory of each device; the simulator then says how fast the pipeline would run. Candidates that break a limit come back
 with the reason. Memory counts what a stage keeps: weights, optimizer state, one accumulator, further weight versions,
 activations in flight and stashes. The workspace of a kernel and the process itself come on top.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +60,7 @@ class Plan:
         return self.candidates[0]
 
     def best_of_each(self) -> list[Candidate]:
-        """One candidate a schedule, in order: the best that fits, else the nearest miss."""
+        """One candidate per schedule, in order: the best that fits, else the nearest miss."""
         found: dict[str, Candidate] = {}
         for one in self.candidates:
             found.setdefault(one.schedule, one)
@@ -105,8 +105,8 @@ def plan(
         lookahead: whether early forwards look ahead, for schedules and policies that can; None as the schedule does.
         device_speeds: of each device, 1 being the one that was profiled.
         schedules, policies: names to choose from; all by default.
-        slack: of schedules that take any: ``"auto"`` chooses, a number or one a stage is what they get.
-        chunks: stages a device to choose from, for schedules that take chunks.
+        slack: of schedules that take any: ``"auto"`` chooses; a number, or one per stage, is used as it is.
+        chunks: stages per device to choose from, for schedules that take chunks.
 
     Raises:
         ValueError: a value that cannot be; or nothing fits, then with the least memory that any candidate needs.
@@ -123,10 +123,19 @@ def plan(
         delay=delay_limits[True],
         bare_delay=delay_limits[False],
     )
-    evaluator = Evaluator(profile=profile, speeds=speeds, limits=limits)
+    groups = _groups(schedules, policies, accumulations, given, chunks, lookahead)
+    return _choose(groups, Evaluator(profile=profile, speeds=speeds, limits=limits), choose_slack=given is None)
+
+
+def _choose(groups: Iterable[list[Candidate]], evaluator: Evaluator, *, choose_slack: bool) -> Plan:
+    """Evaluate all candidates and rank them.
+
+    Raises:
+        ValueError: none fits.
+    """
     fitting, rejected = [], []
-    for group in _groups(schedules, policies, accumulations, given, chunks, lookahead):
-        fit, misses = _evaluate(group, evaluator, choose_slack=given is None)
+    for group in groups:
+        fit, misses = _evaluate(group, evaluator, choose_slack=choose_slack)
         fitting += fit
         rejected += misses
     if not fitting:
@@ -137,7 +146,8 @@ def plan(
     if ranked[0].slack:
         family = families.get(ranked[0].schedule)
         strict = evaluator.simulate(replace(ranked[0], slack=0, predicted=None), family)
-    return Plan(candidates=(*ranked, *rejected), limits=limits, device_speeds=speeds, without_slack=strict)
+    candidates = (*ranked, *rejected)
+    return Plan(candidates=candidates, limits=evaluator.limits, device_speeds=evaluator.speeds, without_slack=strict)
 
 
 def _delay_limits(limit: int | str | None) -> dict[bool, int | None]:
@@ -166,7 +176,7 @@ def _check_choices(profile: Profile, stages: int, accumulations: Sequence[int], 
             f"{profile.middle} stages"
         )
     if not any(block.compute_s for block in profile.blocks):
-        raise ValueError("no block of the profile takes any time, so there is nothing to plan for: measure anew")
+        raise ValueError("no block of the profile takes any time, so there is nothing to plan for: measure again")
 
 
 def _memory_limits(limits: float | Sequence[float] | None, stages: int) -> tuple[float, ...]:

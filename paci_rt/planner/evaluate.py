@@ -86,7 +86,7 @@ class Evaluator:
         return list(found.values())
 
     def at_most(self, one: Candidate, family: ScheduleFamily) -> float:
-        """Micro-batches a second that ``one`` cannot exceed, whatever the details of its schedule.
+        """Micro-batches per second that ``one`` cannot exceed, whatever the details of its schedule.
 
         No device works faster than without pauses. A flush adds that a stage has nothing but its W and U to do while
         the last gradient goes on to the first stage and the next window's first micro-batch comes from there; without
@@ -143,8 +143,10 @@ class Evaluator:
         return found if over[rank] <= 1 else self._over_memory(found, rank, peak[rank])
 
     def _fitted(self, one: Candidate, family: ScheduleFamily) -> Candidate:
-        """``one`` with a searched schedule that is fitted to its partition, and a partition in which it keeps within
-        the memory: they depend on each other, so a few rounds may pass."""
+        """``one`` with a searched schedule fitted to its partition, and a partition that keeps within the memory.
+
+        The two depend on each other, so this takes a few rounds.
+        """
         spans = Spans(profile=self.profile, stages=self.ranks)
         for _ in range(FITTING_ROUNDS):
             one = replace(one, step_costs=step_costs(self._costs(one), one.recomputing(self.ranks)))
@@ -165,9 +167,11 @@ class Evaluator:
     # --- where to cut ---
 
     def _partition(self, one: Candidate, keeps: list[Keeps] | None) -> tuple[int, ...] | None:
-        """The best cut within the memory limits, or without any where ``keeps`` is None. So it is with several chunks a
-        device, since what a stage may take depends on the other stages of its device: their limits are left to the
-        simulation."""
+        """The best cut within the memory limits, or without limits where ``keeps`` is None.
+
+        It is None with several chunks per device: what a stage may take then depends on the other stages of its
+        device, so the limits are left to the simulation.
+        """
         if not any(map(math.isfinite, self.limits.memory_bytes)):
             keeps = None
         stages, again = self.ranks * one.chunks, one.recomputing(self.ranks)

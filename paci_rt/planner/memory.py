@@ -18,8 +18,13 @@ from paci_rt.simulate.costs import Floats
 
 @dataclass(frozen=True)
 class Keeps:
-    """What a rank keeps: copies of its weights besides the current ones, and micro-batches between F and backward and
-    between I and W at the moments when both together are most."""
+    """What a rank keeps.
+
+    Attributes:
+        extra: copies of its weights besides the current ones.
+        moments: micro-batches between F and backward, and between I and W, at the moments when both are most.
+        recompute: whether forwards run twice.
+    """
 
     extra: int
     moments: tuple[tuple[int, int], ...]

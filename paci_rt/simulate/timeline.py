@@ -153,7 +153,7 @@ class Work:
 
 
 def play(work: Work) -> Codes:
-    """Fill ``work.start``; returns the actions that nothing gets past, at most one a rank, none if all ran."""
+    """Fill ``work.start``; returns the actions that nothing gets past, at most one per rank, none if all ran."""
     return (play_one_by_one if len(work.streams) < RANKS_FOR_ARRAYS else play_all_at_once)(work)
 
 

@@ -42,11 +42,11 @@ class TrainConfig:
         lookahead: as there; where the schedule does so of its own and the optimizer can.
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, and 2 for ``interleaved-1f1b``.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
-        accumulation: micro-batches a window; 4, and always 1 for ``async-1f1b``.
+        accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
         model: a name in ``paci_rt.train.gpt.MODELS``. partition: its blocks by stage; balanced by cost.
         data: text file, folder of text files, ``.bin``, or folder with train.bin and val.bin; Python's own library.
         steps: local updates of every stage, counted from the very first one also after ``resume``.
-        batch_size: sequences a window, whatever the accumulation. seq_len: tokens a sequence; 128 or the context.
+        batch_size: sequences per window, whatever the accumulation. seq_len: tokens per sequence; 128 or the context.
         optimizer: ``torch-adamw`` and ``torch-sgd`` are torch's own, the others paci_rt's fused ones; ``muon`` is for
             the matrices inside blocks, with AdamW for the rest.
         lr: peak learning rate; it warms up over ``warmup_steps`` (a twentieth of lr_steps) and falls along a cosine to
@@ -54,13 +54,13 @@ class TrainConfig:
         beta1, beta2: of all but sgd; beta2 is 0.95, for ``lion`` 0.99. momentum: of sgd, 0.9, and ``muon``, 0.95.
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
             autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
-            2 bytes a parameter for every micro-batch in flight, the very weight stash that PACI does without.
-        seed: of weights and batches. device: ``cpu``; ``cuda``, the GPUs of this host, one a process, or all stages on
-            the first with the local transport; ``cuda:N`` one of them; ``auto`` is ``cuda`` where it can be used.
+            2 bytes per parameter for every micro-batch in flight, the very weight stash that PACI does without.
+        seed: of weights and batches. device: ``cpu``; ``cuda``, the GPUs of this host, one per process, or all stages
+            on the first with the local transport; ``cuda:N`` one of them; ``auto`` is ``cuda`` where it can be used.
         eval_interval: windows between validations, 0 for one at the end only; a tenth of steps.
         eval_batches: batches of batch_size sequences that make the held-back set.
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
-        resume: such a folder to go on from, with any number of stages and any schedule.
+        resume: such a folder to continue from, with any number of stages and any schedule.
         transport: a name of ``paci_rt.transport.TRANSPORTS``; ``local`` runs all stages in one process.
         transfer_timeout: seconds that a stage waits for another one before the run ends with an error.
         threads, port: how the launcher starts the stages.
@@ -160,7 +160,7 @@ class TrainConfig:
         if self.transport in CPU_TRANSPORTS:
             raise ValueError(
                 f"--transport {self.transport} carries messages between CPUs: with --device {self.device} use "
-                "--transport nccl or ipc, one GPU a stage, or local, which runs all stages on one"
+                "--transport nccl or ipc, one GPU per stage, or local, which runs all stages on one"
             )
 
     def torch_device(self, rank: int) -> torch.device:

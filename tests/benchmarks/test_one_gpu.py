@@ -78,7 +78,7 @@ def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], tmp_
     ("arguments", "message"),
     [
         (["--stages", "1"], "1 is too small: give at least 2"),
-        (["--schedules", "interleaved-1f1b"], "interleaved-1f1b has several stages a rank"),
+        (["--schedules", "interleaved-1f1b"], "interleaved-1f1b has several stages per rank"),
         (["--schedules", "pipedream"], "schedules are compared here on the same stages and windows"),
         (["--schedules", "pasi"], "paci"),
         (["--schedules", "pipedream-2bw", "--accumulation", "2"], "--schedules pipedream-2bw with --accumulation 2:"),

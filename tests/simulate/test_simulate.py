@@ -413,7 +413,7 @@ def test_what_does_not_fit_together_is_named():
         run("pipedream", 4, 4)
     with pytest.raises(ValueError, match="accumulation is 3: interleaved-1f1b"):
         run("interleaved-1f1b", 4, 3, chunks=2)
-    with pytest.raises(ValueError, match="at least 7 micro-batches a window"):
+    with pytest.raises(ValueError, match="at least 7 micro-batches per window"):
         run("pipedream-2bw", 8, 4)
     with pytest.raises(ValueError, match="unknown policy 'stach': did you mean 'stash'"):
         run("paci", 4, 4, policy="stach")
