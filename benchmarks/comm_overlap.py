@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common import finish, list_of, positive, print_table
+from common import finish, integer, list_of, positive, print_table
 from overlap import measure, picture, report
 from overlap.compute import EMULATED, GEMM
 from overlap.wires import TRANSPORTS, WIRES
@@ -38,8 +38,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True,
                         help="torch.distributed's isend/irecv and batch_isend_irecv too (default: yes)")  # fmt: skip
     parser.add_argument("--bytes", type=list_of(positive), default=None, metavar="N,...",
-                        help="bytes a message (default: 4 KiB to 4 MiB, on a GPU to 64 MiB)")  # fmt: skip
-    parser.add_argument("--processes", type=_processes, default=2, metavar="N", help="in the chain (default: 2)")
+                        help="bytes per message (default: 4 KiB to 4 MiB, on a GPU to 64 MiB)")  # fmt: skip
+    parser.add_argument("--processes", type=integer(2), default=2, metavar="N", help="in the chain (default: 2)")
     parser.add_argument("--compute-ms", type=list_of(_milliseconds), default=[10.0], metavar="MS,...",
                         help="compute that is to hide a transfer (default: 10)")  # fmt: skip
     parser.add_argument("--emulate", action=argparse.BooleanOptionalAction, default=None,
@@ -60,21 +60,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _transport(text: str) -> str:
     if text not in TRANSPORTS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no transport: choose from {', '.join(TRANSPORTS)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a transport: choose from {', '.join(TRANSPORTS)}")
     return text
-
-
-def _processes(text: str) -> int:
-    value = positive(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} processes have no link between them: give at least 2")
-    return value
 
 
 def _milliseconds(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} ms is no length of compute: give a number above 0")
+        raise argparse.ArgumentTypeError(f"{text} ms of compute: give a number above 0")
     return value
 
 
@@ -91,7 +84,7 @@ def refusal(name: str, processes: int) -> str | None:
             return "this torch was built without NCCL: install one with CUDA"
         if kind.rival and processes > torch.cuda.device_count():
             return (
-                f"torch.distributed takes one GPU a process, and there are {processes} processes for "
+                f"torch.distributed takes one GPU per process, and there are {processes} processes for "
                 f"{torch.cuda.device_count()}: use more GPUs, or --no-rivals"
             )
     if kind.backend == "gloo" and not dist.is_gloo_available():

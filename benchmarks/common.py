@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,20 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         print("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip())
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def integer(least: int, problem: str = "is too small") -> Callable[[str], int]:
+    """An argparse type: an integer of at least ``least``; ``problem`` says what is wrong with a smaller one."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} {problem}: give at least {least}")
+        return value
+
+    parse.__name__ = "integer"  # argparse names it where the text is not a number
+    return parse
+
+
+positive = integer(1)
 
 
 def list_of(convert: Any) -> Any:

@@ -25,7 +25,7 @@ def loss_fn(output: Tensor, target: Tensor) -> Tensor:
 
 
 def bare(stages: list[nn.Module], x: Tensor, y: Tensor, accumulation: int) -> None:
-    """The same forwards and backwards, cut at the same places, with nobody in between."""
+    """The same forwards and backwards, cut at the same places, with nothing in between."""
     for x_part, y_part in zip(x.tensor_split(accumulation), y.tensor_split(accumulation), strict=True):
         hidden, cuts = x_part, []
         for stage in stages:
@@ -90,7 +90,7 @@ def main() -> None:
         for schedule in ("gpipe", "1f1b", "paci")
     ]
     print_table(
-        ["schedule", "stages", "a", "actions a window", "us per action", "asked at most"],
+        ["schedule", "stages", "a", "actions per window", "us per action", "asked at most"],
         [
             [
                 row["schedule"],

@@ -81,6 +81,7 @@ class Bench:
     def __init__(self, wire: Wire, device: torch.device, *, repeats: int, compute_ms: float) -> None:
         self._wire, self._device, self._repeats = wire, device, repeats
         self._clock = clock_for(device)
+        self._clock.mark()  # the first one waits for the device
         cuda = device.type == "cuda"
         size = MATRIX if cuda else 64
         self._a, self._b = (torch.randn(size, size, device=device) for _ in range(2))
@@ -240,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _transport(text: str) -> str:
     if text not in TRANSPORTS:
-        raise ValueError(f"{text!r} is no transport for GPUs: choose from {', '.join(TRANSPORTS)}")
+        raise ValueError(f"{text!r} is not a transport for GPUs: choose from {', '.join(TRANSPORTS)}")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Speed of the native CPU kernels against torch's, one row a case.
+"""Speed of the native CPU kernels against torch's, one row per case.
 
     python benchmarks/kernels.py [--json FILE] [--megabytes 256] [--rounds 9] [--threads 1]
     python benchmarks/kernels.py --device cuda [--megabytes 1024]        # the Triton kernels: kernels_cuda.py

@@ -1,7 +1,7 @@
-"""A real pipeline on a single GPU, measured and not simulated: a partition of its multiprocessors for every stage,
-copies between them as links, and schedule against schedule on the same stages.
+"""A real pipeline on a single GPU, measured and not simulated: schedules compared on the same stages.
 
-One thread issues everything ahead of the GPU; README.md in this folder defines each number.
+Every stage has a partition of the multiprocessors, and links are copies between them. One thread issues everything
+ahead of the GPU. README.md in this folder defines each number.
 
     python benchmarks/one_gpu.py
     python benchmarks/one_gpu.py --accumulation 8 --schedules 1f1b,paci --latency-us 500 --json one_gpu.json
@@ -26,6 +26,7 @@ import paci_rt
 from common import (
     finish_measures,
     gpu_facts,
+    integer,
     list_of,
     measure,
     median_spread,
@@ -146,7 +147,7 @@ def row_of(bench: Bench, case: Case, mine: list[tuple[Sample, Reading]], links: 
 
 
 def summarise(bench: Bench, measured: Measured) -> list[dict[str, Any]]:
-    """One row a case; ``measured`` holds cases of one number of micro-batches, 1F1B-flush among them."""
+    """One row per case; ``measured`` holds cases of one number of micro-batches, 1F1B-flush among them."""
     (base,) = (case for case in measured if case.schedule == BASE)
     links = [read_link(sample.events) for sample, _ in measured[base]]
     rows = [row_of(bench, case, mine, links) for case, mine in measured.items()]
@@ -222,16 +223,18 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--stages", type=_stages, default=8)
-    parser.add_argument("--accumulation", type=list_of(positive), default=[8, 24], help="micro-batches a window")
+    parser.add_argument("--stages", type=integer(2), default=8)
+    parser.add_argument("--accumulation", type=list_of(positive), default=[8, 24], help="micro-batches per window")
     parser.add_argument("--schedules", type=list_of(_schedule), default=["1f1b", "zb-h1", "zb-2p", "paci"])
     parser.add_argument("--hidden", type=positive, default=6144, help="width of the linear layers")
     parser.add_argument("--layers", type=positive, default=3, help="linear layers a stage")
     parser.add_argument("--tokens", type=positive, default=4096, help="rows of a micro-batch")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--latency-us", type=_not_negative, default=0, help="of every link, on top of the copy")
-    parser.add_argument("--slack", type=_not_negative, default=0, help="warm-up forwards more, for paci")
-    parser.add_argument("--min-sms", type=positive, default=None, help="multiprocessors a stage (as many as possible)")
+    parser.add_argument("--latency-us", type=integer(0), default=0, help="of every link, on top of the copy")
+    parser.add_argument("--slack", type=integer(0), default=0, help="warm-up forwards more, for paci")
+    parser.add_argument(
+        "--min-sms", type=positive, default=None, help="multiprocessors per stage (as many as possible)"
+    )
     parser.add_argument("--windows", type=positive, default=3, help="windows to measure in a repeat")
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--json", default=None)
@@ -252,26 +255,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _stages(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} is no pipeline: give at least 2")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
 def _schedule(text: str) -> str:
     family = schedules.get(text)
     if family.takes_chunks or family.one_micro_batch_windows:
         raise ValueError(
-            f"{text} has several stages a rank, or an update after every backward; schedules are compared here on the "
-            "same stages and windows: choose from gpipe, 1f1b, zb-h1, zb-h2, zb-1p, zb-2p, pipedream-2bw and paci"
+            f"{text} has several stages per rank, or an update after every backward; schedules are compared here on "
+            "the same stages and windows: choose from gpipe, 1f1b, zb-h1, zb-h2, zb-1p, zb-2p, pipedream-2bw and paci"
         )
     return str(family.name)
 

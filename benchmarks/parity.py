@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="where to train (default cuda; cpu tries the script itself)")
-    parser.add_argument("--windows", type=positive, default=12, help="local updates a run (default 12)")
+    parser.add_argument("--windows", type=positive, default=12, help="local updates per run (default 12)")
     parser.add_argument("--schedules", type=list_of(str), default=["1f1b", "paci", "zb-2p"], help="which to train")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Which schedule pushes most micro-batches a second through the same stages, and how busy are the stages?
+"""Which schedule pushes most micro-batches per second through the same stages, and how busy are the stages?
 
 Every case runs in the same processes, one thread a stage, in alternation; medians with the smallest and largest in
 brackets. README.md in this folder defines each number.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -21,31 +20,14 @@ from common import finish, list_of, median_spread, positive, print_table
 from paci_rt import launch, schedules
 from paci_rt.profiling.link import SMALL_BYTES, measure_link
 from paci_rt.schedules.slack import check_slack
-from paci_rt.train.gpt import MODELS
-from pipelines import PEERS, Case, Pipe
+from pipelines import PEERS, Case, Measured, add_options, case_options, describe, measure
 
 LARGE_BYTES = 4 << 20
 LARGE_UTILIZATION, LARGE_EXPOSED_PERCENT = 0.95, 3.0
 
-Measured = dict[Case, list[dict[str, Any]]]
-
-
-def measure(ctx: launch.Context, cases: list[Case], windows: int, repeats: int) -> Measured:
-    """Run by every process: all cases, in alternation."""
-    pipes = {case: Pipe(case, ctx.rank) for case in cases}
-    results: Measured = defaultdict(list)
-    for round_number in range(repeats + 1):
-        for case, pipe in pipes.items():
-            measured = pipe.measure(windows if round_number else 1)
-            if round_number:  # the first round warms up
-                results[case].append(measured)
-        if ctx.rank == 0:
-            ctx.report({"round": round_number})
-    return dict(results)
-
 
 def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
-    """One row a case: throughput and utilisation of each repeat, averaged over the stages."""
+    """One row per case: throughput and utilisation of each repeat, averaged over the stages."""
     rows = []
     for case in per_rank[0]:
         repeats = list(zip(*(measured[case] for measured in per_rank), strict=True))
@@ -186,7 +168,7 @@ def asked_over_zero_latency(args: argparse.Namespace, row: dict[str, Any]) -> fl
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=positive, default=2)
-    parser.add_argument("--accumulation", type=list_of(positive), default=[2, 4], help="micro-batches a window")
+    parser.add_argument("--accumulation", type=list_of(positive), default=[2, 4], help="micro-batches per window")
     parser.add_argument("--schedules", type=list_of(_schedule), default=["1f1b", "paci"])
     parser.add_argument(
         "--slack",
@@ -200,20 +182,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--emulate-ms", type=_times, default=None, metavar="F,B|F,I,W", help="sleep instead of computing"
     )
-    parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
     parser.add_argument(
         "--transport", choices=("auto", "shm", "gloo"), default="auto", help="between paci_rt's stages (torch's: gloo)"
     )
     parser.add_argument("--peer", choices=["torch"], default=None, help="also run torch.distributed.pipelining")
-    parser.add_argument("--model", choices=sorted(MODELS), default="gpt-mini")
-    parser.add_argument("--rows", type=positive, default=2, help="sequences a micro-batch")
-    parser.add_argument("--seq-len", type=positive, default=128)
-    parser.add_argument("--windows", type=positive, default=8, help="windows a repeat")
-    parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--json", default=None)
+    add_options(parser, windows=8, repeats=5)
     args = parser.parse_args()
     if schedules.AUTO in args.slack and args.emulate_ms is None:
-        parser.error("--slack auto needs --emulate-ms: of a real model nobody knows beforehand how long stages take")
+        parser.error(
+            "--slack auto needs --emulate-ms: how long the stages of a real model take is not known beforehand"
+        )
     return args
 
 
@@ -277,80 +255,63 @@ def make_cases(args: argparse.Namespace, link_ms: float = 0.0) -> dict[Case, boo
                 slack = planned_slack(name, args.stages, max(hop_ms, link_ms), args.emulate_ms)
             case = Case(
                 schedule=name,
-                stages=args.stages,
                 accumulation=accumulation,
                 slack=slack,
                 hop_ms=hop_ms,
-                model=args.model,
-                rows=args.rows,
-                seq_len=args.seq_len,
-                emulate_ms=args.emulate_ms,
-                message_bytes=args.message_bytes,
-                transport=args.transport,
+                **case_options(args),
             )
             cases[replace(case, slack=0, hop_ms=0.0)] = False  # what the others are measured by
             cases[case] = cases.get(case, False) or planned
     return cases
 
 
-def main() -> None:
-    args = parse_arguments()
-    measured_ms = link_ms(args)
-    cases = make_cases(args, measured_ms)
-    what = f"model {args.model}, {args.rows} x {args.seq_len} tokens a micro-batch"
-    if args.emulate_ms is not None:
-        names = "FB" if len(args.emulate_ms) == 2 else "FIW"
-        times = zip(args.emulate_ms, names, strict=True)
-        what = "EMULATED compute: sleeps of " + ", ".join(f"{ms:g} ms {name}" for ms, name in times)
+def emulated_compute(args: argparse.Namespace) -> str | None:
+    """What takes the place of kernels, in words; None for a real model."""
+    if args.emulate_ms is None:
+        return None
+    times = zip(args.emulate_ms, "FB" if len(args.emulate_ms) == 2 else "FIW", strict=True)
+    return "EMULATED compute: sleeps of " + ", ".join(f"{ms:g} ms {name}" for ms, name in times)
+
+
+def about_links(args: argparse.Namespace, measured_ms: float) -> list[str]:
+    """What there is to know about the links, if anything."""
+    notes = []
     if measured_ms:
-        what += f"; a message takes {measured_ms:.3f} ms between two processes, and slack is planned for that"
+        notes.append(f"a message takes {measured_ms:.3f} ms between two processes, and slack is planned for that")
     if any(args.hop_ms):
-        what += "; EMULATED latency of messages where it says so"
-    how = f"{args.repeats} repeats of {args.windows} windows"
-    print(f"{args.stages} processes, one thread each; transport {args.transport}; {what}; {how}")
+        notes.append("EMULATED latency of messages where it says so")
+    return notes
 
-    def progress(report: dict[str, Any]) -> None:
-        print(f"  round {report['round']} of {args.repeats} done", flush=True)
 
-    per_rank = launch.run(
-        measure, args.stages, (list(cases), args.windows, args.repeats), threads=1, on_report=progress
-    )
-    rows = summarise(per_rank, args.windows)
-    for row, planned in zip(rows, cases.values(), strict=True):
-        row["planned_slack"] = planned
-    print_table(
-        [
-            "schedule",
-            "a",
-            "micro-batches/s",
-            "over zero latency",
-            "utilization",
-            "nominal",
-            "exposed %",
-            "peak activations",
-            "max drift",
-            "peak MiB",
-        ],
-        [
-            [
-                row["schedule"],
-                row["accumulation"],
-                row["micro_batches_per_s"],
-                "-" if row["over_zero_latency"] is None else row["over_zero_latency"][0],
-                "-" if row["utilization"] is None else row["utilization"],
-                "-" if row["nominal_utilization"] is None else row["nominal_utilization"],
-                "-" if row["exposed_comm_percent"] is None else row["exposed_comm_percent"],
-                "-" if row["peak_activations"] is None else row["peak_activations"],
-                row["max_drift"],
-                row["peak_bytes"] / 2**20,
-            ]
-            for row in rows
-        ],
-    )
-    print()
-    compared = ratios(rows)
-    asks, missed = asked(args), []
-    table = []
+COLUMNS = {
+    "schedule": "schedule",
+    "a": "accumulation",
+    "micro-batches/s": "micro_batches_per_s",
+    "over zero latency": "over_zero_latency",
+    "utilization": "utilization",
+    "nominal": "nominal_utilization",
+    "exposed %": "exposed_comm_percent",
+    "peak activations": "peak_activations",
+    "max drift": "max_drift",
+}
+"""Key of a row by title of its column."""
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """A row per case; a dash where there is no number."""
+
+    def cell(value: Any) -> Any:
+        if value is None:
+            return "-"
+        return value[0] if isinstance(value, tuple) else value  # a median, without its spread
+
+    table = [[*(cell(row[key]) for key in COLUMNS.values()), row["peak_bytes"] / 2**20] for row in rows]
+    print_table([*COLUMNS, "peak MiB"], table)
+
+
+def print_ratios(compared: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
+    """A row per ratio; returns a line for each that falls short of what is asked."""
+    asks, missed, table = asked(args), [], []
     for entry in compared:
         raw_ask, normalised_ask = asks.get((entry["ratio"], entry["accumulation"]), (None, None))
         for kind, ask in (("raw", raw_ask), ("normalised", normalised_ask)):
@@ -364,16 +325,42 @@ def main() -> None:
             if ask is not None and middle < ask:
                 missed.append(f"{name} at a={entry['accumulation']}: {middle:.3f} < {ask}")
     print_table(["ratio", "a", "median", "spread", "asked", "limit"], table)
+    return missed
+
+
+def short_of(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
+    """A line for each number of a row that falls short of what is asked."""
+    missed = []
     for row in rows:
+        where = f"{row['schedule']} at a={row['accumulation']}"
         ask = asked_utilization(args).get(row["schedule"])
         if ask is not None and row["utilization"] < ask:
-            where = f"{row['schedule']} at a={row['accumulation']}"
             missed.append(f"utilization of {where}: {row['utilization']:.3f} < {ask}")
         ask = asked_over_zero_latency(args, row)
         if ask is not None and row["over_zero_latency"] is not None and row["over_zero_latency"][0] < ask:
-            where = f"{row['schedule']} at a={row['accumulation']}"
             missed.append(f"{where} over zero latency: {row['over_zero_latency'][0]:.3f} < {ask}")
-    missed += short_with_large_messages(rows, args)
+    return missed + short_with_large_messages(rows, args)
+
+
+def main() -> None:
+    args = parse_arguments()
+    measured_ms = link_ms(args)
+    cases = make_cases(args, measured_ms)
+    print(describe(args, emulated_compute(args), *about_links(args, measured_ms)))
+
+    def progress(report: dict[str, Any]) -> None:
+        print(f"  round {report['round']} of {args.repeats} done", flush=True)
+
+    per_rank = launch.run(
+        measure, args.stages, (list(cases), args.windows, args.repeats), threads=1, on_report=progress
+    )
+    rows = summarise(per_rank, args.windows)
+    for row, planned in zip(rows, cases.values(), strict=True):
+        row["planned_slack"] = planned
+    print_rows(rows)
+    print()
+    compared = ratios(rows)
+    missed = print_ratios(compared, args) + short_of(rows, args)
     finish("pipeline_throughput", [*rows, *compared], missed, args.json)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import paci_rt
+from common import positive
 from delayed import DelayedTransport
+from paci_rt import launch
 from paci_rt.schedules import Slack
 from paci_rt.schedules.slack import slack_by_stage, slack_text
 from paci_rt.train.gpt import MODELS, build_stage
@@ -37,7 +41,7 @@ class Case:
             backward, or forward, I and W; None for the real model.
         message_bytes: size of what emulated stages exchange.
         transport: how the stages of paci_rt's schedules reach each other; torch's go over gloo.
-        rows, seq_len: sequences a micro-batch and tokens a sequence of the real model.
+        rows, seq_len: sequences per micro-batch and tokens per sequence of the real model.
     """
 
     schedule: str
@@ -123,8 +127,9 @@ class _Output(torch.autograd.Function):
 
 
 class Messages:
-    """What an emulated stage sends: the same ones each time, since making them anew would take time of its own. Not
-    zeros, since all pages of fresh zeros can be one page of memory.
+    """What an emulated stage sends: the same tensors each time, since making new ones would take time.
+
+    They are not zeros, since all pages of fresh zeros can be one page of memory.
 
     Args:
         count: numbers in a message.
@@ -305,3 +310,51 @@ class Pipe:
             "peak_weight_and_activation_bytes": stats.get("peak_bytes", 0),
             "stats": stats,
         }
+
+
+Measured = dict[Case, list[dict[str, Any]]]
+"""What :meth:`Pipe.measure` found, by case and repeat."""
+
+
+def measure(ctx: launch.Context, cases: list[Case], windows: int, repeats: int, trace: bool = False) -> Measured:
+    """Run by every process: all cases, in alternation; the first round warms up.
+
+    Args:
+        trace: keep each repeat's events, under the key ``events``.
+    """
+    pipes = {case: Pipe(case, ctx.rank, trace=trace) for case in cases}
+    results: Measured = defaultdict(list)
+    for round_number in range(repeats + 1):
+        for case, pipe in pipes.items():
+            if trace:
+                pipe.schedule.events.clear()
+            measured = pipe.measure(windows if round_number else 1)
+            if round_number:
+                results[case].append({**measured, "events": list(pipe.schedule.events)} if trace else measured)
+        if ctx.rank == 0:
+            ctx.report({"round": round_number})
+    return dict(results)
+
+
+def add_options(parser: argparse.ArgumentParser, *, windows: int, repeats: int) -> None:
+    """Options of benchmarks that run cases: the model, how often, and where to write the result."""
+    parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
+    parser.add_argument("--model", choices=sorted(MODELS), default="gpt-mini")
+    parser.add_argument("--rows", type=positive, default=2, help="sequences per micro-batch")
+    parser.add_argument("--seq-len", type=positive, default=128)
+    parser.add_argument("--windows", type=positive, default=windows, help="windows per repeat")
+    parser.add_argument("--repeats", type=positive, default=repeats)
+    parser.add_argument("--json", default=None)
+
+
+def case_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of every :class:`Case` of a benchmark with these options."""
+    names = ("stages", "model", "rows", "seq_len", "emulate_ms", "message_bytes", "transport")
+    return {name: getattr(args, name) for name in names}
+
+
+def describe(args: argparse.Namespace, compute: str | None, *notes: str) -> str:
+    """The first line that such a benchmark prints; ``compute`` says what takes the model's place, None if nothing."""
+    what = "; ".join([compute or f"model {args.model}, {args.rows} x {args.seq_len} tokens per micro-batch", *notes])
+    how = f"{args.repeats} repeats of {args.windows} windows"
+    return f"{args.stages} processes, one thread each; transport {args.transport}; {what}; {how}"

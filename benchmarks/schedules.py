@@ -1,8 +1,8 @@
 """Every schedule of the comparison through the same stages: throughput, bubbles, memory, drift, and what the
 simulator had predicted.
 
-Stages are processes, one thread each; schedules run in alternation. With --emulate-ms a sleep takes the
-place of the kernels, so that eight stages fit on two cores. README.md in this folder defines each number.
+Stages are processes, one thread each; schedules run in alternation. With --emulate-ms a sleep takes the place of the
+kernels, so that eight stages fit on two cores. README.md in this folder defines each number.
 
     python benchmarks/schedules.py --stages 8 --accumulation 4,8,24 --emulate-ms 20,20,20
     python benchmarks/schedules.py --stages 2 --accumulation 4
@@ -23,10 +23,7 @@ from paci_rt.action import Action, Op
 from paci_rt.schedules import policies
 from paci_rt.simulate import Costs, Simulation, simulate
 from paci_rt.trace import Event
-from paci_rt.train.gpt import MODELS
-from pipelines import Case, Pipe
-
-Measured = dict[Case, list[dict[str, Any]]]
+from pipelines import Case, Measured, add_options, case_options, describe, measure
 
 ALL = (
     *("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "async-1f1b", "pipedream"),
@@ -35,21 +32,6 @@ ALL = (
 NEAR_S = 2e-3  # what arrived so long ago was there for certain
 MOST_ERROR = 0.03
 PACI_TO_ZB_2P, PACI_ACTIVATIONS_TO_ZB_2P = 0.99, 0.55
-
-
-def measure(ctx: launch.Context, cases: list[Case], windows: int, repeats: int) -> Measured:
-    """Run by every process: all cases, in alternation; the first round warms up."""
-    pipes = {case: Pipe(case, ctx.rank, trace=True) for case in cases}
-    results: Measured = defaultdict(list)
-    for round_number in range(repeats + 1):
-        for case, pipe in pipes.items():
-            pipe.schedule.events.clear()
-            measured = pipe.measure(windows if round_number else 1)
-            if round_number:
-                results[case].append({**measured, "events": list(pipe.schedule.events)})
-        if ctx.rank == 0:
-            ctx.report({"round": round_number})
-    return dict(results)
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
@@ -175,7 +157,7 @@ def _plus(seconds: tuple[float, ...], more_s: float) -> tuple[float, ...]:
 
 
 def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
-    """One row a case."""
+    """One row per case."""
     by_case = {case: list(zip(*(measured[case] for measured in per_rank), strict=True)) for case in per_rank[0]}
     base = {case.accumulation: repeats for case, repeats in by_case.items() if case.schedule == "1f1b"}
     links = {
@@ -288,18 +270,12 @@ def report(rows: list[dict[str, Any]]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=positive, default=2)
-    parser.add_argument("--accumulation", type=list_of(positive), default=[4], help="micro-batches a window")
+    parser.add_argument("--accumulation", type=list_of(positive), default=[4], help="micro-batches per window")
     parser.add_argument("--schedules", type=list_of(_schedule), default=list(ALL), help="NAME or NAME+POLICY, ...")
     parser.add_argument("--chunks", type=positive, default=2, help="pieces of the model a stage, for interleaved-1f1b")
     parser.add_argument("--emulate-ms", type=_times, default=None, metavar="F,I,W", help="sleep instead of computing")
-    parser.add_argument("--message-bytes", type=positive, default=1024, help="between emulated stages")
     parser.add_argument("--transport", choices=("auto", "shm", "gloo"), default="auto", help="between the stages")
-    parser.add_argument("--model", choices=sorted(MODELS), default="gpt-mini")
-    parser.add_argument("--rows", type=positive, default=2, help="sequences a micro-batch")
-    parser.add_argument("--seq-len", type=positive, default=128)
-    parser.add_argument("--windows", type=positive, default=4, help="windows a repeat")
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--json", default=None)
+    add_options(parser, windows=4, repeats=3)
     return parser.parse_args()
 
 
@@ -331,17 +307,11 @@ def make_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
             family = schedules.get(name)
             case = Case(
                 schedule=name,
-                stages=args.stages,
                 accumulation=accumulation,
                 chunks=args.chunks if family.takes_chunks else 1,
                 policy=policy or None,
                 costs=costs if family.takes_costs else None,
-                model=args.model,
-                rows=args.rows,
-                seq_len=args.seq_len,
-                emulate_ms=args.emulate_ms,
-                message_bytes=args.message_bytes,
-                transport=args.transport,
+                **case_options(args),
             )
             try:
                 _, shape = family_and_shape(case)
@@ -356,11 +326,10 @@ def make_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
 
 def main() -> None:
     args = parse_arguments()
-    what = f"model {args.model}, {args.rows} x {args.seq_len} tokens a micro-batch"
+    what = None
     if args.emulate_ms is not None:
         what = "EMULATED compute: sleeps of {:g} ms F, {:g} ms I and {:g} ms W".format(*args.emulate_ms)
-    how = f"{args.repeats} repeats of {args.windows} windows"
-    print(f"{args.stages} processes, one thread each; transport {args.transport}; {what}; {how}")
+    print(describe(args, what))
     cases, left_out = make_cases(args)
     for line in left_out:
         print(f"  left out: {line}")
@@ -372,7 +341,8 @@ def main() -> None:
             print(f"  a={accumulation}: round {seen['round']} of {args.repeats} done", flush=True)
 
         mine = [case for case in cases if case.accumulation == accumulation]
-        per_rank = launch.run(measure, args.stages, (mine, args.windows, args.repeats), threads=1, on_report=progress)
+        todo = (mine, args.windows, args.repeats, True)
+        per_rank = launch.run(measure, args.stages, todo, threads=1, on_report=progress)
         rows += summarise(per_rank, args.windows)
     report(rows)
     finish("schedules", rows, short_of(rows, args.emulate_ms is not None), args.json)

@@ -54,7 +54,7 @@ class Setting:
     Attributes:
         device: where. model: a GPT of ``paci_rt.train``.
         sequences: of a micro-batch. tokens: of a sequence.
-        accumulation: micro-batches a window.
+        accumulation: micro-batches per window.
         windows: in a sample. rounds: samples of each kind.
     """
 
@@ -142,7 +142,7 @@ def timings(setting: Setting) -> tuple[list[dict[str, float]], paci_rt.LocalPipe
             rounds.append(seconds)
     moved = {name: fingerprint(pipeline, setting.device) != before[name] for name, pipeline in pipelines.items()}
     if moved != {"without": False, "with": True}:
-        raise RuntimeError(f"weights that moved: {moved}, so this was no comparison of updates with none")
+        raise RuntimeError(f"weights that moved: {moved}, so updates were not compared with none")
     pipelines["without"].close()
     return rounds, pipelines["with"]
 
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="gpt2-medium", choices=sorted(MODELS), help="default gpt2-medium")
     parser.add_argument("--sequences", type=positive, default=8, help="of a micro-batch (default 8)")
     parser.add_argument("--tokens", type=positive, default=1024, help="of a sequence (default 1024)")
-    parser.add_argument("--accumulation", type=positive, default=2, help="micro-batches a window (default 2)")
+    parser.add_argument("--accumulation", type=positive, default=2, help="micro-batches per window (default 2)")
     parser.add_argument("--windows", type=positive, default=6, help="windows a sample (default 6)")
     parser.add_argument("--rounds", type=positive, default=9, help="samples of each kind (default 9)")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")

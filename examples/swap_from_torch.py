@@ -1,6 +1,6 @@
 """The same training loop on torch.distributed.pipelining and on paci_rt: only the import changes.
 
-``python examples/swap_from_torch.py`` starts two processes, one a stage, and trains three times: with torch's
+``python examples/swap_from_torch.py`` starts two processes, one per stage, and trains three times: with torch's
 Schedule1F1B, with paci_rt's (equal bit for bit), and with PACI, which takes the optimizer along because it steps while
 the pipeline is full.
 """

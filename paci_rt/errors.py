@@ -6,6 +6,29 @@ raise ``ValueError`` or ``TypeError`` instead, as they do across PyTorch.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that is most like ``word``, for the middle of a message; empty where none is like it.
+
+    ::
+
+        >>> did_you_mean("packi", ["1f1b", "paci"])
+        "did you mean 'paci'? "
+    """
+    choices = list(known)
+    begun = [choice for choice in choices if word and choice.startswith(word)]
+    near = begun or difflib.get_close_matches(word, choices, n=1, cutoff=0.3)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def unknown(what: str, word: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that does not exist; ``what`` says what it should name, for example ``schedule``."""
+    choices = list(known)
+    return ValueError(f"unknown {what} {word!r}: {did_you_mean(str(word), choices)}choose from {', '.join(choices)}")
+
 
 class PaciError(Exception):
     """Base class of the errors below."""

@@ -97,7 +97,7 @@ def _one_each(name: str, given: Any, stages: Sequence[PipelineStage]) -> list[An
         return None
     listed = list(given) if isinstance(given, Sequence) else [given]
     if len(listed) != len(stages):
-        raise ValueError(f"{len(listed)} {name}s for {len(stages)} stages: give one a stage")
+        raise ValueError(f"{len(listed)} {name}s for {len(stages)} stages: give one per stage")
     return listed
 
 
@@ -145,7 +145,7 @@ class ScheduleGPipe(_Schedule):
 
 
 class ScheduleInterleaved1F1B(_Schedule):
-    """1F1B over several stages a rank, with a flush; the first argument is the list of this rank's stages."""
+    """1F1B over several stages per rank, with a flush; the first argument is the list of this rank's stages."""
 
     name = "interleaved-1f1b"
 
@@ -181,7 +181,7 @@ class SchedulePipeDream(_Schedule):
 
 
 class SchedulePipeDream2BW(_Schedule):
-    """Asynchronous 1F1B with two weight versions, an update a window (PipeDream-2BW, arXiv 2006.09503)."""
+    """Asynchronous 1F1B with two weight versions, an update per window (PipeDream-2BW, arXiv 2006.09503)."""
 
     name = "pipedream-2bw"
 
@@ -205,17 +205,17 @@ class LocalPipeline(Pipeline):
     run, bit for bit; only the seconds are not.
 
     Args:
-        modules: one slice a stage, first to last; with ``chunks`` for each rank in turn, so ``chunks`` times as many.
+        modules: one slice per stage, first to last; with ``chunks`` for each rank in turn, so ``chunks`` times as many.
         schedule: name of the schedule.
         n_microbatches, loss_fn: as for the schedules.
         optimizer: a function from one stage's list of ``(name, parameter)`` pairs to its optimizer, for example
-            ``lambda params: paci_rt.AdamW(params, lr=3e-4)``; or a list of optimizers, one a stage; or None.
+            ``lambda params: paci_rt.AdamW(params, lr=3e-4)``; or a list of optimizers, one per stage; or None.
         lr_scheduler: a function from an optimizer to its learning-rate scheduler, or a list of schedulers.
         transport: None is unbounded mailboxes in this process.
-        device: where the stages run, one device for all or one a stage; None is where each module is.
+        device: where the stages run, one device for all or one per stage; None is where each module is.
         streams: on GPUs one ``torch.cuda.Stream`` a stage, for example of an SM partition of its own; a stage with None
             computes on the stream that is current in a step. Without ``streams`` every stage gets a new one.
-        update_streams: likewise the streams of their updates; None is a new one a stage.
+        update_streams: likewise the streams of their updates; None is a new one per stage.
 
     The other arguments are those of :class:`Pipeline`.
     """
@@ -244,7 +244,7 @@ class LocalPipeline(Pipeline):
         update_streams: Sequence[torch.cuda.Stream | None] | None = None,
     ) -> None:
         if not modules:
-            raise ValueError("modules is empty: give one module a stage")
+            raise ValueError("modules is empty: give one module per stage")
         stages = _stages(modules, device, streams, update_streams)
         optimizers: list[Any] = [None] * len(stages)
         if callable(optimizer):
@@ -287,7 +287,7 @@ def _stages(
         devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
     for name, given in (("device", devices), ("streams", streams), ("update_streams", update_streams)):
         if given is not None and len(given) != count:
-            raise ValueError(f"{len(given)} of {name} for {count} stages: give one a stage")
+            raise ValueError(f"{len(given)} of {name} for {count} stages: give one per stage")
     stages = []
     for at, (module, where) in enumerate(zip(modules, devices, strict=True)):
         place = usable(torch.device(where))

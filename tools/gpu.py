@@ -4,7 +4,7 @@
 
 Needs a CUDA build of torch, Triton, the CUDA toolkit, and the build tools, in the environment of the interpreter that
 runs it; downloads nothing and installs nothing: the core is built into this folder. Writes ``gpu.json`` (what was
-measured, on what; written anew behind each step) and ``gpu.log`` (all that the steps printed) to ``--out``, by default
+measured, on what; rewritten after each step) and ``gpu.log`` (all that the steps printed) to ``--out``, by default
 ``$OUT`` or ``runs/gpu``.
 
 Exit code 0: everything ran and reached its target. 1: something was missed or failed; the table says what. 2: this

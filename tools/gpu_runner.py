@@ -6,7 +6,7 @@ file that ``{out}`` stands for, with a list under ``measures``:
     {"measures": [{"measure": "accumulate bf16", "value": 0.95, "unit": "of copy", "target": ">= 0.92", "ok": true}]}
 
 ``ok`` is null for what only informs. A step that fails, hangs or writes nothing costs its own rows and no others.
-Nothing here imports torch or paci_rt, which the first step has yet to build.
+Nothing here imports torch or paci_rt, which only the first step builds.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Runner:
     def run(
         self, steps: Sequence[Step], *, after: Callable[[list[Outcome]], None] = lambda outcomes: None
     ) -> list[Outcome]:
-        """All steps in order, whatever becomes of each.
+        """All steps in order, even if some fail.
 
         Args:
             steps: what to run.

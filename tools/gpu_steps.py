@@ -1,6 +1,6 @@
 """What ``make gpu`` does, step by step. To measure something more, add a line.
 
-A benchmark joins by writing ``measures`` into its JSON (``gpu_runner.py`` says how), anew whenever it knows more, and
+A benchmark joins by writing ``measures`` into its JSON (``gpu_runner.py`` says how), again whenever it knows more, and
 by staying inside its limit. The shares add up to the time of the whole run, so that every step has its turn; a step may
 take what those before it have left, up to its limit.
 """
@@ -8,6 +8,13 @@ take what those before it have left, up to its limit.
 from __future__ import annotations
 
 from gpu_runner import Step
+
+
+def _benchmark(name: str, does: str, call: str, *, share_s: float, limit_s: float) -> Step:
+    """A script of ``benchmarks/`` with its options, which writes ``measures``."""
+    command = ("{python}", *f"benchmarks/{call}".split(), "--json", "{out}")
+    return Step(name=name, does=does, command=command, share_s=share_s, limit_s=limit_s)
+
 
 STEPS: tuple[Step, ...] = (
     Step(
@@ -27,38 +34,38 @@ STEPS: tuple[Step, ...] = (
         share_s=130,
         limit_s=180,
     ),
-    Step(
-        name="kernels",
-        does="Triton kernels against copying, torch and CuPy",
-        command=("{python}", "benchmarks/kernels.py", "--device", "cuda", "--json", "{out}"),
+    _benchmark(
+        "kernels",
+        "Triton kernels against copying, torch and CuPy",
+        "kernels.py --device cuda",
         share_s=65,
         limit_s=120,
     ),
-    Step(
-        name="one_gpu",
-        does="eight stages on partitions of the GPU: PACI and zero bubble against 1F1B-flush",
-        command=("{python}", "benchmarks/one_gpu.py", "--accumulation", "8", "--repeats", "2", "--json", "{out}"),
+    _benchmark(
+        "one_gpu",
+        "eight stages on partitions of the GPU: PACI and zero bubble against 1F1B-flush",
+        "one_gpu.py --accumulation 8 --repeats 2",
         share_s=110,
         limit_s=150,
     ),
-    Step(
-        name="overlap",
-        does="what an update costs beside the next micro-batch, and that nothing waits for the device",
-        command=("{python}", "benchmarks/update_overlap.py", "--json", "{out}"),
+    _benchmark(
+        "overlap",
+        "what an update costs beside the next micro-batch, and that nothing waits for the device",
+        "update_overlap.py",
         share_s=60,
         limit_s=120,
     ),
-    Step(
-        name="links",
-        does="messages between stages on one GPU against copying, and hidden behind compute",
-        command=("{python}", "benchmarks/gpu_links.py", "--json", "{out}"),
+    _benchmark(
+        "links",
+        "messages between stages on one GPU against copying, and hidden behind compute",
+        "gpu_links.py",
         share_s=35,
         limit_s=90,
     ),
-    Step(
-        name="parity",
-        does="training on the GPU against the CPU, bf16 against fp32, streams against none",
-        command=("{python}", "benchmarks/parity.py", "--windows", "8", "--json", "{out}"),
+    _benchmark(
+        "parity",
+        "training on the GPU against the CPU, bf16 against fp32, streams against none",
+        "parity.py --windows 8",
         share_s=60,
         limit_s=150,
     ),

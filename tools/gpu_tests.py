@@ -62,7 +62,7 @@ class File:
         return self.folder / f"{self.path.stem}.log"
 
     def start(self, test_limit_s: float) -> None:
-        """Begin, or go on behind what has been run."""
+        """Begin, or continue after the tests that have been run."""
         command = [
             sys.executable,
             "-m",

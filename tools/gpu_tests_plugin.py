@@ -1,5 +1,6 @@
-"""Plugin of pytest for ``gpu_tests.py``: writes down each test as it begins and ends, so that a process that hangs or
-dies takes one test with it and not the results of all.
+"""Plugin of pytest for ``gpu_tests.py``: records each test as it begins and ends.
+
+So a process that hangs or dies loses one test, and not the results of all.
 
 Lines of JSON go to ``--record``: ``{"collected": [names]}``, ``{"begins": name}`` and ``{"ends": name, "outcome":
 "passed" | "failed" | "skipped", "message": text, "seconds": number}``. Tests that are in the file already are left out.

@@ -1,6 +1,6 @@
 """The levels of the package: who may import whom, who does, and the picture of it.
 
-    python tools/imports.py            # docs/architecture.svg anew
+    python tools/imports.py            # writes docs/architecture.svg
     python tools/imports.py --check    # exit code 1 if the committed picture is not that of the code
 
 ``LEVELS`` is the rule: a package imports only from those that stand before it. ``violations`` says who breaks it.

@@ -27,7 +27,7 @@ class Place:
 
     Attributes:
         device: of everything.
-        streams, update_streams: one a stage; None on the CPU.
+        streams, update_streams: one per stage; None on the CPU.
         facts: what is worth knowing about it, for the JSON.
     """
 
@@ -54,7 +54,7 @@ class Place:
         """Count :meth:`peak_bytes` from here."""
 
     def peak_bytes(self) -> int | None:
-        """Most memory in use since :meth:`reset_peak`; None where nobody counts."""
+        """Most memory in use since :meth:`reset_peak`; None where it is not counted."""
         return None
 
 
@@ -72,7 +72,7 @@ class GpuPlace(Place):
     Args:
         device: a CUDA device.
         stages: how many.
-        min_sms: SMs of a stage, None for as many as there can be.
+        min_sms: SMs of a stage, None for as many as possible.
 
     Raises:
         ValueError, CudaError: see :func:`paci_rt.green.sm_partitions`.
@@ -136,8 +136,10 @@ class GpuPlace(Place):
 def false_dependencies(
     streams: Sequence[torch.cuda.Stream], hold: Callable[[torch.cuda.Stream, int], None], hold_us: int
 ) -> int:
-    """How many ordered pairs of idle streams share a queue of the hardware: the second does not go on while the first
-    is held up, though nothing was said to make it wait."""
+    """How many ordered pairs of idle streams share a queue of the hardware.
+
+    The second of a pair then waits while the first is held up, though nothing makes it depend on the first.
+    """
     found = 0
     for held in streams:
         hold(held, hold_us)

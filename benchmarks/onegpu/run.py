@@ -108,7 +108,7 @@ class Block(nn.Module):
 
 
 def make_modules(model: Model, stages: int, device: torch.device) -> list[nn.Module]:
-    """One module a stage, with weights that are always the same on one kind of device."""
+    """One module per stage, with weights that are always the same on one kind of device."""
     torch.manual_seed(0)
     return [nn.Sequential(*(Block(model, device) for _ in range(model.layers))) for _ in range(stages)]
 

@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         wires: names from ``WIRES``, all of one device.
         processes: in the chain.
-        sizes: bytes a message.
+        sizes: bytes per message.
         computes: kinds of compute, ``gemm`` or ``emulated``.
         compute_ms: lengths of compute that is to hide transfers.
         quick: a quarter of the rounds.
@@ -114,6 +114,7 @@ class _Process:
             self.device = torch.device("cuda", ctx.rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.clock = clock_for(self.device)
+        self.clock.mark()  # the first one waits for the device
         wants_nccl = any(WIRES[name].backend == "nccl" for name in plan.wires)
         self.nccl_group = dist.new_group(backend="nccl") if wants_nccl else None
         self.computes: dict[tuple[str, float], Compute] = {
@@ -142,7 +143,7 @@ class _Process:
 
     def _disconnect(self, wire: Wire) -> None:
         wire.flush()
-        self._settle()  # nobody leaves while a neighbour still reads
+        self._settle()  # no process leaves while a neighbour still reads
         wire.close()
 
     def _connect(self, kind: WireKind) -> Wire | None:
@@ -162,7 +163,7 @@ class _Process:
         return wire
 
     def _settle(self) -> None:
-        """All processes have done what they began. A GPU may still have receives posted, for which nobody waits."""
+        """All processes have done what they began. A GPU may still have receives posted that no process waits for."""
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         dist.barrier()

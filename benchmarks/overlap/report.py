@@ -47,7 +47,7 @@ OVERLAP_COLUMNS = {
 
 
 def summarise(per_rank: Sequence[Results], plan: Plan) -> list[Row]:
-    """One row a case: links first, then overlap, side by side what is to be compared."""
+    """One row per case: links first, then overlap, side by side what is to be compared."""
     copies = {key[2]: samples for key, samples in per_rank[0].samples.items() if key[0] == "copy"}
     rows = []
     for key in sorted(per_rank[0].samples, key=lambda key: (key[0], *key[3:], key[2])):
@@ -188,7 +188,7 @@ def _slower_than_a_copy(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def size(nbytes: int) -> str:
-    """``4 KiB``, ``1 MiB``, or bytes where it is no whole number of these."""
+    """``4 KiB``, ``1 MiB``, or bytes where it is not a whole number of these."""
     for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= factor and nbytes % factor == 0:
             return f"{nbytes // factor} {unit}"

@@ -4,61 +4,29 @@ from __future__ import annotations
 
 from staleness.studies import Study
 
+Cells = tuple[tuple[str, tuple[int, ...]], ...]
+
 RATES = (1e-3, 2e-3)
-THREE = (("flush", (8,)), ("paci", (8,)), ("look-ahead", (8,)))
+THREE_SEEDS = (0, 1, 2)
+THREE: Cells = (("flush", (8,)), ("paci", (8,)), ("look-ahead", (8,)))
+
+
+def _study(name: str, question: str, *, cells: Cells = THREE, updates: int = 120, **options: object) -> Study:
+    """One seed at one rate, and a tenth of the updates as warm-up, unless ``options`` say otherwise."""
+    usual: dict[str, object] = {"task": "gpt-nano", "rates": (1e-3,), "seeds": (0,), "warmup": updates // 10}
+    return Study(name=name, question=question, cells=cells, updates=updates, **(usual | options))  # type: ignore[arg-type]
 
 
 def _deep(stages: int, accumulations: tuple[int, ...], **options: object) -> Study:
-    """One block a stage, so that every stage of a deep pipeline has weights of its own."""
-    return Study(
-        name=f"depth-{stages}",
-        question=f"Does look-ahead hold over {stages} stages?",
-        task="gpt-nano",
-        layers=stages,
-        stages=stages,
-        cells=(("flush", (8,)), ("paci", accumulations), ("look-ahead", accumulations)),
-        **options,  # type: ignore[arg-type]
-    )
-
-
-def _family(task: str, what: str) -> Study:
-    return Study(
-        name=task,
-        question=f"Does it hold for {what}?",
-        task=task,
-        cells=THREE,
-        rates=(1e-3,),
-        seeds=(0,),
-        updates=120,
-        warmup=12,
-    )
-
-
-def _shape(name: str, question: str, *, shape: str = "cosine", warmup: int = 12) -> Study:
-    return Study(
-        name=name,
-        question=question,
-        task="gpt-nano",
-        cells=THREE,
-        rates=(1e-3,),
-        seeds=(0,),
-        updates=120,
-        warmup=warmup,
-        shape=shape,
-    )
+    """One block per stage, so that every stage of a deep pipeline has weights of its own."""
+    cells = (("flush", (8,)), ("paci", accumulations), ("look-ahead", accumulations))
+    question = f"Does look-ahead hold over {stages} stages?"
+    return _study(f"depth-{stages}", question, cells=cells, layers=stages, stages=stages, **options)  # type: ignore[arg-type]
 
 
 def _optimizer(name: str) -> Study:
-    return Study(
-        name=f"optimizer-{name}",
-        question=f"Does it hold under {name}?",
-        task="gpt-nano",
-        cells=tuple((f"{kind} {name}", (8,)) for kind in ("flush", "paci", "look-ahead")),
-        rates=RATES,
-        seeds=(0,),
-        updates=120,
-        warmup=12,
-    )
+    cells = tuple((f"{kind} {name}", (8,)) for kind in ("flush", "paci", "look-ahead"))
+    return _study(f"optimizer-{name}", f"Does it hold under {name}?", cells=cells, rates=RATES)
 
 
 _RIVALS = (
@@ -73,103 +41,76 @@ _CHEAPER = tuple(
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
-        Study(
-            name="main",
-            question="What does an asynchronous update cost over 8 stages, and what does look-ahead give back?",
-            task="gpt-nano",
+        _study(
+            "main",
+            "What does an asynchronous update cost over 8 stages, and what does look-ahead give back?",
             cells=(("flush", (8,)), ("paci", (8, 16)), ("look-ahead", (8, 16)), ("look-ahead each", (8,))),
             rates=RATES,
             seeds=(0, 1, 2, 3, 4),
             all_seeds=True,
             updates=200,
-            warmup=20,
         ),
-        Study(
-            name="main-4",
-            question="And with fewer micro-batches than stages?",
-            task="gpt-nano",
+        _study(
+            "main-4",
+            "And with fewer micro-batches than stages?",
             cells=(("flush", (8,)), ("paci", (4,)), ("look-ahead", (4,)), ("look-ahead each", (4,))),
             rates=RATES,
+            seeds=THREE_SEEDS,
             all_seeds=True,
             updates=200,
-            warmup=20,
         ),
-        _deep(16, (8, 16), rates=RATES, updates=150, warmup=15),
+        _deep(16, (8, 16), rates=RATES, seeds=THREE_SEEDS, updates=150),
         _optimizer("nadam"),
         _optimizer("lion"),
         _optimizer("sgd"),
         _optimizer("muon"),
-        Study(
-            name="variants",
-            question="What do cheaper or other ways to look ahead give?",
-            task="gpt-nano",
+        _study(
+            "variants",
+            "What do cheaper or other ways to look ahead give?",
             cells=(*THREE, *((name, (8,)) for name in _CHEAPER)),
-            rates=(1e-3,),
-            seeds=(0,),
-            updates=120,
-            warmup=12,
         ),
-        Study(
-            name="variants-4",
-            question="And where several updates come before a backward?",
-            task="gpt-nano",
+        _study(
+            "variants-4",
+            "And where several updates come before a backward?",
             cells=(
                 *(("flush", (8,)), ("flush beta1 0.95", (8,)), ("paci", (4,)), ("paci beta1 0.95", (4,))),
                 *((name, (4,)) for name in ("look-ahead", "look-ahead beta1 0.95", "look-ahead beta1 0.98")),
                 *((name, (4,)) for name in ("look-ahead each", "look-ahead momentum first", "look-ahead damped")),
                 *((name, (4,)) for name in ("look-ahead joined", "look-ahead joined sqrt", "look-ahead joined linear")),
             ),
-            rates=(1e-3,),
-            seeds=(0,),
             updates=150,
-            warmup=15,
         ),
-        Study(
-            name="rivals",
-            question="What do other answers to delay give?",
-            task="gpt-nano",
+        _study(
+            "rivals",
+            "What do other answers to delay give?",
             cells=(*THREE, *((name, (8,)) for name in _RIVALS)),
-            rates=(1e-3,),
-            seeds=(0,),
-            updates=120,
-            warmup=12,
         ),
-        _deep(32, (32,), rates=(1e-3,), updates=60, warmup=6),
-        _family("llama-nano", "a decoder as Llama's"),
-        _family("encoder-nano", "an encoder with a masked language model"),
-        _family("mixer-nano", "an MLP-Mixer on images"),
-        _shape("no-warmup", "Does it hold without a warm-up of the learning rate?", warmup=0),
-        _shape("constant", "Does it hold at a constant learning rate?", shape="constant"),
-        _shape("drops", "Does it hold when the learning rate drops sharply?", shape="drops"),
-        Study(
-            name="accumulation",
-            question="What does the number of micro-batches decide, from 1 to 8 P?",
+        _deep(32, (32,), seeds=THREE_SEEDS, updates=60),
+        _study("llama-nano", "Does it hold for a decoder as Llama's?", task="llama-nano"),
+        _study("encoder-nano", "Does it hold for an encoder with a masked language model?", task="encoder-nano"),
+        _study("mixer-nano", "Does it hold for an MLP-Mixer on images?", task="mixer-nano"),
+        _study("no-warmup", "Does it hold without a warm-up of the learning rate?", warmup=0),
+        _study("constant", "Does it hold at a constant learning rate?", shape="constant"),
+        _study("drops", "Does it hold when the learning rate drops sharply?", shape="drops"),
+        _study(
+            "accumulation",
+            "What does the number of micro-batches decide, from 1 to 8 P?",
             task="gpt-nano-64x32",
             cells=(("flush", (8,)), ("paci", (1, 2, 8, 32, 64)), ("look-ahead", (1, 2, 8, 32, 64))),
-            rates=(1e-3,),
-            seeds=(0,),
-            updates=120,
-            warmup=12,
         ),
-        Study(
-            name="gpt-tiny",
-            question="Is a model of four times the size any different?",
+        _study(
+            "gpt-tiny",
+            "Is a model of four times the size any different?",
             task="gpt-tiny",
-            cells=THREE,
-            rates=(1e-3,),
-            seeds=(0, 1, 2),
+            seeds=THREE_SEEDS,
             updates=200,
-            warmup=20,
         ),
-        _deep(64, (64,), rates=(1e-3,), seeds=(0,), updates=100, warmup=10),
-        Study(
-            name="quick",
-            question="Does look-ahead take the cost of delay away?",
-            task="gpt-nano",
-            cells=THREE,
-            rates=(1e-3,),
+        _deep(64, (64,), updates=100),
+        _study(
+            "quick",
+            "Does look-ahead take the cost of delay away?",
             updates=80,
-            warmup=8,
+            seeds=THREE_SEEDS,
         ),
     )
 }

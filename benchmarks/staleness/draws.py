@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-MASK_TOKEN = 256  # the first that is no byte
+MASK_TOKEN = 256  # the first that is not a byte
 IGNORED = -100  # a target that torch's cross entropy leaves out
 MASKED_SHARE = 0.15
 

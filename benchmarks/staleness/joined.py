@@ -1,5 +1,8 @@
-"""Stages that join windows: one that would see more than one update between a forward and its backward updates less
-often, with the gradients of several windows together, so that no delay exceeds one of its own updates."""
+"""Stages that join windows, so that no delay exceeds one of a stage's own updates.
+
+A stage that would see more than one update between a forward and its backward updates less often, with the gradients
+of several windows together.
+"""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def rotate(x: Tensor) -> Tensor:
 
 @cache
 def _turns(seq: int, half: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle, ``[seq, half]``; making them anew is an eighth of a small model's step."""
+    """Cosine and sine of every angle, ``[seq, half]``; making them again is an eighth of a small model's step."""
     speeds = ROTARY_BASE ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
     angles = torch.outer(torch.arange(seq, device=device, dtype=torch.float32), speeds)
     return angles.cos(), angles.sin()

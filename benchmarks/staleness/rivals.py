@@ -45,8 +45,11 @@ def param_groups(named: Named, options: RivalOptions) -> list[dict[str, Any]]:
 
 
 def async_nadam(named: Named, options: RivalOptions) -> torch.optim.Optimizer:
-    """Asynchronous Nesterov (Ajanthan et al., arXiv 2505.01099) as its authors run it: NAdam with a first moment of
-    0.99 in place of 0.9, which discounts the gradient's share of the look-ahead by ``1 - beta1``."""
+    """Asynchronous Nesterov (Ajanthan et al., arXiv 2505.01099) as its authors run it.
+
+    It is NAdam with a first moment of 0.99 in place of 0.9, which discounts the gradient's share of the look-ahead by
+    ``1 - beta1``.
+    """
     return torch.optim.NAdam(
         param_groups(named, options), lr=options.lr, betas=(0.99, options.betas[1]), decoupled_weight_decay=True
     )
@@ -113,11 +116,13 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class RotatedAdamW(Steps):
-    """Basis rotation (Jung et al., arXiv 2602.03515): Adam for hidden matrices in the eigenbasis of running averages
-    of ``G G^T`` and ``G^T G``, which a step of orthogonal iteration follows every tenth update, as in SOAP (Vyas et
-    al., arXiv 2409.11321). The moments keep the basis in which they were made; the first moment is turned along.
+    """Basis rotation (Jung et al., arXiv 2602.03515): Adam for hidden matrices in a rotated basis.
 
-    As there, the first gradient only makes the basis. In it that gradient is diagonal, so Adam would divide rounding
+    The basis is the eigenbasis of running averages of ``G G^T`` and ``G^T G``. A step of orthogonal iteration follows
+    it every tenth update, as in SOAP (Vyas et al., arXiv 2409.11321). The second moment keeps the basis in which it
+    was made; the first moment is rotated along.
+
+    As in SOAP, the first gradient only makes the basis. In it that gradient is diagonal, so Adam would divide rounding
     errors by themselves everywhere else and take a step of random signs.
     """
 
@@ -146,9 +151,11 @@ class RotatedAdamW(Steps):
 
 
 def error_feedback(optimizer: type[Steps]) -> Callable[[Named, RivalOptions], torch.optim.Optimizer]:
-    """Error feedback for a delay of one update (after Zmushko et al., arXiv 2606.30634; this reading of its idea is
-    ours): the last step stood in for the present one, so the difference of the two is made up for:
-    ``u_t + (u_t - u_(t-1))``."""
+    """Error feedback for a delay of one update, after Zmushko et al., arXiv 2606.30634.
+
+    This reading of its idea is ours: the last step stood in for the present one, so the difference of the two is added:
+    ``u_t + (u_t - u_(t-1))``.
+    """
     return lambda named, options: optimizer(named, options, feed_back=True)
 
 

@@ -125,7 +125,7 @@ class Run:
 
     Attributes:
         curve: updates made and held-back loss then, from 0 on.
-        diverged: it ended early, because the loss was no number or far above where it began.
+        diverged: it ended early, because the loss was NaN or far above where it began.
         max_drift: updates between forward and backward, at most, as counted.
         lookahead_share: seconds of look-ahead over seconds of computing.
     """

@@ -13,8 +13,7 @@ import torch
 import paci_rt
 from paci_rt import schedules
 from paci_rt.action import Action, Op
-from paci_rt.planner import plan
-from paci_rt.planner.choose import load_profile, stage_costs
+from paci_rt.planner import load_profile, plan, stage_costs
 from paci_rt.simulate import Costs, simulate
 from paci_rt.trace import Event
 from staleness.case import METHODS, Method
@@ -55,7 +54,7 @@ def profiled_costs(path: str, stages: int, accumulation: int) -> Costs:
     """Costs of a profile's stages, cut as the planner cuts them for PACI without limits.
 
     Raises:
-        ValueError: the file is no profile, or has too few blocks.
+        ValueError: the file is not a profile, or has too few blocks.
     """
     profile = load_profile(path)
     chosen = plan(profile, stages=stages, accumulations=[accumulation], schedules=["paci"], slack=0).chosen
@@ -133,7 +132,7 @@ class TimeRow:
     """How many times as fast a method gets down to each threshold as a flush schedule does.
 
     Attributes:
-        throughput: updates a second over the flush schedule's.
+        throughput: updates per second over the flush schedule's.
         speedups: early, middle, late; mean over the seeds.
         short: whether a run never came down to a threshold, so that its speedups are upper bounds.
     """

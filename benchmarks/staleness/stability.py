@@ -37,8 +37,8 @@ class StageModel:
 
     Attributes:
         behind: P - 1 - i, plus the slack: forwards ahead of the first backward.
-        accumulation: micro-batches a window.
-        predictor: one of PREDICTORS: where forwards run that come before an update of theirs.
+        accumulation: micro-batches per window.
+        predictor: one of PREDICTORS: at which weights early forwards run.
         beta: decay of the first moment.
     """
 
@@ -107,7 +107,7 @@ class StageModel:
         return float(np.linalg.solve(np.eye(size * size) - np.kron(through, through), added)[0])
 
     def largest_step(self) -> float:
-        """Up to which every ``x`` is stable; MOST where there is no end in sight."""
+        """Up to which every ``x`` is stable; MOST where none was found to be unstable."""
         low = 1e-3
         while low < MOST and self.is_stable(low * GROWTH):
             low *= GROWTH

@@ -1,4 +1,4 @@
-"""Runs that are done, one a line in a file, and the processes that do the others."""
+"""Runs that are done, one per line of a file, and the processes that do the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Store:
         path: of the file; need not exist.
 
     Raises:
-        ValueError: a line of the file is no run.
+        ValueError: a line of the file is not a run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,7 @@ class Store:
                 self.runs[record["key"]] = Run.from_json(record)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"{path}, line {number} is no run ({error}): delete the line to run it again"
+                    f"{path}, line {number} is not a run ({error}): delete the line to run it again"
                 ) from error
 
     def add(self, result: Run) -> None:
@@ -63,7 +63,7 @@ class Store:
 
 
 def complete(store: Store, cases: Sequence[Case], *, jobs: int, deadline_s: float | None = None) -> bool:
-    """Run what is missing, ``jobs`` at a time, one thread each, and print a line a run.
+    """Run what is missing, ``jobs`` at a time, one thread each, and print a line per run.
 
     Args:
         deadline_s: seconds from now after which no further run is started.

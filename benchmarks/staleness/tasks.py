@@ -6,7 +6,6 @@ process.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ from functools import cached_property
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paci_rt.errors import unknown
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gpt import MODELS, GPTConfig, build_stage, cross_entropy, default_partition
 from staleness import glyphs, models
@@ -67,7 +67,7 @@ class TextTask(Task):
 
     Attributes:
         model: its shape; ``layers`` of it are those of the task.
-        seq_len: tokens a sequence.
+        seq_len: tokens per sequence.
     """
 
     model: GPTConfig
@@ -181,9 +181,7 @@ def make_task(name: str, *, layers: int | None = None) -> Task:
         ValueError: no task has that name, or ``layers`` is below 1.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown task {name!r}: {hint}choose from {', '.join(TASKS)}")
+        raise unknown("task", name, TASKS)
     task = TASKS[name]
     if layers is None:
         return task

@@ -21,7 +21,7 @@ Known = tuple[bool, ...]
 
 
 class Each(LookAhead):
-    """Makes the weights ahead anew for every early forward, on every stage."""
+    """Makes new weights ahead for every early forward, on every stage."""
 
     def __init__(self, bound: StageOptimizer, **options: Any) -> None:
         super().__init__(bound, **{**options, "shares": False})
@@ -42,7 +42,7 @@ class _TellingWeights(AheadWeights):
 
 
 class _Every(Each):
-    """Makes the weights ahead anew for every ``k``-th forward, after each update, and where more updates or fewer are
+    """Makes new weights ahead for every ``k``-th forward, after each update, and where more updates or fewer are
     to come than the last time; other forwards reuse them."""
 
     k: int
@@ -103,14 +103,16 @@ class EveryFourth(_Every):
 
 
 class Once(_Every):
-    """One pass a window: all early forwards run at the weights that the first of them made."""
+    """One pass per window: all early forwards run at the weights that the first of them made."""
 
     k = 2**62
 
 
 class _OwnSums(_Told, ABC):
-    """Puts other sums in place of the accumulators' for the time of a look-ahead. As long as the window has no
-    gradient, the window before stands in for it, as with paci_rt's own."""
+    """Puts other sums in place of the accumulators' for the time of a look-ahead.
+
+    While the window has no gradient, the window before stands in for it, as in paci_rt itself.
+    """
 
     @abstractmethod
     def sums(self, flat: Tensor, known: Known, number: int, micro_batches: int) -> tuple[Tensor, Known]:
@@ -138,8 +140,10 @@ class _OwnSums(_Told, ABC):
 
 
 class OneOlder(_OwnSums):
-    """Leaves out the gradient of the last backward, so that the pass could run beside it; right after an update, which
-    had to wait for that gradient, there is nothing to leave out."""
+    """Leaves out the gradient of the last backward, so that the pass could run beside it.
+
+    Right after an update, which had to wait for that gradient, there is nothing to leave out.
+    """
 
     def __init__(self, bound: StageOptimizer, **options: Any) -> None:
         super().__init__(bound, **options)

@@ -9,25 +9,23 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from paci_rt.cli.options import nearest
-from paci_rt.errors import PaciError, StageFailed
+from paci_rt.errors import PaciError, StageFailed, did_you_mean, unknown
 
 BAD_VALUE, FAILED, INTERRUPTED = 2, 1, 130
-
 
 DESCRIPTION = """\
 Pipeline-parallel training without bubbles, on stock PyTorch.
 
   paci-rt train --stages 2 --steps 200              train a small GPT through two processes
-  paci-rt compare --schedules 1f1b,paci --out DIR   which schedule reaches a loss first?
-  paci-rt simulate --schedule zb-h1 --plot zb.png   what would a schedule do? bubbles, memory, drift, a picture
-  paci-rt plan --stages 4 --memory-limit 2GiB       measure a model, choose how to cut it and which schedule to run
-  paci-rt doctor                                    what was built, what is usable, what to do about the rest
+  paci-rt compare --schedules 1f1b,paci --out DIR   which schedule reaches a target loss first?
+  paci-rt simulate --schedule zb-h1 --plot zb.png   predict bubbles, memory and drift of a schedule; draw it
+  paci-rt plan --stages 4 --memory-limit 2GiB       measure a model; choose a partition and a schedule
+  paci-rt doctor                                    check this machine: what works, what is missing, how to fix it
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line; misspelt options and commands come with the nearest that exists."""
+    """Errors are one line; for a misspelt option or command it names the most similar one."""
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: command"):
@@ -36,17 +34,15 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            known = list(action.choices)
-            raise ValueError(
-                f"unknown {action.metavar} {value!r}: {nearest(value, known)}choose from {', '.join(known)}"
-            )
+            raise unknown(str(action.metavar), value, action.choices)
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Complain about arguments that nobody understood."""
+        """Raise for arguments that no option takes."""
         first = unknown[0]
         if not first.startswith("-"):
             raise ValueError(f"unexpected argument {first!r}: options start with --")
-        raise ValueError(f"unknown option {first}: {nearest(first, self._option_string_actions)}see {self.prog} --help")
+        hint = did_you_mean(first.split("=")[0], self._option_string_actions)
+        raise ValueError(f"unknown option {first}: {hint}see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,10 +81,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="command", required=True, title="commands")
     for name, summary, command in (
         ("train", "train a GPT through a pipeline", train),
-        ("compare", "time to accuracy of several schedules", compare),
-        ("simulate", "what a schedule would do", simulate),
-        ("plan", "how to cut a model, and which schedule to run", plan),
-        ("doctor", "what is usable here, and how to get the rest", doctor),
+        ("compare", "train under several schedules and compare the time to a target loss", compare),
+        ("simulate", "predict what a schedule does, without training", simulate),
+        ("plan", "measure a model; choose a partition and a schedule", plan),
+        ("doctor", "check what this machine can do, and how to fix the rest", doctor),
     ):
         sub = commands.add_parser(
             name,

@@ -8,11 +8,10 @@ from paci_rt.cli import outputs
 from paci_rt.cli.options import ConfigOptions, add_pipeline, add_training, config_options, names, target_loss
 
 DESCRIPTION = """\
-Time to accuracy: train the same model on the same data under several schedules, one run after another, and tell which
-reached the target loss first. With --out, the folder gets report.md, loss_vs_tokens.png, loss_vs_time.png,
-timeline.png and one trace-SCHEDULE.json a schedule, which opens at ui.perfetto.dev.
+Train the same model on the same data under several schedules, one run after another, and report which schedule reached
+the target loss first. --out DIR writes report.md, loss_vs_tokens.png, loss_vs_time.png, timeline.png and one
+trace-SCHEDULE.json per schedule, to open at ui.perfetto.dev.
 """
-
 
 JSON_HELP = (
     "write the result: runs[] (each with the keys of train --json, time_to_target_s and tokens_to_target), "
@@ -30,17 +29,21 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=("paci", "1f1b"),
         metavar="NAME,NAME,...",
-        help=f"from {', '.join(FAMILIES)} (default: paci,1f1b)",
+        help=f"any of {', '.join(FAMILIES)} (default: paci,1f1b)",
     )
     group.add_argument(
         "--target-loss",
         type=target_loss,
         default=None,
         metavar="X|auto",
-        help="validation loss to reach, nats per token; auto: the highest of the final ones (default: auto)",
+        help="validation loss to reach, in nats per token; auto: the highest of the runs' final losses (default: auto)",
     )
     group.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="runs per schedule, from --seed on (default: 1)"
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs per schedule, with the seeds --seed, --seed + 1 ... (default: 1)",
     )
     group.add_argument("--out", metavar="DIR", help="folder for the report, the plots and the traces")
     options = ConfigOptions(parser)

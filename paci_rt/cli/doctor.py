@@ -7,8 +7,8 @@ import argparse
 from paci_rt.cli import findings, outputs
 
 DESCRIPTION = """\
-Show what was built, what was found and what is usable, and what to do about what is not. Ends with exit code 0 if this
-machine can train. Looks at GPUs without starting one up.
+Show what was built and found on this machine, what is usable, and how to fix what is not. The exit code is 0 if this
+machine can train, else 1. No GPU is started.
 """
 
 JSON_HELP = "write the findings: native torch gloo shm cuda nccl triton gpus cores memory_bytes advice usable ..."
@@ -18,7 +18,7 @@ CANNOT_TRAIN = 1
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``paci-rt doctor``."""
-    parser.add_argument("--quick", action="store_true", help="leave out the two processes that try gloo")
+    parser.add_argument("--quick", action="store_true", help="do not start the two processes that test gloo")
 
 
 def run(args: argparse.Namespace) -> int:

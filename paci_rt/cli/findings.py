@@ -91,7 +91,7 @@ def _rows(findings: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((f"gpu {gpu['index']}", "found", detail))
     if not findings["gpus"]:
         rows.append(("gpus", "none", ""))
-    rows.append(("cores", "ok", f"{findings['cores']}: room for as many stages of one thread"))
+    rows.append(("cores", "ok", f"{findings['cores']}: room for as many stages with one thread each"))
     rows.append(("memory", "ok", text.size(findings["memory_bytes"]) if findings["memory_bytes"] else "unknown"))
     for name, purpose in (("matplotlib", "plots of compare"), ("tqdm", "live progress bar")):
         found = findings[name]

@@ -3,20 +3,110 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from paci_rt.schedules import Slack
 from paci_rt.schedules.slack import parse_slack
 
+MS = 1e-3
+"""Seconds of a millisecond."""
+_UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12} | {
+    f"{letter}IB": 2.0 ** (10 * power) for power, letter in enumerate("KMGT", 1)
+}
 
-def nearest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
-    near = difflib.get_close_matches(word.split("=")[0], list(known), n=1, cutoff=0.4)
-    return f"did you mean {near[0]}? " if near else ""
+
+# ------------------------------------------------------------------------------------------------------ types of values
+
+
+def number(text: str) -> float:
+    """The type of an option that takes a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def milliseconds(text: str) -> float:
+    """The type of an option that takes a time of at least 0 milliseconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time of at least 0 milliseconds")
+    return value
+
+
+def size(text: str) -> float:
+    """The type of an option that takes bytes: ``8GiB``, ``500MB``, or a plain number."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*?)(?:/s)?\s*", text)
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    try:
+        value = float(match[1]) * unit if match is not None and unit is not None else -1.0
+    except ValueError:
+        value = -1.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size above 0: write 8GiB, 500MB or a number of bytes")
+    return value
+
+
+def list_of(kind: Callable[[str], Any], what: str) -> Callable[[str], tuple[Any, ...]]:
+    """The type of an option that takes several values with commas between them."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of {what}") from None
+
+    return parse
+
+
+integers = list_of(int, "integers such as 3,5")
+numbers = list_of(float, "numbers such as 10,10,5")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The type of an option that takes names with commas between them."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def target_loss(text: str) -> float | None:
+    """The type of ``--target-loss``; None is ``auto``."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a positive number of nats per token")
+    return value
+
+
+def slack_argument(typed: str) -> Slack | str:
+    """The type of ``--slack``."""
+    try:
+        return parse_slack(typed)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _step_costs(text: str) -> Any:
+    """The type of ``--step-costs``."""
+    from paci_rt.schedules import StepCosts
+
+    try:
+        return StepCosts.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 class ConfigOptions:
@@ -45,31 +135,11 @@ class ConfigOptions:
         self._group.add_argument(f"--{name}", action=action, default=argparse.SUPPRESS, help=text)
 
 
-def _step_costs(text: str) -> Any:
-    from paci_rt.schedules import StepCosts
+def config_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a training configuration that were given."""
+    from paci_rt.train.config import TrainConfig
 
-    try:
-        return StepCosts.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def names(text: str) -> tuple[str, ...]:
-    """The type of an option that takes names with commas between them."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def target_loss(text: str) -> float | None:
-    """The type of ``--target-loss``; None is ``auto``."""
-    if text == "auto":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a positive number of nats per token")
-    return value
+    return {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
 
 
 # fmt: off
@@ -78,23 +148,24 @@ def add_pipeline(options: ConfigOptions) -> None:
     from paci_rt.schedules.policies import POLICIES
 
     options.add("stages", int, "P", "pipeline stages, one process each")
-    options.add("chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only; default there: 2)")
+    options.add("chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only, default 2)")
     options.add("accumulation", int, "A", "micro-batches per local update (default: 4; async-1f1b: always 1)")
-    options.add("slack", slack_argument, "S|S,S,...,0|auto", "more warm-up forwards, which hide link latency and cost "
-                "activations and drift: on every stage but the last, or one number a stage, or what --profile shows to "
-                "be enough; asynchronous schedules only")
-    options.add("profile", str, "FILE", "for --slack auto: how long stages and messages take, as written by paci-rt "
-                "plan --profile FILE --measure-link")
+    options.add("slack", slack_argument, "S|S,S,...,0|auto", "extra warm-up forwards: they hide link latency and cost "
+                "memory and drift. One number for all stages but the last, or one per stage, or auto, as many as "
+                "--profile shows to be enough; asynchronous schedules only")
+    options.add("profile", str, "FILE", "for --slack auto: a file of paci-rt plan --profile FILE --measure-link, which "
+                "has the times of stages and messages")
     options.add("policy", str, "NAME", f"which weights forwards and backwards use: {', '.join(POLICIES)} (default: the "
                 "schedule's own)")
-    options.switch("lookahead", "run forwards that come before an update of theirs at the weights that the gradients "
-                   "seen so far would make; asynchronous schedules with paci_rt's own optimizers (default: paci does)")
-    options.add("step_costs", _step_costs, "F,I,W[,HOP[,STASH]]", "times of a micro-batch, in any unit, and the share "
-                "of its activations that stays after I, which zb-1p and zb-2p are fitted to; F, I and W may be a:b:c, "
-                "one a stage (default: F, I and W equal, no hop)")
-    options.add("buffers", int, "N", "gradient buffers a stage: 1 updates in line, 2 double-buffers (default: 1)")
-    options.add("partition", integers, "N,N,...", "blocks by stage, for example 3,5; with --chunks by piece, "
-                "stage 0's first one first, then stage 1's first one (default: balanced by cost)")
+    options.switch("lookahead", "run early forwards at predicted weights, those that the gradients so far would lead "
+                   "to; asynchronous schedules with paci_rt's own optimizers (default: on for paci)")
+    options.add("step_costs", _step_costs, "F,I,W[,HOP[,STASH]]", "what zb-1p and zb-2p are fitted to: times of F, I, "
+                "W and a message in any one unit, and the share of the activations that stays after I; F, I and W may "
+                "be a:b:c, one per stage (default: F, I and W equal, no hop)")
+    options.add("buffers", int, "N", "gradient buffers per stage: with 2, an update runs beside the next window "
+                "(default: 1)")
+    options.add("partition", integers, "N,N,...", "blocks per stage, for example 3,5; with --chunks per piece, "
+                "first the first piece of every stage, then the second (default: balanced by cost)")
 
 
 def add_training(options: ConfigOptions) -> None:
@@ -105,102 +176,32 @@ def add_training(options: ConfigOptions) -> None:
 
     options.group("model and data")
     options.add("model", str, "NAME", ", ".join(MODELS))
-    options.add("data", str, "PATH", "a text file or a folder of them (bytes are the tokens), a .bin file of "
-                "uint16 tokens, or a folder with train.bin and val.bin (default: the text of Python's library)")
+    options.add("data", str, "PATH", "a text file or a folder of them (bytes are the tokens), a .bin file of uint16 "
+                "tokens, or a folder with train.bin and val.bin (default: the text of Python's standard library)")
     options.add("batch_size", int, "N", "sequences per local update")
     options.add("seq_len", int, "N", "tokens per sequence (default: 128)")
-    options.add("dtype", str, "NAME", f"{' or '.join(DTYPES)}; bf16 keeps fp32 masters in the optimizer. There is "
-                "no autocast: it copies every weight in each forward and holds the copies until the backward")
+    options.add("dtype", str, "NAME", f"{' or '.join(DTYPES)}; bf16 keeps fp32 master weights in the optimizer. "
+                "Autocast is not used: its copies of every weight would stay in memory until the backward")
     options.group("optimization")
     options.add("steps", int, "N", "local updates of every stage")
-    options.add("optimizer", str, "NAME", f"{', '.join(OPTIMIZERS)}; torch's own and paci_rt's "
-                "fused ones; muon is for the matrices inside blocks, with AdamW for the rest")
+    options.add("optimizer", str, "NAME", f"{', '.join(OPTIMIZERS)}; torch-* are torch's own, the "
+                "others paci_rt's fused ones; muon updates the matrices inside blocks, and AdamW the rest")
     options.add("lr", float, "X", "peak learning rate")
-    options.add("min_lr", float, "X", "where the cosine ends (default: a tenth of --lr)")
-    options.add("lr_steps", int, "N", "where the cosine ends, in local updates (default: --steps)")
+    options.add("min_lr", float, "X", "learning rate at the end of the cosine (default: a tenth of --lr)")
+    options.add("lr_steps", int, "N", "local updates until the end of the cosine (default: --steps)")
     options.add("warmup_steps", int, "N", "local updates of linear warm-up (default: a twentieth of --lr-steps)")
-    options.add("weight_decay", float, "X", "decay of parameters with two or more dimensions")
+    options.add("weight_decay", float, "X", "weight decay of parameters with two or more dimensions")
     options.add("beta1", float, "X", "first beta of all optimizers but SGD")
     options.add("beta2", float, "X", "second beta of all optimizers but SGD (default: 0.95, for lion 0.99)")
     options.add("momentum", float, "X", "momentum of SGD and Muon (default: 0.9, for muon 0.95)")
     options.group("running")
-    options.add("seed", int, "N", "of weights and batches; equal seeds give equal parameters, bit for bit")
+    options.add("seed", int, "N", "seed of weights and batches; equal seeds give equal parameters, bit for bit")
     options.add("eval_interval", int, "N", "local updates between validations (default: a tenth of --steps)")
     options.add("eval_batches", int, "N", "held-back batches per validation")
-    options.add("device", str, "NAME", "cpu, cuda (one GPU a process), cuda:N, or auto, cuda where it can be used")
-    options.add("transport", str, "NAME", f"{', '.join(TRANSPORTS)}; local runs all stages in one process, auto is shm "
-                "between processes of one host, else gloo")
-    options.add("transfer_timeout", float, "SECONDS", "how long a stage waits for another one before the run ends with "
-                "an error that says for what")
-    options.add("threads", int, "N", "threads a stage computes on")
-    options.add("port", int, "N", "port on 127.0.0.1 where the stages meet; 0 takes a free one")
-
-
-def config_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of a training configuration that were given."""
-    from paci_rt.train.config import TrainConfig
-
-    return {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
-
-
-def slack_argument(typed: str) -> Slack | str:
-    """The type of the option for argparse."""
-    try:
-        return parse_slack(typed)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-_UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12} | {
-    f"{letter}IB": 2.0 ** (10 * power) for power, letter in enumerate("KMGT", 1)
-}
-
-
-def size(text: str) -> float:
-    """Bytes: ``8GiB``, ``500MB``, or a plain number."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*?)(?:/s)?\s*", text)
-    unit = None if match is None else _UNITS.get(match[2].upper())
-    try:
-        value = float(match[1]) * unit if match is not None and unit is not None else -1.0
-    except ValueError:
-        value = -1.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size above 0: write 8GiB, 500MB or a number of bytes")
-    return value
-
-
-def list_of(kind: Callable[[str], Any], what: str) -> Callable[[str], tuple[Any, ...]]:
-    """The type of an option that takes several values with commas between them."""
-
-    def parse(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(part.strip()) for part in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of {what}") from None
-
-    return parse
-
-
-def milliseconds(text: str) -> float:
-    """The type of an option that takes a time of at least 0 milliseconds."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time of at least 0 milliseconds")
-    return value
-
-
-def number(text: str) -> float:
-    """The type of an option that takes a number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-
-integers = list_of(int, "integers such as 3,5")
-numbers = list_of(float, "numbers such as 10,10,5")
-MS = 1e-3
-"""Seconds of a millisecond."""
+    options.add("device", str, "NAME", "cpu, cuda (one GPU per process), cuda:N, or auto (cuda if usable, else cpu)")
+    options.add("transport", str, "NAME", f"{', '.join(TRANSPORTS)}; local runs all stages in one process; auto is shm "
+                "on one host, else gloo")
+    options.add("transfer_timeout", float, "SECONDS", "longest wait of a stage for another one; after it the run ends "
+                "with an error")
+    options.add("threads", int, "N", "compute threads per stage")
+    options.add("port", int, "N", "port on 127.0.0.1 where the stages meet; 0: any free port")

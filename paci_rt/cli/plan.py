@@ -14,22 +14,19 @@ from paci_rt.planner.choose import MEASURED
 from paci_rt.planner.profile import BlockProfile, Profile, load_profile
 
 DESCRIPTION = """\
-Measure a model block by block, then choose how to cut it into stages, how many micro-batches make an update, how much
-slack to give and which schedule to run: for the highest throughput within the limits, as the simulator predicts it
-with one device for each stage. Ends with the paci-rt train command that runs the plan.
+Measure a model block by block. Then choose how to cut it into stages, how many micro-batches make an update, how much
+slack to use and which schedule to run, for the highest predicted throughput within the limits. The prediction is that
+of the simulator, with one device per stage. At the end, the paci-rt train command of the plan is printed.
 
---rows is the size of a micro-batch; --batch-size is that of an update, one or several to choose from.
+--rows is the number of sequences in a micro-batch; --batch-size is the number in an update.
 """
-
 
 JSON_HELP = (
     "write the plan: partition accumulation slack predicted schedule policy chunks step_costs without_slack runners_up "
     "stages command profile"
 )
 
-
 DEFAULT_ROWS, DEFAULT_REPEATS = 2, 10
-
 
 SETTINGS = ("model", "dtype", "rows", "seq_len", "threads")
 """What a profile is of: options that must agree with those of a file that is read."""
@@ -60,38 +57,40 @@ def add(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("model")
     option(group, "--model", str, "NAME", f"{', '.join(MODELS)} (default: gpt-tiny)")
-    option(group, "--rows", int, "N", f"sequences a micro-batch (default: {DEFAULT_ROWS})")
-    option(group, "--seq-len", int, "N", "tokens a sequence (default: 128)")
+    option(group, "--rows", int, "N", f"sequences per micro-batch (default: {DEFAULT_ROWS})")
+    option(group, "--seq-len", int, "N", "tokens per sequence (default: 128)")
     option(group, "--dtype", str, "NAME", f"{' or '.join(DTYPES)} (default: fp32)")
-    option(group, "--threads", int, "N", "threads a stage computes on (default: 1)")
-    option(group, "--profile", str, "FILE", "read what was measured from FILE; if there is none, measure and write it")
+    option(group, "--threads", int, "N", "compute threads per stage (default: 1)")
+    option(group, "--profile", str, "FILE", "read the measurement from FILE; if there is none, measure and write it")
     option(group, "--repeats", int, "N", f"micro-batches to time (default: {DEFAULT_REPEATS})", DEFAULT_REPEATS)
     group = parser.add_argument_group("what to choose from")
     option(group, "--stages", int, "P", "pipeline stages, one device each (default: 2)", 2)
-    option(group, "--batch-size", integers, "N,N,...", "sequences an update, one or several to choose from, multiples "
-           "of --rows (default: --rows times 1, 2, 4 ... up to twice the stages)")
-    option(group, "--schedules", names, "NAME,...", f"from {', '.join(FAMILIES)} (default: all)")
-    option(group, "--policies", names, "NAME,...", f"from {', '.join(POLICIES)} (default: all that a schedule takes)")
-    group.add_argument("--lookahead", action=argparse.BooleanOptionalAction, help="early forwards look ahead (default: "
-                       "as the schedule does; paci does)")
-    option(group, "--slack", slack_argument, "S|S,S,...,0|auto", "more warm-up forwards, for schedules that take "
-           "slack: on all stages but the last, or one number a stage (default: auto, as much as pays)", AUTO)
-    option(group, "--chunks", integers, "V,V,...", "stages a device, for schedules that take chunks (default: 2)", (2,))
+    option(group, "--batch-size", integers, "N,N,...", "sequences per update, to choose from; multiples of --rows "
+           " (default: --rows times 1, 2, 4 ... up to twice the stages)")
+    option(group, "--schedules", names, "NAME,...", f"schedules to choose from: {', '.join(FAMILIES)} (default: all)")
+    option(group, "--policies", names, "NAME,...", f"policies to choose from: {', '.join(POLICIES)} "
+           "(default: all that a schedule takes)")
+    group.add_argument("--lookahead", action=argparse.BooleanOptionalAction, help="early forwards use predicted "
+                       "weights (default: as the schedule; paci does)")
+    option(group, "--slack", slack_argument, "S|S,S,...,0|auto", "extra warm-up forwards, for schedules that take "
+           "slack: one number for all stages but the last, or one per stage (default: auto, as many as pay off)", AUTO)
+    option(group, "--chunks", integers, "V,V,...", "stages per device, for schedules that take chunks (default: 2)",
+           (2,))
     group = parser.add_argument_group("limits and devices")
-    option(group, "--memory-limit", list_of(size, "sizes"), "SIZE[,SIZE...]", "of every device, or of each in order, "
-           "such as 8GiB")
-    option(group, "--drift-limit", int, "N", "updates that may come between a micro-batch's forward and backward")
-    option(group, "--delay-limit", _delay_limit, "N", "updates by which a gradient may come late, or none "
-           "for no limit (default: what is known to be worth its time, 1 with look-ahead, 0 without)",
+    option(group, "--memory-limit", list_of(size, "sizes"), "SIZE[,SIZE...]", "memory of every device, or of each in "
+           "order, such as 8GiB")
+    option(group, "--drift-limit", int, "N", "most updates between a micro-batch's forward and its backward")
+    option(group, "--delay-limit", _delay_limit, "N", "most updates by which a gradient comes late, or none "
+           "for no limit (default: what was measured to be worth it, 1 with look-ahead, 0 without)",
            MEASURED)
-    option(group, "--device-speeds", list_of(float, "numbers such as 1,1,0.5"), "X,X,...", "of each device in order, "
-           "1 being the one that was profiled (default: all 1)")
+    option(group, "--device-speeds", list_of(float, "numbers such as 1,1,0.5"), "X,X,...", "speed of each device "
+           "in order; the profiled device has speed 1 (default: all 1)")
     option(group, "--hop-ms", milliseconds, "MS", "latency of messages between stages (default: the profile's, or 0)")
-    option(group, "--bandwidth", size, "SIZE", "bytes per second of such messages, such as 10GB (default: the "
+    option(group, "--bandwidth", size, "SIZE", "bytes per second between stages, such as 10GB (default: the "
            "profile's, or no limit)")
-    group.add_argument("--measure-link", action="store_true", help="measure both between two processes here, over "
-                       "--transport")
-    option(group, "--transport", str, "NAME", f"how the stages are to reach each other: {', '.join(TRANSPORTS)} "
+    group.add_argument("--measure-link", action="store_true", help="measure latency and bandwidth between two "
+                       "processes on this machine, over --transport")
+    option(group, "--transport", str, "NAME", f"how the stages reach each other: {', '.join(TRANSPORTS)} "
            "(default: auto)", "auto")
 
 
@@ -178,7 +177,7 @@ def _stored(args: argparse.Namespace) -> Profile:
         if asked is not None and asked != found.get(name):
             raise ValueError(
                 f"--{name.replace('_', '-')} is {asked}, but {args.profile} was measured with {found.get(name)}: leave "
-                "the option out, or name another --profile file to measure anew"
+                "the option out, or name another --profile file to measure again"
             )
     model = MODELS.get(str(found.get("model")))
     if model is not None and model.layers != profile.middle:
@@ -189,7 +188,7 @@ def _stored(args: argparse.Namespace) -> Profile:
 
 
 def _measured(args: argparse.Namespace) -> Profile:
-    """Measure the model, once everything has been refused that can be refused before."""
+    """Measure the model, after all checks that need no measurement."""
     from paci_rt.train.config import TrainConfig
     from paci_rt.train.gpt_blocks import profile_gpt
 

@@ -146,8 +146,8 @@ def _plan_text(profile: Profile, plan: Plan) -> str:
         f"{text.share(found.utilization)} utilization",
         *_slack_lines(plan),
         f"  drift       at most {found.drift}, delay at most {found.delay}",
-        f"  balance     the dearest device computes {_ms(max(seconds))} a micro-batch, all of them {_ms(mean_s)} on "
-        f"average: {text.share(mean_s / max(seconds))}",
+        f"  balance     the busiest device computes {_ms(max(seconds))} per micro-batch, all of them {_ms(mean_s)} "
+        f"on average: {text.share(mean_s / max(seconds))}",
     ]
     return "\n".join(lines) + "\n\n" + _devices_table(profile, plan, seconds)
 
@@ -171,7 +171,7 @@ def _options(one: Candidate) -> str:
     parts = [f"policy {one.policy}"]
     parts += ["look-ahead"] if one.lookahead else []
     parts += [f"slack {slack_text(one.slack)}"] if schedules.get(one.schedule).takes_slack else []
-    parts += [f"{one.chunks} chunks a device"] if one.chunks > 1 else []
+    parts += [f"{one.chunks} chunks per device"] if one.chunks > 1 else []
     return ", ".join(parts)
 
 
@@ -186,7 +186,7 @@ def _seconds(profile: Profile, plan: Plan) -> list[float]:
 
 
 def _devices_table(profile: Profile, plan: Plan, seconds: Sequence[float]) -> str:
-    """A row a device: what it holds, computes and keeps."""
+    """A row per device: what it holds, computes and keeps."""
     assert plan.chosen.partition is not None
     bounds, ranks = profile.bounds(plan.chosen.partition), len(plan.device_speeds)
     rows = []
@@ -198,7 +198,7 @@ def _devices_table(profile: Profile, plan: Plan, seconds: Sequence[float]) -> st
         weights = sum(block.parameter_bytes for start, end in mine for block in profile.blocks[start:end])
         cells = (f"{plan.device_speeds[rank]:g}", _ms(seconds[rank]), text.size(weights), text.size(need), share)
         rows.append((str(rank), held, *cells))
-    header = ("device", "blocks", "speed", "a micro-batch", "weights", "peak memory", "of its limit")
+    header = ("device", "blocks", "speed", "per micro-batch", "weights", "peak memory", "of its limit")
     return text.table(header, rows)
 
 

@@ -11,33 +11,31 @@ from typing import Any
 
 from paci_rt import schedules
 from paci_rt.cli import outputs
-from paci_rt.cli.options import MS, number, numbers, slack_argument
+from paci_rt.cli.options import MS, integers, number, numbers, slack_argument
 from paci_rt.cli.simulate_report import PRICE, report_text, to_json
 from paci_rt.planner import auto_slack
 from paci_rt.schedules import AUTO, ScheduleFamily, Shape, Slack, StepCosts, policies
-from paci_rt.schedules.base import check_shape
+from paci_rt.schedules.base import check_shape, check_takes
 from paci_rt.simulate import Costs, Simulation, simulate
 
 DESCRIPTION = """\
 Predict what a schedule does: bubbles, throughput, memory, drift and weight versions, from what each action costs.
 
-Times are milliseconds; one number is for all stages, several with commas are one a stage. With --chunks V these are
-cut into V equal pieces, unless there are V numbers a stage: then one a piece, each stage's first one first. For
-example, a case that the Zero Bubble paper publishes:
+Times are in milliseconds. Give one number for all stages, or one per stage with commas between them. With --chunks V,
+each stage is cut into V equal pieces; give V numbers per stage to set every piece: first the first piece of every
+stage, then the second. For example, a case from the Zero Bubble paper:
 
   paci-rt simulate --schedule zb-h1 --stages 8 --micro-batches 24 \\
     --forward 18.522 --input-grad 18.086 --weight-grad 9.337 --comm 0.601
 
-The bubble rate is (C - work) / C, where C is the longest that any stage takes from its first forward to its last
-backward, and work the mean of what they compute.
+The bubble rate is (C - work) / C. C is the longest time of any stage from its first forward to the end of its last
+backward; work is the compute time of a stage, the mean over all stages.
 """
 
-
 JSON_HELP = (
-    "write the result: bubble_rate makespan (ms) steady_utilization peak_activations (a number a stage) max_drift "
+    "write the result: bubble_rate makespan (ms) steady_utilization peak_activations (one number per stage) max_drift "
     "weight_versions slack, histograms of drift and delay, throughput, bytes ...; with slack also without_slack"
 )
-
 
 # Option, field of Costs, its unit in that of the field, whether chunks share it, metavar, default as shown, meaning.
 _COSTS: tuple[tuple[str, str, float, bool, str, str, str], ...] = (
@@ -45,19 +43,16 @@ _COSTS: tuple[tuple[str, str, float, bool, str, str, str], ...] = (
     ("--input-grad", "input_grad_s", MS, True, "MS,...", "1", "input-gradient half of its backward"),
     ("--weight-grad", "weight_grad_s", MS, True, "MS,...", "1", "weight-gradient half; a whole backward takes both"),
     ("--update", "update_s", MS, True, "MS,...", "0", "local update"),
-    ("--predict", "predict_s", MS, False, "MS,...", "0", "running a forward ahead: look-ahead, policy predict"),
+    ("--predict", "predict_s", MS, False, "MS,...", "0", "predicting the weights of an early forward"),
     ("--comm", "hop_s", MS, False, "MS", "0", "latency of a message between stages"),
     ("--bandwidth", "bandwidth_bytes_per_s", 1.0, False, "BYTES/S", "no limit", "of a link, one way, such as 25e9"),
-    ("--message-bytes", "message_bytes", 1.0, False, "N,...", "0", "output of a stage"),
-    ("--activation-bytes", "activation_bytes", 1.0, True, "N,...", "0", "kept between forward and backward"),
-    ("--stash-bytes", "stash_bytes", 1.0, True, "N,...", "0", "of these, kept until the weight-gradient half"),
-    ("--input-bytes", "input_bytes", 1.0, False, "N,...", "0", "kept in their place by policy recompute"),
-    ("--weight-bytes", "weight_bytes", 1.0, True, "N,...", "0", "one version of the weights"),
+    ("--message-bytes", "message_bytes", 1.0, False, "N,...", "0", "size of a stage's output"),
+    ("--activation-bytes", "activation_bytes", 1.0, True, "N,...", "0", "kept from a forward to its backward"),
+    ("--stash-bytes", "stash_bytes", 1.0, True, "N,...", "0", "part of them that stays until the weight-gradient half"),
+    ("--input-bytes", "input_bytes", 1.0, False, "N,...", "0", "what policy recompute keeps instead of activations"),
+    ("--weight-bytes", "weight_bytes", 1.0, True, "N,...", "0", "size of one version of the weights"),
 )
-
-
 _SINGLE = ("hop_s", "bandwidth_bytes_per_s")
-
 
 MOST_ACTIONS, MOST_SHOWN, MOST_DRAWN, MOST_ROWS = 10**8, 2 * 10**6, 50_000, 128
 
@@ -72,41 +67,34 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("schedule")
     option(group, "--schedule", str, "NAME", f"{names} (default: paci)", "paci")
     option(group, "--stages", int, "P", "pipeline stages, one device each (default: 4)")
-    option(group, "--micro-batches", int, "M", "per window; schedules that update after every one have M windows for "
-           "each of them (default: 8)", 8)  # fmt: skip
-    option(group, "--windows", int, "N", "updates (default: 1 for schedules that flush, for the others enough to be "
-           "in the steady state for a while)")  # fmt: skip
-    option(group, "--slack", slack_argument, "S|S,S,...,0|auto", "more warm-up forwards: on every stage but the last, "
-           "or one number a stage, or as many as hide the latency of messages (default: 0)", 0)  # fmt: skip
-    option(group, "--chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only; default there: 2)")
+    option(group, "--micro-batches", int, "M", "micro-batches per window (schedules that update after every one run M "
+           "windows instead) (default: 8)", 8)  # fmt: skip
+    option(group, "--windows", int, "N", "local updates of every stage (default: 1 for schedules that flush; for "
+           "the others enough to reach the steady state)")  # fmt: skip
+    option(group, "--slack", slack_argument, "S|S,S,...,0|auto", "extra warm-up forwards: one number for all "
+           "stages but the last, or one per stage, or auto: as many as hide the latency (default: 0)", 0)  # fmt: skip
+    option(group, "--chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only, default 2)")
     option(group, "--policy", str, "NAME", f"{', '.join(policies.POLICIES)} (default: the schedule's own)")
     group.add_argument(
         "--lookahead",
         action=argparse.BooleanOptionalAction,
-        help="early forwards look ahead, which takes --predict (default: as the schedule does; paci does)",
+        help="early forwards use predicted weights and take --predict longer (default: as the schedule; paci does)",
     )
     group = parser.add_argument_group("costs")
     for flag, field, _, _, metavar, default, meaning in _COSTS:
         option(group, flag, number if field in _SINGLE else numbers, metavar, f"{meaning} (default: {default})")
-    option(group, "--micro-batch-factors", numbers, "X,...", "every time of micro-batch m is multiplied by number m, "
-           "from the start again after the last (default: 1)")  # fmt: skip
+    option(group, "--micro-batch-factors", numbers, "X,...", "multiply the times of micro-batch m by number m; after "
+           "the last number start again with the first (default: 1)")  # fmt: skip
     option(group, "--noise", number, "X", "relative standard deviation of every time (default: 0)", 0.0)
-    option(group, "--seed", int, "N", "of the noise (default: 0)", 0)
-    option(group, "--profile", str, "FILE", "take the costs from what paci-rt plan --profile FILE measured; those "
-           "given here go first")  # fmt: skip
-    option(group, "--partition", _integers, "N,N,...", "the profile's blocks by stage, with chunks by piece (default: "
-           "balanced by time)")  # fmt: skip
+    option(group, "--seed", int, "N", "seed of the noise (default: 0)", 0)
+    option(group, "--profile", str, "FILE", "take the costs from a file of paci-rt plan --profile; options given "
+           "here replace its values")  # fmt: skip
+    option(group, "--partition", integers, "N,N,...", "blocks of the profile per stage, or per piece with --chunks "
+           "(default: balanced by time)")  # fmt: skip
     group = parser.add_argument_group("results")
     option(group, "--plot", str, "FILE.png", "draw the timeline")
-    option(group, "--trace", str, "FILE.json", "write the timeline, for ui.perfetto.dev")
-    group.add_argument("--grid", action="store_true", help="print the timeline in letters")
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 3,5") from None
+    option(group, "--trace", str, "FILE.json", "write the timeline, to open at ui.perfetto.dev")
+    group.add_argument("--grid", action="store_true", help="print the timeline as text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,8 +148,7 @@ def _check_integers(args: argparse.Namespace) -> None:
 
 def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
     chunks = args.chunks if args.chunks is not None else 2 if family.takes_chunks else 1
-    if chunks > 1 and not family.takes_chunks:
-        raise ValueError(f"--chunks is {chunks}: {family.name} runs one piece of the model a stage; use 1")
+    check_takes(family, chunks=chunks, prefix="--")
     if args.partition is not None:
         if args.profile is None:
             raise ValueError("--partition cuts the blocks of a profile: give --profile FILE with it")
@@ -287,7 +274,7 @@ def _windows(args: argparse.Namespace, family: ScheduleFamily, shape: Shape) -> 
 
 
 def _check_size(args: argparse.Namespace, family: ScheduleFamily, shape: Shape, windows: int) -> None:
-    """Refuse what would take more time or memory than anybody wants."""
+    """Raise ValueError for a simulation that would take too much time or memory."""
     count = shape.num_stages * windows * (shape.accumulation * (3 if family.split else 2) + 1)
     for what, asked, most in (
         ("paci-rt simulate plays", True, MOST_ACTIONS),

@@ -23,7 +23,7 @@ PRICE = (
 
 
 def price_table(simulations: Sequence[Simulation]) -> str:
-    """A row a simulation: what its slack gives, and what it takes."""
+    """A row per simulation: what its slack gives, and what it takes."""
     header = ["slack", "steady utilization", "micro-batches/s", "peak activations", "max drift", "max delay"]
     sizes = any(any(one.peak_activation_bytes.values()) for one in simulations)
     header[4:4] = ["peak size"] * sizes
@@ -50,7 +50,7 @@ def _milliseconds(value_s: float) -> float:
 
 
 def report_text(found: Simulation, strict: Simulation | None = None) -> str:
-    """The summary, and a table with a row a stage; ``strict`` is the same without slack."""
+    """The summary, and a table with a row per stage; ``strict`` is the same without slack."""
     chunks = found.stages // found.ranks
     parts = [
         f"{found.schedule}: {_counted(found.ranks, 'stage')}" + (f" of {chunks} pieces" if chunks > 1 else ""),

@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from paci_rt.train.results import RunResult
 
 DESCRIPTION = """\
-Train a GPT through a pipeline. Every stage is a process of its own, started here (or by torchrun:
-torchrun --nproc-per-node 2 -m paci_rt train ...).
+Train a GPT through a pipeline. Every stage runs in its own process. This command starts the processes, or torchrun
+does: torchrun --nproc-per-node 2 -m paci_rt train ...
 
-The batch size counts sequences per local update, and a window of --accumulation micro-batches is cut from it, so runs
-with different schedules and accumulations see the same tokens per update.
+--batch-size counts the sequences of one local update. They are cut into --accumulation micro-batches, so that runs with
+different schedules and accumulations see the same number of tokens per update.
 """
-
 
 JSON_HELP = (
     "write the result: schedule stages accumulation steps tokens train_loss val_loss wall_s tokens_per_s utilization "
@@ -39,10 +38,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_pipeline(options)
     add_training(options)
     options.group("results")
-    options.add("out", str, "DIR", "save a checkpoint here at the end")
-    options.add("save_interval", int, "N", "also every N local updates; 0: only at the end")
-    options.add("resume", str, "DIR", "go on from such a checkpoint, with any number of stages and any schedule")
-    parser.add_argument("--save-trace", metavar="FILE", help="write the executed actions, for ui.perfetto.dev")
+    options.add("out", str, "DIR", "save a checkpoint in this folder at the end")
+    options.add("save_interval", int, "N", "save a checkpoint also every N local updates; 0: only at the end")
+    options.add(
+        "resume",
+        str,
+        "DIR",
+        "continue from a checkpoint in this folder; stages and schedule may differ from the run that saved it",
+    )
+    parser.add_argument("--save-trace", metavar="FILE", help="write all executed actions, to open at ui.perfetto.dev")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report_text(result: RunResult) -> str:
-    """The end of ``paci-rt train``: results, and a row a stage with its drift as counted."""
+    """The end of ``paci-rt train``: results, and a row per stage with its drift as counted."""
     from paci_rt.train.run import MEMORY_PARTS
 
     perplexity = math.exp(result.val_loss) if result.val_loss < 700 else math.inf

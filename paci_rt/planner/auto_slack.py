@@ -1,4 +1,4 @@
-"""``--slack`` as it is typed: a number, one a stage, or ``auto``, which needs to know how long messages take."""
+"""``--slack`` as it is typed: a number, one per stage, or ``auto``, which needs to know how long messages take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from paci_rt.planner.profile import load_profile
 from paci_rt.planner.stage_costs import loops, stage_costs
 from paci_rt.schedules import AUTO, ScheduleFamily, Shape, Slack, policies
-from paci_rt.schedules.slack import check_slack, one_if_uniform, slack_text
+from paci_rt.schedules.base import check_takes
+from paci_rt.schedules.slack import check_slack, one_if_uniform
 from paci_rt.simulate import Costs
 
 
@@ -32,9 +33,7 @@ def checked(slack: Any, family: ScheduleFamily, num_stages: int) -> Slack:
         value = 0 if slack == AUTO else check_slack(slack, num_stages)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
-    if (value or slack == AUTO) and not family.takes_slack:
-        shown = slack_text(AUTO if slack == AUTO else value)
-        raise ValueError(f"--slack is {shown}: {family.name} flushes and takes none; use --slack 0")
+    check_takes(family, slack=AUTO if slack == AUTO else value, prefix="--")
     return value
 
 
@@ -67,7 +66,7 @@ def from_profile(
         if profile.profiled.get(name) != value:
             raise ValueError(
                 f"--profile {path} was measured with {name} {profile.profiled.get(name)}, and this run has {value}: "
-                "measure anew, or give --slack as numbers"
+                "measure again, or give --slack as numbers"
             )
     costs = stage_costs(profile, partition)
     slack = planned(costs, family, shape, policies.resolve(family, shape, policy))

@@ -2,7 +2,7 @@
 
 Every combination of schedule, policy, accumulation and chunks is a candidate, with no slack and, where messages take
 time, with as much by stage as hides some or all of it (:mod:`paci_rt.schedules.slack`). For each, an exact dynamic
-program (:mod:`paci_rt.planner.partition`) cuts the model such that the dearest stage is as quick as can be within the
+program (:mod:`paci_rt.planner.partition`) cuts the model so that the slowest stage is as fast as possible within the
 memory of each device; the simulator then says how fast the pipeline would run. Candidates that break a limit come back
 with the reason. Memory counts what a stage keeps: weights, optimizer state, one accumulator, further weight versions,
 activations in flight and stashes. The workspace of a kernel and the process itself come on top.
@@ -15,30 +15,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from paci_rt import schedules as families
-from paci_rt.planner.candidate import MEMORY, Candidate, Limits, Prediction, mib
+from paci_rt.planner.candidate import MEMORY, Candidate, Limits, mib
 from paci_rt.planner.evaluate import Evaluator
-from paci_rt.planner.profile import BlockProfile, Profile, load_profile, parse_profile
-from paci_rt.planner.stage_costs import device_speeds_of, stage_costs, step_costs
+from paci_rt.planner.profile import Profile
+from paci_rt.planner.stage_costs import device_speeds_of
 from paci_rt.schedules import policies as consistency
 from paci_rt.schedules.slack import check_slack, slack_by_stage
-
-__all__ = [
-    "BlockProfile",
-    "Candidate",
-    "Plan",
-    "Prediction",
-    "Profile",
-    "load_profile",
-    "parse_profile",
-    "plan",
-    "stage_costs",
-    "step_costs",
-]
 
 MEASURED = "measured"
 MEASURED_DELAY_LIMITS = {True: 1, False: 0}
@@ -73,7 +60,7 @@ class Plan:
         return self.candidates[0]
 
     def best_of_each(self) -> list[Candidate]:
-        """One candidate a schedule, in order: the best that fits, else the nearest miss."""
+        """One candidate per schedule, in order: the best that fits, else the nearest miss."""
         found: dict[str, Candidate] = {}
         for one in self.candidates:
             found.setdefault(one.schedule, one)
@@ -118,8 +105,8 @@ def plan(
         lookahead: whether early forwards look ahead, for schedules and policies that can; None as the schedule does.
         device_speeds: of each device, 1 being the one that was profiled.
         schedules, policies: names to choose from; all by default.
-        slack: of schedules that take any: ``"auto"`` chooses, a number or one a stage is what they get.
-        chunks: stages a device to choose from, for schedules that take chunks.
+        slack: of schedules that take any: ``"auto"`` chooses; a number, or one per stage, is used as it is.
+        chunks: stages per device to choose from, for schedules that take chunks.
 
     Raises:
         ValueError: a value that cannot be; or nothing fits, then with the least memory that any candidate needs.
@@ -136,10 +123,19 @@ def plan(
         delay=delay_limits[True],
         bare_delay=delay_limits[False],
     )
-    evaluator = Evaluator(profile=profile, speeds=speeds, limits=limits)
+    groups = _groups(schedules, policies, accumulations, given, chunks, lookahead)
+    return _choose(groups, Evaluator(profile=profile, speeds=speeds, limits=limits), choose_slack=given is None)
+
+
+def _choose(groups: Iterable[list[Candidate]], evaluator: Evaluator, *, choose_slack: bool) -> Plan:
+    """Evaluate all candidates and rank them.
+
+    Raises:
+        ValueError: none fits.
+    """
     fitting, rejected = [], []
-    for group in _groups(schedules, policies, accumulations, given, chunks, lookahead):
-        fit, misses = _evaluate(group, evaluator, choose_slack=given is None)
+    for group in groups:
+        fit, misses = _evaluate(group, evaluator, choose_slack=choose_slack)
         fitting += fit
         rejected += misses
     if not fitting:
@@ -150,7 +146,8 @@ def plan(
     if ranked[0].slack:
         family = families.get(ranked[0].schedule)
         strict = evaluator.simulate(replace(ranked[0], slack=0, predicted=None), family)
-    return Plan(candidates=(*ranked, *rejected), limits=limits, device_speeds=speeds, without_slack=strict)
+    candidates = (*ranked, *rejected)
+    return Plan(candidates=candidates, limits=evaluator.limits, device_speeds=evaluator.speeds, without_slack=strict)
 
 
 def _delay_limits(limit: int | str | None) -> dict[bool, int | None]:
@@ -179,7 +176,7 @@ def _check_choices(profile: Profile, stages: int, accumulations: Sequence[int], 
             f"{profile.middle} stages"
         )
     if not any(block.compute_s for block in profile.blocks):
-        raise ValueError("no block of the profile takes any time, so there is nothing to plan for: measure anew")
+        raise ValueError("no block of the profile takes any time, so there is nothing to plan for: measure again")
 
 
 def _memory_limits(limits: float | Sequence[float] | None, stages: int) -> tuple[float, ...]:

@@ -11,13 +11,14 @@ import numpy as np
 
 from paci_rt.planner.candidate import MEMORY, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
 from paci_rt.planner.memory import Keeps, copies_beside, needs, peak_bytes, what_is_kept
-from paci_rt.planner.partition import Matrix, best_partition
+from paci_rt.planner.partition import best_partition
 from paci_rt.planner.profile import Profile
 from paci_rt.planner.stage_costs import Spans, loops, stage_costs, step_costs
 from paci_rt.schedules import ScheduleFamily, Shape, policies
 from paci_rt.schedules.base import check_shape
 from paci_rt.schedules.slack import Loops
 from paci_rt.simulate import Costs, simulate
+from paci_rt.simulate.costs import Floats
 
 FITTING_ROUNDS = 3
 
@@ -85,7 +86,7 @@ class Evaluator:
         return list(found.values())
 
     def at_most(self, one: Candidate, family: ScheduleFamily) -> float:
-        """Micro-batches a second that ``one`` cannot exceed, whatever the details of its schedule.
+        """Micro-batches per second that ``one`` cannot exceed, whatever the details of its schedule.
 
         No device works faster than without pauses. A flush adds that a stage has nothing but its W and U to do while
         the last gradient goes on to the first stage and the next window's first micro-batch comes from there; without
@@ -142,8 +143,10 @@ class Evaluator:
         return found if over[rank] <= 1 else self._over_memory(found, rank, peak[rank])
 
     def _fitted(self, one: Candidate, family: ScheduleFamily) -> Candidate:
-        """``one`` with a searched schedule that is fitted to its partition, and a partition in which it keeps within
-        the memory: they depend on each other, so a few rounds may pass."""
+        """``one`` with a searched schedule fitted to its partition, and a partition that keeps within the memory.
+
+        The two depend on each other, so this takes a few rounds.
+        """
         spans = Spans(profile=self.profile, stages=self.ranks)
         for _ in range(FITTING_ROUNDS):
             one = replace(one, step_costs=step_costs(self._costs(one), one.recomputing(self.ranks)))
@@ -164,9 +167,11 @@ class Evaluator:
     # --- where to cut ---
 
     def _partition(self, one: Candidate, keeps: list[Keeps] | None) -> tuple[int, ...] | None:
-        """The best cut within the memory limits, or without any where ``keeps`` is None. So it is with several chunks a
-        device, since what a stage may take depends on the other stages of its device: their limits are left to the
-        simulation."""
+        """The best cut within the memory limits, or without limits where ``keeps`` is None.
+
+        It is None with several chunks per device: what a stage may take then depends on the other stages of its
+        device, so the limits are left to the simulation.
+        """
         if not any(map(math.isfinite, self.limits.memory_bytes)):
             keeps = None
         stages, again = self.ranks * one.chunks, one.recomputing(self.ranks)
@@ -175,7 +180,7 @@ class Evaluator:
             spans = Spans(profile=self.profile, stages=stages)
             times = self._time_of(spans, again=again)
 
-            def cost_of(stage: int) -> Matrix:
+            def cost_of(stage: int) -> Floats:
                 if keeps is None:
                     return times(stage)
                 fits = peak_bytes(spans, keeps[stage], stage) <= self.limits.memory_bytes[stage]
@@ -184,11 +189,11 @@ class Evaluator:
             self._partitions[key] = best_partition(cost_of, stages, self.profile.middle)
         return self._partitions[key]
 
-    def _time_of(self, spans: Spans, *, again: tuple[bool, ...]) -> Callable[[int], Matrix]:
+    def _time_of(self, spans: Spans, *, again: tuple[bool, ...]) -> Callable[[int], Floats]:
         """Seconds of one micro-batch on each stage, by what it holds; ``again``: whether its forward runs twice."""
         allowed = spans.allowed()
 
-        def time_of(stage: int) -> Matrix:
+        def time_of(stage: int) -> Floats:
             seconds = spans.total("compute_s", stage)
             if again[stage]:
                 seconds = seconds + spans.total("forward_s", stage)
@@ -224,7 +229,7 @@ class Evaluator:
         spans = Spans(profile=self.profile, stages=self.ranks)
         allowed = spans.allowed()
 
-        def share_of(stage: int) -> Matrix:
+        def share_of(stage: int) -> Floats:
             needed = peak_bytes(spans, keeps[stage], stage) / self.limits.memory_bytes[stage]
             return np.where(allowed, needed, np.inf)
 

@@ -10,16 +10,21 @@ import numpy.typing as npt
 
 from paci_rt.action import OPS, Op, decode_fields
 from paci_rt.planner.candidate import Candidate
-from paci_rt.planner.partition import Matrix
 from paci_rt.planner.profile import Profile
 from paci_rt.planner.stage_costs import Spans
 from paci_rt.schedules import ScheduleFamily, Shape, policies
+from paci_rt.simulate.costs import Floats
 
 
 @dataclass(frozen=True)
 class Keeps:
-    """What a rank keeps: copies of its weights besides the current ones, and micro-batches between F and backward and
-    between I and W at the moments when both together are most."""
+    """What a rank keeps.
+
+    Attributes:
+        extra: copies of its weights besides the current ones.
+        moments: micro-batches between F and backward, and between I and W, at the moments when both are most.
+        recompute: whether forwards run twice.
+    """
 
     extra: int
     moments: tuple[tuple[int, int], ...]
@@ -44,7 +49,7 @@ def what_is_kept(profile: Profile, one: Candidate, family: ScheduleFamily, shape
     return Keeps(copies_beside(profile, one, family, shape, rank), moments, recompute)
 
 
-def peak_bytes(spans: Spans, keeps: Keeps, stage: int) -> Matrix:
+def peak_bytes(spans: Spans, keeps: Keeps, stage: int) -> Floats:
     """``[i, j]``: peak bytes of ``stage`` with middle blocks ``i ... j - 1``."""
     weights = spans.total("parameter_bytes", stage)
     activations, stashes = spans.total("activation_bytes", stage), spans.total("stash_bytes", stage)

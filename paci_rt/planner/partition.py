@@ -1,6 +1,6 @@
 """Where to cut a model into stages: an exact dynamic program over contiguous partitions.
 
-The dearest stage decides how fast a full pipeline runs, so its cost is what gets minimised. Among the partitions that
+The slowest stage decides how fast a full pipeline runs, so its cost is minimised. Among the partitions that
 reach that minimum, one with the smallest sum of squared costs is taken, because a flush waits for the others too; and
 among those again one whose later stages hold more, because earlier ones have more micro-batches in flight.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-Matrix = npt.NDArray[np.float64]
-CostOf = Callable[[int], Matrix]
+from paci_rt.simulate.costs import Floats
+
+CostOf = Callable[[int], Floats]
 """``cost_of(stage)[i, j]`` is the cost of ``stage`` if it holds blocks ``i ... j - 1``; infinite where it cannot, and
 always where it would hold none. Square matrices of one size, ``blocks + 1``."""
 
@@ -22,7 +22,7 @@ _TOLERANCE = 1e-9
 
 
 def least_largest(cost_of: CostOf, stages: int, blocks: int) -> float:
-    """The cost of the dearest stage in the best partition; infinite where none is possible.
+    """The cost of the most expensive stage in the best partition; infinite where none is possible.
 
     Time ``O(stages * blocks²)``.
     """
@@ -34,7 +34,7 @@ def least_largest(cost_of: CostOf, stages: int, blocks: int) -> float:
 
 
 def best_partition(cost_of: CostOf, stages: int, blocks: int) -> tuple[int, ...] | None:
-    """Blocks of each stage, such that the dearest stage is as cheap as can be; None where none is possible."""
+    """Blocks of each stage, so that the most expensive stage is as cheap as possible; None where none is possible."""
     largest = least_largest(cost_of, stages, blocks)
     if not np.isfinite(largest):
         return None

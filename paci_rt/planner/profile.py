@@ -10,7 +10,7 @@
       "update_s_per_byte": 2.3e-10,                 # one AdamW update, by bytes of parameters
       "state_bytes_per_parameter_byte": 3.0,        # masters, moments and one accumulator, by bytes of parameters
       "has_masters": false,                         # whether the optimizer keeps fp32 weights beside the parameters
-      "hop_s": 0.0, "bandwidth_bytes_per_s": null,  # a message between stages; null: as fast as you like
+      "hop_s": 0.0, "bandwidth_bytes_per_s": null,  # a message between stages; null: no limit
       "blocks": [
         {"name": "embedding", "role": "first", "measured_as": "embedding",
          "forward_s": ..., "input_grad_s": ..., "weight_grad_s": ...,             # of one micro-batch
@@ -21,8 +21,8 @@
 
 A partition counts blocks with the role ``middle``; those before them (``first``) belong to the first stage and those
 behind (``last``) to the last. Blocks that are alike are measured once: ``measured_as`` is the one whose numbers a
-block has. ``activation_bytes`` is what a micro-batch keeps between forward and backward, ``stash_bytes`` what
-of it and of its gradients stays for a weight gradient that is put off, ``boundary_bytes`` the output that travels on.
+block has. ``activation_bytes`` is what a micro-batch keeps between forward and backward. ``stash_bytes`` is what of
+that, and of its gradients, stays for a weight gradient that is put off. ``boundary_bytes`` is the output that is sent.
 """
 
 from __future__ import annotations
@@ -137,14 +137,14 @@ def load_profile(path: str | Path) -> Profile:
     """Read a profile from its file.
 
     Raises:
-        ValueError: the file cannot be read or is no profile; one line that names the file, the key and what was found.
+        ValueError: the file cannot be read or is not a profile; the message names the file, the key and what was found.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"profile {path} cannot be read ({error.strerror}): name a file of paci-rt plan") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"profile {path} is no JSON ({error}): delete it, and paci-rt plan measures anew") from None
+        raise ValueError(f"profile {path} is not JSON ({error}): delete it, and paci-rt plan measures again") from None
     try:
         return parse_profile(data)
     except ValueError as error:
@@ -161,8 +161,8 @@ def parse_profile(data: Any) -> Profile:
     if reader.get("format", "the words " + repr(FORMAT), lambda value: isinstance(value, str)) != FORMAT:
         raise ValueError(f"format is {data['format']!r}: give a file that paci-rt plan --profile wrote")
     if reader.get("version", "a number", _is_number) != VERSION:
-        raise ValueError(f"version is {data['version']!r}, and this program reads version {VERSION}: measure anew")
-    blocks = reader.get("blocks", "a list with one entry a block", lambda value: isinstance(value, list) and value)
+        raise ValueError(f"version is {data['version']!r}, and this program reads version {VERSION}: measure again")
+    blocks = reader.get("blocks", "a list with one entry per block", lambda value: isinstance(value, list) and value)
     return Profile(
         blocks=tuple(_parse_block(_Reader(block, f"blocks[{at}]")) for at, block in enumerate(blocks)),
         input_bytes=reader.number("input_bytes", whole=True),

@@ -12,17 +12,15 @@ import numpy.typing as npt
 from paci_rt.planner.profile import Profile
 from paci_rt.schedules import StepCosts
 from paci_rt.schedules.slack import Loops
-from paci_rt.simulate import Costs
-
-Floats = npt.NDArray[np.float64]
+from paci_rt.simulate.costs import Costs, Floats
 
 LOOKAHEAD_TO_UPDATE = {False: 32 / 28, True: 24 / 30}
 """Bytes per parameter that a look-ahead and its undoing move, over those of an AdamW update: with fp32 parameters 24
-there and 8 back, with fp32 masters of bf16 parameters 18 and 6. Stages that share one pass a window move less."""
+there and 8 back, with fp32 masters of bf16 parameters 18 and 6. Stages that share one pass per window move less."""
 
 
 def device_speeds_of(speeds: Sequence[float] | None, ranks: int) -> tuple[float, ...]:
-    """One speed a device, 1 being the device that the profile was measured on.
+    """One speed per device, 1 being the device that the profile was measured on.
 
     Raises:
         ValueError: not one for each device, or one that is not above 0.
@@ -80,8 +78,14 @@ def stage_costs(profile: Profile, partition: Sequence[int], *, device_speeds: Se
 
 
 def step_costs(costs: Costs, again: Sequence[bool]) -> StepCosts:
-    """What a searched schedule is fitted to on stages of these ``costs``: seconds by stage, the mean time of a message,
-    and the share of the activations that stays after I. ``again`` tells the stages that run their forwards twice."""
+    """What a searched schedule is fitted to on stages of these ``costs``.
+
+    These are seconds by stage, the mean time of a message, and the share of the activations that stays after I.
+
+    Args:
+        costs: of the stages.
+        again: which stages run their forwards twice.
+    """
     stages = len(costs.forward_s)
     sizes = costs.per_stage("message_bytes", stages)[:-1]
     transfer_s = float(sizes.mean()) / costs.bandwidth_bytes_per_s if stages > 1 else 0.0
@@ -99,8 +103,13 @@ def step_costs(costs: Costs, again: Sequence[bool]) -> StepCosts:
 
 
 def loops(costs: Costs, again: Sequence[bool], *, split: bool) -> Loops:
-    """What slack is planned from: who waits for whom on stages of these ``costs``, one a rank. ``again`` tells the
-    stages that run their forwards twice, ``split`` whether a gradient leaves before W."""
+    """What slack is planned from: who waits for whom on stages of these ``costs``, one per rank.
+
+    Args:
+        costs: of the stages.
+        again: which stages run their forwards twice.
+        split: whether a gradient leaves before W.
+    """
     stages = len(again)
     forward, input_grad, weight_grad = (
         costs.per_stage(name, stages) * float(np.mean(costs.micro_batch_factors))

@@ -63,7 +63,8 @@ class Lane:
         title: stands above it.
         events: what was executed or simulated.
         start_s: where the picture starts, on the events' own clock.
-        ranks: rows; stage ``s`` is in row ``s % ranks``, later stages of a rank in lighter colours; None: one a stage.
+        ranks: rows; stage ``s`` is in row ``s % ranks``, later stages of a rank in lighter colours;
+            None: one per stage.
     """
 
     title: str

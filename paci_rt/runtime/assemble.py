@@ -17,8 +17,8 @@ from paci_rt.runtime.executor import StageRuntime
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
 from paci_rt.schedules import ScheduleFamily, Shape, Slack, StepCosts, policies
+from paci_rt.schedules.base import check_takes
 from paci_rt.schedules.lowering import Lowering, TiedWeight
-from paci_rt.schedules.slack import slack_text
 from paci_rt.weights.base import StageWeights
 from paci_rt.weights.lookahead import AheadWeights, can_look_ahead, require_look_ahead
 from paci_rt.weights.predict import PredictedWeights
@@ -69,8 +69,7 @@ def make_setup(
     family = schedules.get(schedule)
     if not isinstance(n_microbatches, int) or n_microbatches < 1:
         raise ValueError(f"n_microbatches is {n_microbatches!r}: give an integer of at least 1")
-    if chunks > 1 and not family.takes_chunks:
-        raise ValueError(f"{chunks} stages a rank: {family.name} runs one; use interleaved-1f1b")
+    check_takes(family, chunks=chunks)
     accumulation = 1 if family.one_micro_batch_windows else n_microbatches
     shape = Shape(
         num_stages=stages[0].num_stages,
@@ -79,9 +78,7 @@ def make_setup(
         chunks=chunks,
         costs=StepCosts() if costs is None else costs,
     )
-    if shape.slack and not family.takes_slack:
-        shown = slack_text(shape.slack)
-        raise ValueError(f"slack is {shown}: {family.name} flushes and takes no slack; leave it at 0")
+    check_takes(family, slack=shape.slack)
     _check_optimizers(family, optimizers, tied_weights)
     if loss_fn is None and stages[-1].is_last:
         raise ValueError("loss_fn is None: the last stage needs loss_fn(output, target) to start the backward")

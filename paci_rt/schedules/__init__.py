@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from paci_rt.errors import unknown
 from paci_rt.schedules.base import ScheduleFamily, Shape, StepCosts
 from paci_rt.schedules.flush import GPIPE, ONE_F_ONE_B
 from paci_rt.schedules.interleaved import INTERLEAVED_1F1B
@@ -30,9 +29,7 @@ def get(name: str) -> ScheduleFamily:
     """
     family = FAMILIES.get(name.lower())
     if family is None:
-        near = difflib.get_close_matches(name.lower(), FAMILIES, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown schedule {name!r}: {hint}choose from {', '.join(FAMILIES)}")
+        raise unknown("schedule", name, FAMILIES)
     return family
 
 

@@ -1,4 +1,4 @@
-"""What a schedule is: a few integers in, one stream of compute actions a rank out.
+"""What a schedule is: a few integers in, one stream of compute actions per rank out.
 
 Streams are arrays of action codes (:func:`paci_rt.action.encode`), put together with :func:`column` (one operation
 on many micro-batches), :func:`weave` (columns row by row) and :func:`join` (one after another).
@@ -19,20 +19,29 @@ from paci_rt.schedules.slack import Slack, check_slack, slack_text
 
 def check_shape(family: ScheduleFamily, shape: Shape) -> None:
     """Raise ValueError for a shape that ``family`` cannot have."""
-    if shape.slack and not family.takes_slack:
-        raise ValueError(f"slack is {slack_text(shape.slack)}: {family.name} takes no slack; leave it at 0")
-    if shape.chunks > 1 and not family.takes_chunks:
-        raise ValueError(f"chunks is {shape.chunks}: {family.name} runs one stage a rank; use 1, or interleaved-1f1b")
-    if family.one_micro_batch_windows and shape.accumulation != 1:
-        raise ValueError(
-            f"accumulation is {shape.accumulation}: {family.name} updates after every micro-batch; use 1, and more "
-            "windows"
-        )
+    check_takes(family, slack=shape.slack, chunks=shape.chunks, accumulation=shape.accumulation)
     family.check(shape)
 
 
+def check_takes(
+    family: ScheduleFamily, *, slack: Slack | str = 0, chunks: int = 1, accumulation: int = 1, prefix: str = ""
+) -> None:
+    """Raise ValueError for a value that ``family`` cannot use; ``prefix`` stands before its name, such as ``--``."""
+    if slack and not family.takes_slack:
+        raise ValueError(f"{prefix}slack is {slack_text(slack)}: {family.name} takes no slack; use {prefix}slack 0")
+    if chunks > 1 and not family.takes_chunks:
+        raise ValueError(
+            f"{prefix}chunks is {chunks}: {family.name} takes no chunks; use {prefix}chunks 1, or interleaved-1f1b"
+        )
+    if family.one_micro_batch_windows and accumulation != 1:
+        raise ValueError(
+            f"{prefix}accumulation is {accumulation}: {family.name} updates after every micro-batch; "
+            f"use {prefix}accumulation 1"
+        )
+
+
 class StepCosts(NamedTuple):
-    """What a searched schedule is fitted to: times of one micro-batch, all in one unit, one value a stage or one for
+    """What a searched schedule is fitted to: times of one micro-batch, all in one unit, one value per stage or one for
     all.
 
     ``hop`` is the time of a message between neighbours. ``stash`` is the share of a micro-batch's activations that
@@ -48,10 +57,10 @@ class StepCosts(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> StepCosts:
-        """Read ``FORWARD,I,W[,HOP[,STASH]]``; each of the first three is one time, or ``a:b:c`` with one a stage.
+        """Read ``FORWARD,I,W[,HOP[,STASH]]``; each of the first three is one time, or ``a:b:c`` with one per stage.
 
         Raises:
-            ValueError: ``text`` is not of that form, or has a time that is negative or no number.
+            ValueError: ``text`` is not of that form, or has a time that is negative or not a number.
         """
         parts = text.split(",")
         try:
@@ -63,7 +72,7 @@ class StepCosts(NamedTuple):
         if len(values) not in (3, 4, 5) or not single or not fine:
             raise ValueError(
                 f"{text!r} is not FORWARD,I,W[,HOP[,STASH]]: give times that are not negative, the first three for all "
-                "stages or as a:b:c one a stage, such as 10,10,5:5:7,0.5"
+                "stages or as a:b:c one per stage, such as 10,10,5:5:7,0.5"
             )
         forward, input_grad, weight_grad = values[:3]
         rest = {name: one[0] for name, one in zip(("hop", "stash"), values[3:], strict=False)}
@@ -75,7 +84,7 @@ class StepCosts(NamedTuple):
         return ",".join((*times, f"{self.hop:.6g}", f"{self.stash:.6g}"))
 
     def per_stage(self, num_stages: int) -> StepCosts:
-        """The same with one value a stage.
+        """The same with one value per stage.
 
         Raises:
             ValueError: a time is negative or not finite, or there are neither one nor ``num_stages`` of them.
@@ -102,11 +111,11 @@ class Shape:
     """The integers that a schedule is computed from.
 
     Attributes:
-        num_stages: pipeline stages; with several chunks a rank, those of all ranks together.
-        accumulation: micro-batches a window, ``a``.
-        slack: warm-up forwards on top of the strict order: on every stage but the last, or one number a stage; kept as
-            a single number where one says it all (see :mod:`paci_rt.schedules.slack`).
-        chunks: stages a rank, ``v``; rank ``r`` runs stages ``r, r + P, r + 2P ...``.
+        num_stages: pipeline stages; with several chunks per rank, those of all ranks together.
+        accumulation: micro-batches per window, ``a``.
+        slack: warm-up forwards on top of the strict order: on every stage but the last, or one number per stage; kept
+            as a single number where one says it all (see :mod:`paci_rt.schedules.slack`).
+        chunks: stages per rank, ``v``; rank ``r`` runs stages ``r, r + P, r + 2P ...``.
         costs: what a searched schedule is fitted to; the others ignore it.
     """
 
@@ -207,7 +216,7 @@ def weave(*columns: tuple[Op, Any, Codes, Any]) -> Codes:
     """Row by row: the first action of every column, then the second of every column, and so on.
 
     Args:
-        columns: operation, stage (one, or one a row), index by row, and which rows have the action (True for all).
+        columns: operation, stage (one, or one per row), index by row, and which rows have the action (True for all).
     """
     codes = [encode(stage, op, index) for op, stage, index, _ in columns]
     keep = [np.broadcast_to(has, code.shape) for code, (*_, has) in zip(codes, columns, strict=True)]
@@ -223,9 +232,11 @@ def join(*streams: Codes) -> Codes:
 def flush_family(
     name: str, order: Callable[[Shape, int], Codes], in_flight_bound: Callable[[Shape, int], int], **options: Any
 ) -> ScheduleFamily:
-    """A synchronous schedule from the order of one window, numbered from micro-batch 0 and without the updates,
-    which come at the end: one for each stage of the rank, the last first, as their backwards do and as a weight tied
-    between two stages of one rank needs it."""
+    """A synchronous schedule from the ``order`` of one window, numbered from micro-batch 0 and without the updates.
+
+    The updates come at the end, one for each stage of the rank and the last stage first. Their backwards come in that
+    order too, and a weight tied between two stages of one rank needs it.
+    """
 
     def windows(shape: Shape, rank: int, first: int, end: int, _start: int) -> Codes:
         updates = [column(Op.U, stage, 0) for stage in reversed(shape.stages_of(rank))]

@@ -9,7 +9,7 @@ stash      the current version  the version its forward used      one copy a ver
            the window's
 predict    predicted weights    the current version               one scratch copy (none with fp32 masters)
 recompute  the current version  the current version, activations  none, and activations shrink to the
-                                computed anew                     stage's input (see :func:`recomputes`)
+                                recomputed                        stage's input (see :func:`recomputes`)
 ========== ==================== ================================= ==========================================
 
 A version is the number of local updates behind it. *Drift* is the version that a backward used minus the one that its
@@ -21,8 +21,7 @@ runs at version ``k - 1``, so the delay is one update everywhere. ``predict``: S
 
 from __future__ import annotations
 
-import difflib
-
+from paci_rt.errors import unknown
 from paci_rt.schedules.base import ScheduleFamily, Shape
 
 POLICIES = ("bounded", "stash", "2bw", "predict", "recompute")
@@ -40,9 +39,7 @@ def resolve(family: ScheduleFamily, shape: Shape, policy: str | None) -> str:
     if policy is None:
         policy = family.policies[0]
     if policy not in POLICIES:
-        near = difflib.get_close_matches(policy, POLICIES, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown policy {policy!r}: {hint}choose from {', '.join(POLICIES)}")
+        raise unknown("policy", policy, POLICIES)
     if policy not in family.policies:
         why = "its weights stand still between forward and backward" if family.flush else "it is defined by its own"
         raise ValueError(
@@ -53,13 +50,13 @@ def resolve(family: ScheduleFamily, shape: Shape, policy: str | None) -> str:
         if shape.accumulation < ahead:
             raise ValueError(
                 f"accumulation is {shape.accumulation}: with two versions of the weights, {family.name} over "
-                f"{shape.num_stages} stages needs at least {ahead} micro-batches a window (P-1, and the slack)"
+                f"{shape.num_stages} stages needs at least {ahead} micro-batches per window (P-1, and the slack)"
             )
     return policy
 
 
 def looks_ahead(family: ScheduleFamily, policy: str, asked: bool | None) -> bool:
-    """Whether early forwards run at the weights to come; None is what the schedule does of its own.
+    """Whether early forwards run at the weights to come; None is the schedule's default.
 
     Raises:
         ValueError: it was asked for where no forward is early, or where the policy has weights of its own for it.
@@ -81,7 +78,7 @@ def shares_pass(accumulation: int, early: int) -> bool:
     (``docs/method/look-ahead.md``).
 
     Args:
-        accumulation: micro-batches a window.
+        accumulation: micro-batches per window.
         early: forwards that the stage runs ahead of its backwards.
     """
     known = accumulation - early
@@ -96,8 +93,11 @@ def versions_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int) 
 
 
 def copies_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int, lookahead: bool) -> int:
-    """Copies of its fp32 weights that ``rank`` keeps besides the current ones: further versions, or scratch copies
-    where forwards that come early run at other weights, one of the true weights and one of those shared ahead."""
+    """Copies of its fp32 weights that ``rank`` keeps besides the current ones.
+
+    These are further versions, or scratch copies where early forwards run at other weights: one of the true weights,
+    and one of the weights shared ahead.
+    """
     if lookahead or policy == "predict":
         early = family.in_flight_bound(shape, rank) - 1
         return int(early > 0) + int(lookahead and shares_pass(shape.accumulation, early))

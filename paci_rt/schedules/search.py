@@ -45,7 +45,7 @@ class _Greedy:
     """Builds an order in rounds: in round ``j`` every stage, from the last to the first, runs I ``j`` and a forward.
 
     From last to first, because I ``j`` needs that of the stage after it, while each stage has at least one forward
-    more behind it than the stage after it, so that nobody asks for a forward that is not there yet.
+    more behind it than the stage after it, so that no forward is asked for before it is there.
     """
 
     def __init__(self, micro_batches: int, costs: StepCosts, limit: int, rules: _Rules) -> None:

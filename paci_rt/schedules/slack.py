@@ -11,8 +11,8 @@ and comes back up the same::
 
 The loop takes ``T_a + ... + T_b + 2 (c_a + ... + c_{b-1})`` and gets ``w_a - w_b + 1`` micro-batches further. (Where W
 comes after the gradient has been sent, the loop meets that of stage ``a`` only.) A system of such waits settles to the
-longest time a micro-batch of all loops (the maximum cycle ratio: Baccelli, Cohen, Olsder, Quadrat, Synchronization and
-Linearity, 1992, chapter 3). So
+longest time per micro-batch of all loops (the maximum cycle ratio: Baccelli, Cohen, Olsder, Quadrat, Synchronization
+and Linearity, 1992, chapter 3). So
 
     period = max over a <= b of  (T_a + ... + T_b + 2 (c_a + ... + c_{b-1})) / (w_a - w_b + 1)
 
@@ -23,7 +23,7 @@ solution, which is smallest on every stage at once; it is found from the last st
 ``t = T`` a link of any latency up to ``T/2`` takes ``w_i - w_{i+1} = 2``: differences are whole, hence the same
 slack on two neighbours never hides the link between them.
 
-Updates come once a window on top: no walk meets more of them than it passes windows, so with updates of ``U_i`` the
+Updates come on top, once per window: no walk meets more of them than it passes windows, so with updates of ``U_i`` the
 period is at least ``max T_i + U_i / a`` and at most the above plus ``max U_i / a``.
 """
 
@@ -48,7 +48,7 @@ _ROUNDING = 1e-9  # periods this close are the same
 
 
 def check_slack(slack: Any, num_stages: int) -> Slack:
-    """``slack`` in the one form that it is kept in: a single number wherever one says it all.
+    """``slack`` in its one form: a single number where that says the same.
 
     Raises:
         ValueError: no such slack, or one with which no order would run to its end.
@@ -76,7 +76,7 @@ def _check_each(slack: tuple[Any, ...], num_stages: int) -> tuple[int, ...]:
             "stages but the last, or one for each"
         )
     if slack[-1]:
-        raise ValueError(f"slack is {shown}: the last stage waits for nobody's gradient, so end with 0")
+        raise ValueError(f"slack is {shown}: the last stage waits for no gradient, so end with 0")
     for stage, (here, after) in enumerate(itertools.pairwise(slack)):
         if after > here + 1:
             raise ValueError(
@@ -88,12 +88,12 @@ def _check_each(slack: tuple[Any, ...], num_stages: int) -> tuple[int, ...]:
 
 
 def one_if_uniform(slack: tuple[int, ...]) -> Slack:
-    """A single number where it says the same as one a stage."""
+    """A single number where it says the same as one per stage."""
     return slack[0] if len(set(slack[:-1])) <= 1 else slack
 
 
 def slack_by_stage(slack: Slack, num_stages: int) -> tuple[int, ...]:
-    """One number a stage, 0 for the last."""
+    """One number per stage, 0 for the last."""
     return slack if isinstance(slack, tuple) else (slack,) * (num_stages - 1) + (0,)
 
 
@@ -113,7 +113,9 @@ def parse_slack(text: str) -> Slack | str:
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{text!r} is no slack: write 2, or one number a stage such as 3,2,1,0, or auto") from None
+        raise ValueError(
+            f"{text!r} is not a slack: write 2, or one number per stage such as 3,2,1,0, or auto"
+        ) from None
     return values if len(values) > 1 else values[0]
 
 
@@ -139,7 +141,7 @@ class Loops:
         shortest_period: what the slowest stage takes, or ``least_period``.
 
     Raises:
-        ValueError: times that are no times, or numbers that do not fit together.
+        ValueError: times that are negative or not finite, or numbers that do not fit together.
     """
 
     def __init__(
@@ -154,10 +156,10 @@ class Loops:
         late = _times("after_send", after_send) if len(after_send) else np.zeros_like(whole)
         self.stages = len(whole)
         if not self.stages:
-            raise ValueError("stage_times is empty: give one time a stage")
+            raise ValueError("stage_times is empty: give one time per stage")
         if len(links) != self.stages - 1:
             raise ValueError(
-                f"hops has {len(links)} values for {self.stages} stages: give one a link, {self.stages - 1}"
+                f"hops has {len(links)} values for {self.stages} stages: give one per link, {self.stages - 1}"
             )
         if len(late) != self.stages or (late > whole).any():
             raise ValueError("after_send must give each stage a part of its stage_times")
@@ -196,15 +198,18 @@ class Loops:
         """The least slack with which a micro-batch takes at most ``1 + tolerance`` times the shortest period.
 
         Raises:
-            ValueError: a tolerance that is no share.
+            ValueError: a tolerance below 0 or not finite.
         """
         if not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance is {tolerance!r}: give a share of at least 0, such as 0.01")
         return self.least_slack(self.shortest_period * (1 + tolerance))
 
     def choices(self, step: float = TOLERANCE) -> list[Slack]:
-        """No slack, what :meth:`plan` finds without tolerance, and what lies between: each is the least for its period
-        and shortens the one before it by a share of ``step`` at least, but for the last."""
+        """No slack, what :meth:`plan` finds without tolerance, and what lies between.
+
+        Each is the least for its period. Each shortens the period of the one before it by a share of at least
+        ``step``, except the last.
+        """
         found: list[Slack] = [0]
         while (period := self.period(found[-1])) > self.shortest_period * (1 + _ROUNDING):
             found.append(one_if_uniform(self.least_slack(period * (1 - step))))
@@ -230,7 +235,7 @@ def plan_slack(
     least_period: float = 0.0,
     tolerance: float = TOLERANCE,
 ) -> tuple[int, ...]:
-    """The least slack, by stage, with which links slow nobody down.
+    """The least slack, by stage, with which links cost no throughput.
 
     That is: with which :func:`steady_period` is at most ``1 + tolerance`` times what the slowest stage takes. No stage
     could do with less. ::
@@ -247,7 +252,7 @@ def plan_slack(
         tolerance: share of the period that may be lost.
 
     Raises:
-        ValueError: times that are no times, or numbers that do not fit together.
+        ValueError: times that are negative or not finite, or numbers that do not fit together.
     """
     return Loops(stage_times, hops, after_send=after_send, least_period=least_period).plan(tolerance)
 

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+Floats = npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds and bytes of one micro-batch; every tuple has one entry a *stage*, or exactly one for all stages.
+    """Seconds and bytes of one micro-batch; every tuple has one entry per *stage*, or exactly one for all stages.
 
     Attributes:
         forward_s, input_grad_s, weight_grad_s: compute; an undivided backward takes both of its halves.
@@ -32,7 +34,7 @@ class Costs:
         seed: of the noise; equal seeds give equal timelines.
 
     Raises:
-        ValueError: a value that is negative, not finite or no number, or an empty tuple.
+        ValueError: a value that is negative, not finite or not a number, or an empty tuple.
     """
 
     forward_s: tuple[float, ...]
@@ -83,7 +85,7 @@ class Costs:
         object.__setattr__(self, name, tuple(map(float, values)))
 
     def per_stage(self, name: str, num_stages: int) -> Floats:
-        """The values of field ``name``, one a stage.
+        """The values of field ``name``, one per stage.
 
         Raises:
             ValueError: there are neither one nor ``num_stages`` of them.
@@ -98,6 +100,3 @@ class Costs:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-Floats = npt.NDArray[np.float64]

@@ -27,8 +27,8 @@ class Simulation:
 
     Attributes:
         schedule, policy: names. lookahead: whether early forwards look ahead.
-        ranks, stages, windows, accumulation, slack: what was played; with several chunks a rank, ``stages`` counts them
-            all.
+        ranks, stages, windows, accumulation, slack: what was played; with several chunks per rank, ``stages`` counts
+            them all.
         makespan_s: from the start to the end of the last action.
         bubble_rate: ``(C - work) / C``. Of a flushed schedule ``C`` is, per window, the longest that any rank takes
             from the start of its first F to the end of its last B or W, and ``work`` the mean over ranks of their F, B,
@@ -281,7 +281,7 @@ class _Spans:
         return (longest - float(self.compute.mean(axis=0).sum())) / longest if longest else 0.0
 
     def steady(self) -> tuple[float, float, int]:
-        """Utilisation, micro-batches a second and windows of the steady part."""
+        """Utilisation, micro-batches per second and windows of the steady part."""
         shape, family, windows = self.work.shape, self.work.family, self.work.windows
         ahead = max(family.in_flight_bound(shape, rank) for rank in range(self.ranks)) - 1
         left_out = 0 if self.flush else -(-ahead // shape.accumulation)

@@ -25,7 +25,6 @@ from paci_rt.simulate.timeline import Work, play
 
 __all__ = ["Costs", "Simulation", "simulate"]
 
-
 _SHOWN_STUCK = 8
 
 
@@ -42,7 +41,7 @@ def simulate(
     """Play ``windows`` windows of a schedule, from an empty pipeline to an empty one.
 
     A thousand ranks and ten thousand micro-batches take seconds and about a gigabyte. A searched schedule is taken for
-    ``shape.costs``; nobody but the caller fits those to ``costs``.
+    ``shape.costs``; it is for the caller to fit those to ``costs``.
 
     Args:
         family: the schedule, for example ``schedules.get("paci")``.

@@ -7,7 +7,6 @@ a time, with array operations. Both do the same arithmetic on the same numbers, 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,22 +15,13 @@ from paci_rt.action import OPS, Codes, Op, decode, decode_fields
 from paci_rt.errors import ScheduleError
 from paci_rt.schedules import policies
 from paci_rt.schedules.base import ScheduleFamily, Shape
-from paci_rt.simulate.costs import Floats
+from paci_rt.simulate.costs import Costs, Floats
 
-if TYPE_CHECKING:
-    from paci_rt.simulate import Costs
-
-
-# From this many ranks on it is quicker to advance all of them with array operations than one by one.
 RANKS_FOR_ARRAYS = 24
-
+"""From this many ranks on it is quicker to advance all of them with array operations than one by one."""
 
 _F, _B, _I, _W, _U = (OPS.index(op) for op in (Op.F, Op.B, Op.I, Op.W, Op.U))
-
-
 _KIND = np.full(len(OPS), -1)  # F, then B or I, then W: rows of the table of own places
-
-
 _KIND[[_F, _B, _I, _W]] = 0, 1, 1, 2
 
 
@@ -163,7 +153,7 @@ class Work:
 
 
 def play(work: Work) -> Codes:
-    """Fill ``work.start``; returns the actions that nothing gets past, at most one a rank, none if all ran."""
+    """Fill ``work.start``; returns the actions that nothing gets past, at most one per rank, none if all ran."""
     return (play_one_by_one if len(work.streams) < RANKS_FOR_ARRAYS else play_all_at_once)(work)
 
 

@@ -53,7 +53,7 @@ class Comparison:
         return list(dict.fromkeys(run.result.schedule for run in self.runs))
 
     def of(self, schedule: str) -> list[Run]:
-        """The runs of one schedule, one a seed."""
+        """The runs of one schedule, one per seed."""
         return [run for run in self.runs if run.result.schedule == schedule]
 
     def time_to_target_s(self, schedule: str) -> float | None:
@@ -162,7 +162,7 @@ def first_reached(evals: Sequence[EvalPoint], target: float | None) -> tuple[flo
 
 
 def summary_table(comparison: Comparison, *, markdown: bool = False) -> str:
-    """One row a schedule; medians where there are several seeds."""
+    """One row per schedule; medians where there are several seeds."""
     header = ("schedule", "time to target", "tokens to target", "final loss", "tokens/s", "utilization")
     rows = []
     for name in comparison.schedules:
@@ -188,7 +188,7 @@ def verdict(comparison: Comparison) -> str:
     target = comparison.target_loss
     if target is None:
         diverged = {run.result.schedule for run in comparison.runs if not math.isfinite(run.result.val_loss)}
-        return f"No target: the loss of {', '.join(sorted(diverged))} ended as no finite number. Try a smaller --lr."
+        return f"No target: the loss of {', '.join(sorted(diverged))} ended as NaN or infinite. Try a smaller --lr."
     how = " (the highest of the final losses, so every run reached it)" if comparison.automatic_target else ""
     times = {name: comparison.time_to_target_s(name) for name in comparison.schedules}
     reached = sorted((seconds, name) for name, seconds in times.items() if seconds is not None)
@@ -209,7 +209,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def write_report(folder: str | Path, comparison: Comparison) -> list[Path]:
-    """Write ``report.md``, the loss plots, ``timeline.png`` and a Perfetto trace a schedule; returns their paths."""
+    """Write ``report.md``, the loss plots, ``timeline.png`` and a Perfetto trace per schedule; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / name for name in ("report.md", "loss_vs_tokens.png", "loss_vs_time.png", "timeline.png")]

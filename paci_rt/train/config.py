@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from paci_rt import native, schedules
-from paci_rt.errors import TritonMissingError
+from paci_rt.errors import TritonMissingError, unknown
 from paci_rt.optim.backend import usable
 from paci_rt.planner import auto_slack
 from paci_rt.schedules import policies
+from paci_rt.schedules.base import check_takes
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 
@@ -42,11 +42,11 @@ class TrainConfig:
         lookahead: as there; where the schedule does so of its own and the optimizer can.
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, and 2 for ``interleaved-1f1b``.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
-        accumulation: micro-batches a window; 4, and always 1 for ``async-1f1b``.
+        accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
         model: a name in ``paci_rt.train.gpt.MODELS``. partition: its blocks by stage; balanced by cost.
         data: text file, folder of text files, ``.bin``, or folder with train.bin and val.bin; Python's own library.
         steps: local updates of every stage, counted from the very first one also after ``resume``.
-        batch_size: sequences a window, whatever the accumulation. seq_len: tokens a sequence; 128 or the context.
+        batch_size: sequences per window, whatever the accumulation. seq_len: tokens per sequence; 128 or the context.
         optimizer: ``torch-adamw`` and ``torch-sgd`` are torch's own, the others paci_rt's fused ones; ``muon`` is for
             the matrices inside blocks, with AdamW for the rest.
         lr: peak learning rate; it warms up over ``warmup_steps`` (a twentieth of lr_steps) and falls along a cosine to
@@ -54,13 +54,13 @@ class TrainConfig:
         beta1, beta2: of all but sgd; beta2 is 0.95, for ``lion`` 0.99. momentum: of sgd, 0.9, and ``muon``, 0.95.
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
             autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
-            2 bytes a parameter for every micro-batch in flight, the very weight stash that PACI does without.
-        seed: of weights and batches. device: ``cpu``; ``cuda``, the GPUs of this host, one a process, or all stages on
-            the first with the local transport; ``cuda:N`` one of them; ``auto`` is ``cuda`` where it can be used.
+            2 bytes per parameter for every micro-batch in flight, the very weight stash that PACI does without.
+        seed: of weights and batches. device: ``cpu``; ``cuda``, the GPUs of this host, one per process, or all stages
+            on the first with the local transport; ``cuda:N`` one of them; ``auto`` is ``cuda`` where it can be used.
         eval_interval: windows between validations, 0 for one at the end only; a tenth of steps.
         eval_batches: batches of batch_size sequences that make the held-back set.
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
-        resume: such a folder to go on from, with any number of stages and any schedule.
+        resume: such a folder to continue from, with any number of stages and any schedule.
         transport: a name of ``paci_rt.transport.TRANSPORTS``; ``local`` runs all stages in one process.
         transfer_timeout: seconds that a stage waits for another one before the run ends with an error.
         threads, port: how the launcher starts the stages.
@@ -160,7 +160,7 @@ class TrainConfig:
         if self.transport in CPU_TRANSPORTS:
             raise ValueError(
                 f"--transport {self.transport} carries messages between CPUs: with --device {self.device} use "
-                "--transport nccl or ipc, one GPU a stage, or local, which runs all stages on one"
+                "--transport nccl or ipc, one GPU per stage, or local, which runs all stages on one"
             )
 
     def torch_device(self, rank: int) -> torch.device:
@@ -206,10 +206,7 @@ class TrainConfig:
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
         accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt
-        if family.one_micro_batch_windows and accumulation != 1:
-            raise ValueError(
-                f"--accumulation is {accumulation}: {family.name} updates after every micro-batch; use --accumulation 1"
-            )
+        check_takes(family, chunks=self.chunks, accumulation=accumulation, prefix="--")
         if self.batch_size % accumulation:
             raise ValueError(
                 f"--batch-size {self.batch_size} cannot be cut into {accumulation} equal micro-batches; "
@@ -219,8 +216,6 @@ class TrainConfig:
             raise ValueError(
                 f"--seq-len {seq_len} exceeds the {model.context} positions of {model.name}; use at most that"
             )
-        if self.chunks > 1 and not family.takes_chunks:
-            raise ValueError(f"--chunks is {self.chunks}: {family.name} runs one piece of the model a stage; use 1")
         pieces = self.stages * self.chunks
         shape = schedules.Shape(
             num_stages=pieces,
@@ -297,13 +292,9 @@ class TrainConfig:
         return asdict(self)
 
 
-def _known(flag: str, value: str, choices: Iterable[str]) -> None:
-    choices = list(choices)
+def _known(flag: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
-        begun = [choice for choice in choices if value and choice.startswith(str(value))]
-        near = begun or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown {flag} {value!r}: {hint}choose from {', '.join(choices)}")
+        raise unknown(flag, value, choices)
 
 
 def _flag(name: str) -> str:

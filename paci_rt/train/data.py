@@ -113,7 +113,7 @@ def _load_parts(path: Path | None, vocab_size: int) -> tuple[Tokens, Tokens]:
         _require_bytes(path)
         if not _looks_like_text(path):
             raise ValueError(
-                f"--data {path} is no text: it holds zero bytes; give UTF-8 text, or uint16 tokens named *.bin"
+                f"--data {path} is not text: it holds zero bytes; give UTF-8 text, or uint16 tokens named *.bin"
             )
         return _split(np.memmap(path, dtype=np.uint8, mode="r"))
     if not path.is_dir():

@@ -151,7 +151,7 @@ class GPTStage(nn.Module):
 
 
 def default_partition(config: GPTConfig, num_stages: int, *, seq_len: int | None = None) -> tuple[int, ...]:
-    """Blocks per stage, such that the dearest stage is as cheap as can be.
+    """Blocks per stage, so that the most expensive stage is as cheap as possible.
 
     Cost is multiply-adds of a token's forward: ``12·width² + 2·seq·width`` a block, ``width·vocab`` the head (a
     backward costs twice that everywhere). The last stage pays for the head in blocks; what does not divide goes to
@@ -173,10 +173,10 @@ def default_partition(config: GPTConfig, num_stages: int, *, seq_len: int | None
     head = config.width * config.vocab_size
     others = num_stages - 1
 
-    def dearest(last: int) -> int:
+    def largest_cost(last: int) -> int:
         return max(block * math.ceil((config.layers - last) / others), block * last + head)
 
-    last = min(range(config.layers - others, 0, -1), key=dearest)  # among equals the one that unburdens the front
+    last = min(range(config.layers - others, 0, -1), key=largest_cost)  # of equal ones that with most on the last stage
     each, extra = divmod(config.layers - last, others)
     return (each,) * (others - extra) + (each + 1,) * extra + (last,)
 

@@ -70,7 +70,7 @@ class RunResult:
         windows: local updates of this run, fewer than steps after a resume.
         policy, transport, chunks: as they were run. delay, max_delay: see ``paci_rt.schedules.policies``.
         lookahead_s: what look-ahead took, all stages together.
-        drift, delay, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were no numbers.
+        drift, delay, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were NaN or infinite.
         curve, evals: loss over training; events: executed actions, not in the JSON.
     """
 

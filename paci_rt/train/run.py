@@ -15,13 +15,12 @@ from paci_rt.train.trainer import preflight, train
 
 MEMORY_PARTS = ("weights", "masters", "optimizer", "accumulators", "versions", "activations", "total")
 
-
 OnReport = Callable[[dict[str, Any]], None]
 
 
 def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunResult | None:
     """Train as ``config`` says: here with the local transport or one stage, in this process's place under torchrun,
-    else in one new process a stage.
+    else in one new process per stage.
 
     Returns:
         The result; None under torchrun on every rank but 0.

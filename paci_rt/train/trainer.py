@@ -128,7 +128,7 @@ def preflight(config: TrainConfig) -> tuple[Corpus, int]:
 
 
 def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[LambdaLR]]:
-    """The schedule with its stages and optimizers in this process, and one learning-rate scheduler a stage."""
+    """The schedule with its stages and optimizers in this process, and one learning-rate scheduler per stage."""
     pieces = config.stages * config.chunks
     here = range(pieces) if ctx.local else range(ctx.rank, pieces, config.stages)
     modules = [
@@ -154,7 +154,7 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         return paci_rt.LocalPipeline(modules, device=config.torch_device(0), **options), lr_schedulers
     device = config.torch_device(ctx.rank)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # nobody shall make a context on another one by accident
+        torch.cuda.set_device(device)  # so that no library makes a context on another one by accident
     stages = [paci_rt.PipelineStage(module, at, pieces, device) for module, at in zip(modules, here, strict=True)]
     options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
     options["transport"] = make_transport(
@@ -290,7 +290,7 @@ class Log:
         self._every = 1 if pipeline.stages[0].device.type == "cpu" else self.LATE
 
     def stepped(self, step: int, losses: list[Tensor]) -> None:
-        """``step`` windows have run; ``losses`` has one a micro-batch, on the last stage."""
+        """``step`` windows have run; ``losses`` has one per micro-batch, on the last stage."""
         self._late.append((step, self._clock.seconds(), losses))
         if self._mark is None or len(self._late) >= self._every:
             self.catch_up()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paci_rt.errors import TransportError
+from paci_rt.errors import TransportError, unknown
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Transport, check_timeout
 from paci_rt.transport.local import LocalTransport
 
@@ -24,9 +23,7 @@ ON_GPUS = ("nccl", "ipc")
 def check_transport(name: str, option: str = "transport") -> None:
     """Raise ValueError, with ``option`` as its name, unless there is such a transport."""
     if name not in TRANSPORTS:
-        near = difflib.get_close_matches(str(name), TRANSPORTS, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown {option} {name!r}: {hint}choose from {', '.join(TRANSPORTS)}")
+        raise unknown(option, name, TRANSPORTS)
 
 
 def make_transport(

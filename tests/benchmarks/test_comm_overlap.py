@@ -145,12 +145,12 @@ def test_both_ends_of_an_nccl_link_issue_the_same_transfer_first(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--transport pigeon", "'pigeon' is no transport: choose from shm, gloo, nccl, ipc"),
-        ("--bytes 0", "0 is not at least 1"),
+        ("--transport pigeon", "'pigeon' is not a transport: choose from shm, gloo, nccl, ipc"),
+        ("--bytes 0", "0 is too small: give at least 1"),
         ("--bytes 4k", "invalid literal for int() with base 10: '4k'"),
-        ("--processes 1", "1 processes have no link between them: give at least 2"),
-        ("--compute-ms 0", "0 ms is no length of compute"),
-        ("--repeats 0", "0 is not at least 1"),
+        ("--processes 1", "1 is too small: give at least 2"),
+        ("--compute-ms 0", "0 ms of compute"),
+        ("--repeats 0", "0 is too small: give at least 1"),
         ("--plot plot.pdf", "--plot plot.pdf: name a .png file"),
         ("--plot /proc/nowhere.png", "--plot /proc/nowhere.png cannot be written"),
         ("--json /proc/nowhere.json", "--json /proc/nowhere.json cannot be written"),

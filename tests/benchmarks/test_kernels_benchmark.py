@@ -24,8 +24,9 @@ OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weig
 
 def small_cases(device: str) -> Any:
     import kernels_cuda
+    import kernels_cuda_sides
 
-    kernels_cuda.BLOCK_SHAPES = SMALL
+    kernels_cuda_sides.BLOCK_SHAPES = SMALL
     return kernels_cuda
 
 
@@ -74,13 +75,15 @@ def run_with_a_broken_rival() -> dict[str, Any]:
 
 def check_sides(device: str) -> None:
     """Our window and torch's make the same weights of the same gradients."""
+    import kernels_cuda_sides
+
     cuda = small_cases(device)
     buffers = cuda.Buffers(1000, device)
     theirs = cuda.TorchSide(buffers.shapes, buffers.grads, device)
     parts = [slice(offset, offset + length) for offset, length in buffers.layout.segments]
     for param, total, part in zip(theirs.params, theirs.sums, parts, strict=True):
         state = theirs.optimizer.state[param]
-        state["step"].fill_(cuda.FIRST_STEP - 1)
+        state["step"].fill_(kernels_cuda_sides.FIRST_STEP - 1)
         total.zero_()
         for name, view in (
             ("master", param.detach()),
@@ -102,16 +105,18 @@ def check_sides(device: str) -> None:
 
 def check_other_sides(device: str) -> None:
     """One step of NAdam and of Lion, ours and torch's, makes the same weights."""
+    import kernels_cuda_sides
+
     cuda = small_cases(device)
     for name, make_optimizer, size in (("nadam", cuda.torch_nadam, 1e-3), ("lion", cuda.foreach_lion, 1e-4)):
         buffers = cuda.Buffers(1000, device)
         theirs = cuda.TorchSide(buffers.shapes, buffers.grads, device, make_optimizer)
-        momenta = [0.9 * (1 - 0.5 * 0.96 ** (step * 4e-3)) for step in range(1, cuda.FIRST_STEP)]
+        momenta = [0.9 * (1 - 0.5 * 0.96 ** (step * 4e-3)) for step in range(1, kernels_cuda_sides.FIRST_STEP)]
         parts = [slice(offset, offset + length) for offset, length in buffers.layout.segments]
         for param, total, part in zip(theirs.params, theirs.sums, parts, strict=True):
             state = theirs.optimizer.state[param]
             if name == "nadam":
-                state["step"].fill_(cuda.FIRST_STEP - 1)
+                state["step"].fill_(kernels_cuda_sides.FIRST_STEP - 1)
                 state["mu_product"].fill_(math.prod(momenta))
             views = {"master": param.detach(), "grad_sum": total, **state}
             for flat in ("master", "grad_sum", "exp_avg", *(["exp_avg_sq"] if name == "nadam" else [])):
@@ -269,6 +274,8 @@ def test_rivals_do_the_same_work_on_a_gpu() -> None:
     reason = kernels_cupy.why_not()
     if reason is not None:
         pytest.skip(reason)
+    import kernels_cuda_sides
+
     cuda = small_cases("cuda")
     for raw in (False, True):
         buffers = cuda.Buffers(1000, "cuda")
@@ -277,8 +284,8 @@ def test_rivals_do_the_same_work_on_a_gpu() -> None:
             grads[offset : offset + length] = grad
         flat = {name: tensor.clone() for name, tensor in buffers.flat.items()}
         weight = buffers.weight.clone()
-        values = kernels_cupy.scalars(cuda.FIRST_STEP, float(cuda.WINDOW), cuda.OPTIONS)
-        limits: dict[str, Any] = {"max_norm": cuda.MAX_NORM, "micro_batches": cuda.WINDOW}
+        values = kernels_cupy.scalars(kernels_cuda_sides.FIRST_STEP, float(cuda.WINDOW), kernels_cuda_sides.OPTIONS)
+        limits: dict[str, Any] = {"max_norm": kernels_cuda_sides.MAX_NORM, "micro_batches": cuda.WINDOW}
         side = kernels_cupy.CupySide(grads, flat, weight, values=values, raw=raw, **limits)
         buffers.window()
         side.window()

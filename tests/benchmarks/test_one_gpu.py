@@ -77,15 +77,15 @@ def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stages", "1"], "1 is no pipeline: give at least 2"),
-        (["--schedules", "interleaved-1f1b"], "interleaved-1f1b has several stages a rank"),
+        (["--stages", "1"], "1 is too small: give at least 2"),
+        (["--schedules", "interleaved-1f1b"], "interleaved-1f1b has several stages per rank"),
         (["--schedules", "pipedream"], "schedules are compared here on the same stages and windows"),
         (["--schedules", "pasi"], "paci"),
         (["--schedules", "pipedream-2bw", "--accumulation", "2"], "--schedules pipedream-2bw with --accumulation 2:"),
-        (["--latency-us", "-1"], "-1 is negative"),
+        (["--latency-us", "-1"], "-1 is too small: give at least 0"),
         (["--device", "cpu", "--latency-us", "5"], "links have a latency on a GPU only"),
         (["--device", "cpu", "--min-sms", "8"], "a CPU has no multiprocessors to split"),
-        (["--repeats", "0"], "0 is not at least 1"),
+        (["--repeats", "0"], "0 is too small: give at least 1"),
     ],
 )
 def test_bad_options_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

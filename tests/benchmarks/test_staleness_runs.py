@@ -186,7 +186,7 @@ def test_a_line_that_was_cut_off_is_told_and_its_run_is_missing_without_it(tmp_p
         store.add(result)
     whole = path.read_text()
     path.write_text(whole[:-20])
-    with pytest.raises(ValueError, match=r"runs.jsonl, line 2 is no run .*delete the line"):
+    with pytest.raises(ValueError, match=r"runs.jsonl, line 2 is not a run .*delete the line"):
         Store(path)
     path.write_text(whole.splitlines()[0])  # deleted, and the newline before it, as some editors do
     resumed = Store(path)
@@ -199,7 +199,7 @@ def test_a_line_that_was_cut_off_is_told_and_its_run_is_missing_without_it(tmp_p
 def test_bad_lines_are_told(tmp_path: Path, line: str) -> None:
     path = tmp_path / "runs.jsonl"
     path.write_text(f"{line}\n")
-    with pytest.raises(ValueError, match="line 1 is no run"):
+    with pytest.raises(ValueError, match="line 1 is not a run"):
         Store(path)
 
 

@@ -58,7 +58,7 @@ def test_exposed_time_is_a_share_of_a_micro_batch() -> None:
 
 def test_a_stage_that_updates_where_none_is_wanted_is_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_overlap, "Unmoved", update_overlap.paci_rt.AdamW)
-    with pytest.raises(RuntimeError, match="this was no comparison"):
+    with pytest.raises(RuntimeError, match="updates were not compared with none"):
         update_overlap.timings(setting("cpu"))
 
 

@@ -55,8 +55,8 @@ def error_of(capsys, *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("trian", "unknown command 'trian': did you mean train?"),
-        ("train --stepz 3", "unknown option --stepz: did you mean --steps?"),
+        ("trian", "unknown command 'trian': did you mean 'train'?"),
+        ("train --stepz 3", "unknown option --stepz: did you mean '--steps'?"),
         ("train 3", "unexpected argument '3'"),
         ("train --steps three", "--steps: invalid int value: 'three'"),
         ("train --steps 0", "--steps is 0: give an integer of at least 1"),

@@ -143,10 +143,10 @@ def test_train_plans_slack_from_a_profile(capsys, stored):
     assert train("--slack", "auto", "--profile", stored).slack == (3, 2, 1, 0)
     for name, value in (("--seq-len", "16"), ("--batch-size", "16"), ("--threads", "2"), ("--dtype", "bf16")):
         refused_with("was measured with", "--slack", "auto", "--profile", stored, name, value)
-    refused_with("--slack is auto: 1f1b flushes", "--slack", "auto", "--profile", stored, "--schedule", "1f1b")
+    refused_with("--slack is auto: 1f1b takes no slack", "--slack", "auto", "--profile", stored, "--schedule", "1f1b")
     refused_with("--profile tells --slack auto", "--slack", "1", "--profile", stored)
     refused_with("profile nowhere.json cannot be read", "--slack", "auto", "--profile", "nowhere.json")
-    refused_with("needs at least 6 micro-batches a window", "--slack", "auto", "--profile", stored, "--policy", "2bw",
+    refused_with("needs at least 6 micro-batches per window", "--slack", "auto", "--profile", stored, "--policy", "2bw",
                  "--accumulation", "4", "--batch-size", "4")  # fmt: skip
     configs = compare.plan(["paci", "1f1b"], 1, {"stages": 4, "accumulation": 8, "batch_size": 8, "seq_len": 8,
                            "slack": "auto", "profile": stored})  # fmt: skip
@@ -214,10 +214,10 @@ def refused(capsys, argv: list[str]) -> str:
         ("--batch-size 8;16", "'8;16' is not a list of integers"),
         ("--schedules packi", "did you mean 'paci'?"),
         ("--policies stach", "did you mean 'stash'?"),
-        ("--memory-limit 8G", "'8G' is no size above 0: write 8GiB"),
+        ("--memory-limit 8G", "'8G' is not a size above 0: write 8GiB"),
         ("--memory-limit 1GB,2GB,3GB", "3 memory limits for 2 stages"),
-        ("--hop-ms -1", "--hop-ms: '-1' is no time of at least 0 milliseconds"),
-        ("--bandwidth 0", "'0' is no size above 0"),
+        ("--hop-ms -1", "--hop-ms: '-1' is not a time of at least 0 milliseconds"),
+        ("--bandwidth 0", "'0' is not a size above 0"),
         ("--transport shn", "unknown --transport 'shn': did you mean 'shm'? choose from auto, local, gloo"),
         ("--transport local --measure-link", "--transport local has one: leave one of them out"),
         ("--drift-limit -1", "drift limit is -1"),

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from paci_rt import planner, schedules
-from paci_rt.planner import plan
+from paci_rt.planner import BlockProfile, Profile, load_profile, parse_profile, plan, stage_costs
 from paci_rt.planner.candidate import Candidate, Limits
-from paci_rt.planner.choose import BlockProfile, Profile, load_profile, parse_profile, stage_costs
 from paci_rt.planner.evaluate import Evaluator
 from paci_rt.schedules import Shape, policies
 from paci_rt.simulate import simulate
@@ -395,7 +394,7 @@ GOOD = {**model(2).to_json(), "profiled": {"model": "gpt-tiny"}}
         ("version", 2, "version is 2, and this program reads version 1"),
         ("version", None, "version is missing: give a number"),
         ("format", "profile", "format is 'profile': give a file that paci-rt plan --profile wrote"),
-        ("blocks", [], r"blocks is \[\]: give a list with one entry a block"),
+        ("blocks", [], r"blocks is \[\]: give a list with one entry per block"),
         ("blocks", None, "blocks is missing"),
         ("blocks.1.forward_s", -1.0, r"blocks\[1\].forward_s is -1.0: give a number of at least 0"),
         ("blocks.1.forward_s", math.nan, r"blocks\[1\].forward_s is nan"),
@@ -432,10 +431,10 @@ def test_malformed_profiles(tmp_path, path, value, words):
 
 def test_files_that_are_no_profile(tmp_path):
     for text, words in (
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[1]", "the file is"),
         ("{}", "format is missing"),
-        ("\xff", "is no JSON"),
+        ("\xff", "is not JSON"),
     ):
         (tmp_path / "odd.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=words) as caught:

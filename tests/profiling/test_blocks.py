@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from paci_rt.planner.choose import parse_profile
+from paci_rt.planner import parse_profile
 from paci_rt.profiling import blocks as profiling
 from paci_rt.profiling.blocks import Block, profile_blocks
 from paci_rt.runtime.activation_bytes import saved_bytes

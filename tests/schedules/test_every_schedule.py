@@ -190,10 +190,10 @@ def build(schedule: str, modules: int = 4, **options: Any) -> paci_rt.LocalPipel
     [
         ("interleaved-1f1b", {"chunks": 2, "n_microbatches": 3}, r"accumulation is 3: .*multiple of 2"),
         ("interleaved-1f1b", {"chunks": 3}, r"num_stages is 4 and chunks 3"),
-        ("1f1b", {"chunks": 2}, r"2 stages a rank: 1f1b runs one"),
+        ("1f1b", {"chunks": 2}, r"chunks is 2: 1f1b takes no chunks"),
         ("pipedream-2bw", {"n_microbatches": 2}, r"accumulation is 2: .*at least 3"),
         ("zb-h1", {"slack": 1}, r"slack is 1: zb-h1"),
-        ("zb-h1", {"slack": (1, 0, 0, 0)}, r"slack is 1,0,0,0: zb-h1 flushes"),
+        ("zb-h1", {"slack": (1, 0, 0, 0)}, r"slack is 1,0,0,0: zb-h1 takes no slack"),
         ("paci", {"slack": (2, 1, 0)}, r"slack is 2,1,0, which is for 3 stages, and there are 4"),
         ("paci", {"slack": (0, 2, 1, 0)}, r"slack is 0,2,1,0: stage 1 would .* wait for ever; give stage 0 at least 1"),
         ("paci", {"slack": (2, 1, 1, 1)}, r"slack is 2,1,1,1: .*so end with 0"),

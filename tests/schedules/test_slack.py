@@ -180,7 +180,7 @@ def test_choices_lead_from_none_to_all() -> None:
     ("arguments", "options", "words"),
     [
         (([], []), {}, "stage_times is empty"),
-        (([1, 1], [1, 1]), {}, "hops has 2 values for 2 stages: give one a link, 1"),
+        (([1, 1], [1, 1]), {}, "hops has 2 values for 2 stages: give one per link, 1"),
         (([1, -1], [1]), {}, "stage_times has -1"),
         (([1, 1], [float("nan")]), {}, "hops has nan"),
         (([1, 1], [float("inf")]), {}, "hops has inf"),
@@ -210,7 +210,7 @@ def test_the_one_form_in_which_slack_is_kept() -> None:
     assert check_slack((5, 0), 2) == 5 and check_slack((0,), 1) == 0
     assert parse_slack("auto") == AUTO
     for text in ("", "x", "1,", "1,,0", "1.5", "Auto", "1;0"):
-        with pytest.raises(ValueError, match="is no slack: write 2, or one number a stage such as"):
+        with pytest.raises(ValueError, match="is not a slack: write 2, or one number per stage such as"):
             parse_slack(text)
 
 
@@ -224,7 +224,7 @@ def test_the_one_form_in_which_slack_is_kept() -> None:
         (None, "slack is None"),
         ((), "which is for 0 stages, and there are 4"),
         ((1, 0), "slack is 1,0, which is for 2 stages, and there are 4"),
-        ((1, 1, 1, 1), "slack is 1,1,1,1: the last stage waits for nobody's gradient, so end with 0"),
+        ((1, 1, 1, 1), "slack is 1,1,1,1: the last stage waits for no gradient, so end with 0"),
         ((1, -1, 0, 0), "slack is 1,-1,0,0: give integers of at least 0"),
         ((1, 0.0, 0, 0), "slack is 1,0.0,0,0"),
         ((0, 2, 0, 0), "stage 1 would run 4 forwards ahead, and stage 0 before it only 3, .*give stage 0 at least 1"),

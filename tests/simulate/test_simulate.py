@@ -407,13 +407,13 @@ def test_what_does_not_fit_together_is_named():
         run("1f1b", 4, 4, windows=0)
     with pytest.raises(ValueError, match="slack is 1: 1f1b takes no slack"):
         run("1f1b", 4, 4, slack=1)
-    with pytest.raises(ValueError, match="chunks is 2: zb-h1 runs one stage a rank"):
+    with pytest.raises(ValueError, match="chunks is 2: zb-h1 takes no chunks"):
         run("zb-h1", 4, 4, chunks=2)
     with pytest.raises(ValueError, match="accumulation is 4: pipedream updates after every micro-batch"):
         run("pipedream", 4, 4)
     with pytest.raises(ValueError, match="accumulation is 3: interleaved-1f1b"):
         run("interleaved-1f1b", 4, 3, chunks=2)
-    with pytest.raises(ValueError, match="at least 7 micro-batches a window"):
+    with pytest.raises(ValueError, match="at least 7 micro-batches per window"):
         run("pipedream-2bw", 8, 4)
     with pytest.raises(ValueError, match="unknown policy 'stach': did you mean 'stash'"):
         run("paci", 4, 4, policy="stach")

@@ -153,7 +153,7 @@ def write(path: Path, content: bytes | np.ndarray) -> Path:
         ("a.bin", np.arange(50, dtype=np.uint16), "validation part has 5 tokens and one sequence needs 17"),
         ("a.txt", b"", "is empty"),
         ("a.txt", b"short text", "too short"),
-        ("a.npy", b"\x93NUMPY\x01\0v\0", "no text"),
+        ("a.npy", b"\x93NUMPY\x01\0v\0", "not text"),
         ("only/train.bin", np.arange(500, dtype=np.uint16), None),
     ],
 )

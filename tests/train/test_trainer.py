@@ -467,7 +467,7 @@ def test_only_matrices_decay(name: str, kind: type) -> None:
         ({"partition": (1, 2)}, "--partition 1,2 .*8 of gpt-tiny; for example 4,4"),
         ({"batch_size": 6}, "--batch-size 6 cannot be cut into 4 equal micro-batches; .*such as 8"),
         ({"seq_len": 257}, "--seq-len 257 exceeds the 256 positions"),
-        ({"schedule": "1f1b", "slack": 1}, "--slack is 1: 1f1b flushes"),
+        ({"schedule": "1f1b", "slack": 1}, "--slack is 1: 1f1b takes no slack"),
         ({"slack": -1}, "--slack is -1: give an integer of at least 0"),
         ({"slack": (1, 1, 0)}, "--slack is 1,1,0, which is for 3 stages, and there are 2"),
         ({"slack": "auto"}, "--slack auto needs to know"),
