@@ -108,8 +108,8 @@ class DriftBoundError(PaciError, RuntimeError):
         >>> from paci_rt.action import Action
         >>> from paci_rt.runtime.audit import RankAudit, StageAudit
         >>> audit = StageAudit(stage=0, rank=RankAudit(rank=0), drift_bound=1, delay_bound=1)
-        >>> audit.forward(3, version=0, kept_bytes=0)
-        >>> audit.backward(Action.parse("0B3"), version=2, window=1, full_bytes=0)
+        >>> audit.forward(3, version=0, kept_bytes=0, full_bytes=0)
+        >>> audit.backward(Action.parse("0B3"), version=2, window=1)
         Traceback (most recent call last):
         paci_rt.errors.DriftBoundError: action 0B3: a drift of 2 updates, while the bound of stage 0 is 1
     """
