@@ -3,12 +3,12 @@
 They do on a GPU what the native core does on the CPU, to the bit where no sum is reordered. ``import paci_rt`` does
 not import this package, and this package is the only one that imports Triton.
 
->>> layout = FlatLayout(group.segments, group.numel, group.device)
->>> sums, statistics, rows = group.empty_like(torch.float32), GradientStatistics(layout), ScalarRows(layout)
->>> accumulate(layout, statistics, sums, grads, overwrite=True)      # first micro-batch of a window
->>> accumulate(layout, statistics, sums, grads, overwrite=False)     # the others
->>> rows.set_adamw(steps, lr=lr, betas=betas, eps=eps, weight_decay=0.01, divisor=a)
->>> adamw_step(layout, rows, master=master, weight=weight, grad_sum=sums, exp_avg=m, exp_avg_sq=v)
+    layout = FlatLayout(group.segments, group.numel, group.device)
+    sums, statistics, rows = group.empty_like(torch.float32), GradientStatistics(layout), ScalarRows(layout)
+    accumulate(layout, statistics, sums, grads, overwrite=True)      # first micro-batch of a window
+    accumulate(layout, statistics, sums, grads, overwrite=False)     # the others
+    rows.set_adamw(steps, lr=lr, betas=betas, eps=eps, weight_decay=0.01, divisor=a)
+    adamw_step(layout, rows, master=master, weight=weight, grad_sum=sums, exp_avg=m, exp_avg_sq=v)
 
 Nothing here waits for the device. All of it can be captured in CUDA graphs, and under ``torch.compile`` the calls
 become operators ``paci_rt::...``; outside of it they launch directly, which leaves version counters alone.

@@ -34,6 +34,15 @@ class GradientStatistics:
 
     Args:
         layout: the flat group.
+
+    Example:
+        >>> from paci_rt.kernels import FlatLayout, GradientStatistics
+        >>> layout = FlatLayout([(0, 3)], numel=16, device=device)
+        >>> statistics, sums = GradientStatistics(layout), torch.zeros(16, device=device)
+        >>> sums[:3] = torch.tensor([3.0, 4.0, 0.0])
+        >>> statistics.measure(sums, [0])
+        >>> statistics.totals().tolist()  # sum of squares, number of non-finite elements
+        [25.0, 0.0]
     """
 
     def __init__(self, layout: FlatLayout) -> None:
@@ -96,6 +105,16 @@ def accumulate(
 
     Raises:
         ValueError: a tensor does not fit the layout; see the limits above.
+
+    Example:
+        >>> from paci_rt.kernels import FlatLayout, GradientStatistics, accumulate
+        >>> layout = FlatLayout([(0, 3)], numel=16, device=device)
+        >>> statistics, sums = GradientStatistics(layout), torch.full((16,), float("nan"), device=device)
+        >>> grad = torch.ones(3, dtype=torch.float16, device=device)
+        >>> accumulate(layout, statistics, sums, [grad], overwrite=True)  # the first micro-batch of a window
+        >>> accumulate(layout, statistics, sums, [grad], overwrite=False)
+        >>> sums[:3].tolist()
+        [2.0, 2.0, 2.0]
     """
     check_flat(front, "the front buffer", layout.numel, (torch.float32,), layout.device)
     if statistics.layout is not layout:
@@ -123,6 +142,14 @@ def clip_coefficient(totals: Sequence[Tensor], max_norm: float, divisor: float =
 
     Raises:
         ValueError: ``max_norm`` is negative, ``divisor`` is 0, or there are no totals.
+
+    Example:
+        A norm of 5, to be at most 1:
+
+        >>> from paci_rt.kernels import clip_coefficient
+        >>> totals = torch.tensor([25.0, 0.0], dtype=torch.float64, device=device)
+        >>> round(clip_coefficient([totals], max_norm=1.0).item(), 4)
+        0.2
     """
     if max_norm < 0 or divisor == 0 or not totals:
         raise ValueError(

@@ -60,6 +60,19 @@ def adamw_step(
 
     Raises:
         ValueError: a tensor does not fit the layout, see the limits above, or the rows are another optimizer's.
+
+    Example:
+        The first step moves every fp32 weight by ``lr``:
+
+        >>> from paci_rt.kernels import FlatLayout, ScalarRows, adamw_step
+        >>> layout = FlatLayout([(0, 16)], numel=16, device=device)
+        >>> rows = ScalarRows(layout)
+        >>> rows.set_adamw([1], lr=0.25, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, divisor=4)
+        >>> weight, grad_sum = torch.ones(16, device=device), torch.full((16,), 8.0, device=device)
+        >>> mean, square = torch.zeros(16, device=device), torch.zeros(16, device=device)
+        >>> adamw_step(layout, rows, master=weight, weight=None, grad_sum=grad_sum, exp_avg=mean, exp_avg_sq=square)
+        >>> round(weight[0].item(), 4)
+        0.75
     """
     state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     ADAMW.step(layout, rows, master, weight, grad_sum, clip, grads, overwrite, only, **state)
@@ -93,5 +106,19 @@ def adamw_ahead(
     Raises:
         ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
             optimizer's.
+
+    Example:
+        Where three steps with the same gradient would bring fp32 weights, which stay in ``kept``:
+
+        >>> from paci_rt.kernels import FlatLayout, ScalarRows, adamw_ahead
+        >>> layout = FlatLayout([(0, 16)], numel=16, device=device)
+        >>> rows = ScalarRows(layout, repeats=3)
+        >>> rows.set_adamw([1], lr=0.25, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, divisor=1)
+        >>> weight, kept = torch.ones(16, device=device), torch.zeros(16, device=device)
+        >>> grad_sum = torch.ones(16, device=device)
+        >>> state = {"exp_avg": torch.zeros(16, device=device), "exp_avg_sq": torch.zeros(16, device=device)}
+        >>> adamw_ahead(layout, rows, master=weight, weight=None, kept=kept, grad_sum=grad_sum, **state)
+        >>> round(weight[0].item(), 4), kept[0].item()
+        (0.25, 1.0)
     """
     ADAMW.ahead(layout, rows, master, weight, kept, grad_sum, only, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)

@@ -79,6 +79,14 @@ class FlatLayout:
 
     Raises:
         ValueError: the segments are not such, the device is no CUDA device, or there is nothing to work on.
+
+    Example:
+        Parameters of 5 and 3 elements:
+
+        >>> from paci_rt.kernels import FlatLayout
+        >>> layout = FlatLayout([(0, 5), (16, 3)], numel=32, device=device)
+        >>> layout.chunks.tolist()
+        [[0, 0, 5, 0], [1, 0, 3, 16]]
     """
 
     def __init__(self, segments: Sequence[tuple[int, int]], numel: int, device: torch.device) -> None:

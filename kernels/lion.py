@@ -40,7 +40,20 @@ def lion_step(
         exp_avg: flat fp32 momentum, zero before the first step.
 
     Raises:
-        ValueError: as there.
+        ValueError: a tensor does not fit the layout, or the rows are another optimizer's.
+
+    Example:
+        With fp16 weights, whose fp32 masters are updated:
+
+        >>> from paci_rt.kernels import FlatLayout, ScalarRows, lion_step
+        >>> layout = FlatLayout([(0, 16)], numel=16, device=device)
+        >>> rows = ScalarRows(layout)
+        >>> rows.set_lion([1], lr=0.25, betas=(0.9, 0.99), weight_decay=0.0, divisor=1)
+        >>> master, weight = torch.ones(16, device=device), torch.ones(16, dtype=torch.float16, device=device)
+        >>> state = {"grad_sum": torch.full((16,), -8.0, device=device), "exp_avg": torch.zeros(16, device=device)}
+        >>> lion_step(layout, rows, master=master, weight=weight, **state)
+        >>> weight[0].item(), master[0].item()  # against the sign of the gradient
+        (1.25, 1.25)
     """
     LION.step(layout, rows, master, weight, grad_sum, clip, grads, overwrite, only, exp_avg=exp_avg)
 
@@ -64,6 +77,18 @@ def lion_ahead(
         exp_avg: flat fp32 momentum.
 
     Raises:
-        ValueError: as there.
+        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
+            optimizer's.
+
+    Example:
+        >>> from paci_rt.kernels import FlatLayout, ScalarRows, lion_ahead
+        >>> layout = FlatLayout([(0, 16)], numel=16, device=device)
+        >>> rows = ScalarRows(layout, repeats=2)
+        >>> rows.set_lion([1], lr=0.25, betas=(0.9, 0.99), weight_decay=0.0, divisor=1)
+        >>> weight, kept = torch.ones(16, device=device), torch.zeros(16, device=device)
+        >>> state = {"grad_sum": torch.ones(16, device=device), "exp_avg": torch.zeros(16, device=device)}
+        >>> lion_ahead(layout, rows, master=weight, weight=None, kept=kept, **state)
+        >>> weight[0].item(), kept[0].item()
+        (0.5, 1.0)
     """
     LION.ahead(layout, rows, master, weight, kept, grad_sum, only, exp_avg=exp_avg)

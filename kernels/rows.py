@@ -35,6 +35,14 @@ class ScalarRows:
 
     Raises:
         ValueError: ``repeats`` is below 1.
+
+    Example:
+        >>> from paci_rt.kernels import FlatLayout, ScalarRows
+        >>> layout = FlatLayout([(0, 5), (16, 3)], numel=32, device=device)
+        >>> rows = ScalarRows(layout)
+        >>> rows.set_lion([1, None], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, divisor=8)  # the second rests
+        >>> rows.optimizer, rows.tensor.shape
+        ('lion', torch.Size([2, 16]))
     """
 
     def __init__(self, layout: FlatLayout, repeats: int = 1) -> None:

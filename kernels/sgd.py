@@ -39,7 +39,18 @@ def sgd_step(
         momentum_buffer: flat fp32; None steps without momentum, whatever the rows say.
 
     Raises:
-        ValueError: as there.
+        ValueError: a tensor does not fit the layout, or the rows are another optimizer's.
+
+    Example:
+        >>> from paci_rt.kernels import FlatLayout, ScalarRows, sgd_step
+        >>> layout = FlatLayout([(0, 16)], numel=16, device=device)
+        >>> rows = ScalarRows(layout)
+        >>> options = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+        >>> rows.set_sgd([1], lr=0.25, divisor=4, **options)
+        >>> weight, grad_sum = torch.ones(16, device=device), torch.full((16,), 8.0, device=device)
+        >>> sgd_step(layout, rows, master=weight, weight=None, grad_sum=grad_sum, momentum_buffer=None)
+        >>> weight[0].item()
+        0.5
     """
     SGD.step(layout, rows, master, weight, grad_sum, clip, grads, overwrite, only, momentum_buffer=momentum_buffer)
 
@@ -63,6 +74,19 @@ def sgd_ahead(
         momentum_buffer: flat fp32; without momentum there is nothing to look ahead by.
 
     Raises:
-        ValueError: as there.
+        ValueError: a tensor does not fit the layout, none or both of ``weight`` and ``kept``, or the rows are another
+            optimizer's.
+
+    Example:
+        >>> from paci_rt.kernels import FlatLayout, ScalarRows, sgd_ahead
+        >>> layout = FlatLayout([(0, 16)], numel=16, device=device)
+        >>> rows = ScalarRows(layout, repeats=2)
+        >>> options = {"momentum": 0.5, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+        >>> rows.set_sgd([1], lr=0.25, divisor=1, **options)
+        >>> weight, kept = torch.ones(16, device=device), torch.zeros(16, device=device)
+        >>> state = {"grad_sum": torch.ones(16, device=device), "momentum_buffer": torch.zeros(16, device=device)}
+        >>> sgd_ahead(layout, rows, master=weight, weight=None, kept=kept, **state)
+        >>> weight[0].item(), kept[0].item()  # 0.25 and then 0.25 * 1.5
+        (0.375, 1.0)
     """
     SGD.ahead(layout, rows, master, weight, kept, grad_sum, only, momentum_buffer=momentum_buffer)

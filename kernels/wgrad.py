@@ -54,7 +54,22 @@ def adds_low_precision(device: torch.device) -> bool:
 
 
 def routes_for(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
-    """Routes that can run factors of a dtype on a device."""
+    """Routes that can run factors of a dtype on a device.
+
+    Args:
+        dtype: of both factors.
+        device: where they are.
+
+    Returns:
+        Names such as ``cublas``; none where nothing can run them.
+
+    Example:
+        >>> from paci_rt.kernels import routes_for
+        >>> routes_for(torch.float32, device)
+        ('cublas',)
+        >>> routes_for(torch.float16, device)[0].startswith("triton:")
+        True
+    """
     triton_routes = TRITON_ROUTES if dtype in (torch.bfloat16, torch.float16) else ()
     low_precision = bool(triton_routes) and adds_low_precision(device)
     return triton_routes + ((CUBLAS,) if dtype is torch.float32 or low_precision else ())
@@ -96,6 +111,16 @@ def wgrad(
 
     Raises:
         ValueError: shapes, dtypes, strides or devices do not fit, or the route cannot run them.
+
+    Example:
+        >>> from paci_rt.kernels import routes_for, wgrad
+        >>> dy, x = torch.ones(6, 2, device=device), torch.full((6, 3), 0.5, device=device)
+        >>> front, bias = torch.empty(2, 3, device=device), torch.empty(2, device=device)
+        >>> route = routes_for(x.dtype, device)[0]
+        >>> wgrad(front, dy, x, overwrite=True, bias=bias, route=route)
+        >>> wgrad(front, dy, x, overwrite=False, route=route)
+        >>> front.tolist(), bias.tolist()
+        ([[6.0, 6.0, 6.0], [6.0, 6.0, 6.0]], [6.0, 6.0])
     """
     _check(front, dy, x, bias)
     first_bias = overwrite if overwrite_bias is None else overwrite_bias

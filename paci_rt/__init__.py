@@ -1,6 +1,9 @@
 """Bubble-free pipeline-parallel training on stock PyTorch.
 
 Importing this package touches no GPU, no NCCL and no environment variable.
+
+Examples in docstrings begin after ``import torch``, ``from torch import nn`` and ``import paci_rt``. Those of
+:mod:`paci_rt.kernels` also have a CUDA ``device``. The tests run them, interpreting kernels on the CPU.
 """
 
 from __future__ import annotations

@@ -28,7 +28,13 @@ Codes = npt.NDArray[np.int64]
 
 
 class Op(enum.Enum):
-    """What an action does. The letters are those of ``torch.distributed.pipelining``, plus ``U``."""
+    """What an action does. The letters are those of ``torch.distributed.pipelining``, plus ``U``.
+
+    Example:
+        >>> from paci_rt.action import Op
+        >>> Op("RECV_F").name, Op.U.value
+        ('RECV_F', 'U')
+    """
 
     F = "F"  # forward
     B = "B"  # full backward
@@ -55,7 +61,20 @@ _PATTERN = re.compile(r"(\d+)(" + "|".join(sorted((op.value for op in Op), key=l
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One cell of a pipeline's timetable: stage, operation, and the micro-batch (or window) it works on."""
+    """One cell of a pipeline's timetable: stage, operation, and the micro-batch (or window) it works on.
+
+    Attributes:
+        stage: pipeline stage, from 0.
+        op: what is done.
+        index: micro-batch, or window for ``U`` and tied weights.
+
+    Example:
+        >>> from paci_rt.action import Action, Op
+        >>> str(Action(2, Op.F, 0))
+        '2F0'
+        >>> Action.parse("1RECV_B3").index
+        3
+    """
 
     stage: int
     op: Op
@@ -90,18 +109,49 @@ def encode(stage: Any, op: Op, index: Any) -> Codes:
         stage: an integer or an array of them, below 2**19.
         op: what the actions do.
         index: an integer or an array of them, below 2**40.
+
+    Returns:
+        int64 [n], one code per action.
+
+    Example:
+        >>> from paci_rt.action import Op, decode, encode
+        >>> codes = encode(1, Op.F, [0, 1, 2])
+        >>> codes.dtype, " ".join(map(str, decode(codes)))
+        (dtype('int64'), '1F0 1F1 1F2')
     """
     code = (np.asarray(stage, dtype=np.int64) << _STAGE_SHIFT) + (_CODE_OF[op] << _OP_SHIFT)
     return np.atleast_1d(code + np.asarray(index, dtype=np.int64))
 
 
 def decode_fields(codes: Codes) -> tuple[Codes, Codes, Codes]:
-    """Stage, position of the operation in ``OPS``, and index of every code, as arrays."""
+    """Stage, position of the operation in ``OPS``, and index of every code, as arrays.
+
+    Args:
+        codes: int64 [n], from :func:`encode`.
+
+    Returns:
+        Three int64 [n] arrays.
+
+    Example:
+        >>> from paci_rt.action import OPS, Op, decode_fields, encode
+        >>> stages, ops, indices = decode_fields(encode(1, Op.B, [4, 5]))
+        >>> stages.tolist(), [OPS[op].value for op in ops], indices.tolist()
+        ([1, 1], ['B', 'B'], [4, 5])
+    """
     return codes >> _STAGE_SHIFT, (codes >> _OP_SHIFT) & 0xF, codes & ((1 << _OP_SHIFT) - 1)
 
 
 def decode(codes: Codes) -> list[Action]:
-    """The actions behind ``codes``."""
+    """The actions behind ``codes``.
+
+    Args:
+        codes: int64 [n], from :func:`encode`.
+
+    Example:
+        >>> from paci_rt.action import Op, decode, encode
+        >>> [str(action) for action in decode(encode([0, 1], Op.U, 7))]
+        ['0U7', '1U7']
+    """
     stages, ops, indices = (field.tolist() for field in decode_fields(codes))
     return [Action(stage, OPS[op], index) for stage, op, index in zip(stages, ops, indices, strict=True)]
 
@@ -116,6 +166,15 @@ def dependencies(action: Action, num_stages: int, accumulation: int, *, split: b
         num_stages: number of pipeline stages ``P``.
         accumulation: micro-batches a window, which ``U`` waits for.
         split: whether backwards come as ``I`` and ``W``.
+
+    Yields:
+        Actions of this stage or a neighbour.
+
+    Example:
+        >>> from paci_rt.action import Action, dependencies
+        >>> needed = dependencies(Action.parse("1B0"), num_stages=4, accumulation=8)
+        >>> [str(action) for action in needed]  # its own forward, and the next stage's gradient
+        ['1F0', '2B0']
     """
     stage, index = action.stage, action.index
     if action.op is Op.F:

@@ -53,6 +53,18 @@ def save(
     Raises:
         ValueError: two stages have a parameter of the same name; nothing is written then.
         OSError: a file could not be written, by this process or another. A checkpoint that was there is intact.
+
+    Example:
+        >>> import tempfile
+        >>> from paci_rt import checkpoint
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(4, 4), nn.Linear(4, 2)], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW
+        ... )
+        >>> _ = pipeline.step(torch.ones(8, 4), target=torch.ones(8, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(folder, pipeline, extra={"seed": 1})
+        ...     checkpoint.read_index(folder)["windows"]
+        1
     """
     folder = Path(directory)
     state = schedule.state_dict()
@@ -91,8 +103,23 @@ def _raise_any(failures: Sequence[str]) -> None:
 def read_index(directory: PathLike) -> dict[str, Any]:
     """The index of a checkpoint: ``windows`` (local updates so far), ``extra``, and ``files`` with their parameters.
 
+    Args:
+        directory: of the checkpoint.
+
     Raises:
         ValueError: no checkpoint there, or one that this version cannot read.
+
+    Example:
+        >>> import tempfile
+        >>> from paci_rt import checkpoint
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(4, 2)], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(folder, pipeline, extra={"seed": 1})
+        ...     index = checkpoint.read_index(folder)
+        >>> index["extra"], [file["params"] for file in index["files"]]
+        ({'seed': 1}, [['weight', 'bias']])
     """
     path = Path(directory) / _INDEX
     try:
@@ -121,12 +148,35 @@ def load(
 ) -> dict[str, Any]:
     """Put a checkpoint's state into ``schedule``, however it was cut when it was saved; every process calls this.
 
+    Args:
+        directory: of the checkpoint.
+        schedule: a schedule or a ``LocalPipeline`` of the same model.
+        tied_weights: those of the schedule.
+        group: for the exchange between processes; None is the default group.
+
     Returns:
         The ``extra`` values that were saved with it.
 
     Raises:
         ValueError: no readable checkpoint, or a parameter that is missing in it, left over, or of another shape or
             dtype; the schedule is unchanged then.
+
+    Example:
+        Saved from one stage, loaded into two:
+
+        >>> import tempfile
+        >>> from collections import OrderedDict
+        >>> from paci_rt import checkpoint
+        >>> def pipeline_of(*stages):
+        ...     modules = [nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in stage)) for stage in stages]
+        ...     return paci_rt.LocalPipeline(modules, n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW)
+        >>> whole, cut = pipeline_of(["first", "second"]), pipeline_of(["first"], ["second"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(folder, whole, extra={"seed": 1})
+        ...     checkpoint.load(folder, cut)
+        {'seed': 1}
+        >>> torch.equal(cut.stages[1].submod.second.weight, whole.stages[0].submod.second.weight)
+        True
     """
     index = read_index(directory)
     source = {tie.reader: tie.owner for tie in tied_weights}
@@ -158,8 +208,24 @@ def load(
 def reshard(source: PathLike, target: PathLike, layout: Sequence[Iterable[str]]) -> None:
     """Rewrite a checkpoint with one file for each group of parameter names; :func:`load` itself needs no such help.
 
+    Args:
+        source: folder of the checkpoint.
+        target: folder of the new one, made if it does not exist.
+        layout: parameter names, file by file.
+
     Raises:
         ValueError: no readable checkpoint, or a layout that does not name each of its parameters exactly once.
+
+    Example:
+        >>> import tempfile
+        >>> from paci_rt import checkpoint
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> pipeline = paci_rt.LocalPipeline([model], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW)
+        >>> with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        ...     checkpoint.save(one, pipeline)
+        ...     checkpoint.reshard(one, two, [["0.weight", "0.bias"], ["1.weight", "1.bias"]])
+        ...     [file["params"] for file in checkpoint.read_index(two)["files"]]
+        [['0.weight', '0.bias'], ['1.weight', '1.bias']]
     """
     index = read_index(source)
     groups = [list(names) for names in layout]

@@ -31,40 +31,126 @@ def unknown(what: str, word: object, known: Iterable[str]) -> ValueError:
 
 
 class PaciError(Exception):
-    """Base class of the errors below."""
+    """Base class of the errors below.
+
+    Example:
+        >>> try:
+        ...     paci_rt.PipelineStage("a path, not a module", 0, 1)
+        ... except paci_rt.PaciError as error:
+        ...     print(type(error).__name__, "-", error)
+        StageError - submodule is a str: give a torch.nn.Module
+    """
 
 
 class ScheduleError(PaciError, ValueError):
-    """A schedule that cannot run: the message ends in the stage x step grid with the failing cell marked."""
+    """A schedule that cannot run: the message ends in the stage x step grid with the failing cell marked.
+
+    Example:
+        Slack 4 needs more room than a channel of one message has:
+
+        >>> from paci_rt.transport import LocalTransport
+        >>> stages = [nn.Linear(2, 2) for _ in range(4)]
+        >>> paci_rt.LocalPipeline(
+        ...     stages, n_microbatches=4, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW, slack=4,
+        ...     transport=LocalTransport(capacity=1),
+        ... )
+        Traceback (most recent call last):
+        paci_rt.errors.ScheduleError: the schedule deadlocks with channels of 1 message: nothing can run past ...
+    """
 
 
 class StageError(PaciError, RuntimeError):
-    """A stage's module, parameters or tensors break the runtime's contract."""
+    """A stage's module, parameters or tensors break the runtime's contract.
+
+    Example:
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(2, 2)], n_microbatches=1, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW
+        ... )
+        >>> pipeline.close()
+        >>> pipeline.step(torch.ones(1, 2), target=torch.ones(1, 2))
+        Traceback (most recent call last):
+        paci_rt.errors.StageError: this pipeline is closed: make a new one
+    """
 
 
 class AccumulatorStateError(PaciError, RuntimeError):
-    """An illegal transition of a gradient accumulator; the message names both states."""
+    """An illegal transition of a gradient accumulator; the message names both states.
+
+    Example:
+        >>> from paci_rt.optim.accumulator import GradAccumulator
+        >>> from paci_rt.optim.flat import FlatGroup
+        >>> accumulator = GradAccumulator(FlatGroup([("weight", nn.Parameter(torch.zeros(3)))]))
+        >>> accumulator.consume()
+        Traceback (most recent call last):
+        paci_rt.errors.AccumulatorStateError: cannot consume the accumulator: empty -> consuming is no ...
+    """
 
 
 class CudaError(PaciError, RuntimeError):
-    """A CUDA call of the native core failed; the message has file, line, call, CUDA's own text and the remedy."""
+    """A CUDA call of the native core failed; the message has file, line, call, CUDA's own text and the remedy.
+
+    Example:
+        On a machine without a GPU:
+
+        >>> from paci_rt.green import sm_partitions
+        >>> sm_partitions("cuda:0", 2)
+        Traceback (most recent call last):
+        paci_rt.errors.CudaError: device 0 is not usable: cudaGetDeviceCount says ...
+    """
 
 
 class NcclError(PaciError, RuntimeError):
     """A call of NCCL failed, or there is no NCCL that can be used; the message has the call, NCCL's own text and the
-    remedy."""
+    remedy.
+
+    Example:
+        >>> from paci_rt import native
+        >>> native.core().load_nccl("libabsent.so", [])
+        Traceback (most recent call last):
+        paci_rt.errors.NcclError: no NCCL was found: this process has not loaded libabsent.so; ...
+    """
 
 
 class OptimizerOwnedError(PaciError, RuntimeError):
-    """``optimizer.step()`` was called on an optimizer whose steps belong to a schedule."""
+    """``optimizer.step()`` was called on an optimizer whose steps belong to a schedule.
+
+    Example:
+        >>> optimizer = paci_rt.AdamW(nn.Linear(2, 2).parameters(), lr=1e-3)
+        >>> optimizer.step()
+        Traceback (most recent call last):
+        paci_rt.errors.OptimizerOwnedError: paci_rt.AdamW updates flat parameters inside a schedule and ...
+    """
 
 
 class DriftBoundError(PaciError, RuntimeError):
-    """A micro-batch saw more updates between forward and backward than the schedule allows."""
+    """A micro-batch saw more updates between forward and backward than the schedule allows.
+
+    Example:
+        A backward at version 2 of a micro-batch whose forward used version 0, where the bound is 1:
+
+        >>> from paci_rt.action import Action
+        >>> from paci_rt.runtime.audit import RankAudit, StageAudit
+        >>> audit = StageAudit(stage=0, rank=RankAudit(rank=0), drift_bound=1, delay_bound=1)
+        >>> audit.forward(3, version=0, kept_bytes=0, full_bytes=0)
+        >>> audit.backward(Action.parse("0B3"), version=2, window=1)
+        Traceback (most recent call last):
+        paci_rt.errors.DriftBoundError: action 0B3: a drift of 2 updates, while the bound of stage 0 is 1
+    """
 
 
 class ActionError(PaciError, RuntimeError):
-    """An action failed; ``action`` is its string, for example ``"1B3"``, and ``__cause__`` the original error."""
+    """An action failed; ``action`` is its string, for example ``"1B3"``, and ``__cause__`` the original error.
+
+    Example:
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(4, 2)], n_microbatches=1, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW
+        ... )
+        >>> try:
+        ...     pipeline.step(torch.ones(1, 3), target=torch.ones(1, 2))  # 3 columns, and the layer takes 4
+        ... except paci_rt.ActionError as error:
+        ...     print(error.action, type(error.__cause__).__name__)
+        0F0 RuntimeError
+    """
 
     def __init__(self, action: str, message: str) -> None:
         super().__init__(message)
@@ -78,6 +164,15 @@ class PeerLostError(ActionError):
     """The connection to a neighbouring stage broke: the cause lies with that stage, or with one further on.
 
     ``origin`` is what is known of the stage that went first, empty where nothing is.
+
+    Example:
+        A schedule raises it in ``step`` when the process of a neighbour is gone:
+
+        >>> try:
+        ...     raise paci_rt.PeerLostError("1RECV_F3", "action 1RECV_F3: stage 0 is gone", "stage 0: out of memory")
+        ... except paci_rt.ActionError as error:
+        ...     print(error.action, "-", error.origin)
+        1RECV_F3 - stage 0: out of memory
     """
 
     def __init__(self, action: str, message: str, origin: str = "") -> None:
@@ -93,20 +188,58 @@ class TransferTimeoutError(ActionError):
 
     The message names the edge and its direction, the micro-batch (of tied weights: the window), slot, bytes, the last
     completed sequence numbers of both sides, the remedy, and the file with the last events of every channel.
+
+    Example:
+        A schedule raises it in ``step`` when a neighbour answers too late; give ``transfer_timeout_s`` to wait longer:
+
+        >>> try:
+        ...     raise paci_rt.TransferTimeoutError("1RECV_F3", "action 1RECV_F3: nothing arrived within 300 s")
+        ... except paci_rt.ActionError as error:
+        ...     print(error.action, "-", error)
+        1RECV_F3 - action 1RECV_F3: nothing arrived within 300 s
     """
 
 
 class TransportError(PaciError, RuntimeError):
     """A transport cannot work here or cannot go on: memory that the system refuses, stages on several hosts, no
-    operating system support; the message has the remedy."""
+    operating system support; the message has the remedy.
+
+    Example:
+        >>> import os
+        >>> from paci_rt import native
+        >>> native.attach_shm_segment(os.getpid(), fd=9999, token=0)
+        Traceback (most recent call last):
+        paci_rt.errors.TransportError: the shm transport cannot open the memory of process ...
+    """
 
 
 class NativeCoreError(PaciError, ImportError):
-    """The native module ``paci_rt._C`` is absent or was built for something else; the message says how to build it."""
+    """The native module ``paci_rt._C`` is absent or was built for something else; the message says how to build it.
+
+    Example:
+        Without the compiled core, as in a source folder that was never installed:
+
+        >>> from unittest import mock
+        >>> from paci_rt import native
+        >>> with mock.patch.object(native, "_core", None):
+        ...     native.core()
+        Traceback (most recent call last):
+        paci_rt.errors.NativeCoreError: the native core of paci_rt is not usable (...): build it with ...
+    """
 
 
 class TritonMissingError(PaciError, ImportError):
-    """``paci_rt.kernels`` was imported where Triton is not installed or too old; the message says what to do."""
+    """``paci_rt.kernels`` was imported where Triton is not installed or too old; the message says what to do.
+
+    Example:
+        >>> import sys
+        >>> from unittest import mock
+        >>> with mock.patch.dict(sys.modules, {"triton": None}):  # as if it were not installed
+        ...     _ = sys.modules.pop("paci_rt.kernels", None)
+        ...     import paci_rt.kernels
+        Traceback (most recent call last):
+        paci_rt.errors.TritonMissingError: paci_rt.kernels needs Triton, which could not be imported ...
+    """
 
 
 class StageFailed(PaciError, RuntimeError):
@@ -116,6 +249,15 @@ class StageFailed(PaciError, RuntimeError):
         rank: rank of the process that failed first.
         cause: type name of its exception, or the signal that ended it.
         remote_traceback: the traceback text of that process, empty where it died without one.
+
+    Example:
+        :func:`paci_rt.launch.run` raises it when one of its processes fails:
+
+        >>> try:
+        ...     raise paci_rt.StageFailed(1, "ValueError", "stage 1: ValueError: no data", "Traceback ...")
+        ... except paci_rt.StageFailed as error:
+        ...     print(error.rank, error.cause, "-", error)
+        1 ValueError - stage 1: ValueError: no data
     """
 
     def __init__(self, rank: int, cause: str, message: str, remote_traceback: str = "") -> None:

@@ -24,6 +24,12 @@ class SmPartition:
     Attributes:
         device: the GPU.
         sms: how many.
+
+    Example:
+        >>> from paci_rt.green import sm_partitions
+        >>> part = sm_partitions("cuda", 2).parts[0]  # doctest: +SKIP
+        >>> with torch.cuda.stream(part.stream()):  # doctest: +SKIP
+        ...     y = torch.ones(1024, 1024, device="cuda") @ torch.ones(1024, 1024, device="cuda")
     """
 
     device: torch.device
@@ -49,6 +55,14 @@ class SmPartitions:
         total_sms: of the GPU.
         smallest_sms: that a partition of this GPU may have.
         step_sms: sizes of partitions are multiples of this.
+
+    Example:
+        On an H100 with 132 SMs:
+
+        >>> from paci_rt.green import sm_partitions
+        >>> split = sm_partitions("cuda", 4)  # doctest: +SKIP
+        >>> [part.sms for part in split.parts], split.rest.sms, split.step_sms  # doctest: +SKIP
+        ([24, 24, 24, 24], 36, 8)
     """
 
     parts: tuple[SmPartition, ...]
@@ -71,6 +85,14 @@ def sm_partitions(device: torch.device | str, count: int, *, min_sms: int | None
     Raises:
         ValueError: ``device`` is no CUDA device, or has no room for as many; the message says how many there can be.
         CudaError: no GPU is usable, or its driver has no partitions; the message has the remedy.
+
+    Example:
+        >>> from paci_rt.green import sm_partitions
+        >>> streams = [part.stream() for part in sm_partitions("cuda", 4).parts]  # doctest: +SKIP
+        >>> pipeline = paci_rt.LocalPipeline(stages, streams=streams, **options)  # doctest: +SKIP
+        >>> sm_partitions("cpu", 4)
+        Traceback (most recent call last):
+        ValueError: device is 'cpu', which has no SMs to split: name a CUDA device
     """
     where = torch.device(device)
     if where.type != "cuda":
@@ -103,6 +125,16 @@ def choose_size(
 
     Raises:
         ValueError: fewer than ``count``.
+
+    Example:
+        A GPU with 132 SMs, where clusters allow 15 partitions of 8 SMs and fewer of larger ones:
+
+        >>> from paci_rt.green import choose_size
+        >>> choose_size(132, smallest=8, step=8, count=4, min_sms=None, groups=lambda size: 120 // size)
+        24
+        >>> choose_size(132, smallest=8, step=8, count=16, min_sms=None, groups=lambda size: 120 // size)
+        Traceback (most recent call last):
+        ValueError: count is 16: this GPU's 132 SMs give at most 15 disjoint partitions, of 8 SMs each, ...
     """
     if count < 1:
         raise ValueError(f"count is {count}: ask for at least 1 partition")

@@ -3,8 +3,8 @@
 The other direction needs nothing from here. Weights, sums, masters and optimizer state are torch tensors, hence DLPack
 producers, and on a GPU they have ``__cuda_array_interface__``:
 
->>> numpy.from_dlpack(accumulator.front_flat)        # or cupy.from_dlpack; the same memory
->>> accumulator.add(0, borrow(gradient))             # a gradient that another library computed
+    numpy.from_dlpack(accumulator.front_flat)        # or cupy.from_dlpack; the same memory
+    accumulator.add(0, borrow(gradient))             # a gradient that another library computed
 
 ``docs/use/interop.md`` has the rules on streams, bf16 and writing into weights.
 """
@@ -36,6 +36,18 @@ def borrow(array: Any, *, device: torch.device | str | None = None, what: str = 
 
     Raises:
         ValueError: not such an array, on another device, or one that its library or torch cannot hand over.
+
+    Example:
+        >>> import numpy
+        >>> from paci_rt.interop import borrow
+        >>> array = numpy.zeros((2, 3), numpy.float32)
+        >>> tensor = borrow(array)
+        >>> array[0, 0] = 7  # the same memory
+        >>> tensor[0, 0].item(), tensor.dtype, tensor.shape
+        (7.0, torch.float32, torch.Size([2, 3]))
+        >>> borrow([1, 2], what="the gradient")
+        Traceback (most recent call last):
+        ValueError: the gradient is a list: pass a torch tensor, or an array with __dlpack__, ...
     """
     if isinstance(array, Tensor):
         _check_device(array.device, device, what)

@@ -232,9 +232,11 @@ def make_event(device: torch.device) -> Event:
 def make_weight_gate(buckets: int, device: torch.device) -> WeightGate:
     """Lets forwards wait for an update bucket by bucket; on the CPU, where nothing needs to wait, it only counts.
 
-    >>> gate.wait(bucket, stream)        # before a forward or backward reads the bucket's weights on this stream
-    >>> gate.claim(update_stream)        # before the update writes any
-    >>> gate.publish(bucket, update_stream)  # behind the bucket's update
+    ::
+
+        gate.wait(bucket, stream)        # before a forward or backward reads the bucket's weights on this stream
+        gate.claim(update_stream)        # before the update writes any
+        gate.publish(bucket, update_stream)  # behind the bucket's update
     """
     gate: WeightGate = core().WeightGate(buckets, device_code(device, "the weights"))
     return gate

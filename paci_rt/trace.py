@@ -21,6 +21,12 @@ class Event:
         action: the action's string, for example ``"2F0"``.
         start_s, end_s: seconds on the run's monotonic clock (one clock for all processes of a host).
         version: local updates that the stage had applied when the action started.
+
+    Example:
+        >>> from paci_rt.trace import Event
+        >>> event = Event(stage=2, action="2F0", start_s=1.0, end_s=1.5, version=0)
+        >>> event.end_s - event.start_s
+        0.5
     """
 
     stage: int
@@ -34,6 +40,18 @@ def perfetto(events: Iterable[Event]) -> dict[str, Any]:
     """Chrome trace-event JSON: one track a stage, times in microseconds from the first event.
 
     Format: "Trace Event Format", complete events (``ph: X``) and metadata (``ph: M``).
+
+    Args:
+        events: executed or simulated actions, in any order.
+
+    Returns:
+        JSON-ready values with the keys ``traceEvents`` and ``displayTimeUnit``.
+
+    Example:
+        >>> from paci_rt.trace import Event, perfetto
+        >>> trace = perfetto([Event(0, "0F0", 10.0, 10.5, 0), Event(1, "1F0", 10.5, 11.0, 0)])
+        >>> [(one["name"], one["ts"], one["dur"]) for one in trace["traceEvents"] if one["ph"] == "X"]
+        [('0F0', 0.0, 500000.0), ('1F0', 500000.0, 500000.0)]
     """
     ordered = sorted(events, key=lambda event: (event.start_s, event.stage))
     origin = ordered[0].start_s if ordered else 0.0
@@ -60,7 +78,19 @@ def perfetto(events: Iterable[Event]) -> dict[str, Any]:
 
 
 def write_perfetto(path: str | Path, events: Iterable[Event]) -> None:
-    """Write ``events`` to ``path``; open the file at ui.perfetto.dev or in ``chrome://tracing``."""
+    """Write ``events`` to ``path``; open the file at ui.perfetto.dev or in ``chrome://tracing``.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import json, tempfile
+        >>> from paci_rt.trace import Event, write_perfetto
+        >>> with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+        ...     write_perfetto(file.name, [Event(0, "0F0", 0.0, 0.5, 0)])
+        ...     json.load(file)["displayTimeUnit"]
+        'ms'
+    """
     Path(path).write_text(json.dumps(perfetto(events)), encoding="utf-8")
 
 
@@ -87,6 +117,18 @@ def format_timeline(events: Iterable[Event], *, ranks: int | None = None, width:
         ranks: rows; stage ``s`` is in row ``s % ranks``, and letters behind the numbers tell its stages apart. By
             default as many as there are stages.
         width: characters a line may have.
+
+    Returns:
+        Lines of text without a line end behind the last.
+
+    Example:
+        >>> from paci_rt.trace import Event, format_timeline
+        >>> events = [Event(0, "0F0", 0.0, 1.0, 0), Event(1, "1F0", 1.0, 2.0, 0), Event(1, "1B0", 2.0, 4.0, 0)]
+        >>> print(format_timeline(events))
+        1 column = 1000 ms
+        rank 0  F0
+        rank 1  .  F0 B0---
+        . idle   - still running
     """
     timed = sorted(((Action.parse(event.action), event) for event in events), key=lambda pair: pair[1].start_s)
     if not timed:

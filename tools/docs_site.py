@@ -68,6 +68,7 @@ class PlainRoles(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object | griffe.Alias, **kwargs: Any) -> None:
         if isinstance(obj, griffe.Object) and obj.docstring is not None:
             text = _ROLE.sub(_linked, obj.docstring.value)
+            text = re.sub(r"(?m)^Example:$", "Examples:", text)  # the section's name in griffe
             obj.docstring.value = re.sub(r"(?m)(?<=\S)::$", ":", text)
 
 

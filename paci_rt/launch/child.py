@@ -42,6 +42,12 @@ class Context:
         rank: 0 … world_size−1; in a pipeline, the stage.
         world_size: number of processes.
         local: True where one process holds all stages; no ``torch.distributed`` then.
+
+    Example:
+        >>> from paci_rt.launch import Context
+        >>> ctx = Context(rank=0, world_size=2, on_report=print)
+        >>> ctx.report({"step": 10, "loss": 2.5})
+        {'step': 10, 'loss': 2.5}
     """
 
     def __init__(

@@ -65,6 +65,9 @@ def run(
 
     Args:
         fn: importable function; it, ``args`` and the results travel by pickle (tensors are copied).
+        world_size: number of processes.
+        args: what ``fn`` gets besides its context.
+        threads: that each process computes on.
         port: TCP port on 127.0.0.1 where the processes meet; 0 takes a free one.
         on_report: called in this process with every object that a process gives to ``ctx.report``.
         timeout_s: end the run after this many seconds; None lets it run.
@@ -73,6 +76,16 @@ def run(
         ValueError: an argument that cannot work, or a port in use; no process has been started then.
         StageFailed: a process raised or died; the message is the first cause.
         TimeoutError: ``timeout_s`` has passed.
+
+    Example:
+        ``fn`` must be importable, such as Python's own ``getattr``; here it reads an attribute of the context:
+
+        >>> from paci_rt import launch
+        >>> launch.run(getattr, 2, ("rank",))
+        [0, 1]
+        >>> launch.run(lambda ctx: ctx.rank, 2)
+        Traceback (most recent call last):
+        ValueError: fn and args must travel to other processes by pickle (...): use a function defined ...
     """
     for name, value in (("world_size", world_size), ("threads", threads)):
         if not isinstance(value, int) or value < 1:
@@ -95,7 +108,20 @@ def run(
 
 
 def under_torchrun() -> bool:
-    """Whether ``torchrun`` (or a launcher that speaks like it) started this process."""
+    """Whether ``torchrun`` (or a launcher that speaks like it) started this process.
+
+    Returns:
+        True where ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` are set.
+
+    Example:
+        >>> import os
+        >>> from unittest import mock
+        >>> from paci_rt import launch
+        >>> names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        >>> with mock.patch.dict(os.environ, names):  # as torchrun sets them
+        ...     launch.under_torchrun()
+        True
+    """
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
@@ -106,8 +132,22 @@ def run_under_torchrun(
 
     Reports go to ``on_report`` of the process that makes them.
 
+    Args:
+        fn, args: as for :func:`run`; only the results travel, by pickle.
+        threads: that this process computes on.
+        on_report: called with every object that this process gives to ``ctx.report``.
+
     Returns:
         The results by rank on rank 0, None on the others.
+
+    Example:
+        >>> import os
+        >>> from unittest import mock
+        >>> from paci_rt import launch
+        >>> names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        >>> with mock.patch.dict(os.environ, names):  # as torchrun sets them, with a port
+        ...     launch.run_under_torchrun(getattr, ("world_size",))
+        [1]
     """
     torch.set_num_threads(threads)
     dist.init_process_group("gloo")

@@ -48,23 +48,18 @@ class GradAccumulator:
     window overwrites what the buffer held, so no time goes into clearing. Squares and non-finite values are counted in
     the pass that adds.
 
-    >>> accumulator.add(0, grad)              # as often as the window has micro-batches
-    >>> accumulator.seal(); accumulator.consume()
-    >>> accumulator.sealed_view(0)            # the sum, shaped like parameter 0
-    >>> accumulator.release()
-
     On a GPU :class:`paci_rt.optim.accumulator_triton.KernelAccumulator` adds; here the kernels are launched by the
     caller, between :meth:`lend` and :meth:`seal`. Every call takes the stream that its work is on: an integer handle or
     anything with ``__cuda_stream__``, 0 being CUDA's default stream; None is the one that is current in torch. A buffer
     that goes from one stream to another takes the order of its work along: the update's stream waits for the seal, and
     the first gradient of a later window waits for the release. The host waits for nothing but statistics.
 
-    >>> overwrite = accumulator.lend(range(n), stream=compute)      # as often as the window has micro-batches
-    >>> kernels.accumulate(layout, statistics, accumulator.front_flat, grads, overwrite=overwrite)
-    >>> accumulator.seal(stream=compute, totals=statistics.totals())
-    >>> accumulator.consume(stream=update)
-    >>> ...                                                         # the update reads sealed_flat
-    >>> accumulator.release(stream=update)
+        overwrite = accumulator.lend(range(n), stream=compute)      # as often as the window has micro-batches
+        kernels.accumulate(layout, statistics, accumulator.front_flat, grads, overwrite=overwrite)
+        accumulator.seal(stream=compute, totals=statistics.totals())
+        accumulator.consume(stream=update)
+        ...                                                         # the update reads sealed_flat
+        accumulator.release(stream=update)
 
     Args:
         group: the parameters.
@@ -72,6 +67,18 @@ class GradAccumulator:
 
     Raises:
         ValueError: ``buffers`` is neither 1 nor 2.
+
+    Example:
+        >>> from paci_rt.optim.accumulator import GradAccumulator
+        >>> from paci_rt.optim.flat import FlatGroup
+        >>> accumulator = GradAccumulator(FlatGroup([("weight", nn.Parameter(torch.zeros(3)))]))
+        >>> for _ in range(2):  # as often as the window has micro-batches
+        ...     accumulator.add(0, torch.ones(3))
+        >>> accumulator.seal()
+        >>> accumulator.consume()
+        >>> accumulator.sealed_view(0)  # the sum, shaped like parameter 0
+        tensor([2., 2., 2.])
+        >>> accumulator.release()
     """
 
     product_by: Callable[..., None] | None = None

@@ -20,7 +20,8 @@ class AdamW(FusedOptimizer):
     """``torch.optim.AdamW`` as one native pass over flat parameters: divides the summed gradients, updates both
     moments and the weights, and rounds to bf16/fp16 parameters from fp32 masters.
 
-    Same order of operations as torch's, so results agree to a few units in the last place of fp32.
+    Same order of operations as torch's, so results agree to a few units in the last place of fp32. Source: Loshchilov
+    and Hutter, arXiv 1711.05101.
 
     Args:
         params: parameters or groups, as for ``torch.optim.AdamW``.
@@ -28,6 +29,16 @@ class AdamW(FusedOptimizer):
 
     Raises:
         ValueError: a value is out of range.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [layer], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=lambda params: paci_rt.AdamW(params, lr=1e-3)
+        ... )
+        >>> _ = pipeline.step(torch.ones(8, 4), target=torch.ones(8, 2))  # the schedule takes the step
+        >>> pipeline.drain()
+        >>> sorted(pipeline.state_dict()["optimizer"]["weight"])
+        ['exp_avg', 'exp_avg_sq', 'step']
     """
 
     def __init__(
@@ -54,7 +65,7 @@ class AdamW(FusedOptimizer):
 
 class NAdam(FusedOptimizer):
     """``torch.optim.NAdam(decoupled_weight_decay=True)`` as one native pass: AdamW's, with Nesterov's share of the
-    gradient itself in the step; see :class:`AdamW`.
+    gradient itself in the step; see :class:`AdamW`. Source: Dozat, ICLR Workshop 2016.
 
     Args:
         params: parameters or groups, as for ``torch.optim.NAdam``.
@@ -62,6 +73,16 @@ class NAdam(FusedOptimizer):
 
     Raises:
         ValueError: a value is out of range.
+
+    Example:
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(4, 2)], n_microbatches=2, loss_fn=nn.MSELoss(),
+        ...     optimizer=lambda params: paci_rt.NAdam(params, lr=2e-3, weight_decay=0.01),
+        ... )
+        >>> _ = pipeline.step(torch.ones(8, 4), target=torch.ones(8, 2))
+        >>> pipeline.drain()
+        >>> sorted(pipeline.state_dict()["optimizer"]["weight"])
+        ['exp_avg', 'exp_avg_sq', 'mu_product', 'step']
     """
 
     def __init__(

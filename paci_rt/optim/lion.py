@@ -29,6 +29,19 @@ class Lion(FusedOptimizer):
 
     Raises:
         ValueError: a value is out of range.
+
+    Example:
+        Every weight moves by ``lr``, whatever the size of its gradient:
+
+        >>> layer = nn.Linear(4, 2)
+        >>> before = layer.weight.detach().clone()
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [layer], n_microbatches=1, loss_fn=nn.MSELoss(), optimizer=lambda params: paci_rt.Lion(params, lr=0.5)
+        ... )
+        >>> _ = pipeline.step(torch.ones(8, 4), target=torch.full((8, 2), 9.0))
+        >>> pipeline.drain()
+        >>> torch.allclose(layer.weight - before, torch.tensor(0.5))
+        True
     """
 
     def __init__(

@@ -45,11 +45,22 @@ class Muon(FusedOptimizer):
         ValueError: a value is out of range, a group does not say which it is, or one with ``use_muon`` has a parameter
             that is no matrix.
 
-    Example::
-
-        hidden = [p for name, p in named if name.startswith("transformer.h.") and p.dim() == 2]
-        others = [p for name, p in named if not (name.startswith("transformer.h.") and p.dim() == 2)]
-        paci_rt.Muon([{"params": hidden, "use_muon": True}, {"params": others, "use_muon": False}], lr=1e-3)
+    Example:
+        >>> def muon(params):  # the parameters of one stage, with their names
+        ...     hidden = [p for name, p in params if name.startswith("blocks.") and p.dim() == 2]
+        ...     others = [p for name, p in params if not (name.startswith("blocks.") and p.dim() == 2)]
+        ...     return paci_rt.Muon(
+        ...         [{"params": hidden, "use_muon": True}, {"params": others, "use_muon": False}], lr=1e-3
+        ...     )
+        >>> model = nn.Sequential()
+        >>> model.add_module("blocks", nn.Linear(4, 4))
+        >>> model.add_module("head", nn.Linear(4, 2))
+        >>> pipeline = paci_rt.LocalPipeline([model], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=muon)
+        >>> _ = pipeline.step(torch.ones(8, 4), target=torch.ones(8, 2))
+        >>> pipeline.drain()
+        >>> state = pipeline.state_dict()["optimizer"]
+        >>> sorted(state["blocks.weight"]), sorted(state["head.weight"])
+        (['momentum_buffer'], ['exp_avg', 'exp_avg_sq', 'step'])
     """
 
     def __init__(

@@ -21,6 +21,17 @@ class SGD(FusedOptimizer):
 
     Raises:
         ValueError: a value is out of range, or Nesterov momentum without momentum or with dampening.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.zeros_(layer.weight)
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [layer], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=lambda params: paci_rt.SGD(params, lr=0.25)
+        ... )
+        >>> _ = pipeline.step(torch.ones(4, 2), target=torch.ones(4, 1))  # the gradient is -2 in both weights
+        >>> pipeline.drain()
+        >>> layer.weight.tolist()
+        [[0.5, 0.5]]
     """
 
     def __init__(

@@ -35,6 +35,14 @@ class Prediction:
         utilization: mean share of time that devices are busy.
         peak_memory_bytes: weights, optimizer state, accumulator, weight versions, activations and stashes, by device.
         drift, delay: largest of any micro-batch, in updates.
+
+    Example:
+        >>> from paci_rt.planner import Prediction
+        >>> predicted = Prediction(
+        ...     micro_batches_per_s=20.0, utilization=0.98, peak_memory_bytes=(4096, 2048), drift=1, delay=1
+        ... )
+        >>> max(predicted.peak_memory_bytes)
+        4096
     """
 
     micro_batches_per_s: float
@@ -58,6 +66,14 @@ class Candidate:
         needs_bytes: where memory is what it breaks: the smallest limit for every device that it could do with, in
             bytes, if all limits were raised in proportion: that of the device named in ``rejected``.
         severity: how far it is from fitting, for sorting.
+
+    Example:
+        >>> from paci_rt.planner import Candidate
+        >>> candidate = Candidate(schedule="paci", policy="bounded", accumulation=8, slack=1)
+        >>> candidate.label
+        'paci with accumulation 8, policy bounded, slack 1'
+        >>> candidate.shape(ranks=4).warm_up(0)
+        4
     """
 
     schedule: str

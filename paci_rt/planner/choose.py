@@ -47,6 +47,16 @@ class Plan:
         limits, device_speeds: what was asked for, by device.
         without_slack: the plan on the same stages in the strict order, for what its slack gives and takes; None where
             it has none.
+
+    Example:
+        >>> from paci_rt.planner import BlockProfile, Profile, plan
+        >>> block = BlockProfile(
+        ...     name="block", role="middle", forward_s=0.010, input_grad_s=0.010, weight_grad_s=0.005,
+        ...     parameter_bytes=4096, activation_bytes=2048, stash_bytes=1024, boundary_bytes=512,
+        ... )
+        >>> found = plan(Profile(blocks=(block,) * 4), stages=2, accumulations=[4], schedules=["paci", "1f1b"])
+        >>> [one.schedule for one in found.best_of_each()]
+        ['paci', '1f1b']
     """
 
     candidates: tuple[Candidate, ...]
@@ -110,6 +120,16 @@ def plan(
 
     Raises:
         ValueError: a value that cannot be; or nothing fits, then with the least memory that any candidate needs.
+
+    Example:
+        >>> from paci_rt.planner import BlockProfile, Profile, plan
+        >>> block = BlockProfile(
+        ...     name="block", role="middle", forward_s=0.010, input_grad_s=0.010, weight_grad_s=0.005,
+        ...     parameter_bytes=4096, activation_bytes=2048, stash_bytes=1024, boundary_bytes=512,
+        ... )
+        >>> found = plan(Profile(blocks=(block,) * 4), stages=2, accumulations=[2, 4], schedules=["paci", "1f1b"])
+        >>> found.chosen.schedule, found.chosen.partition, found.chosen.predicted.utilization
+        ('paci', (2, 2), 1.0)
     """
     _check_choices(profile, stages, accumulations, chunks)
     given = None if slack == families.AUTO else check_slack(slack, stages)

@@ -43,7 +43,27 @@ _BYTES = ("parameter_bytes", "activation_bytes", "stash_bytes", "boundary_bytes"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockProfile:
-    """One block and one micro-batch of it; see the top of this file for the fields."""
+    """One block and one micro-batch of it; see the top of this file for the fields.
+
+    Attributes:
+        name: of the block.
+        role: ``first``, ``middle`` or ``last``.
+        forward_s, input_grad_s, weight_grad_s: seconds of one micro-batch.
+        parameter_bytes: of the block.
+        activation_bytes: what one micro-batch keeps between forward and backward.
+        stash_bytes: what of that stays for a weight gradient that is put off.
+        boundary_bytes: output of one micro-batch.
+        measured_as: the block that was measured in place of this one.
+
+    Example:
+        >>> from paci_rt.planner import BlockProfile
+        >>> block = BlockProfile(
+        ...     name="block", role="middle", forward_s=0.010, input_grad_s=0.010, weight_grad_s=0.005,
+        ...     parameter_bytes=4096, activation_bytes=2048, stash_bytes=1024, boundary_bytes=512,
+        ... )
+        >>> block.compute_s
+        0.025
+    """
 
     name: str
     role: str
@@ -75,6 +95,19 @@ class Profile:
         hop_s: seconds until the first byte of a message is there.
         bandwidth_bytes_per_s: and how fast the others follow.
         profiled: model, dtype, rows, seq_len, threads, machine.
+
+    Raises:
+        ValueError: roles in another order, or no middle block.
+
+    Example:
+        >>> from paci_rt.planner import BlockProfile, Profile
+        >>> block = BlockProfile(
+        ...     name="block", role="middle", forward_s=0.010, input_grad_s=0.010, weight_grad_s=0.005,
+        ...     parameter_bytes=4096, activation_bytes=2048, stash_bytes=1024, boundary_bytes=512,
+        ... )
+        >>> profile = Profile(blocks=(block,) * 6, hop_s=1e-4)
+        >>> profile.middle, profile.bounds([2, 4])
+        (6, [(0, 2), (2, 6)])
     """
 
     blocks: tuple[BlockProfile, ...]
@@ -136,8 +169,24 @@ class Profile:
 def load_profile(path: str | Path) -> Profile:
     """Read a profile from its file.
 
+    Args:
+        path: of a file that ``paci-rt plan --profile`` wrote.
+
     Raises:
-        ValueError: the file cannot be read or is not a profile; the message names the file, the key and what was found.
+        ValueError: the file cannot be read or is no profile; one line that names the file, the key and what was found.
+
+    Example:
+        >>> import json, tempfile
+        >>> from paci_rt.planner import BlockProfile, Profile, load_profile
+        >>> block = BlockProfile(
+        ...     name="block", role="middle", forward_s=0.010, input_grad_s=0.010, weight_grad_s=0.005,
+        ...     parameter_bytes=4096, activation_bytes=2048, stash_bytes=1024, boundary_bytes=512,
+        ... )
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        ...     json.dump(Profile(blocks=(block, block)).to_json(), file)
+        ...     file.flush()
+        ...     load_profile(file.name).middle
+        2
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -154,8 +203,17 @@ def load_profile(path: str | Path) -> Profile:
 def parse_profile(data: Any) -> Profile:
     """The profile that a decoded file holds.
 
+    Args:
+        data: what :meth:`Profile.to_json` gave.
+
     Raises:
         ValueError: the message names the key and what was found there.
+
+    Example:
+        >>> from paci_rt.planner import parse_profile
+        >>> parse_profile({"format": "paci-rt profile", "version": 1})
+        Traceback (most recent call last):
+        ValueError: blocks is missing: give a list with one entry a block
     """
     reader = _Reader(data, "")
     if reader.get("format", "the words " + repr(FORMAT), lambda value: isinstance(value, str)) != FORMAT:

@@ -39,12 +39,23 @@ def stage_costs(profile: Profile, partition: Sequence[int], *, device_speeds: Se
     """Costs of every stage of ``partition``, for the simulator.
 
     Args:
+        profile: of the model.
         partition: middle blocks of each stage; the first stage also has the blocks before them, the last those after.
         device_speeds: how many times as fast as the profiled one each device is; stage ``s`` runs on device
             ``s mod len(device_speeds)``. By default all are as fast.
 
     Raises:
         ValueError: a partition that does not hold all blocks, or speeds that do not fit.
+
+    Example:
+        >>> from paci_rt.planner import BlockProfile, Profile, stage_costs
+        >>> block = BlockProfile(
+        ...     name="block", role="middle", forward_s=1.0, input_grad_s=1.0, weight_grad_s=0.5,
+        ...     parameter_bytes=4096, activation_bytes=2048, stash_bytes=1024, boundary_bytes=512,
+        ... )
+        >>> costs = stage_costs(Profile(blocks=(block,) * 6), [2, 4], device_speeds=[1, 2])
+        >>> costs.forward_s, costs.activation_bytes
+        ((2.0, 2.0), (4096.0, 8192.0))
     """
     bounds = profile.bounds(partition)
     stages = len(bounds)
@@ -83,8 +94,18 @@ def step_costs(costs: Costs, again: Sequence[bool]) -> StepCosts:
     These are seconds by stage, the mean time of a message, and the share of the activations that stays after I.
 
     Args:
-        costs: of the stages.
-        again: which stages run their forwards twice.
+        costs: of every stage, in seconds and bytes.
+        again: which stages run their forwards twice, one flag per stage.
+
+    Example:
+        The second stage recomputes, so that its I takes a forward longer:
+
+        >>> from paci_rt.planner import step_costs
+        >>> from paci_rt.simulate import Costs
+        >>> costs = Costs(forward_s=(1.0, 2.0), input_grad_s=(1.0, 2.0), weight_grad_s=(1.0, 2.0), hop_s=0.25)
+        >>> fitted = step_costs(costs, again=[False, True])
+        >>> fitted.input_grad, fitted.hop
+        ((1.0, 4.0), 0.25)
     """
     stages = len(costs.forward_s)
     sizes = costs.per_stage("message_bytes", stages)[:-1]

@@ -40,9 +40,9 @@ class Pipeline:
         n_microbatches: micro-batches that one ``step`` cuts its batch into; the window ``a`` of an asynchronous
             schedule (``async-1f1b`` alone updates after each of them).
         loss_fn: ``loss_fn(output, target)`` on the last stage, returning a scalar.
-        optimizers: one a stage, or None to leave gradients in ``.grad`` (flush schedules only).
-        lr_schedulers: one a stage, stepped after each local update.
-        chunks: stages a rank (``interleaved-1f1b``).
+        optimizers: one per stage, or None to leave gradients in ``.grad`` (flush schedules only).
+        lr_schedulers: one per stage, stepped after each local update.
+        chunks: stages per rank (``interleaved-1f1b``).
         slack: additional warm-up forwards (asynchronous schedules): one number for every stage but the last, or one a
             stage; :func:`paci_rt.plan_slack` says how many hide the latency of links.
         policy: which weights forwards and backwards use, see :mod:`paci_rt.schedules.policies`; None is the schedule's

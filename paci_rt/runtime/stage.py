@@ -96,6 +96,11 @@ class PipelineStage:
         ValueError: index or count out of range, or a device that cannot be used; the reason is in the message.
         TritonMissingError: a CUDA device without Triton.
         StageError: ``submodule`` is no ``torch.nn.Module``.
+
+    Example:
+        >>> stage = paci_rt.PipelineStage(nn.Linear(4, 2), stage_index=1, num_stages=2)
+        >>> stage.is_first, stage.is_last, [name for name, _ in stage.named_parameters()]
+        (False, True, ['weight', 'bias'])
     """
 
     def __init__(

@@ -79,6 +79,15 @@ def params_sha256(named_params: Iterable[tuple[str, Tensor]]) -> str:
 
     Args:
         named_params: pairs of name and tensor, of any dtype, in the order of the uncut model.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> before = paci_rt.params_sha256(model.named_parameters())
+        >>> len(before), before == paci_rt.params_sha256(model.named_parameters())
+        (64, True)
     """
     digest = hashlib.sha256()
     for _name, tensor in named_params:

@@ -24,8 +24,19 @@ FAMILIES: dict[str, ScheduleFamily] = {
 def get(name: str) -> ScheduleFamily:
     """The family called ``name``, in any case.
 
+    Args:
+        name: a key of ``FAMILIES``.
+
     Raises:
         ValueError: no schedule has that name; the message suggests the nearest.
+
+    Example:
+        >>> from paci_rt import schedules
+        >>> schedules.get("ZB-H1").split
+        True
+        >>> schedules.get("zbh1")
+        Traceback (most recent call last):
+        ValueError: unknown schedule 'zbh1': did you mean 'zb-h1'? ...
     """
     family = FAMILIES.get(name.lower())
     if family is None:

@@ -47,6 +47,13 @@ class StepCosts(NamedTuple):
     ``hop`` is the time of a message between neighbours. ``stash`` is the share of a micro-batch's activations that
     stays between its I and its W. Its default is that of a GPT block by the memory model of the Zero Bubble paper
     (arXiv 2401.10241): 32sbh of s(34h + 5as)b bytes, at h = 128a hidden units for ``a`` heads and s = 1024 tokens.
+
+    Example:
+        >>> costs = paci_rt.StepCosts.parse("10,10,5:5:7,0.5")  # milliseconds of three stages
+        >>> costs.weight_grad, costs.hop
+        ((5.0, 5.0, 7.0), 0.5)
+        >>> costs.per_stage(3).forward
+        (10.0, 10.0, 10.0)
     """
 
     forward: tuple[float, ...] = (1.0,)
@@ -117,6 +124,19 @@ class Shape:
             as a single number where one says it all (see :mod:`paci_rt.schedules.slack`).
         chunks: stages per rank, ``v``; rank ``r`` runs stages ``r, r + P, r + 2P ...``.
         costs: what a searched schedule is fitted to; the others ignore it.
+
+    Raises:
+        ValueError: a number out of range, stages that are not a multiple of ``chunks``, or slack that cannot be.
+
+    Example:
+        Two ranks with two stages each:
+
+        >>> from paci_rt import schedules
+        >>> shape = schedules.Shape(num_stages=4, accumulation=8, chunks=2)
+        >>> shape.ranks, list(shape.stages_of(1))
+        (2, [1, 3])
+        >>> [schedules.Shape(num_stages=4, accumulation=8).warm_up(stage) for stage in range(4)]
+        [3, 2, 1, 0]
     """
 
     num_stages: int
@@ -185,6 +205,17 @@ class ScheduleFamily:
         looks_ahead: early forwards run at the weights to come (see ``paci_rt.weights.lookahead``), unless told
             otherwise.
         check: raises ValueError for a shape that the schedule cannot have.
+
+    Example:
+        What the last of two stages does in one window, and how much drift the first may see:
+
+        >>> from paci_rt import schedules
+        >>> from paci_rt.action import decode
+        >>> paci, shape = schedules.get("paci"), schedules.Shape(num_stages=2, accumulation=2)
+        >>> " ".join(map(str, decode(paci.stream(shape, rank=1, windows=1))))
+        '1F0 1B0 1F1 1B1 1U0'
+        >>> paci.flush, paci.drift_bound(shape, 0), paci.in_flight_bound(shape, 0)
+        (False, 1, 2)
     """
 
     name: str

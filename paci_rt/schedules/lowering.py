@@ -26,6 +26,19 @@ class TiedWeight:
     Attributes:
         owner_stage, owner: stage and parameter name of the copy that is updated.
         reader_stage, reader: stage and parameter name of the copy that follows.
+
+    Example:
+        >>> embedding, head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        >>> _ = head.weight.data.copy_(embedding.weight.data)
+        >>> tie = paci_rt.TiedWeight(owner_stage=0, owner="weight", reader_stage=1, reader="weight")
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [embedding, head], n_microbatches=2, loss_fn=nn.CrossEntropyLoss(), optimizer=paci_rt.AdamW,
+        ...     tied_weights=[tie],
+        ... )
+        >>> _ = pipeline.step(torch.arange(8), target=torch.arange(8))
+        >>> pipeline.drain()
+        >>> torch.equal(embedding.weight, head.weight)
+        True
     """
 
     owner_stage: int

@@ -223,7 +223,27 @@ def steady_period(
     *,
     after_send: Sequence[float] = (),
 ) -> float:
-    """Time from one micro-batch to the next in the steady state of an order with ``slack``; see :class:`Loops`."""
+    """Time from one micro-batch to the next in the steady state of an order with ``slack``; see :class:`Loops`.
+
+    Args:
+        stage_times, hops, after_send: as for :class:`Loops`, all in one unit.
+        slack: one number for all stages but the last, or one for each stage.
+
+    Returns:
+        Time per micro-batch, in the unit of the arguments.
+
+    Raises:
+        ValueError: times that are no times, or slack that these stages cannot have.
+
+    Example:
+        F 1, B 2, and links as slow as a forward: without slack a micro-batch takes 4.5 units of time, with it 3.
+
+        >>> from paci_rt import schedules
+        >>> schedules.steady_period([3, 3, 3, 3], [1, 1, 1])
+        4.5
+        >>> schedules.steady_period([3, 3, 3, 3], [1, 1, 1], slack=(3, 2, 1, 0))
+        3.0
+    """
     return Loops(stage_times, hops, after_send=after_send).period(slack)
 
 
@@ -238,21 +258,26 @@ def plan_slack(
     """The least slack, by stage, with which links cost no throughput.
 
     That is: with which :func:`steady_period` is at most ``1 + tolerance`` times what the slowest stage takes. No stage
-    could do with less. ::
+    could do with less.
 
+    Args:
+        stage_times, hops, after_send, least_period: as for :class:`Loops`.
+        tolerance: share of the period that may be lost.
+
+    Returns:
+        Slack of every stage, 0 for the last.
+
+    Raises:
+        ValueError: times that are no times, or numbers that do not fit together.
+
+    Example:
+        >>> from paci_rt import plan_slack
         >>> plan_slack([3, 3, 3, 3], [1, 1, 1])  # F 1, B 2, and a hop as long as a forward
         (3, 2, 1, 0)
         >>> plan_slack([3, 3, 3, 3], [1, 0, 0])  # only the first link is slow
         (1, 0, 0, 0)
         >>> plan_slack([3, 3, 3, 3], [0.5, 0.5, 0.5], after_send=[1, 1, 1, 1])  # W runs while the gradient travels
         (0, 0, 0, 0)
-
-    Args:
-        stage_times, hops, after_send, least_period: as for :class:`Loops`.
-        tolerance: share of the period that may be lost.
-
-    Raises:
-        ValueError: times that are negative or not finite, or numbers that do not fit together.
     """
     return Loops(stage_times, hops, after_send=after_send, least_period=least_period).plan(tolerance)
 

@@ -34,7 +34,13 @@ class Costs:
         seed: of the noise; equal seeds give equal timelines.
 
     Raises:
-        ValueError: a value that is negative, not finite or not a number, or an empty tuple.
+        ValueError: a value that is negative, not finite or no number, or an empty tuple.
+
+    Example:
+        >>> from paci_rt.simulate import Costs
+        >>> costs = Costs(forward_s=(0.01,), input_grad_s=(0.01,), weight_grad_s=(0.005, 0.007), hop_s=1e-4)
+        >>> costs.per_stage("weight_grad_s", 2).tolist(), costs.per_stage("forward_s", 2).tolist()
+        ([0.005, 0.007], [0.01, 0.01])
     """
 
     forward_s: tuple[float, ...]

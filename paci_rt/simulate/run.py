@@ -56,6 +56,17 @@ def simulate(
     Raises:
         ValueError: values that do not fit together; the message names the value and the remedy.
         ScheduleError: the order cannot run to its end; the message names the actions that nothing gets past.
+
+    Example:
+        >>> from paci_rt import schedules
+        >>> from paci_rt.simulate import Costs, simulate
+        >>> unit = Costs(forward_s=(1.0,), input_grad_s=(1.0,), weight_grad_s=(1.0,))
+        >>> shape = schedules.Shape(num_stages=4, accumulation=8)
+        >>> simulate(schedules.get("zb-h1"), shape, unit).makespan_s
+        27.0
+        >>> result = simulate(schedules.get("paci"), shape, unit, windows=10)
+        >>> result.steady_utilization, result.max_drift
+        (1.0, 1)
     """
     if not isinstance(windows, int) or isinstance(windows, bool) or windows < 1:
         raise ValueError(f"windows is {windows!r}: give an integer of at least 1")

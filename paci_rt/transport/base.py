@@ -19,8 +19,14 @@ class Message:
     """Tensors on their way between two stages.
 
     Attributes:
-        tensors: contiguous tensors; ``None`` where a gradient does not exist.
+        tensors: contiguous tensors of any shape and dtype; ``None`` where a gradient does not exist.
         requires_grad: for each tensor whether the sender wants its gradient back.
+
+    Example:
+        >>> from paci_rt.transport import Message
+        >>> message = Message(tensors=(torch.ones(2, 3), None), requires_grad=(True, False))
+        >>> [None if tensor is None else tuple(tensor.shape) for tensor in message.tensors]
+        [(2, 3), None]
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -33,6 +39,18 @@ class Transport(Protocol):
     Messages of a channel arrive in the order in which they were sent; ``index`` is checked on arrival. Between
     processes, a wait that outlasts its deadline raises :class:`~paci_rt.errors.TransferTimeoutError`, and one for a
     stage that is gone :class:`~paci_rt.errors.PeerLostError`.
+
+    Example:
+        What every transport can do, shown with the one that stays inside a process:
+
+        >>> from paci_rt.transport import LocalTransport, Message, Transport
+        >>> transport: Transport = LocalTransport()
+        >>> channel = ("F", 0, 1)  # outputs of forwards, from stage 0 to stage 1
+        >>> transport.open([channel])
+        >>> transport.send(channel, 0, Message((torch.ones(2),), (True,)))
+        >>> transport.ready(channel), transport.recv(channel, 0).tensors
+        (True, (tensor([1., 1.]),))
+        >>> transport.close()
     """
 
     @property

@@ -21,7 +21,22 @@ ON_GPUS = ("nccl", "ipc")
 
 
 def check_transport(name: str, option: str = "transport") -> None:
-    """Raise ValueError, with ``option`` as its name, unless there is such a transport."""
+    """Raise ValueError, with ``option`` as its name, unless there is such a transport.
+
+    Args:
+        name: one of ``TRANSPORTS``.
+        option: what the message calls it.
+
+    Raises:
+        ValueError: there is no such transport; the message suggests the nearest.
+
+    Example:
+        >>> from paci_rt.transport import check_transport
+        >>> check_transport("gloo")
+        >>> check_transport("gluu", option="--transport")
+        Traceback (most recent call last):
+        ValueError: unknown --transport 'gluu': did you mean 'gloo'? choose from auto, local, gloo, ...
+    """
     if name not in TRANSPORTS:
         raise unknown(option, name, TRANSPORTS)
 
@@ -44,6 +59,9 @@ def make_transport(
     was measured to be faster. All processes of ``group`` must call this, in the same order and with the same name.
 
     Args:
+        name: one of ``TRANSPORTS``.
+        num_stages: stages of the whole pipeline.
+        chunks: stages of this process.
         group: process group of the pipeline's processes, None for the default group.
         timeout_s: deadline of every single wait for another stage, in seconds.
         slots: messages that fit into a channel before its next send waits; None is the transport's default.
@@ -55,6 +73,14 @@ def make_transport(
         ValueError: an unknown name, another argument that cannot work, or no ``torch.distributed``.
         TransportError: the transport cannot work here, or the processes ask for different ones.
         NcclError: ``nccl`` without an NCCL that works.
+
+    Example:
+        >>> from paci_rt.transport import make_transport
+        >>> make_transport("auto", num_stages=1).name  # a process that has all stages
+        'local'
+        >>> make_transport("local", num_stages=2)
+        Traceback (most recent call last):
+        ValueError: transport 'local' is for all stages in one process, and this process has 1 of 2: ...
     """
     check_transport(name)
     check_timeout(timeout_s, "transfer_timeout_s")

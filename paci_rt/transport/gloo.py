@@ -54,7 +54,7 @@ class _Tags:
             number = 2 * chunks + 2 * channel.tied_weight + channel.kind.startswith("TW")
         if number >= _CHANNELS:
             raise ValueError(
-                f"channel {channel.kind}: the gloo transport has room for {_CHANNELS // 2} stages a rank and tied "
+                f"channel {channel.kind}: the gloo transport has room for {_CHANNELS // 2} stages per rank and tied "
                 f"weights, and there are {chunks} stages: use fewer chunks"
             )
         self.header = _TAG_BASE + (transport % _TRANSPORTS * _CHANNELS + number) * _LANES

@@ -29,6 +29,18 @@ class LocalTransport:
 
     Args:
         capacity: messages that fit into a mailbox, None for any number.
+
+    Raises:
+        ValueError: ``capacity`` is below 1.
+
+    Example:
+        >>> from paci_rt.transport import LocalTransport, Message
+        >>> transport, channel = LocalTransport(capacity=1), ("F", 0, 1)
+        >>> transport.send(channel, 0, Message((torch.zeros(2),), (True,)))
+        >>> transport.has_room(channel), transport.ready(channel)
+        (False, True)
+        >>> transport.recv(channel, 0).requires_grad
+        (True,)
     """
 
     name = "local"

@@ -1,7 +1,7 @@
 """Connections between the processes of a pipeline, on one host or across hosts.
 
-Both ends of a channel tell each other small things over them (``csrc/p2p/control_link.hpp``). There is one listening socket
-per process and one connection per channel.
+Both ends of a channel tell each other small things over them (``csrc/p2p/control_link.hpp``). There is one listening
+socket per process and one connection per channel.
 """
 
 from __future__ import annotations

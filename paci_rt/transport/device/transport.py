@@ -1,4 +1,6 @@
-"""What the transports for GPUs share: channels of the native core's engine for devices (``csrc/p2p/device_engine.hpp``).
+"""What the transports for GPUs share: channels of the native core's engine for devices.
+
+The engine is ``csrc/p2p/device_engine.hpp``.
 
 ``send`` and ``recv`` are called with torch's current stream being the one that computes. Nothing on the device waits
 for the host, and the host waits in ``recv`` only for a message that its sender has not yet issued.
