@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.paci_rt-installed
+DOCS_STAMP := $(VENV)/.paci_rt-docs-installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu tests/cpp/*.cpp)
 TSAN_PROGRAM ?= build/tsan/protocol_stress
 TSAN_SOURCES := tests/cpp/protocol_stress.cpp csrc/host_twin.cpp csrc/lifecycle.cpp csrc/weight_gate.cpp
@@ -22,13 +23,14 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python
 DEMO_OUT ?= runs/demo
 DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --steps 400 --eval-interval 20
 
-.PHONY: help venv test demo bench gpu lint format imports tsan asan clean
+.PHONY: help venv test demo bench gpu docs lint format imports tsan asan clean
 
 help:
 	@echo "make demo    train a GPT on real text with 1F1B-flush and with PACI, and compare (about 5 minutes)"
 	@echo "make test    run the tests"
 	@echo "make bench   measure the native kernels and the pipelines"
 	@echo "make gpu     build, test and measure on a GPU, offline, with the Python that has torch (GPU_ARGS=--dry-run: the plan)"
+	@echo "make docs    build the documentation into build/site; a broken link or anchor fails the build"
 	@echo "make lint    ruff, clang-format and mypy;  make format rewrites what they would refuse"
 	@echo "make tsan    streams, events and channels under ThreadSanitizer, without a GPU"
 	@echo "make asan    channels under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -61,6 +63,13 @@ bench: venv
 
 gpu:
 	$(GPU_PYTHON) tools/gpu.py $(GPU_ARGS)
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(DOCS_STAMP): pyproject.toml constraints.txt | $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[docs]"
+	@touch $@
 
 lint: venv
 	$(BIN)/ruff check $(PY_DIRS)

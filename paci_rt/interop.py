@@ -6,7 +6,7 @@ producers, and on a GPU they have ``__cuda_array_interface__``:
 >>> numpy.from_dlpack(accumulator.front_flat)        # or cupy.from_dlpack; the same memory
 >>> accumulator.add(0, borrow(gradient))             # a gradient that another library computed
 
-``docs/interop.md`` has the rules on streams, bf16 and writing into weights.
+``docs/use/interop.md`` has the rules on streams, bf16 and writing into weights.
 """
 
 from __future__ import annotations

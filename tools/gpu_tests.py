@@ -30,7 +30,7 @@ from gpu_tests_plugin import SPOILED, read
 
 TOOLS = Path(__file__).resolve().parent
 TESTS = TOOLS.parent / "tests"
-ALONE = ("test_cuda_core.py", "test_green.py")
+ALONE = ("native/test_cuda_core.py", "native/test_green.py")
 MARK = "mark.gpu"
 END_S = 4.0
 """Of the time that there is, for ending what still runs and writing down what was found."""
@@ -186,6 +186,10 @@ class Found:
         }
 
 
+def _is_alone(path: Path) -> bool:
+    return path.name in {Path(name).name for name in ALONE}
+
+
 def write(path: Path, document: dict[str, Any]) -> None:
     """All of it or nothing."""
     fresh = path.with_name(path.name + ".new")
@@ -196,8 +200,8 @@ def write(path: Path, document: dict[str, Any]) -> None:
 def run(files: Sequence[File], options: argparse.Namespace) -> Found:
     """All files, within the time that there is."""
     end = time.monotonic() + options.limit_s - END_S
-    together = deque(file for file in files if file.path.name not in ALONE)
-    alone = deque(file for file in files if file.path.name in ALONE)
+    together = deque(file for file in files if not _is_alone(file.path))
+    alone = deque(file for file in files if _is_alone(file.path))
     running: list[File] = []
     written = 0.0
     try:

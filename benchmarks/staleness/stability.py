@@ -10,7 +10,7 @@ come before which backwards, hence how old each p is, and what a predictor knows
 linear map of (w, m, the mean gradient before, the p in flight), stable while its spectral radius is at most 1; noise in
 the gradients keeps up a variance that follows from the same map.
 
-    python -m replay.stability            # in benchmarks/: the tables of docs/convergence.md
+    python -m staleness.stability         # in benchmarks/: the tables of docs/method/look-ahead.md
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The questions that a convergence benchmark answers, and how rates and thresholds are chosen for everybody alike.
 
-How the committed studies came to be what they are, and what was changed along the way: ``docs/convergence.md``.
+How the committed studies came to be what they are, and what was changed along the way: ``docs/method/convergence.md``.
 
 A method's learning rate is its own best of the study's ``rates``, by the final loss of the first seed (of all seeds
 where the study says so); the other seeds are then run at that rate.

@@ -219,7 +219,7 @@ def replaced(name: str) -> Iterator[None]:
     if name not in VARIANTS:
         raise ValueError(f"unknown variant {name!r} of look-ahead: choose from {', '.join(VARIANTS)}")
     with (
-        mock.patch("paci_rt.weights.base.LookAhead", VARIANTS[name]),
-        mock.patch("paci_rt.weights.lookahead.AheadWeights", _TellingWeights),
+        mock.patch("paci_rt.weights.lookahead.LookAhead", VARIANTS[name]),
+        mock.patch("paci_rt.runtime.assemble.AheadWeights", _TellingWeights),
     ):
         yield

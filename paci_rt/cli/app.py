@@ -52,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 1 failed, 2 a bad value, 130 interrupted."""
     try:
-        args = _parse(sys.argv[1:] if argv is None else argv)
+        args = parse(sys.argv[1:] if argv is None else argv)
         return int(args.run(args))
     except ValueError as error:  # also the typed ones, which are about what was asked for
         if os.environ.get("RANK", "0") == "0":  # one of the processes under torchrun speaks for all
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command that ``argv`` gives, with its options."""
     from paci_rt import __version__
     from paci_rt.cli import compare, doctor, plan, simulate, train
 

@@ -43,7 +43,7 @@ __all__ = [
 MEASURED = "measured"
 MEASURED_DELAY_LIMITS = {True: 1, False: 0}
 """Delay, in updates, up to which an asynchronous update is worth nearly as much as a synchronous one, with look-ahead
-and without: ``docs/convergence.md``. One update takes at least P - 1 micro-batches (and the slack)."""
+and without: ``docs/method/convergence.md``. One update takes at least P - 1 micro-batches (and the slack)."""
 
 AS_FAST = 0.01
 """Throughputs within this share of the best count as equal: a simulation is no more exact than that."""

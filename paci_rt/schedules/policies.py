@@ -78,7 +78,7 @@ def shares_pass(accumulation: int, early: int) -> bool:
 
     That is where its first early forward knows at most 3/8 of the window's gradients, but at least one of them: below
     that, early points that differ from each other feed that difference into the next window's
-    (``docs/convergence.md``).
+    (``docs/method/look-ahead.md``).
 
     Args:
         accumulation: micro-batches a window.

@@ -9,7 +9,7 @@ the then current weights, and no version is kept.
 
 A stage most of whose forwards are early makes the weights ahead with what the first of a window knows, and the next
 ones run there too, until four times as many gradients are known: that is both steadier and cheaper than to make them
-anew each time. Why all this works: ``docs/convergence.md``.
+anew each time. Why all this works: ``docs/method/look-ahead.md``.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def make_twin(patch: pytest.MonkeyPatch) -> GpuPlace:
 
     def pipeline(modules: Any, *, device: Any, streams: Any, update_streams: Any, **options: Any) -> Any:
         pipe = real(modules, device="cpu", **options)
-        for stage, bound, stream, updates in zip(pipe.stages, pipe._bounds, streams, update_streams, strict=True):
+        for stage, bound, stream, updates in zip(pipe.stages, pipe._optimizers, streams, update_streams, strict=True):
             stage.stream = stream
             bound.order.move_to(updates)
         return pipe

@@ -64,7 +64,7 @@ def error_of(capsys, *argv: str) -> str:
         ("train --stages 9", "9 stages, but gpt-tiny has only 8 blocks"),
         ("train --schedule packi", "did you mean 'paci'?"),
         ("train --model gpt-tinny", "did you mean 'gpt-tiny'?"),
-        ("train --partition 4;4", "'4;4' is no list of integers"),
+        ("train --partition 4;4", "'4;4' is not a list of integers"),
         ("train --device cuda", "--device cuda"),
         ("train --data nowhere.txt", "--data nowhere.txt does not exist"),
         ("train --out /proc/nowhere", "--out /proc/nowhere cannot be written"),

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from paci_rt import cli, schedules
-from paci_rt.cli.options import size
+from paci_rt.cli import app
+from paci_rt.cli.options import config_options, size
 from paci_rt.profiling.link import Link
 from paci_rt.train import compare, gpt_blocks
 from paci_rt.train.config import TrainConfig
@@ -47,8 +48,8 @@ def train_config(command: str) -> TrainConfig:
     """What ``paci-rt train`` would make of a printed command; raises where it would refuse."""
     program, train, *_ = words = shlex.split(command)
     assert (program, train) == ("paci-rt", "train")
-    args = cli._parse(words[1:])
-    return TrainConfig(**cli._config_options(args))
+    args = app.parse(words[1:])
+    return TrainConfig(**config_options(args))
 
 
 def test_measure_plan_and_write(capsys):
@@ -121,7 +122,7 @@ def test_slack_has_its_price_beside_it(capsys, stored):
 def test_train_plans_slack_from_a_profile(capsys, stored):
     def train(*more: str) -> TrainConfig:
         options = ["--stages", "4", "--accumulation", "8", "--batch-size", "8", "--seq-len", "8"]
-        return TrainConfig(**cli._config_options(cli._parse(["train", *options, *more])))
+        return TrainConfig(**config_options(app.parse(["train", *options, *more])))
 
     def rewrite(**changes: Any) -> None:
         Path(stored).write_text(json.dumps(json.loads(Path(stored).read_text()) | changes))
@@ -210,7 +211,7 @@ def refused(capsys, argv: list[str]) -> str:
         ("--threads 0", "--threads is 0"),
         ("--dtype fp8", "unknown --dtype 'fp8'"),
         ("--batch-size 3 --rows 2", "--batch-size 3 cannot be cut into micro-batches of 2"),
-        ("--batch-size 8;16", "'8;16' is no list of integers"),
+        ("--batch-size 8;16", "'8;16' is not a list of integers"),
         ("--schedules packi", "did you mean 'paci'?"),
         ("--policies stach", "did you mean 'stash'?"),
         ("--memory-limit 8G", "'8G' is no size above 0: write 8GiB"),

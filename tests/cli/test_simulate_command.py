@@ -207,7 +207,7 @@ def test_pictures(capsys):
         ("--forward -1", "--forward is -1: give a finite number of at least 0"),
         ("--forward 1,nan,1,1", "--forward is nan"),
         ("--forward inf", "--forward is inf"),
-        ("--forward fast", "'fast' is no list of numbers"),
+        ("--forward fast", "'fast' is not a list of numbers"),
         ("--forward 1,2,3", "--forward has 3 numbers: give 1, or 4, one for each stage"),
         ("--schedule interleaved-1f1b --weight-bytes 1,2,3", "or 4, one for each stage, or 8, one for each piece"),
         ("--comm -0.5", "--comm is -0.5"),

@@ -129,7 +129,7 @@ def test_arrays_that_cannot_be_borrowed_are_refused() -> None:
 
 
 def test_the_pages_example_runs() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "interop.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "use" / "interop.md").read_text()
     exec(page.split("```python\n")[1].split("```")[0], {})
 
 

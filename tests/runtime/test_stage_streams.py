@@ -98,7 +98,7 @@ def test_stages_wait_for_inputs_on_the_gpu_and_updates_for_their_readers(monkeyp
     monkeypatch.setattr(microbatch, "on_gpu", lambda value: True)
     pipe = pipeline()
     fake_cuda.give_streams(pipe.stages)
-    updates: list[Any] = [bound.order.stream for bound in pipe._bounds]  # type: ignore[attr-defined]
+    updates: list[Any] = [bound.order.stream for bound in pipe._optimizers]  # type: ignore[attr-defined]
     step(pipe, 0)
     gate = fake_cuda.hold(fake_cuda.FakeStream.current)  # the caller's stream still fills the inputs
     step(pipe, 1)
@@ -142,7 +142,7 @@ def test_whoever_goes_on_after_a_close_is_behind_the_updates(monkeypatch: pytest
     pipe = pipeline()
     fake_cuda.give_streams(pipe.stages)
     step(pipe, 0)
-    gate = fake_cuda.hold(pipe._bounds[-1].order.stream)  # type: ignore[attr-defined]
+    gate = fake_cuda.hold(pipe._optimizers[-1].order.stream)  # type: ignore[attr-defined]
     step(pipe, 1)
     pipe.close()
     event = fake_cuda.FakeStream.current.record_event()
@@ -160,7 +160,7 @@ def test_a_device_that_fails_in_a_close_is_news_only_once(monkeypatch: pytest.Mo
     def fail() -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(pipe._bounds[0], "before_reading", fail)
+    monkeypatch.setattr(pipe._optimizers[0], "before_reading", fail)
     if failed:
         with pytest.raises(paci_rt.PaciError, match="the device is gone"):
             step(pipe, 1)
@@ -224,7 +224,7 @@ def test_an_update_holds_up_the_next_forward_and_the_drain(monkeypatch: pytest.M
     pipe = pipeline(Run(schedule="paci", stages=1, accumulation=1))
     fake_cuda.give_streams(pipe.stages)
     caller, compute = fake_cuda.FakeStream.current, pipe.stages[0].stream
-    update: Any = pipe._bounds[0].order.stream  # type: ignore[attr-defined]
+    update: Any = pipe._optimizers[0].order.stream  # type: ignore[attr-defined]
     for number in range(2):
         step(pipe, number)
     gate = fake_cuda.hold(update)
@@ -254,7 +254,7 @@ def test_a_flush_ends_with_its_update(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.install(monkeypatch)
     pipe = pipeline(Run(schedule="1f1b", stages=2, accumulation=2))
     fake_cuda.give_streams(pipe.stages)
-    update: Any = pipe._bounds[0].order.stream  # type: ignore[attr-defined]
+    update: Any = pipe._optimizers[0].order.stream  # type: ignore[attr-defined]
     gate = fake_cuda.hold(update)
     step(pipe, 0)
     event = fake_cuda.FakeStream.current.record_event()

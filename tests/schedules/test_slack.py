@@ -21,7 +21,7 @@ from paci_rt.schedules.slack import Loops, check_slack, parse_slack, slack_by_st
 from paci_rt.schedules.validate import validate
 from paci_rt.simulate import Costs, Simulation, simulate
 
-DESIGN = Path(__file__).resolve().parents[2] / "docs" / "DESIGN.md"
+DESIGN = Path(__file__).resolve().parents[2] / "docs" / "method" / "slack.md"
 
 
 def random_slack(rng: random.Random, stages: int) -> tuple[int, ...]:
@@ -303,7 +303,7 @@ def most_on_the_way(run: Simulation, op: Op, sender: int, receiver: int, micro_b
 
 
 def table_rows() -> list[list[str]]:
-    """What docs/DESIGN.md shows, computed: 8 stages, 8 micro-batches, F : I : W = 1 : 1 : 1."""
+    """What docs/method/slack.md shows, computed: 8 stages, 8 micro-batches, F : I : W = 1 : 1 : 1."""
     rows = []
     for hop in (0.0, 0.25, 0.5):
         costs = Costs(forward_s=(1.0,), input_grad_s=(1.0,), weight_grad_s=(1.0,), hop_s=hop)

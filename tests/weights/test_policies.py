@@ -244,7 +244,7 @@ def test_prediction_needs_no_scratch_where_there_are_masters() -> None:
     )
     for _ in range(4):
         pipe.step(torch.zeros(1, 3).bfloat16(), target=torch.ones(1, 3).bfloat16())
-        masters = [bound.master(0).bfloat16()[:3] for bound in pipe._bounds]  # type: ignore[union-attr]
+        masters = [bound.master(0).bfloat16()[:3] for bound in pipe._optimizers]  # type: ignore[union-attr]
         assert all(torch.equal(module.weight, master) for module, master in zip(modules, masters, strict=True))
     assert all(memory["versions"] == 0 for memory in pipe.stats()["memory"].values())
     assert not torch.equal(modules[0].at[-1], modules[0].at[-2])
