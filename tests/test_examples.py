@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from support.deadlines import deadline
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -17,6 +19,8 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
     ],
 )
 def test_examples_run_and_print_what_they_promise(script: str, expected: str) -> None:
-    done = subprocess.run([sys.executable, str(EXAMPLES / script)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script)], capture_output=True, text=True, timeout=deadline(120)
+    )
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import one_gpu
+from support.deadlines import deadline
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--stages", "3", "--hidden", "16", "--layers", "1", "--tokens", "4", "--windows", "1", "--repeats", "1"]
@@ -116,7 +117,7 @@ def test_on_a_gpu_in_small(tmp_path: Path) -> None:
     command += ["--hidden", "256", "--layers", "2", "--tokens", "256", "--latency-us", "50", "--windows", "1"]
     command += ["--repeats", "1", "--json", str(path)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=deadline(300), env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode in (0, 1), done.stderr
     document = json.loads(path.read_text())

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from paci_rt import launch
 from paci_rt.errors import ActionError, PeerLostError, StageFailed
 from paci_rt.launch.child import describe
+from support.deadlines import deadline, wait_until
 
 LIMIT_S = 90.0
 
@@ -74,10 +75,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    until = time.monotonic() + 30
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < until, f"still alive: {[pid for pid in pids if is_alive(pid)]}"
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(is_alive, pids)), 30, f"of {pids} some are alive")
 
 
 def group_exists(group: int) -> bool:
@@ -96,7 +94,9 @@ def free_port() -> int:
 def test_results_reports_threads_and_port():
     reports: list[dict] = []
     port = free_port()
-    results = launch.run(add_ranks, 2, (5,), threads=2, port=port, on_report=reports.append, timeout_s=LIMIT_S)
+    results = launch.run(
+        add_ranks, 2, (5,), threads=2, port=port, on_report=reports.append, timeout_s=deadline(LIMIT_S)
+    )
     for total, threads, _ in results:
         assert torch.equal(total, torch.full((300_000,), 5.0))
         assert threads == 2
@@ -121,7 +121,7 @@ def test_results_reports_threads_and_port():
 def test_first_cause(how, cause, words):
     reports: list[dict] = []
     with pytest.raises(StageFailed) as caught:
-        launch.run(end_badly, 2, (how,), on_report=reports.append, timeout_s=LIMIT_S)
+        launch.run(end_badly, 2, (how,), on_report=reports.append, timeout_s=deadline(LIMIT_S))
     assert (caught.value.rank, caught.value.cause) == (1, cause)
     assert words in str(caught.value)
     if how in ("kill", "quiet exit"):
@@ -141,7 +141,7 @@ def test_timeout_and_failing_report():
         raise KeyError("not today")
 
     with pytest.raises(KeyError, match="not today"):
-        launch.run(end_badly, 2, ("hang",), on_report=refuse, timeout_s=LIMIT_S)
+        launch.run(end_badly, 2, ("hang",), on_report=refuse, timeout_s=deadline(LIMIT_S))
     assert pids and not any(map(is_alive, pids))
 
 
@@ -202,13 +202,11 @@ def test_ctrl_c_reaches_the_whole_group(tmp_path, when):
         else:
             time.sleep(0.3)
         os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
-        out, err = launcher.communicate(timeout=60)
+        out, err = launcher.communicate(timeout=deadline(60))
     assert (launcher.returncode, out, err) == (130, "interrupted\n", "")
     wait_until_gone(pids)
-    until = time.monotonic() + 30
-    while group_exists(launcher.pid):  # also those that were still starting
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    # also those that were still starting
+    wait_until(lambda: not group_exists(launcher.pid), 30, "processes of the group are left")
 
 
 def test_bad_arguments():
@@ -251,7 +249,7 @@ def test_under_torchrun(tmp_path):
         "        print('RESULTS', results, seen)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=LIMIT_S)
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=deadline(LIMIT_S))
     assert done.returncode == 0, done.stderr
     assert "RESULTS [0, 7] [{'rank': 0}]" in done.stdout
     assert not launch.under_torchrun()

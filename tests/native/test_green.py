@@ -18,6 +18,7 @@ import paci_rt
 from paci_rt import native
 from paci_rt.errors import CudaError
 from paci_rt.green import SmPartitions, choose_size, sm_partitions
+from support.deadlines import deadline
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = bool(native.info()["cuda"])
@@ -158,10 +159,10 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
     program = tmp_path_factory.mktemp("green") / "green_fake"
     sources = [ROOT / "tests/cpp/green_fake.cpp", ROOT / "csrc/green.cpp", ROOT / "csrc/cuda_check.cpp"]
     command = [compiler, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-isystem", str(include), *map(str, sources)]
-    subprocess.run([*command, "-o", str(program)], check=True, timeout=300)
+    subprocess.run([*command, "-o", str(program)], check=True, timeout=deadline(300))
 
     def call(*arguments: object) -> tuple[int, list[str]]:
-        done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=deadline(60))
         return done.returncode, done.stdout.splitlines()
 
     return call

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from support.deadlines import deadline
+
 
 def _work(inbox: Connection) -> None:
     import torch
@@ -48,7 +50,7 @@ class Interpreter:
             self._pipe.send((fn, args))
             fine, value = self._pipe.recv()
         except (BrokenPipeError, EOFError):
-            self._process.join(timeout=10)
+            self._process.join(timeout=deadline(10))
             raise AssertionError(f"the interpreting process ended with exit code {self._process.exitcode}") from None
         if not fine:
             raise AssertionError(f"in the interpreter:\n{value}")
@@ -57,5 +59,5 @@ class Interpreter:
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self._pipe.send(None)
-        self._process.join(timeout=10)
+        self._process.join(timeout=deadline(10))
         self._process.kill()

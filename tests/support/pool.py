@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from support.deadlines import deadline
+
 
 def _work(rank: int, size: int, store: str, inbox: Connection) -> None:
     import torch
@@ -58,6 +60,6 @@ class WorkerPool:
         for pipe in self._pipes:
             pipe.send(None)
         for process in self._processes:
-            process.join(timeout=10)
+            process.join(timeout=deadline(10))
             process.kill()
         self._folder.cleanup()

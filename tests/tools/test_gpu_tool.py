@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import gpu
 import gpu_environment
 from gpu_runner import Step
 from gpu_steps import STEPS
+from support.deadlines import deadline, wait_until
 from support.gpu_step import FAST, SLOW, alive, fake, writes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,12 +158,10 @@ gpu.main(["--out", "out"], [Step(name="waits", does="", command=("{{python}}", "
 """
     )
     process = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not (pid := tmp_path / "pid").exists() or not pid.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text(), 60, "the step has not begun")
     process.terminate()
-    assert process.wait(timeout=30) == 143
+    assert process.wait(timeout=deadline(30)) == 143
     assert not alive(int(pid.read_text()))
     assert json.loads((tmp_path / "out" / "gpu.json").read_text())["verdict"] == "UNFINISHED"
 

@@ -22,6 +22,7 @@ from paci_rt import native
 from paci_rt.errors import PeerLostError, ScheduleError, StageError, TransferTimeoutError, TransportError
 from paci_rt.transport import Message, make_transport
 from paci_rt.transport.shm import ShmTransport, why_unusable
+from support.deadlines import deadline
 from support.pool import WorkerPool
 from support.sanitizers import build
 from support.toy import Run, loss_fn, make_optimizer, module, train_local, train_rank
@@ -107,7 +108,7 @@ def test_small_messages_do_not_overtake_large_ones(workers: WorkerPool) -> None:
 
 
 def mistakes(rank: int, group: Any) -> list[str]:
-    transport = pair(group, rank, timeout_s=20.0)
+    transport = pair(group, rank, timeout_s=deadline(20.0))
     if rank == 0:
         transport.send(DOWN, 7, of(torch.zeros(1)))
         transport.recv(UP, 0)
@@ -161,9 +162,9 @@ def test_a_message_beyond_the_limit_is_an_error_with_its_name() -> None:
     here, there = context.Pipe()
     process = context.Process(target=out_of_memory, args=(there,))
     process.start()
-    assert here.poll(60)
+    assert here.poll(deadline(60))
     said = here.recv()
-    process.join(20)
+    process.join(deadline(20))
     assert said.startswith("TransportError: ") and "bytes on edge F 0->1" in said, said
 
 
@@ -171,13 +172,13 @@ def test_a_message_beyond_the_limit_is_an_error_with_its_name() -> None:
 
 
 def late(rank: int, group: Any, folder: str) -> str:
-    transport = pair(group, rank, timeout_s=0.5 if rank == 1 else 30.0, events_dir=folder)
+    transport = pair(group, rank, timeout_s=0.5 if rank == 1 else deadline(30.0), events_dir=folder)
     if rank == 0:
         transport.send(DOWN, 4, of(torch.zeros(10)))
         start = time.monotonic()
         with pytest.raises(PeerLostError) as lost:
             transport.recv(UP, 4)
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < deadline(10)
         return str(lost.value)
     transport.recv(DOWN, 4)
     with pytest.raises(TransferTimeoutError) as timed_out:
@@ -210,11 +211,11 @@ def full(rank: int, group: Any) -> str:
     transport = pair(group, rank, timeout_s=0.5, slots=2, held=0)
     if rank == 1:
         transport.recv(DOWN, 0)
-        time.sleep(3.0)
+        time.sleep(deadline(1.5))
         return ""
     for at in range(2):
         transport.send(DOWN, at, of(torch.zeros(100)))
-    time.sleep(0.2)  # one of them has been taken
+    time.sleep(deadline(0.2))  # one of them has been taken
     transport.send(DOWN, 2, of(torch.zeros(100)))
     with pytest.raises(TransferTimeoutError, match="still holds message 1") as timed_out:
         transport.send(DOWN, 3, of(torch.zeros(100)))
@@ -236,7 +237,9 @@ def chain(rank: int, size: int, store: str, victim: int, outbox: Any) -> None:
     run = Run(schedule="paci", stages=size, accumulation=2)
     stage = paci_rt.PipelineStage(module(rank, run), rank, size, "cpu")
     optimizer = make_optimizer("adamw", stage.parameters())
-    schedule = paci_rt.SchedulePACI(stage, 2, loss_fn, optimizer=optimizer, transport="shm", transfer_timeout_s=60.0)
+    schedule = paci_rt.SchedulePACI(
+        stage, 2, loss_fn, optimizer=optimizer, transport="shm", transfer_timeout_s=deadline(60.0)
+    )
     start = time.monotonic()
     try:
         for step in range(200):
@@ -269,12 +272,12 @@ def test_a_killed_stage_ends_all_others_soon_and_leaves_nothing(tmp_path: Path, 
     for rank, (here, _) in enumerate(pipes):
         if rank == victim:
             continue
-        assert here.poll(100), f"rank {rank} hangs"
+        assert here.poll(deadline(100)), f"rank {rank} hangs"
         name, said, seconds = here.recv()
         assert name == "PeerLostError" and f"stage {victim}" in said, said
-        assert seconds < 40  # far from the deadline of 60
+        assert seconds < deadline(40)  # far from the deadline of 60
     for process in processes:
-        process.join(30)
+        process.join(deadline(30))
         process.kill()
     assert processes[victim].exitcode == -signal.SIGKILL
     assert shared_memory() == before
@@ -310,7 +313,7 @@ def test_pipelines_over_every_transport_equal_local(workers: WorkerPool, run: Ru
 
 def stress(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     options = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}  # one report is enough
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300, env=options)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=deadline(300), env=options)
 
 
 @pytest.mark.parametrize(("sanitizer", "variable"), [("thread", "P2P_TSAN_PROGRAM"), ("address", "P2P_ASAN_PROGRAM")])

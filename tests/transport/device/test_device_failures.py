@@ -15,6 +15,7 @@ from paci_rt import native
 from paci_rt.errors import PeerLostError, ScheduleError, TransferTimeoutError
 from paci_rt.transport.device.pairing import DeviceOptions
 from paci_rt.transport.device.transport import DeviceTransport
+from support.deadlines import deadline, wait_until
 from support.device_twin import Machine, TwinHardware
 from support.device_work import BACKENDS, DOWN, SHORT, UP, edges, failing, fine, one, rank_of
 
@@ -35,7 +36,7 @@ def test_a_message_that_never_comes_is_diagnosed_and_ends_both_sides(backend: st
 
     options = DeviceOptions(timeout_s=1.0, events_dir=tmp_path)
     results, took_s = failing(machine, work, backend=backend, options=options)
-    assert took_s < 8.0
+    assert took_s < deadline(8.0)
     timeouts = [error for error in results if isinstance(error, TransferTimeoutError)]
     lost = [error for error in results if isinstance(error, PeerLostError)]
     assert timeouts and len(timeouts) + len(lost) == 2
@@ -52,7 +53,7 @@ def test_a_message_that_never_comes_is_diagnosed_and_ends_both_sides(backend: st
 
 
 def test_numbers_of_both_sides_are_in_the_message() -> None:
-    machine = Machine(2)
+    machine, over = Machine(2), threading.Event()
 
     def work(transport: DeviceTransport, hardware: TwinHardware) -> None:
         out, back = edges(transport)
@@ -61,10 +62,13 @@ def test_numbers_of_both_sides_are_in_the_message() -> None:
             for at in range(4):
                 transport.send(out, at, one())
             transport.flush()
-            time.sleep(3)
+            over.wait(deadline(20))
         else:
-            for at in range(5):
-                transport.recv(back, at)
+            try:
+                for at in range(5):
+                    transport.recv(back, at)
+            finally:
+                over.set()
 
     results, _ = failing(machine, work, options=SHORT)
     assert isinstance(results[1], TransferTimeoutError)
@@ -90,25 +94,28 @@ def test_a_link_that_is_down_ends_both_sides_within_the_deadline() -> None:
                 time.sleep(0.01)
 
     results, took_s = failing(machine, work, options=SHORT)
-    assert took_s < 8.0
+    assert took_s < deadline(8.0)
     assert machine.nccl.aborts == 4 and machine.nccl.misuse == ""
     assert all(isinstance(error, (TransferTimeoutError, PeerLostError)) for error in results), results
     assert any("has not arrived" in str(error) or "has not left" in str(error) for error in results)
 
 
 def test_a_receiver_that_takes_nothing_is_named() -> None:
-    machine = Machine(2)
+    machine, over = Machine(2), threading.Event()
 
     def work(transport: DeviceTransport, hardware: TwinHardware) -> None:
         out, back = edges(transport)
         transport.open([back])
         if rank_of(transport) == 1:
-            time.sleep(4)
-            transport.flush()
+            over.wait(deadline(20))
+            wait_until(transport.flush, 20, "the other side's failure has not arrived")  # raises when it has
             return
-        for at in range(6):
-            transport.send(out, at, one())
-        transport.flush()
+        try:
+            for at in range(6):
+                transport.send(out, at, one())
+            transport.flush()
+        finally:
+            over.set()
 
     results, _ = failing(machine, work, options=DeviceOptions(timeout_s=1.0, slots=4))
     assert isinstance(results[0], TransferTimeoutError)
@@ -128,7 +135,7 @@ def test_asynchronous_errors_of_nccl_end_the_run(result: int) -> None:
         transport.recv(back, 0)
 
     results, took_s = failing(machine, work)
-    assert took_s < 8.0
+    assert took_s < deadline(8.0)
     assert all(isinstance(error, PeerLostError) for error in results)
     assert all(f"NCCL reports fake error {result}" in error.origin for error in results)
 
@@ -140,13 +147,13 @@ def test_a_failure_reaches_every_rank_with_its_origin() -> None:
         rank = rank_of(transport)
         incoming = ([("F", rank - 1, rank)] if rank else []) + ([("B", rank + 1, rank)] if rank < 3 else [])
         transport.open(incoming)
-        start.wait(20)
+        start.wait(deadline(20))
         if rank == 3:
             raise ZeroDivisionError("by chance")
         transport.recv(incoming[-1], 0)
 
-    results, took_s = failing(machine, work, options=DeviceOptions(timeout_s=60.0))
-    assert took_s < 8.0
+    results, took_s = failing(machine, work, options=DeviceOptions(timeout_s=deadline(60.0)))
+    assert took_s < deadline(8.0)
     assert isinstance(results[3], ZeroDivisionError)
     for error in results[:3]:
         assert isinstance(error, PeerLostError)
@@ -181,7 +188,7 @@ def test_waiting_for_somebody_who_has_closed() -> None:
             transport.recv(back, 0)
 
     results, took_s = failing(machine, work)
-    assert took_s < 10.0
+    assert took_s < deadline(10.0)
     assert isinstance(results[1], PeerLostError)
     assert "stage 0 has closed its transport without sending this message" in str(results[1])
 
@@ -206,7 +213,7 @@ def test_the_constructor_takes_no_nonsense() -> None:
     with pytest.raises(ValueError, match="max_ctas is 65"):
         DeviceOptions(max_ctas=65)
     twin = native.core()._testing.HostTwin()
-    engine = native.core().DeviceEngine(0, 0, 4, 20.0, twin)
+    engine = native.core().DeviceEngine(0, 0, 4, deadline(20.0), twin)
     for backend, said in (("pigeon", "unknown backend pigeon"), ("nccl", "a unique id of 0 bytes is none")):
         here, there = socket.socketpair()
         with there, pytest.raises(ValueError, match=said):

@@ -11,6 +11,7 @@ import pytest
 from paci_rt import native
 from paci_rt.errors import PeerLostError, TransferTimeoutError, TransportError
 from paci_rt.transport.device.sockets import Switchboard
+from support.deadlines import deadline
 from support.device_twin import Machine
 from support.device_work import DOWN
 
@@ -18,7 +19,7 @@ from support.device_work import DOWN
 def test_a_process_that_vanishes_is_noticed() -> None:
     machine = Machine(1)
     here, there = socket.socketpair()
-    engine = native.core().DeviceEngine(0, 0, 4, 20.0, machine.twin)
+    engine = native.core().DeviceEngine(0, 0, 4, deadline(20.0), machine.twin)
     engine.add_incoming(kind="F", sender=1, receiver=0, fd=here.detach(), backend="ipc")
     threading.Timer(0.1, there.close).start()
     with pytest.raises(PeerLostError, match="stage 1 is gone: it closed the connection without a word"):
@@ -29,7 +30,7 @@ def test_a_process_that_vanishes_is_noticed() -> None:
 def test_what_is_not_of_paci_rt_is_refused() -> None:
     machine = Machine(1)
     here, there = socket.socketpair()
-    engine = native.core().DeviceEngine(0, 0, 4, 20.0, machine.twin)
+    engine = native.core().DeviceEngine(0, 0, 4, deadline(20.0), machine.twin)
     engine.add_outgoing(kind="F", sender=0, receiver=1, fd=here.detach(), backend="ipc")
     there.sendall(b"GET / HTTP/1.1\r\n" * 8)
     with pytest.raises(PeerLostError, match="what arrives is not of paci_rt"):
@@ -50,7 +51,9 @@ def test_a_connection_that_nobody_answers_times_out() -> None:
 
 def test_both_sides_need_the_same_slots() -> None:
     machine = Machine(1)
-    engines = [native.core().DeviceEngine(device, device, 2 + device, 20.0, machine.twin) for device in range(2)]
+    engines = [
+        native.core().DeviceEngine(device, device, 2 + device, deadline(20.0), machine.twin) for device in range(2)
+    ]
     here, there = socket.socketpair()
     engines[0].add_outgoing(kind="F", sender=0, receiver=1, fd=here.detach(), backend="ipc")
     engines[1].add_incoming(kind="F", sender=0, receiver=1, fd=there.detach(), backend="ipc")
@@ -65,7 +68,7 @@ def test_both_sides_need_the_same_slots() -> None:
 
 
 def test_strangers_are_hung_up_on_and_connections_may_come_in_any_order() -> None:
-    board = Switchboard(one_host=True, timeout_s=10.0)
+    board = Switchboard(one_host=True, timeout_s=deadline(10.0))
     host, port, token = board.address
     stranger = socket.create_connection((host, port))
     stranger.sendall(b"\x05\x00\x00\x00hello")

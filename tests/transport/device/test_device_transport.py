@@ -17,6 +17,7 @@ from paci_rt.errors import ScheduleError, StageError
 from paci_rt.transport import Message
 from paci_rt.transport.device.pairing import DeviceOptions
 from paci_rt.transport.device.transport import DeviceTransport
+from support.deadlines import deadline, wait_until
 from support.device_twin import Machine, TwinHardware
 from support.device_work import BACKENDS, DOWN, UP, edges, exchange, fine, one, rank_of
 from support.messages import check, message
@@ -57,7 +58,7 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
         transport.open([back])
         if rank_of(transport) == 0:
             tensor = torch.zeros(1000)
-            hardware.launch(lambda: gate.wait(30))
+            hardware.launch(lambda: gate.wait(deadline(30)))
             hardware.launch(partial(tensor.fill_, 3.0))
             transport.send(out, 0, Message((tensor,), (True,)))
             del tensor
@@ -94,12 +95,12 @@ def test_a_fast_sender_neither_waits_nor_overruns_nor_blocks_its_device(backend:
             transport.flush()
             assert transport.held_messages == 0
         else:
-            assert sent.wait(20)
+            assert sent.wait(deadline(20))
             got = [transport.recv(back, at).tensors[0] for at in range(12)]
             hardware.synchronize()
             assert [float(tensor[0]) for tensor in got] == list(range(12))
 
-    fine(machine.run(work, backend=backend, options=DeviceOptions(timeout_s=20.0, slots=2)), machine)
+    fine(machine.run(work, backend=backend, options=DeviceOptions(timeout_s=deadline(20.0), slots=2)), machine)
 
 
 def test_tensors_are_kept_until_they_have_left() -> None:
@@ -110,11 +111,13 @@ def test_tensors_are_kept_until_they_have_left() -> None:
         transport.open([back])
         if rank_of(transport) == 0:
             transport.send(out, 0, one(5.0))
-            assert taken.wait(20)
-            deadline = time.monotonic() + 10
-            while transport.held_messages and time.monotonic() < deadline:
+            assert taken.wait(deadline(20))
+
+            def nothing_held() -> bool:
                 transport._outgoing[out].let_go()
-            assert transport.held_messages == 0
+                return transport.held_messages == 0
+
+            wait_until(nothing_held, 10, "the message is still held")
         else:
             got = transport.recv(back, 0)
             hardware.synchronize()
@@ -140,7 +143,7 @@ def test_ring_memory_grows_to_the_largest_message_and_no_further() -> None:
         hardware.synchronize()
         return int(transport.stats()["ring_bytes"])
 
-    options = DeviceOptions(timeout_s=20.0, slots=2)
+    options = DeviceOptions(timeout_s=deadline(20.0), slots=2)
     used = machine.run(work, options=options)[1]
     assert used == 2 * 4 * (1024 + 4096), "both slots in both sizes: the first ones are given back at the end"
     used = machine.run(work, backend="ipc", options=options)[1]
@@ -158,12 +161,10 @@ def test_a_receiver_may_leave_before_the_last_message_arrives(backend: str) -> N
         if rank_of(transport) == 0:
             transport.send(out, 0, one())
             transport.flush()
-            leaving.wait(20)
+            leaving.wait(deadline(20))
             time.sleep(0.1)  # it says goodbye
             transport.send(out, 1, one(size=5000))
-            deadline = time.monotonic() + 20
-            while transport._outgoing[out].end.completed() < 1 and time.monotonic() < deadline:
-                time.sleep(0.01)
+            wait_until(lambda: transport._outgoing[out].end.completed() >= 1, 20, "the message has not left")
             transport.flush()
         else:
             arrived = transport.recv(back, 0)
@@ -171,7 +172,7 @@ def test_a_receiver_may_leave_before_the_last_message_arrives(backend: str) -> N
             check(arrived, one())
             leaving.set()
 
-    fine(machine.run(work, backend=backend, options=DeviceOptions(timeout_s=20.0, slots=1)), machine)
+    fine(machine.run(work, backend=backend, options=DeviceOptions(timeout_s=deadline(20.0), slots=1)), machine)
 
 
 # --- CUDA graphs ---
@@ -193,7 +194,7 @@ def test_messages_within_a_recorded_graph() -> None:
             transport.flush()
         else:
             transport.recv(back, 0)
-        recorded.wait(20)
+        recorded.wait(deadline(20))
         hardware.record(True)
         if rank_of(transport) == 0:
             tensor = torch.zeros(8)
@@ -227,9 +228,9 @@ def test_a_graph_does_not_overtake_messages() -> None:
             with pytest.raises(ScheduleError, match="1 messages wait for a free slot of the receiver, and a CUDA"):
                 transport.send(out, 3, one())
             hardware.record(False)
-            asked.wait(20)
+            asked.wait(deadline(20))
         else:
-            asked.wait(20)
+            asked.wait(deadline(20))
             transport.recv(back, 0)
             hardware.record(True)
             with pytest.raises(ScheduleError, match="messages have not been taken, and a CUDA graph cannot"):
@@ -239,7 +240,7 @@ def test_a_graph_does_not_overtake_messages() -> None:
             transport.recv(back, 2)
         transport.flush()
 
-    fine(machine.run(work, options=DeviceOptions(timeout_s=20.0, slots=2)), machine)
+    fine(machine.run(work, options=DeviceOptions(timeout_s=deadline(20.0), slots=2)), machine)
 
 
 def test_graphs_hold_no_transfers_of_other_processes_events() -> None:
@@ -345,12 +346,12 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", ["nccl", "nccl-background", "nccl-registered", "ipc", "nccl-fails", "ipc-fails"])
 def test_no_race_is_in_the_engine(stress: Path, mode: str) -> None:
-    done = subprocess.run([stress, mode, "5", "1"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([stress, mode, "5", "1"], capture_output=True, text=True, timeout=deadline(300))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{mode}: 5 rounds, 0 wrong" in done.stdout
 
 
 @pytest.mark.parametrize("mode", ["nccl", "ipc"])
 def test_a_race_would_be_noticed(stress: Path, mode: str) -> None:
-    lost = subprocess.run([stress, mode, "2", "1", "5"], capture_output=True, timeout=300)
+    lost = subprocess.run([stress, mode, "2", "1", "5"], capture_output=True, timeout=deadline(300))
     assert lost.returncode != 0, "a fifth of all waits was lost, and nobody noticed"
