@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
         ("swap_from_torch.py", "equal torch's bit for bit: True"),
     ],
 )
+@pytest.mark.slow
 def test_examples_run_and_print_what_they_promise(script: str, expected: str) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script)], capture_output=True, text=True, timeout=deadline(120)

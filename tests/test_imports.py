@@ -112,6 +112,7 @@ except paci_rt.TritonMissingError as error:
     assert "needs Triton 3.6 or later, this is 3.5.1" in done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_without_triton_say_how_to_get_it() -> None:
     program = """
 import sys

@@ -129,6 +129,7 @@ def check_other_sides(device: str) -> None:
         assert not any(total.any() for total in theirs.sums)
 
 
+@pytest.mark.slow
 def test_flat_cases_run_and_are_judged(interpreter: Interpreter) -> None:
     rows = interpreter(run_flat_cases)
     judged = {row["measure"]: row for case in rows for row in case["measures"]}

@@ -28,6 +28,7 @@ ROW_KEYS = {
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_on_the_cpu_it_runs_and_judges_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "one_gpu.json"
     assert one_gpu.main(["--device", "cpu", *TINY, "--accumulation", "3,4", "--json", str(path)]) == 0

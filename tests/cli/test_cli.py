@@ -102,6 +102,7 @@ def test_help(capsys, command):
     assert "--json FILE" in out
 
 
+@pytest.mark.slow
 def test_train_gives_the_same_parameters_wherever_its_stages_live(capsys, text_file):
     """In one process, in spawned processes, under torchrun; then goes on from the checkpoint."""
     argv = ["train", *SMALL, "--data", text_file, "--eval-interval", "0"]
@@ -191,6 +192,7 @@ def ends(process: subprocess.Popen[str], stages: list[int]) -> str:
     return err
 
 
+@pytest.mark.slow
 def test_a_killed_stage_ends_the_run(text_file):
     with long_run(text_file) as (process, stages):
         os.kill(stages[1], signal.SIGKILL)
@@ -200,6 +202,7 @@ def test_a_killed_stage_ends_the_run(text_file):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_without_noise(text_file):
     with long_run(text_file) as (process, stages):
         os.killpg(process.pid, signal.SIGINT)
@@ -289,6 +292,7 @@ def test_doctor_says_what_to_do(monkeypatch):
     assert "This machine cannot train yet." in text
 
 
+@pytest.mark.slow
 def test_doctor_and_help_start_no_gpu_library():
     code = (
         "import sys\n"

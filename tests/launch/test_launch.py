@@ -23,6 +23,7 @@ from paci_rt import launch
 from paci_rt.errors import ActionError, PeerLostError, StageFailed
 from paci_rt.launch.child import describe
 from support.deadlines import deadline, wait_until
+from support.marks import slow
 
 LIMIT_S = 90.0
 
@@ -110,12 +111,12 @@ def test_results_reports_threads_and_port():
     ("how", "cause", "words"),
     [
         ("raise", "ValueError", "stage 1: ValueError: weights are made of cheese"),
-        ("action", "ZeroDivisionError", "stage 1: action 1B3 failed"),
-        ("exit", "SystemExit", "stage 1: sys.exit(3) was called"),
-        ("quiet exit", "exit code 0", "stage 1 ended with exit code 0 before its work was done"),
+        slow("action", "ZeroDivisionError", "stage 1: action 1B3 failed"),
+        slow("exit", "SystemExit", "stage 1: sys.exit(3) was called"),
+        slow("quiet exit", "exit code 0", "stage 1 ended with exit code 0 before its work was done"),
         ("kill", "SIGKILL", "stage 1 was killed by SIGKILL"),
-        ("unpicklable", "Local", "cannot travel"),
-        ("close first", "ValueError", "stage 1: ValueError: the cause"),
+        slow("unpicklable", "Local", "cannot travel"),
+        slow("close first", "ValueError", "stage 1: ValueError: the cause"),
     ],
 )
 def test_first_cause(how, cause, words):
@@ -131,6 +132,7 @@ def test_first_cause(how, cause, words):
     assert not any(is_alive(report["pid"]) for report in reports)
 
 
+@pytest.mark.slow
 def test_timeout_and_failing_report():
     pids: list[int] = []
     with pytest.raises(TimeoutError, match="stages still running: 0, 1"):
@@ -181,7 +183,7 @@ def started_script(tmp_path: Path, mode: str) -> Iterator[subprocess.Popen[str]]
             launcher.kill()
 
 
-@pytest.mark.parametrize("mode", ["waiting", "busy"])
+@pytest.mark.parametrize("mode", [slow("waiting"), "busy"])
 def test_children_die_with_their_launcher(tmp_path, mode):
     with started_script(tmp_path, mode) as launcher:
         assert launcher.stdout is not None
@@ -191,7 +193,7 @@ def test_children_die_with_their_launcher(tmp_path, mode):
         wait_until_gone(pids)
 
 
-@pytest.mark.parametrize("when", ["while starting", "while working"])
+@pytest.mark.parametrize("when", [slow("while starting"), "while working"])
 def test_ctrl_c_reaches_the_whole_group(tmp_path, when):
     with started_script(tmp_path, "waiting") as launcher:
         assert launcher.stdout is not None
@@ -234,6 +236,7 @@ def test_consequences_are_told_from_causes():
     assert describe(0, wrapped).action == "0F1"
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -63,6 +63,7 @@ def test_device_code_of_every_architecture_is_in_the_module() -> None:
     assert entries == {*(("sass", arch) for arch in archs), ("ptx", archs[-1])}
 
 
+@pytest.mark.slow
 def test_import_asks_no_driver_and_counting_creates_no_context() -> None:
     code = (
         "import torch\n"

@@ -338,6 +338,7 @@ def run_stress(program: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=deadline(300))
 
 
+@pytest.mark.slow
 def test_no_data_race_in_random_interleavings(stress: Path) -> None:
     done = run_stress(stress, "40", str(random.getrandbits(32)))
     assert done.returncode == 0, done.stderr
@@ -345,6 +346,7 @@ def test_no_data_race_in_random_interleavings(stress: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, 17])
+@pytest.mark.slow
 def test_a_wait_that_is_missing_would_be_found(stress: Path, every: int) -> None:
     done = run_stress(stress, "10", "1", str(every))
     assert done.returncode != 0

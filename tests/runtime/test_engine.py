@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
+from support.marks import slow
 from support.plain import plain_training, same
 from support.pool import WorkerPool
 from support.toy import Run, batch, loss_fn, make_optimizer, module, train_local, train_rank
@@ -58,7 +59,7 @@ def test_1f1b_equals_torch_bit_for_bit(workers: WorkerPool, stages: int, accumul
         same(ours[rank]["params"], theirs[rank]["params"])
 
 
-@pytest.mark.parametrize("stages", [2, 3, 5, 8])
+@pytest.mark.parametrize("stages", [2, 3, slow(5), slow(8)])
 def test_drift_counted_in_a_run_is_the_formula(stages: int) -> None:
     for accumulation, slack in itertools.product((1, 2, 4, 7), (0, 1, 2)):
         run = Run(
@@ -76,7 +77,7 @@ def test_drift_counted_in_a_run_is_the_formula(stages: int) -> None:
         assert stats["micro_batches"] == run.windows * accumulation and stats["windows"] == run.windows
 
 
-@pytest.mark.parametrize("slack", [(3, 2, 1, 0), (0, 1, 2, 0), (6, 1, 0, 0)])
+@pytest.mark.parametrize("slack", [slow((3, 2, 1, 0)), (0, 1, 2, 0), slow((6, 1, 0, 0))])
 def test_slack_by_stage_keeps_its_bounds_exactly(slack: tuple[int, ...]) -> None:
     ahead = [3 - stage + more for stage, more in enumerate(slack)]
     for schedule, accumulation in itertools.product(("paci", "paci-split"), (1, 2, 3, 8)):

@@ -96,6 +96,7 @@ def test_no_step_begins_when_the_time_is_up(tmp_path: Path, said: list[str]) -> 
     assert only_row(outcome)["note"] == "no time was left for it"
 
 
+@pytest.mark.slow
 def test_what_is_left_of_the_whole_time_limits_a_step(tmp_path: Path, said: list[str]) -> None:
     outcome = make_runner(tmp_path, said, budget_s=7.0).run_step(fake("long", "time.sleep(600)", limit_s=600))
     assert "limit of 7 s" in (outcome.failure or "")
@@ -111,6 +112,7 @@ def test_steps_see_their_variables_and_no_input(runner: Runner) -> None:
     assert only_row(runner.run_step(fake("reads", *program, environment={"SWITCH": "on"})))["value"] == "on"
 
 
+@pytest.mark.slow
 def test_every_step_keeps_its_share_whatever_those_before_it_take(tmp_path: Path, said: list[str]) -> None:
     runner = make_runner(tmp_path, said, budget_s=31.0)
     told = "open(out, 'w').write(json.dumps({'measures': [], 'limit_s': float(sys.argv[2])}))"

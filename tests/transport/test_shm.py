@@ -23,6 +23,7 @@ from paci_rt.errors import PeerLostError, ScheduleError, StageError, TransferTim
 from paci_rt.transport import Message, make_transport
 from paci_rt.transport.shm import ShmTransport, why_unusable
 from support.deadlines import deadline
+from support.marks import slow
 from support.pool import WorkerPool
 from support.sanitizers import build
 from support.toy import Run, loss_fn, make_optimizer, module, train_local, train_rank
@@ -258,7 +259,7 @@ def shared_memory() -> set[str]:
     return {name for name in names if "paci" in name}
 
 
-@pytest.mark.parametrize("victim", [1, 2])
+@pytest.mark.parametrize("victim", [slow(1), slow(2)])
 def test_a_killed_stage_ends_all_others_soon_and_leaves_nothing(tmp_path: Path, victim: int) -> None:
     before = shared_memory()
     context = multiprocessing.get_context("spawn")
@@ -291,10 +292,10 @@ def test_a_killed_stage_ends_all_others_soon_and_leaves_nothing(tmp_path: Path, 
     "run",
     [
         Run(schedule="paci", stages=4, accumulation=4, lookahead=True, wide=True),
-        Run(schedule="paci-split", stages=3, accumulation=3, slack=2),
-        Run(schedule="1f1b", stages=3, accumulation=4, eval_every=2),
-        Run(schedule="interleaved-1f1b", stages=6, accumulation=6, chunks=2, wide=True),
-        Run(schedule="zb-2p", stages=4, accumulation=8),
+        slow(Run(schedule="paci-split", stages=3, accumulation=3, slack=2)),
+        slow(Run(schedule="1f1b", stages=3, accumulation=4, eval_every=2)),
+        slow(Run(schedule="interleaved-1f1b", stages=6, accumulation=6, chunks=2, wide=True)),
+        slow(Run(schedule="zb-2p", stages=4, accumulation=8)),
     ],
     ids=lambda run: run.schedule,
 )
@@ -317,6 +318,7 @@ def stress(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("sanitizer", "variable"), [("thread", "P2P_TSAN_PROGRAM"), ("address", "P2P_ASAN_PROGRAM")])
+@pytest.mark.slow
 def test_stress_is_clean(tmp_path: Path, sanitizer: str, variable: str) -> None:
     program = build(tmp_path, sanitizer, variable)
     for mode in ("threads", "processes"):
@@ -333,6 +335,7 @@ def test_stress_is_clean(tmp_path: Path, sanitizer: str, variable: str) -> None:
         "-DPACI_RT_P2P_CREDITS(slots)=((slots)+2)",
     ],
 )
+@pytest.mark.slow
 def test_stress_notices_what_is_broken(tmp_path: Path, broken: str) -> None:
     program = build(tmp_path, "thread", "P2P_TSAN_PROGRAM", f"P2P_BREAK='{broken}'")
     assert stress(program, "threads", "40", "3").returncode != 0, "the stress program cannot fail"

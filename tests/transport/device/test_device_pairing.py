@@ -38,6 +38,7 @@ def test_what_is_not_of_paci_rt_is_refused() -> None:
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_connection_that_nobody_answers_times_out() -> None:
     machine = Machine(1)
     here, there = socket.socketpair()

@@ -345,6 +345,7 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["nccl", "nccl-background", "nccl-registered", "ipc", "nccl-fails", "ipc-fails"])
+@pytest.mark.slow
 def test_no_race_is_in_the_engine(stress: Path, mode: str) -> None:
     done = subprocess.run([stress, mode, "5", "1"], capture_output=True, text=True, timeout=deadline(300))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -352,6 +353,7 @@ def test_no_race_is_in_the_engine(stress: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["nccl", "ipc"])
+@pytest.mark.slow
 def test_a_race_would_be_noticed(stress: Path, mode: str) -> None:
     lost = subprocess.run([stress, mode, "2", "1", "5"], capture_output=True, timeout=deadline(300))
     assert lost.returncode != 0, "a fifth of all waits was lost, and nobody noticed"
