@@ -17,7 +17,7 @@ DEVICE_SOURCES := tests/cpp/device_stress.cpp csrc/control_link.cpp csrc/fake_nc
   csrc/nccl_api.cpp csrc/p2p.cpp csrc/p2p_device.cpp csrc/p2p_device_ends.cpp csrc/p2p_ipc.cpp csrc/p2p_nccl.cpp
 DEVICE_MODES := nccl nccl-background nccl-registered ipc nccl-fails ipc-fails
 P2P_BREAK ?=# for the tests: what of the protocol to break, for example -DPACI_RT_P2P_PUBLISH=std::memory_order_relaxed
-PY_DIRS := paci_rt tests benchmarks examples tools setup.py
+PY_DIRS := paci_rt kernels tests benchmarks examples tools setup.py
 # Where nothing can be installed: PYTHON if it was given, else .venv if there is one, else the python3 that is there.
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 DEMO_OUT ?= runs/demo

@@ -13,6 +13,9 @@ Done = Callable[[float, float], None]
 class HostClock:
     """For work that is over when its call returns."""
 
+    deferred = False
+    """Whether seconds are told later, since marks are not read at once."""
+
     def mark(self) -> Any:
         """Now, for :meth:`between`."""
         return time.perf_counter()

@@ -3,7 +3,9 @@ often, with the gradients of several windows together, so that no delay exceeds 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import paci_rt
 from paci_rt.optim.stage_optimizer import StageOptimizer, UpdateStats
@@ -22,11 +24,15 @@ class _JoinedUpdates:
     def __init__(self, bound: StageOptimizer, joined: int) -> None:
         self._bound, self._joined, self._windows = bound, joined, 0
 
-    def update(self, divisor: int) -> UpdateStats:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bound, name)
+
+    def update(self, divisor: int, prepare: Callable[[], None]) -> UpdateStats:
         self._windows += 1
         if self._windows % self._joined:
+            prepare()
             return UpdateStats(grad_norm=0.0, nonfinite=0)
-        return self._bound.update(divisor * self._joined)
+        return self._bound.update(divisor * self._joined, prepare)
 
 
 class _JoinedWeights(StageWeights):
@@ -55,5 +61,5 @@ def join_windows(pipeline: paci_rt.LocalPipeline, bounds: list[StageOptimizer], 
     for stage, runtime in pipeline._executor.runtimes.items():
         joined = windows_joined(len(bounds) - 1 - stage, accumulation)
         if joined > 1:
-            runtime.updater = _JoinedUpdates(bounds[stage], joined)  # type: ignore[assignment]
+            runtime.optimizer = _JoinedUpdates(bounds[stage], joined)  # type: ignore[assignment]
             runtime.weights = _JoinedWeights(bounds[stage], joined, accumulation)

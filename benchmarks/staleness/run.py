@@ -186,7 +186,7 @@ def run(case: Case, *, on_point: Callable[[int, float], None] | None = None) -> 
             lr_scheduler=recorders,
         )
     if method.joined is not None:
-        join_windows(pipeline, pipeline._bounds, case.accumulation)
+        join_windows(pipeline, pipeline._optimizers, case.accumulation)
     worst = 2 * evaluator.curve[0][1]
     for update in range(case.updates):
         x, y = (tensor.to(case.device) for tensor in task.batch(update, case.seed))

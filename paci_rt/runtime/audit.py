@@ -57,7 +57,7 @@ class StageAudit:
     version: int = 0
     drift: Counter[int] = field(default_factory=Counter)
     delay: Counter[int] = field(default_factory=Counter)
-    in_flight: dict[int, tuple[int, int]] = field(default_factory=dict)
+    in_flight: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     pending: dict[int, int] = field(default_factory=dict)
     peak_in_flight: int = 0
     peak_pending: int = 0
@@ -70,30 +70,25 @@ class StageAudit:
     nonfinite_gradients: Any = 0
     grad_norm: Any = 0.0
 
-    def forward(self, micro_batch: int, version: int, kept_bytes: int) -> None:
-        """A forward used ``version`` and keeps ``kept_bytes`` until its backward."""
-        self.in_flight[micro_batch] = version, kept_bytes
+    def forward(self, micro_batch: int, version: int, kept_bytes: int, full_bytes: int) -> None:
+        """A forward used ``version`` and keeps ``kept_bytes`` until its backward, which needs ``full_bytes``."""
+        self.in_flight[micro_batch] = version, kept_bytes, full_bytes
         self.peak_in_flight = max(self.peak_in_flight, len(self.in_flight))
         self.rank.hold(1, 0)
         self._hold(kept_bytes)
 
-    def version_at_forward(self, micro_batch: int) -> int:
-        """The version that the forward of a micro-batch in flight used."""
-        return self.in_flight[micro_batch][0]
-
-    def backward(self, action: Action, version: int, window: int, full_bytes: int) -> None:
+    def backward(self, action: Action, version: int, window: int) -> None:
         """Count drift and delay of a micro-batch before its backward.
 
         Args:
             action: the backward.
             version: of the weights that it uses.
             window: the micro-batch's, which is the version that its gradient will be applied to.
-            full_bytes: what it needs alive while it runs.
 
         Raises:
             DriftBoundError: one of them exceeds the schedule's bound.
         """
-        at_forward, kept_bytes = self.in_flight.pop(action.index)
+        at_forward, kept_bytes, full_bytes = self.in_flight.pop(action.index)
         for what, value, bound, counts in (
             ("drift", version - at_forward, self.drift_bound, self.drift),
             ("delay", window - at_forward, self.delay_bound, self.delay),

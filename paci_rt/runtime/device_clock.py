@@ -17,6 +17,7 @@ class DeviceClock(HostClock):
         device: a CUDA device.
     """
 
+    deferred = True
     KEPT = 4096
     """Pairs of marks that are kept at most before finished ones are read."""
 

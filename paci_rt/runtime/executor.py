@@ -6,10 +6,12 @@ each runs until its next receive has no message yet.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -26,6 +28,9 @@ from paci_rt.schedules.lowering import Channel, TiedWeight, channels
 from paci_rt.trace import Event
 from paci_rt.transport.base import Message, Transport
 from paci_rt.weights.base import StageWeights
+
+_NOTHING = nullcontext()
+_NO_KWARGS: dict[str, Any] = {}
 
 
 @dataclass(kw_only=True)
@@ -136,7 +141,14 @@ class Executor:
 
     def _execute(self, action: Action, batch: Batch) -> None:
         runtime = self.runtimes[action.stage]
-        with runtime.stage.computing():
+        stream = runtime.stage.stream
+        with _NOTHING if stream is None else torch.cuda.stream(stream):
+            if not runtime.clock.deferred:
+                begin_s = time.perf_counter()
+                version = self._perform(runtime, action, batch)
+                if batch.training:
+                    self._count(runtime, action, version, begin_s, time.perf_counter())
+                return
             begin = runtime.clock.mark()
             version = self._perform(runtime, action, batch)
             if batch.training:
@@ -145,7 +157,7 @@ class Executor:
     def _perform(self, runtime: StageRuntime, action: Action, batch: Batch) -> int | None:
         profiled = torch.autograd._profiler_enabled()
         try:
-            with torch.profiler.record_function(str(action)) if profiled else nullcontext():
+            with torch.profiler.record_function(str(action)) if profiled else _NOTHING:
                 return self._run_op[action.op](runtime, action, batch)
         except PaciError:
             raise
@@ -174,9 +186,9 @@ class Executor:
     # --- one method an operation; computations return the version of the weights that they used ---
 
     def _forward(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
-        stage, m = runtime.stage, action.index
+        stage, m, on_cpu = runtime.stage, action.index, runtime.stage.device.type == "cpu"
         if stage.is_first:
-            args = on_device(batch.args[m], stage.device)
+            args = batch.args[m] if on_cpu else on_device(batch.args[m], stage.device)
         else:
             message = runtime.received.pop((Op.RECV_F, m))
             args = message.tensors
@@ -184,17 +196,20 @@ class Executor:
                 for tensor, requires_grad in zip(message.tensors, message.requires_grad, strict=True):
                     if requires_grad and tensor is not None:
                         tensor.requires_grad_()
-        kwargs = on_device(batch.kwargs.get((stage.stage_index, m), {}), stage.device)
+        kwargs = batch.kwargs.get((stage.stage_index, m), _NO_KWARGS)
+        kwargs = kwargs if on_cpu else on_device(kwargs, stage.device)
         loss = batch.losses.get(m) if stage.is_last else None
         audit = runtime.audit
         version = audit.version
-        runtime.optimizer.before_forward(whole=runtime.weights.whole or not batch.training)
+        if runtime.optimizer.order.in_parts:
+            runtime.optimizer.before_forward(whole=runtime.weights.whole or not batch.training)
         if batch.training:
             window = m // runtime.accumulation
             version, context = runtime.weights.for_forward(window, audit.version, batch.start_window)
             with context:
                 outgoing, output, loss_value = stage.forward(m, args, kwargs, loss, recompute=runtime.recompute)
-            audit.forward(m, version, stage.kept_bytes(m)[0])
+            kept = stage.in_flight[m]
+            audit.forward(m, version, kept.kept_bytes, kept.full_bytes)
         else:
             outgoing, output, loss_value = stage.evaluate(args, kwargs, loss)
         if outgoing is not None:
@@ -207,8 +222,8 @@ class Executor:
 
     def _backward(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
         stage, audit, m, split = runtime.stage, runtime.audit, action.index, action.op is Op.I
-        version, context = runtime.weights.for_backward(audit.version_at_forward(m), audit.version)
-        audit.backward(action, version, m // runtime.accumulation, stage.kept_bytes(m)[1])
+        version, context = runtime.weights.for_backward(audit.in_flight[m][0], audit.version)
+        audit.backward(action, version, m // runtime.accumulation)
         runtime.optimizer.before_reading()
         gradients = () if stage.is_last else runtime.received.pop((Op.RECV_B, m)).tensors
         with context:

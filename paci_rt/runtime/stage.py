@@ -50,14 +50,20 @@ class _Again:
 
 
 @dataclass(slots=True)
-class _InFlight:
-    """What one micro-batch leaves behind between its forward and its backward."""
+class InFlight:
+    """What one micro-batch leaves behind between its forward and its backward.
+
+    Attributes:
+        kept_bytes, full_bytes: of activations that stay alive until the backward, and in it; see
+            :meth:`PipelineStage.kept_bytes`.
+        shares: of the caller's batch, by storage.
+    """
 
     inputs: tuple[Tensor, ...]
     held: _Graph | _Again
     kept_bytes: int
     full_bytes: int
-    shares: dict[int, int]  # of the caller's batch, by storage
+    shares: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +124,13 @@ class PipelineStage:
         self.submod = submodule.to(self.device)
         self.stage_index = stage_index
         self.num_stages = num_stages
+        self.is_first, self.is_last = stage_index == 0, stage_index == num_stages - 1
         self.group = group
-        self._in_flight: dict[int, _InFlight] = {}
+        self.in_flight: dict[int, InFlight] = {}
         self._pending: dict[int, tuple[list[WeightGradient], dict[int, int]]] = {}
         self._known: dict[Any, _Known] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._gradients: WeightGradients | None = None
-
-    @property
-    def is_first(self) -> bool:
-        return self.stage_index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.stage_index == self.num_stages - 1
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The module's parameters, for an optimizer."""
@@ -223,7 +222,7 @@ class PipelineStage:
         known = self._known[key]
         held = graph if again is None else again
         kept = known.saved_bytes if again is None else distinct_bytes((*args, *kwargs.values()), shares=shares)
-        self._in_flight[micro_batch] = _InFlight(inputs, held, kept, known.saved_bytes, shares)
+        self.in_flight[micro_batch] = InFlight(inputs, held, kept, known.saved_bytes, shares)
         message = None if self.is_last else _message(outputs, known.requires_grad)
         return message, _detached(output), None if loss_value is None else loss_value.detach()
 
@@ -274,7 +273,7 @@ class PipelineStage:
         Raises:
             StageError: a tensor that a weight gradient needs was modified in place; the message names the layer.
         """
-        saved = self._in_flight.pop(micro_batch)
+        saved = self.in_flight.pop(micro_batch)
         graph = saved.held if isinstance(saved.held, _Graph) else self._rebuild(saved.held)
         if self.is_last:
             roots, grads = graph.roots, tuple(None for _ in graph.roots)
@@ -304,10 +303,6 @@ class PipelineStage:
         if self._gradients is not None:
             self._gradients.compute_left(pending)
 
-    def computing(self) -> AbstractContextManager[Any]:
-        """Within it, work goes to the stage's own stream, if it has one."""
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
-
     def _rng_states(self) -> tuple[Tensor, ...]:
         here = (torch.cuda.get_rng_state(self.device),) if self.device.type == "cuda" else ()
         return (torch.get_rng_state(), *here)
@@ -326,7 +321,7 @@ class PipelineStage:
         Both are measured on the first forward of its shape: every distinct storage that autograd saved except
         parameters, and the stage's inputs. They differ where the forward is run again.
         """
-        saved = self._in_flight[micro_batch]
+        saved = self.in_flight[micro_batch]
         return saved.kept_bytes, saved.full_bytes
 
     def pending_bytes(self, micro_batch: int) -> int:
@@ -336,7 +331,7 @@ class PipelineStage:
 
     def forget(self) -> None:
         """Drop every micro-batch in flight, after a failure."""
-        self._in_flight.clear()
+        self.in_flight.clear()
         self._pending.clear()
 
     def _compute(

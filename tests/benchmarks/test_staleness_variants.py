@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import paci_rt
 from paci_rt.optim.bind import bind_optimizer
-from paci_rt.weights.lookahead import AheadWeights, LookAhead
+from paci_rt.runtime import assemble
+from paci_rt.weights.lookahead import LookAhead
 from staleness.variants import VARIANTS, Damped, EverySecond, replaced
 from support.toy import Run, train_local
 
@@ -75,7 +76,7 @@ def moments(variant: str | None, behind: int, accumulation: int, *, scaled: bool
     optimizer = paci_rt.AdamW([param], lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY)
     bound = bind_optimizer(optimizer, {"w": param})
     with nullcontext() if variant is None else replaced(variant):
-        weights = AheadWeights(bound, accumulation=accumulation, divisor=divisor, early=behind)
+        weights = assemble.AheadWeights(bound, accumulation=accumulation, divisor=divisor, early=behind)
     found: list[Moment] = []
     version, grads, before = 0, list[Tensor](), list[Tensor]()
 
@@ -237,7 +238,7 @@ def make_plain() -> type[LookAhead]:
     """What a pipeline that is built now looks ahead with."""
     param = nn.Parameter(torch.zeros(2))
     bound = bind_optimizer(paci_rt.AdamW([param], lr=LR), {"w": param})
-    weights = AheadWeights(bound, accumulation=1, divisor=1, early=1)
+    weights = assemble.AheadWeights(bound, accumulation=1, divisor=1, early=1)
     return type(weights._look_ahead)  # type: ignore[attr-defined]
 
 

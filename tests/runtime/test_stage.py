@@ -52,8 +52,8 @@ def test_the_output_is_not_kept_for_the_backward() -> None:
     message, output, _ = stage.forward(0, (torch.ones(3, 4),), {})
     assert message is not None and message.tensors[0] is not None
     address = message.tensors[0].untyped_storage().data_ptr()
-    kept = [tensor for saved in stage._in_flight.values() for tensor in saved.inputs]
-    roots = [root for saved in stage._in_flight.values() for root in saved.held.roots]
+    kept = [tensor for saved in stage.in_flight.values() for tensor in saved.inputs]
+    roots = [root for saved in stage.in_flight.values() for root in saved.held.roots]
     assert not kept and not any(isinstance(root, Tensor) for root in roots)
     assert output.untyped_storage().data_ptr() == address  # handed over, not copied
     gradients = stage.backward(0, (torch.ones(3, 4),))
