@@ -39,6 +39,7 @@ def plan(*names: str, **changes: Any) -> Plan:
 # ---------------------------------------------------------------------------------------------------- whole small runs
 
 
+@pytest.mark.slow
 def test_a_small_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(tmp_path / "rows.json"), str(tmp_path / "plot.png")]
     argv = ["--transport", "gloo", "--bytes", "600,20000", "--compute-ms", "1", "--repeats", "2", "--quick"]
