@@ -16,6 +16,7 @@ from overlap.measure import Plan, Results
 from overlap.sms import most_blocks
 from paci_rt import StageFailed, launch
 from support.deadlines import deadline
+from support.marks import slow
 
 CPU_TRANSPORTS = ("shm", "gloo")
 SIZES = (600, 20_000)  # inside a header, and beside it
@@ -61,7 +62,7 @@ def test_a_small_run_from_the_command_line(tmp_path: Path, capsys: pytest.Captur
     assert Path(files[1]).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", CPU_TRANSPORTS)
+@pytest.mark.parametrize("name", [slow(name) if name == "gloo" else name for name in CPU_TRANSPORTS])
 def test_rows_are_consistent(name: str) -> None:
     asked = plan(name, processes=3)
     rows = report.summarise(launch.run(measure.run, 3, (asked,), timeout_s=deadline(120)), asked)
@@ -99,6 +100,7 @@ def over_a_corrupt_wire(ctx: launch.Context, asked: Plan) -> Results:
     return measure.run(ctx, asked)
 
 
+@pytest.mark.slow
 def test_bytes_that_arrive_wrong_end_the_run() -> None:
     with pytest.raises(StageFailed, match=r"gloo: message 0 of 600 bytes from rank . arrived .* with other bytes"):
         launch.run(over_a_corrupt_wire, 2, (plan("gloo"),), timeout_s=deadline(60))
@@ -118,6 +120,7 @@ def with_a_wire_that_fails_late(ctx: launch.Context, asked: Plan) -> Results:
     return measure.run(ctx, asked)
 
 
+@pytest.mark.slow
 def test_a_wire_that_one_process_cannot_have_is_left_out_by_all() -> None:
     asked = plan("gloo", "torch-gloo-isend", sizes=(600,), computes=("emulated",))
     found = launch.run(with_a_wire_that_fails_late, 2, (asked,), timeout_s=deadline(60))

@@ -27,6 +27,7 @@ def verdicts(comparison: Comparison) -> dict[str, Any]:
     return {row["measure"]: row["ok"] for row in comparison.measures}
 
 
+@pytest.mark.slow
 def test_a_device_equals_itself() -> None:
     comparison = Comparison("cpu", ["1f1b", "paci"], 2)
     for schedule in ("1f1b", "paci"):

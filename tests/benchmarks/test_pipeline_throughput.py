@@ -13,6 +13,7 @@ from pipelines import Case
 from support.deadlines import deadline
 
 
+@pytest.mark.slow
 def test_rows_have_exposed_communication() -> None:
     cases = [
         Case(schedule=name, stages=2, accumulation=2, emulate_ms=(1.0, 2.0), message_bytes=8192, transport=transport)

@@ -110,7 +110,7 @@ def test_results_reports_threads_and_port():
 @pytest.mark.parametrize(
     ("how", "cause", "words"),
     [
-        ("raise", "ValueError", "stage 1: ValueError: weights are made of cheese"),
+        slow("raise", "ValueError", "stage 1: ValueError: weights are made of cheese"),
         slow("action", "ZeroDivisionError", "stage 1: action 1B3 failed"),
         slow("exit", "SystemExit", "stage 1: sys.exit(3) was called"),
         slow("quiet exit", "exit code 0", "stage 1 ended with exit code 0 before its work was done"),
@@ -193,7 +193,8 @@ def test_children_die_with_their_launcher(tmp_path, mode):
         wait_until_gone(pids)
 
 
-@pytest.mark.parametrize("when", [slow("while starting"), "while working"])
+@pytest.mark.parametrize("when", ["while starting", "while working"])
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_whole_group(tmp_path, when):
     with started_script(tmp_path, "waiting") as launcher:
         assert launcher.stdout is not None

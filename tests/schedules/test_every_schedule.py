@@ -143,7 +143,7 @@ def test_a_flush_schedule_equals_a_plain_loop_of_our_own_optimizers(optimizer: s
 
 
 @pytest.mark.parametrize("policy", ["bounded", "stash", "2bw", "predict", "recompute"])
-@pytest.mark.parametrize("slack", [0, (3, 1, 1, 0)])
+@pytest.mark.parametrize("slack", [slow(0), (3, 1, 1, 0)])
 def test_paci_split_is_paci_to_the_bit(policy: str, slack: Any) -> None:
     options: dict[str, Any] = {"stages": 4, "accumulation": 6, "slack": slack, "policy": policy, "eval_every": 3}
     whole, split = (train_local(Run(schedule=name, **options)) for name in ("paci", "paci-split"))

@@ -16,6 +16,7 @@ from paci_rt.train.data import load_corpus
 from paci_rt.train.gpt import MODELS, build_stage, cross_entropy
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge
 from paci_rt.train.trainer import TrainingClock, train
+from support.marks import slow
 from support.small_gpt import SMALL
 
 JSON_KEYS = [
@@ -159,8 +160,8 @@ def train_on_rank(rank: int, _group: Any, config: TrainConfig) -> tuple[StageRes
     [
         {"schedule": "paci"},
         {"schedule": "paci", "model": "small-tied", "accumulation": 1},
-        {"schedule": "1f1b", "dtype": "bf16"},
-        {"schedule": "async-1f1b", "accumulation": 1, "optimizer": "torch-sgd"},
+        slow({"schedule": "1f1b", "dtype": "bf16"}),
+        slow({"schedule": "async-1f1b", "accumulation": 1, "optimizer": "torch-sgd"}),
     ],
 )
 def test_processes_equal_one_process(text: str, workers: Any, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -317,8 +318,8 @@ def test_clock_stands_still_but_counts_the_wait_for_the_slowest(monkeypatch: pyt
     [
         {"schedule": "paci"},
         {"schedule": "paci", "dtype": "bf16"},
-        {"schedule": "paci", "optimizer": "torch-adamw"},
-        {"schedule": "paci", "optimizer": "sgd", "model": "small-tied"},
+        slow({"schedule": "paci", "optimizer": "torch-adamw"}),
+        slow({"schedule": "paci", "optimizer": "sgd", "model": "small-tied"}),
         {"schedule": "paci", "optimizer": "muon", "lookahead": True},
         {"schedule": "async-1f1b", "accumulation": 1},
     ],
