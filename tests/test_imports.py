@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import imports
+from support.deadlines import deadline
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,7 +89,9 @@ if maps and "libnccl" not in maps:
 for module in ("matplotlib", "tqdm", "triton", "paci_rt.kernels", "paci_rt.cli", "paci_rt.train"):
     assert module not in sys.modules or module in loaded, module + " imported"
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=deadline(120)
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -102,11 +105,14 @@ try:
 except paci_rt.TritonMissingError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=deadline(120)
+    )
     assert done.returncode == 0, done.stderr
     assert "needs Triton 3.6 or later, this is 3.5.1" in done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_without_triton_say_how_to_get_it() -> None:
     program = """
 import sys
@@ -118,7 +124,9 @@ except paci_rt.TritonMissingError as error:
     assert isinstance(error, ImportError)
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=deadline(120)
+    )
     assert done.returncode == 0, done.stderr
     assert "paci_rt.kernels needs Triton" in done.stdout
     assert "pip install 'paci-rt[cuda13]'" in done.stdout

@@ -24,6 +24,7 @@ from packaging.version import Version
 import paci_rt
 from paci_rt import native
 from paci_rt.errors import NativeCoreError
+from support.deadlines import deadline
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -152,7 +153,7 @@ def configure(folder: Path, *options: str) -> str:
     if not cmake.exists():
         pytest.skip("cmake is not installed in this environment")
     command = [str(cmake), "-S", str(ROOT), "-B", str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(120))
     assert done.returncode != 0
     return " ".join(done.stderr.split())
 

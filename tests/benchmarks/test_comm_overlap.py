@@ -15,6 +15,8 @@ from overlap import measure, report, wires
 from overlap.measure import Plan, Results
 from overlap.sms import most_blocks
 from paci_rt import StageFailed, launch
+from support.deadlines import deadline
+from support.marks import slow
 
 CPU_TRANSPORTS = ("shm", "gloo")
 SIZES = (600, 20_000)  # inside a header, and beside it
@@ -38,6 +40,7 @@ def plan(*names: str, **changes: Any) -> Plan:
 # ---------------------------------------------------------------------------------------------------- whole small runs
 
 
+@pytest.mark.slow
 def test_a_small_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(tmp_path / "rows.json"), str(tmp_path / "plot.png")]
     argv = ["--transport", "gloo", "--bytes", "600,20000", "--compute-ms", "1", "--repeats", "2", "--quick"]
@@ -59,10 +62,10 @@ def test_a_small_run_from_the_command_line(tmp_path: Path, capsys: pytest.Captur
     assert Path(files[1]).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", CPU_TRANSPORTS)
+@pytest.mark.parametrize("name", [slow(name) if name == "gloo" else name for name in CPU_TRANSPORTS])
 def test_rows_are_consistent(name: str) -> None:
     asked = plan(name, processes=3)
-    rows = report.summarise(launch.run(measure.run, 3, (asked,), timeout_s=120), asked)
+    rows = report.summarise(launch.run(measure.run, 3, (asked,), timeout_s=deadline(120)), asked)
     assert len(rows) == 2 * (1 + 2)
     for row in rows:
         assert (row["transport"], row["processes"], row["rival"], row["device"]) == (name, 3, False, "cpu")
@@ -97,9 +100,10 @@ def over_a_corrupt_wire(ctx: launch.Context, asked: Plan) -> Results:
     return measure.run(ctx, asked)
 
 
+@pytest.mark.slow
 def test_bytes_that_arrive_wrong_end_the_run() -> None:
     with pytest.raises(StageFailed, match=r"gloo: message 0 of 600 bytes from rank . arrived .* with other bytes"):
-        launch.run(over_a_corrupt_wire, 2, (plan("gloo"),), timeout_s=60)
+        launch.run(over_a_corrupt_wire, 2, (plan("gloo"),), timeout_s=deadline(60))
 
 
 def with_a_wire_that_fails_late(ctx: launch.Context, asked: Plan) -> Results:
@@ -116,9 +120,10 @@ def with_a_wire_that_fails_late(ctx: launch.Context, asked: Plan) -> Results:
     return measure.run(ctx, asked)
 
 
+@pytest.mark.slow
 def test_a_wire_that_one_process_cannot_have_is_left_out_by_all() -> None:
     asked = plan("gloo", "torch-gloo-isend", sizes=(600,), computes=("emulated",))
-    found = launch.run(with_a_wire_that_fails_late, 2, (asked,), timeout_s=60)
+    found = launch.run(with_a_wire_that_fails_late, 2, (asked,), timeout_s=deadline(60))
     assert [results.refused for results in found] == [{"gloo": "out of links: buy more"}] * 2
     assert {row["transport"] for row in report.summarise(found, asked)} == {"torch-gloo-isend"}
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import kernels_cupy
+from support.deadlines import deadline
 from support.interpreted import Interpreter
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -133,6 +134,7 @@ def check_other_sides(device: str) -> None:
         assert not any(total.any() for total in theirs.sums)
 
 
+@pytest.mark.slow
 def test_flat_cases_run_and_are_judged(interpreter: Interpreter) -> None:
     rows = interpreter(run_flat_cases)
     judged = {row["measure"]: row for case in rows for row in case["measures"]}
@@ -252,7 +254,7 @@ def test_cupys_kernels_compile(tmp_path: Path) -> None:
     source = tmp_path / "cupy.cu"
     source.write_text(kernels_cupy.SOURCE + bodies)
     command = [nvcc, "-arch=sm_90", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "cupy.cubin"), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(300))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("0 bytes spill stores") >= 2
 
@@ -261,7 +263,7 @@ def test_without_a_gpu_the_script_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--device", "cuda"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(120))
     assert done.returncode == 2
     assert "torch sees no CUDA device here" in done.stderr
 

@@ -27,6 +27,7 @@ def verdicts(comparison: Comparison) -> dict[str, Any]:
     return {row["measure"]: row["ok"] for row in comparison.measures}
 
 
+@pytest.mark.slow
 def test_a_device_equals_itself() -> None:
     comparison = Comparison("cpu", ["1f1b", "paci"], 2)
     for schedule in ("1f1b", "paci"):
@@ -97,6 +98,7 @@ def test_what_cannot_run_is_a_row_and_the_others_go_on(monkeypatch: pytest.Monke
     assert found["run again: the same bits"] is False
 
 
+@pytest.mark.slow
 def test_the_process_that_waits_gives_the_same_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the other process knows nothing of the sizes here
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
@@ -113,6 +115,7 @@ def test_the_process_that_waits_gives_the_same_runs(tmp_path: Path, monkeypatch:
         parity.one_at_a_time("cpu", ["nonsense"], 1)
 
 
+@pytest.mark.slow
 def test_the_script_writes_measures_and_refuses_nonsense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,14 +10,16 @@ import pytest
 import pipeline_throughput
 from paci_rt import launch
 from pipelines import Case
+from support.deadlines import deadline
 
 
+@pytest.mark.slow
 def test_rows_have_exposed_communication() -> None:
     cases = [
         Case(schedule=name, stages=2, accumulation=2, emulate_ms=(1.0, 2.0), message_bytes=8192, transport=transport)
         for name, transport in (("paci", "gloo"), ("torch-1f1b", "auto"))
     ]
-    per_rank = launch.run(pipeline_throughput.measure, 2, (cases, 3, 2), timeout_s=120)
+    per_rank = launch.run(pipeline_throughput.measure, 2, (cases, 3, 2), timeout_s=deadline(120))
     ours, torchs = pipeline_throughput.summarise(per_rank, 3)
     shares = []
     for repeat in zip(*(measured[cases[0]] for measured in per_rank), strict=True):

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 from paci_rt import cli
 from paci_rt.cli import findings
 from paci_rt.cli.progress import Progress
+from support.deadlines import deadline, wait_until
 
 LIMIT_S = 120.0
 TRAIN_KEYS = {
@@ -102,6 +102,7 @@ def test_help(capsys, command):
     assert "--json FILE" in out
 
 
+@pytest.mark.slow
 def test_train_gives_the_same_parameters_wherever_its_stages_live(capsys, text_file):
     """In one process, in spawned processes, under torchrun; then goes on from the checkpoint."""
     argv = ["train", *SMALL, "--data", text_file, "--eval-interval", "0"]
@@ -111,7 +112,9 @@ def test_train_gives_the_same_parameters_wherever_its_stages_live(capsys, text_f
     assert "paci  step 3/3" in err
     assert cli.main([*argv, "--json", "gloo.json", "--out", "saved"]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "paci_rt"]
-    subprocess.run([*torchrun, *argv, "--json", "torchrun.json"], check=True, capture_output=True, timeout=LIMIT_S)
+    subprocess.run(
+        [*torchrun, *argv, "--json", "torchrun.json"], check=True, capture_output=True, timeout=deadline(LIMIT_S)
+    )
     results = [json.loads(Path(name).read_text()) for name in ("new/local.json", "gloo.json", "torchrun.json")]
     assert all(result.keys() >= TRAIN_KEYS for result in results)
     assert len({result["params_sha256"] for result in results}) == 1
@@ -182,15 +185,14 @@ def long_run(text_file: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]
 
 def ends(process: subprocess.Popen[str], stages: list[int]) -> str:
     """Wait for the end; returns what was written to stderr."""
-    _, err = process.communicate(timeout=LIMIT_S)
-    until = time.monotonic() + 20
-    while children_of(process.pid) or any(Path(f"/proc/{pid}/exe").exists() for pid in stages):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    _, err = process.communicate(timeout=deadline(LIMIT_S))
+    there = [Path(f"/proc/{pid}/exe") for pid in stages]
+    wait_until(lambda: not children_of(process.pid) and not any(one.exists() for one in there), 20, "stages are left")
     assert not Path("result.json").exists()
     return err
 
 
+@pytest.mark.slow
 def test_a_killed_stage_ends_the_run(text_file):
     with long_run(text_file) as (process, stages):
         os.kill(stages[1], signal.SIGKILL)
@@ -200,6 +202,7 @@ def test_a_killed_stage_ends_the_run(text_file):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_without_noise(text_file):
     with long_run(text_file) as (process, stages):
         os.killpg(process.pid, signal.SIGINT)
@@ -289,6 +292,7 @@ def test_doctor_says_what_to_do(monkeypatch):
     assert "This machine cannot train yet." in text
 
 
+@pytest.mark.slow
 def test_doctor_and_help_start_no_gpu_library():
     code = (
         "import sys\n"
@@ -298,4 +302,4 @@ def test_doctor_and_help_start_no_gpu_library():
         "assert not torch.cuda.is_initialized()\n"
         "assert not {'triton', 'cupy', 'pynvml'} & set(sys.modules), sorted(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=LIMIT_S)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=deadline(LIMIT_S))

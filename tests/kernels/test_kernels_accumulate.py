@@ -11,6 +11,7 @@ import torch
 from paci_rt.kernels import FlatLayout, GradientStatistics, accumulate, accumulate_bytes, clip_coefficient
 from support.flat_toy import LARGE, LENGTHS, Flat, assert_bits
 from support.interpreted import Interpreter
+from support.marks import slow
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -159,9 +160,10 @@ def test_sums_are_those_of_a_loop(interpreter: Interpreter, dtype: torch.dtype, 
 
 
 CHECKS = [check_nonfinite, check_signed_zero_and_cache, check_clip, check_limits, check_compiled]
+SLOW = (check_compiled,)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [slow(check) if check in SLOW else check for check in CHECKS])
 def test_statistics_tables_and_limits(interpreter: Interpreter, check: Any) -> None:
     interpreter(check, "cpu")
 

@@ -14,6 +14,7 @@ from paci_rt.kernels import FlatLayout, ScalarRows, adamw_ahead, adamw_ahead_byt
 from support.flat_toy import LARGE, LENGTHS, Flat, assert_bits
 from support.groups import Group
 from support.interpreted import Interpreter
+from support.marks import slow
 
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -248,9 +249,10 @@ def test_same_bits_as_the_native_core(interpreter: Interpreter, dtype: torch.dty
 
 
 CHECKS = [check_rounding, check_compiled, check_limits]
+SLOW = (check_rounding, check_compiled)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [slow(check) if check in SLOW else check for check in CHECKS])
 def test_rounding_compilation_and_limits(interpreter: Interpreter, check: Any) -> None:
     interpreter(check, "cpu")
 

@@ -12,6 +12,7 @@ from paci_rt import native
 from paci_rt.kernels import ScalarRows, lion_ahead, lion_ahead_bytes, lion_bytes, lion_step
 from support.flat_toy import LARGE, LENGTHS, Flat, assert_bits
 from support.interpreted import Interpreter
+from support.marks import slow
 
 DECAYING: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 SHORT: dict[str, Any] = {"lr": 1e-2, "betas": (0.3, 0.5), "weight_decay": 0.0}
@@ -229,7 +230,7 @@ def test_looking_ahead(interpreter: Interpreter, options: Any, dtype: torch.dtyp
     interpreter(check_ahead, "cpu", dtype, LENGTHS, options, repeats)
 
 
-@pytest.mark.parametrize("repeats", [0, 2])
+@pytest.mark.parametrize("repeats", [slow(0), 2])
 @pytest.mark.parametrize("options", KINDS)
 def test_same_bits_as_the_native_core(interpreter: Interpreter, options: dict[str, Any], repeats: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -23,6 +23,7 @@ from paci_rt.kernels import (
 from support.flat_toy import LARGE, LENGTHS, Flat, assert_bits
 from support.groups import Group
 from support.interpreted import Interpreter
+from support.marks import slow
 
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 Sizes = tuple[float, float]
@@ -281,9 +282,10 @@ def test_same_bits_as_the_native_core(interpreter: Interpreter, dtype: torch.dty
 
 
 CHECKS = [check_training, check_compiled, check_limits, check_confusion]
+SLOW = (check_compiled,)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [slow(check) if check in SLOW else check for check in CHECKS])
 def test_training_compilation_and_limits(interpreter: Interpreter, check: Any) -> None:
     interpreter(check, "cpu")
 

@@ -12,6 +12,7 @@ from paci_rt import native
 from paci_rt.kernels import ScalarRows, sgd_ahead, sgd_ahead_bytes, sgd_bytes, sgd_step
 from support.flat_toy import LARGE, LENGTHS, Flat, assert_bits
 from support.interpreted import Interpreter
+from support.marks import slow
 
 PLAIN = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.01, "nesterov": False}
 HEAVY = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01, "nesterov": False}
@@ -170,7 +171,9 @@ def test_looking_ahead(interpreter: Interpreter, options: Any, dtype: torch.dtyp
     interpreter(check_ahead, "cpu", dtype, LENGTHS, options, repeats)
 
 
-@pytest.mark.parametrize(("options", "repeats"), [(PLAIN, 0), (HEAVY, 0), (NESTEROV, 0), (HEAVY, 2), (NESTEROV, 2)])
+@pytest.mark.parametrize(
+    ("options", "repeats"), [(PLAIN, 0), slow(HEAVY, 0), slow(NESTEROV, 0), (HEAVY, 2), (NESTEROV, 2)]
+)
 def test_same_bits_as_the_native_core(interpreter: Interpreter, options: dict[str, Any], repeats: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         interpreter(check_against_native, dtype, options, repeats)

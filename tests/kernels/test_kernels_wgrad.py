@@ -14,6 +14,7 @@ from paci_rt.kernels import WgradRoutes, routes_for, wgrad, wgrad_bytes
 from paci_rt.kernels.wgrad import CUBLAS, TRITON_ROUTES, default_route
 from paci_rt.kernels.wgrad_routes import Shape
 from support.interpreted import Interpreter
+from support.marks import slow
 
 MODULE: Any = importlib.import_module("paci_rt.kernels.wgrad")  # the package has a function of that name
 SHAPES = [(200, 130, 70), (64, 16, 300), (1, 5, 3), (130, 129, 257)]
@@ -110,7 +111,15 @@ def check_limits(device: str) -> None:
     refused("route='triton:128x128x64' cannot run torch.float32", front, dy.float(), x.float())
 
 
-@pytest.mark.parametrize(("shape", "route"), [(shape, route) for shape in SHAPES for route in TRITON_ROUTES])
+# Each shape once, and each route; all of both are slow.
+TRITON_CASES = [
+    (shape, route) if at % len(TRITON_ROUTES) == number % len(TRITON_ROUTES) else slow(shape, route)
+    for number, shape in enumerate(SHAPES)
+    for at, route in enumerate(TRITON_ROUTES)
+]
+
+
+@pytest.mark.parametrize(("shape", "route"), TRITON_CASES)
 def test_triton(interpreter: Interpreter, shape: tuple[int, int, int], route: str) -> None:
     interpreter(check_wgrad, "cpu", torch.float16, shape, route)
 

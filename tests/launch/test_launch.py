@@ -22,6 +22,8 @@ import torch.distributed as dist
 from paci_rt import launch
 from paci_rt.errors import ActionError, PeerLostError, StageFailed
 from paci_rt.launch.child import describe
+from support.deadlines import deadline, wait_until
+from support.marks import slow
 
 LIMIT_S = 90.0
 
@@ -74,10 +76,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    until = time.monotonic() + 30
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < until, f"still alive: {[pid for pid in pids if is_alive(pid)]}"
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(is_alive, pids)), 30, f"of {pids} some are alive")
 
 
 def group_exists(group: int) -> bool:
@@ -96,7 +95,9 @@ def free_port() -> int:
 def test_results_reports_threads_and_port():
     reports: list[dict] = []
     port = free_port()
-    results = launch.run(add_ranks, 2, (5,), threads=2, port=port, on_report=reports.append, timeout_s=LIMIT_S)
+    results = launch.run(
+        add_ranks, 2, (5,), threads=2, port=port, on_report=reports.append, timeout_s=deadline(LIMIT_S)
+    )
     for total, threads, _ in results:
         assert torch.equal(total, torch.full((300_000,), 5.0))
         assert threads == 2
@@ -109,19 +110,19 @@ def test_results_reports_threads_and_port():
 @pytest.mark.parametrize(
     ("how", "cause", "words"),
     [
-        ("raise", "ValueError", "stage 1: ValueError: weights are made of cheese"),
-        ("action", "ZeroDivisionError", "stage 1: action 1B3 failed"),
-        ("exit", "SystemExit", "stage 1: sys.exit(3) was called"),
-        ("quiet exit", "exit code 0", "stage 1 ended with exit code 0 before its work was done"),
+        slow("raise", "ValueError", "stage 1: ValueError: weights are made of cheese"),
+        slow("action", "ZeroDivisionError", "stage 1: action 1B3 failed"),
+        slow("exit", "SystemExit", "stage 1: sys.exit(3) was called"),
+        slow("quiet exit", "exit code 0", "stage 1 ended with exit code 0 before its work was done"),
         ("kill", "SIGKILL", "stage 1 was killed by SIGKILL"),
-        ("unpicklable", "Local", "cannot travel"),
-        ("close first", "ValueError", "stage 1: ValueError: the cause"),
+        slow("unpicklable", "Local", "cannot travel"),
+        slow("close first", "ValueError", "stage 1: ValueError: the cause"),
     ],
 )
 def test_first_cause(how, cause, words):
     reports: list[dict] = []
     with pytest.raises(StageFailed) as caught:
-        launch.run(end_badly, 2, (how,), on_report=reports.append, timeout_s=LIMIT_S)
+        launch.run(end_badly, 2, (how,), on_report=reports.append, timeout_s=deadline(LIMIT_S))
     assert (caught.value.rank, caught.value.cause) == (1, cause)
     assert words in str(caught.value)
     if how in ("kill", "quiet exit"):
@@ -131,6 +132,7 @@ def test_first_cause(how, cause, words):
     assert not any(is_alive(report["pid"]) for report in reports)
 
 
+@pytest.mark.slow
 def test_timeout_and_failing_report():
     pids: list[int] = []
     with pytest.raises(TimeoutError, match="stages still running: 0, 1"):
@@ -141,7 +143,7 @@ def test_timeout_and_failing_report():
         raise KeyError("not today")
 
     with pytest.raises(KeyError, match="not today"):
-        launch.run(end_badly, 2, ("hang",), on_report=refuse, timeout_s=LIMIT_S)
+        launch.run(end_badly, 2, ("hang",), on_report=refuse, timeout_s=deadline(LIMIT_S))
     assert pids and not any(map(is_alive, pids))
 
 
@@ -181,7 +183,7 @@ def started_script(tmp_path: Path, mode: str) -> Iterator[subprocess.Popen[str]]
             launcher.kill()
 
 
-@pytest.mark.parametrize("mode", ["waiting", "busy"])
+@pytest.mark.parametrize("mode", [slow("waiting"), "busy"])
 def test_children_die_with_their_launcher(tmp_path, mode):
     with started_script(tmp_path, mode) as launcher:
         assert launcher.stdout is not None
@@ -192,6 +194,7 @@ def test_children_die_with_their_launcher(tmp_path, mode):
 
 
 @pytest.mark.parametrize("when", ["while starting", "while working"])
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_whole_group(tmp_path, when):
     with started_script(tmp_path, "waiting") as launcher:
         assert launcher.stdout is not None
@@ -202,13 +205,11 @@ def test_ctrl_c_reaches_the_whole_group(tmp_path, when):
         else:
             time.sleep(0.3)
         os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
-        out, err = launcher.communicate(timeout=60)
+        out, err = launcher.communicate(timeout=deadline(60))
     assert (launcher.returncode, out, err) == (130, "interrupted\n", "")
     wait_until_gone(pids)
-    until = time.monotonic() + 30
-    while group_exists(launcher.pid):  # also those that were still starting
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    # also those that were still starting
+    wait_until(lambda: not group_exists(launcher.pid), 30, "processes of the group are left")
 
 
 def test_bad_arguments():
@@ -236,6 +237,7 @@ def test_consequences_are_told_from_causes():
     assert describe(0, wrapped).action == "0F1"
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -251,7 +253,7 @@ def test_under_torchrun(tmp_path):
         "        print('RESULTS', results, seen)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=LIMIT_S)
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=deadline(LIMIT_S))
     assert done.returncode == 0, done.stderr
     assert "RESULTS [0, 7] [{'rank': 0}]" in done.stdout
     assert not launch.under_torchrun()

@@ -18,6 +18,7 @@ from paci_rt import native
 from paci_rt.errors import AccumulatorStateError, CudaError
 from paci_rt.optim.accumulator import GradAccumulator
 from paci_rt.optim.flat import FlatGroup
+from support.deadlines import deadline
 
 BUILT = bool(native.info()["cuda"])
 DEVICES = native.cuda_devices()[0]
@@ -62,6 +63,7 @@ def test_device_code_of_every_architecture_is_in_the_module() -> None:
     assert entries == {*(("sass", arch) for arch in archs), ("ptx", archs[-1])}
 
 
+@pytest.mark.slow
 def test_import_asks_no_driver_and_counting_creates_no_context() -> None:
     code = (
         "import torch\n"
@@ -73,7 +75,7 @@ def test_import_asks_no_driver_and_counting_creates_no_context() -> None:
         "count, reason = native.cuda_devices()\n"
         "assert count > 0 or reason, (count, reason)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=deadline(120))
 
 
 @pytest.mark.skipif(BUILT, reason="this build has the CUDA half")
@@ -248,7 +250,7 @@ def test_errors_of_real_calls_carry_file_line_and_call(device: torch.device) -> 
         "except CudaError as error:\n"
         "    print(error, wild.states)\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=deadline(120)).stdout
     assert re.search(
         r"cuda_ops\.cpp:\d+: cudaMemsetAsync\(.*\) failed with cudaError\w+ \(\d+\): .*\['filling'\]", said
     )
@@ -269,4 +271,4 @@ def test_the_current_device_stays_and_no_other_gets_a_context() -> None:
         "assert not active.value, 'device 0 got a context'\n"
         "assert torch.cuda.current_device() == 0\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=deadline(120))

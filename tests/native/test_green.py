@@ -18,6 +18,7 @@ import paci_rt
 from paci_rt import native
 from paci_rt.errors import CudaError
 from paci_rt.green import SmPartitions, choose_size, sm_partitions
+from support.deadlines import deadline
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = bool(native.info()["cuda"])
@@ -162,7 +163,7 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
     subprocess.run([*command, "-o", str(program)], check=True, timeout=300)
 
     def call(*arguments: object) -> tuple[int, list[str]]:
-        done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=deadline(60))
         return done.returncode, done.stdout.splitlines()
 
     return call

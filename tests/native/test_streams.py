@@ -15,6 +15,7 @@ import torch
 
 from paci_rt import native
 from paci_rt.errors import AccumulatorStateError
+from support.deadlines import deadline
 from support.sanitizers import build
 
 SEGMENTS, NUMEL = [(0, 16), (16, 16)], 32
@@ -52,7 +53,7 @@ class Rig:
 def hold(rig: Rig, stream: Any) -> threading.Event:
     """Keeps a stream from going on until the event is set."""
     gate = threading.Event()
-    rig.on(stream, lambda: gate.wait(30))
+    rig.on(stream, lambda: gate.wait(deadline(30)))
     return gate
 
 
@@ -62,7 +63,7 @@ def test_streams_are_queues_and_events_are_their_places() -> None:
     event, order, gate = core.Event(0, ops), [], threading.Event()
     assert event.done  # never recorded: nobody waits for it
     event.block(second)
-    ops.launch(0, first, lambda: gate.wait(30))
+    ops.launch(0, first, lambda: gate.wait(deadline(30)))
     ops.launch(0, first, lambda: order.append(1))
     event.record(first)
     event.block(second)
@@ -81,11 +82,11 @@ def test_a_wait_keeps_the_record_that_it_was_told() -> None:
     ops = twin()
     first, second, waiting = (core.Stream(0, ops=ops) for _ in range(3))
     event, order, gates = core.Event(0, ops), [], [threading.Event(), threading.Event()]
-    ops.launch(0, first, lambda: gates[0].wait(30))
+    ops.launch(0, first, lambda: gates[0].wait(deadline(30)))
     event.record(first)
     event.block(waiting)
     ops.launch(0, waiting, lambda: order.append("woken"))
-    ops.launch(0, second, lambda: gates[1].wait(30))
+    ops.launch(0, second, lambda: gates[1].wait(deadline(30)))
     event.record(second)  # another place now, but those who wait stay where they are
     gates[0].set()
     waiting.synchronize()
@@ -334,9 +335,10 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_stress(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=deadline(300))
 
 
+@pytest.mark.slow
 def test_no_data_race_in_random_interleavings(stress: Path) -> None:
     done = run_stress(stress, "40", str(random.getrandbits(32)))
     assert done.returncode == 0, done.stderr
@@ -344,6 +346,7 @@ def test_no_data_race_in_random_interleavings(stress: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, 17])
+@pytest.mark.slow
 def test_a_wait_that_is_missing_would_be_found(stress: Path, every: int) -> None:
     done = run_stress(stress, "10", "1", str(every))
     assert done.returncode != 0

@@ -21,6 +21,7 @@ from paci_rt.optim.backend import make_accumulator
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.update_stream import UpdateStream
 from support.interpreted import Interpreter
+from support.marks import slow
 from support.toy import CLASSES, WIDTH, Run, make_optimizer
 
 
@@ -113,6 +114,9 @@ RUNS = [
 ]
 
 
+FAST = RUNS[1]
+
+
 def both(run: Run) -> None:
     native, native_stats = train(run, kernels=False)
     kernel, kernel_stats = train(run, kernels=True)
@@ -124,7 +128,11 @@ def both(run: Run) -> None:
         assert native_stats[key] == kernel_stats[key], key
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.schedule}-{run.optimizer}-{run.policy}")
+@pytest.mark.parametrize(
+    "run",
+    [FAST if run is FAST else slow(run) for run in RUNS],
+    ids=lambda run: f"{run.schedule}-{run.optimizer}-{run.policy}",
+)
 def test_fp32_training_has_the_bits_of_the_native_core(interpreter: Interpreter, run: Run) -> None:
     """Micro-batches have four rows: products of this size come in one piece, and sums over rows in one order."""
     interpreter(both, run)
@@ -140,6 +148,7 @@ def half(run: Run) -> float:
     return (apart / sum(float(native[name].square().sum()) for name in names)) ** 0.5
 
 
+@pytest.mark.slow
 def test_fp16_training_differs_by_the_rounding_of_products(interpreter: Interpreter) -> None:
     """The kernels keep products in fp32, the native core rounds each to fp16: 2^-11 of a gradient. AdamW's steps are
     lr-sized, and the sign of a tiny gradient may flip: lr = 1e-2 for 3 windows moves a weight of size 0.2 by 15 % at

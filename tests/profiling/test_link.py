@@ -9,9 +9,10 @@ import torch
 
 from paci_rt.profiling.link import measure_link, ping_pong
 from paci_rt.runtime.device_clock import clock_for
+from support.marks import slow
 
 
-@pytest.mark.parametrize("transport", ["auto", "gloo", "shm"])
+@pytest.mark.parametrize("transport", [slow("auto"), slow("gloo"), "shm"])
 def test_the_link_between_two_processes(transport):
     link = measure_link(1 << 18, transport=transport, rounds=3)
     assert 0 <= link.hop_s < 1

@@ -17,6 +17,7 @@ from paci_rt.schedules import FAMILIES, Shape
 from paci_rt.schedules.lowering import Lowering
 from paci_rt.schedules.validate import validate
 from paci_rt.transport import LocalTransport
+from support.marks import slow
 from support.plain import plain_training, same
 from support.pool import WorkerPool
 from support.toy import CLASSES, Run, batch, loss_fn, make_optimizer, module, sha, train_local, train_rank
@@ -64,7 +65,7 @@ DISTRIBUTED = [
     Run(schedule="async-1f1b", stages=3, accumulation=3, slack=(2, 1, 0)),
     Run(schedule="pipedream", stages=4, accumulation=3, slack=(3, 2, 1, 0)),
 ]
-
+ONE_EACH = len(FAMILIES)
 
 GRID = [
     Run(schedule=schedule, stages=stages, accumulation=accumulation, optimizer=optimizer)
@@ -86,7 +87,7 @@ def name_of(run: Run) -> str:
     return f"{run.schedule}-{run.stages}-{run.accumulation}-{run.chunks}-{run.policy or ''}-{run.optimizer}-{run.slack}"
 
 
-@pytest.mark.parametrize("run", DISTRIBUTED + GRID, ids=name_of)
+@pytest.mark.parametrize("run", [*DISTRIBUTED[:ONE_EACH], *map(slow, DISTRIBUTED[ONE_EACH:] + GRID)], ids=name_of)
 def test_distributed_equals_local_bit_for_bit(workers: WorkerPool, run: Run) -> None:
     ranks, local = workers.run(train_rank, run.stages // run.chunks, run), train_local(run)
     params: dict[str, Tensor] = {}
@@ -105,7 +106,9 @@ def test_distributed_equals_local_bit_for_bit(workers: WorkerPool, run: Run) -> 
 
 
 @pytest.mark.parametrize("schedule", FLUSH)
-@pytest.mark.parametrize(("stages", "accumulation", "chunks"), [(1, 3, 1), (2, 4, 1), (3, 6, 1), (4, 8, 2), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("stages", "accumulation", "chunks"), [slow(1, 3, 1), slow(2, 4, 1), (3, 6, 1), slow(4, 8, 2), (4, 2, 2)]
+)
 def test_flush_schedules_equal_plain_training(schedule: str, stages: int, accumulation: int, chunks: int) -> None:
     chunks = chunks if FAMILIES[schedule].takes_chunks else 1
     if FAMILIES[schedule].takes_chunks and accumulation % (stages // chunks):
@@ -140,7 +143,7 @@ def test_a_flush_schedule_equals_a_plain_loop_of_our_own_optimizers(optimizer: s
 
 
 @pytest.mark.parametrize("policy", ["bounded", "stash", "2bw", "predict", "recompute"])
-@pytest.mark.parametrize("slack", [0, (3, 1, 1, 0)])
+@pytest.mark.parametrize("slack", [slow(0), (3, 1, 1, 0)])
 def test_paci_split_is_paci_to_the_bit(policy: str, slack: Any) -> None:
     options: dict[str, Any] = {"stages": 4, "accumulation": 6, "slack": slack, "policy": policy, "eval_every": 3}
     whole, split = (train_local(Run(schedule=name, **options)) for name in ("paci", "paci-split"))

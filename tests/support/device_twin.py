@@ -17,6 +17,7 @@ from paci_rt.transport.device.backends import Candidate
 from paci_rt.transport.device.pairing import DeviceOptions
 from paci_rt.transport.device.transport import DeviceTransport
 from paci_rt.transport.nccl import NCCL, REGISTERED
+from support.deadlines import deadline
 
 IPC = Candidate("ipc")
 CANDIDATES = {"nccl": (NCCL,), "registered": (REGISTERED,), "ipc": (IPC,), "measured": (NCCL, REGISTERED, IPC)}
@@ -31,7 +32,7 @@ class Gathering:
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         self._board[f"{topic}/{self.rank}"] = json.dumps(value)
-        self._barrier.wait(60)
+        self._barrier.wait(deadline(60))
         return [json.loads(self._board[f"{topic}/{rank}"]) for rank in range(self.size)]
 
 
@@ -112,7 +113,7 @@ class Machine:
                     Gathering(rank, self.ranks, board, barrier),
                     hardware,
                     candidates=CANDIDATES[backend],
-                    options=options or DeviceOptions(timeout_s=20.0),
+                    options=options or DeviceOptions(timeout_s=deadline(20.0)),
                 )
                 self.transports[rank] = transport
                 try:
@@ -130,6 +131,6 @@ class Machine:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(120)
+            thread.join(deadline(120))
         assert not any(thread.is_alive() for thread in threads), "a rank hangs"
         return results

@@ -20,6 +20,7 @@ from paci_rt.optim.update_stream import UpdateStream
 from paci_rt.runtime import engine, stage, streams
 from paci_rt.runtime.device_clock import DeviceClock
 from paci_rt.transport import local
+from support.deadlines import deadline
 
 core = native.core()
 
@@ -106,5 +107,5 @@ def give_streams(stages: list[stage.PipelineStage]) -> None:
 def hold(stream: FakeStream) -> threading.Event:
     """Keeps a stream from going on until the event is set."""
     gate = threading.Event()
-    FakeStream.twin.launch(0, stream.real, lambda: gate.wait(30))
+    FakeStream.twin.launch(0, stream.real, lambda: gate.wait(deadline(30)))
     return gate

@@ -7,15 +7,18 @@ interpreting everything; ``interpreter(fn, *args)`` calls a function of a test m
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from support.deadlines import deadline
+from support.processes import processes
+
 
 def _work(inbox: Connection) -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     from paci_rt.kernels.launch import INTERPRETED
@@ -32,15 +35,10 @@ def _work(inbox: Connection) -> None:
 
 class Interpreter:
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = processes()
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=_work, args=(there,), daemon=True)
-        before = os.environ.get("TRITON_INTERPRET")
-        os.environ["TRITON_INTERPRET"] = "1"
-        try:
-            self._process.start()
-        finally:
-            os.environ.pop("TRITON_INTERPRET") if before is None else os.environ.update(TRITON_INTERPRET=before)
+        self._process.start()
         there.close()
 
     def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
@@ -48,7 +46,7 @@ class Interpreter:
             self._pipe.send((fn, args))
             fine, value = self._pipe.recv()
         except (BrokenPipeError, EOFError):
-            self._process.join(timeout=10)
+            self._process.join(timeout=deadline(10))
             raise AssertionError(f"the interpreting process ended with exit code {self._process.exitcode}") from None
         if not fine:
             raise AssertionError(f"in the interpreter:\n{value}")
@@ -57,5 +55,5 @@ class Interpreter:
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self._pipe.send(None)
-        self._process.join(timeout=10)
+        self._process.join(timeout=deadline(10))
         self._process.kill()

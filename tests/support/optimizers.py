@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paci_rt.optim import SGD
 from paci_rt.optim.bind import bind_optimizer
 from paci_rt.optim.stage_optimizer import StageOptimizer
 
 STEPS = 12
+torch_nadam = functools.partial(torch.optim.NAdam, decoupled_weight_decay=True)
+
+
+def momentum_sgd(params: Any) -> SGD:
+    return SGD(params, momentum=0.9)
 
 
 def make_module(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -6,13 +6,16 @@ their results; an exception on any rank is raised here.
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from support.deadlines import deadline
+from support.processes import processes
 
 
 def _work(rank: int, size: int, store: str, inbox: Connection) -> None:
@@ -22,19 +25,18 @@ def _work(rank: int, size: int, store: str, inbox: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     groups = {count: dist.new_group(list(range(count)), backend="gloo") for count in range(2, size + 1)}
-    while (job := inbox.recv()) is not None:
-        fn, count, args = job
+    while True:
+        fn, count, args = inbox.recv()
         try:
             result = (True, fn(rank, groups[count], *args))
         except Exception:
             result = (False, traceback.format_exc())
         inbox.send(result)
-    dist.destroy_process_group()
 
 
 class WorkerPool:
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = processes()
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._pipes, self._processes = [], []
@@ -48,6 +50,9 @@ class WorkerPool:
     def run(self, fn: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         for pipe in self._pipes[:size]:
             pipe.send((fn, size, args))
+        end = time.monotonic() + deadline(300)
+        for rank, pipe in enumerate(self._pipes[:size]):
+            assert pipe.poll(max(0.0, end - time.monotonic())), f"rank {rank} hangs"
         results = [pipe.recv() for pipe in self._pipes[:size]]
         for rank, (fine, value) in enumerate(results):
             if not fine:
@@ -55,9 +60,7 @@ class WorkerPool:
         return [value for _, value in results]
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.send(None)
         for process in self._processes:
-            process.join(timeout=10)
-            process.kill()
+            process.kill()  # an orderly end of the groups takes seconds and proves nothing
+            process.join(timeout=deadline(10))
         self._folder.cleanup()

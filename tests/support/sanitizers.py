@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support.deadlines import deadline
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,5 +31,5 @@ def build(folder: Path, sanitizer: str, variable: str, *options: str) -> Path:
         pytest.skip(f"this compiler, or this kernel, has no sanitizer for {sanitizer}")
     program = folder / variable.lower()
     arguments = [make, "-s", "-C", str(ROOT), f"{variable}={program}", *options, str(program)]
-    subprocess.run(arguments, check=True, timeout=300)
+    subprocess.run(arguments, check=True, timeout=deadline(300))
     return program

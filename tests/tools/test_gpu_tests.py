@@ -88,6 +88,7 @@ def test_a_file_that_cannot_be_read_costs_no_other(tmp_path: Path, capsys: pytes
     assert "1 files broken" in row["unit"] and "nothing_like_this" in document["printed"]
 
 
+@pytest.mark.slow
 def test_when_the_time_is_up_the_rest_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tests = f"{GPU}def test_a(): pass\n{GPU}def test_slow(): time.sleep(600)\n{GPU}def test_b(): pass\n"
     files = {"test_x.py": tests, "test_green.py": f"{GPU}def test_c(): pass\n"}

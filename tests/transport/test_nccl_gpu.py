@@ -12,6 +12,7 @@ import paci_rt
 from paci_rt import launch
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport import Message
+from support.deadlines import deadline
 from support.toy import Run, loss_fn, make_optimizer, module, train
 
 DOWN, UP = Channel("F", 0, 1), Channel("B", 1, 0)
@@ -64,7 +65,7 @@ def local(run: Run) -> dict[str, Any]:
 
 def compare(run: Run, transport: str, devices: list[int]) -> None:
     expected = local(run)
-    results = launch.run(rank, run.stages, (run, transport, devices), threads=1, timeout_s=240.0)
+    results = launch.run(rank, run.stages, (run, transport, devices), threads=1, timeout_s=deadline(240.0))
     params = {name: value for done, _ in results for name, value in done["params"].items()}
     assert params.keys() == expected["params"].keys()
     assert all(torch.equal(params[name], expected["params"][name]) for name in params)
@@ -126,7 +127,7 @@ def stages_of_one_process(ctx: launch.Context, transport: str) -> dict[str, str]
 @pytest.mark.gpu
 @pytest.mark.parametrize(("transport", "backend"), [("nccl", "self-nccl"), ("ipc", "self-copy")])
 def test_two_stages_of_one_process_on_one_gpu(transport: str, backend: str) -> None:
-    (backends,) = launch.run(stages_of_one_process, 1, (transport,), timeout_s=120.0)
+    (backends,) = launch.run(stages_of_one_process, 1, (transport,), timeout_s=deadline(120.0))
     assert set(backends.values()) == {backend}
 
 
@@ -171,5 +172,5 @@ def recorded(ctx: launch.Context) -> list[float]:
 
 @pytest.mark.multigpu
 def test_transfers_within_a_recorded_graph() -> None:
-    results = launch.run(recorded, 2, timeout_s=180.0)
+    results = launch.run(recorded, 2, timeout_s=deadline(180.0))
     assert results[0] == [2.0, 6.0, 14.0]

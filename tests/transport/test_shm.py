@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -23,7 +22,10 @@ from paci_rt.errors import PeerLostError, ScheduleError, StageError, TransferTim
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport import Message, make_transport
 from paci_rt.transport.shm import ShmTransport, why_unusable
+from support.deadlines import deadline
+from support.marks import slow
 from support.pool import WorkerPool
+from support.processes import processes
 from support.sanitizers import build
 from support.toy import Run, loss_fn, make_optimizer, module, train_local, train_rank
 
@@ -108,7 +110,7 @@ def test_small_messages_do_not_overtake_large_ones(workers: WorkerPool) -> None:
 
 
 def mistakes(rank: int, group: Any) -> list[str]:
-    transport = pair(group, rank, timeout_s=20.0)
+    transport = pair(group, rank, timeout_s=deadline(20.0))
     if rank == 0:
         transport.send(DOWN, 7, of(torch.zeros(1)))
         transport.recv(UP, 0)
@@ -158,13 +160,13 @@ def out_of_memory(inbox: Any) -> None:
 
 
 def test_a_message_beyond_the_limit_is_an_error_with_its_name() -> None:
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     here, there = context.Pipe()
     process = context.Process(target=out_of_memory, args=(there,))
     process.start()
-    assert here.poll(60)
+    assert here.poll(deadline(60))
     said = here.recv()
-    process.join(20)
+    process.join(deadline(20))
     assert said.startswith("TransportError: ") and "bytes on edge F 0->1" in said, said
 
 
@@ -172,13 +174,13 @@ def test_a_message_beyond_the_limit_is_an_error_with_its_name() -> None:
 
 
 def late(rank: int, group: Any, folder: str) -> str:
-    transport = pair(group, rank, timeout_s=0.5 if rank == 1 else 30.0, events_dir=folder)
+    transport = pair(group, rank, timeout_s=0.5 if rank == 1 else deadline(30.0), events_dir=folder)
     if rank == 0:
         transport.send(DOWN, 4, of(torch.zeros(10)))
         start = time.monotonic()
         with pytest.raises(PeerLostError) as lost:
             transport.recv(UP, 4)
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < deadline(10)
         return str(lost.value)
     transport.recv(DOWN, 4)
     with pytest.raises(TransferTimeoutError) as timed_out:
@@ -211,11 +213,11 @@ def full(rank: int, group: Any) -> str:
     transport = pair(group, rank, timeout_s=0.5, slots=2, held=0)
     if rank == 1:
         transport.recv(DOWN, 0)
-        time.sleep(3.0)
+        time.sleep(deadline(1.5))
         return ""
     for at in range(2):
         transport.send(DOWN, at, of(torch.zeros(100)))
-    time.sleep(0.2)  # one of them has been taken
+    time.sleep(deadline(0.2))  # one of them has been taken
     transport.send(DOWN, 2, of(torch.zeros(100)))
     with pytest.raises(TransferTimeoutError, match="still holds message 1") as timed_out:
         transport.send(DOWN, 3, of(torch.zeros(100)))
@@ -237,7 +239,9 @@ def chain(rank: int, size: int, store: str, victim: int, outbox: Any) -> None:
     run = Run(schedule="paci", stages=size, accumulation=2)
     stage = paci_rt.PipelineStage(module(rank, run), rank, size, "cpu")
     optimizer = make_optimizer("adamw", stage.parameters())
-    schedule = paci_rt.SchedulePACI(stage, 2, loss_fn, optimizer=optimizer, transport="shm", transfer_timeout_s=60.0)
+    schedule = paci_rt.SchedulePACI(
+        stage, 2, loss_fn, optimizer=optimizer, transport="shm", transfer_timeout_s=deadline(60.0)
+    )
     start = time.monotonic()
     try:
         for step in range(200):
@@ -256,28 +260,28 @@ def shared_memory() -> set[str]:
     return {name for name in names if "paci" in name}
 
 
-@pytest.mark.parametrize("victim", [1, 2])
+@pytest.mark.parametrize("victim", [1, slow(2)])
 def test_a_killed_stage_ends_all_others_soon_and_leaves_nothing(tmp_path: Path, victim: int) -> None:
     before = shared_memory()
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     pipes = [context.Pipe() for _ in range(3)]
-    processes = [
+    stages = [
         context.Process(target=chain, args=(rank, 3, str(tmp_path / "store"), victim, pipes[rank][1]))
         for rank in range(3)
     ]
-    for process in processes:
+    for process in stages:
         process.start()
     for rank, (here, _) in enumerate(pipes):
         if rank == victim:
             continue
-        assert here.poll(100), f"rank {rank} hangs"
+        assert here.poll(deadline(100)), f"rank {rank} hangs"
         name, said, seconds = here.recv()
         assert name == "PeerLostError" and f"stage {victim}" in said, said
-        assert seconds < 40  # far from the deadline of 60
-    for process in processes:
-        process.join(30)
+        assert seconds < deadline(40)  # far from the deadline of 60
+    for process in stages:
+        process.join(deadline(30))
         process.kill()
-    assert processes[victim].exitcode == -signal.SIGKILL
+    assert stages[victim].exitcode == -signal.SIGKILL
     assert shared_memory() == before
 
 
@@ -289,10 +293,10 @@ def test_a_killed_stage_ends_all_others_soon_and_leaves_nothing(tmp_path: Path, 
     "run",
     [
         Run(schedule="paci", stages=4, accumulation=4, lookahead=True, wide=True),
-        Run(schedule="paci-split", stages=3, accumulation=3, slack=2),
-        Run(schedule="1f1b", stages=3, accumulation=4, eval_every=2),
-        Run(schedule="interleaved-1f1b", stages=6, accumulation=6, chunks=2, wide=True),
-        Run(schedule="zb-2p", stages=4, accumulation=8),
+        slow(Run(schedule="paci-split", stages=3, accumulation=3, slack=2)),
+        slow(Run(schedule="1f1b", stages=3, accumulation=4, eval_every=2)),
+        slow(Run(schedule="interleaved-1f1b", stages=6, accumulation=6, chunks=2, wide=True)),
+        slow(Run(schedule="zb-2p", stages=4, accumulation=8)),
     ],
     ids=lambda run: run.schedule,
 )
@@ -311,10 +315,11 @@ def test_pipelines_over_every_transport_equal_local(workers: WorkerPool, run: Ru
 
 def stress(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     options = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}  # one report is enough
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300, env=options)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=deadline(300), env=options)
 
 
 @pytest.mark.parametrize(("sanitizer", "variable"), [("thread", "P2P_TSAN_PROGRAM"), ("address", "P2P_ASAN_PROGRAM")])
+@pytest.mark.slow
 def test_stress_is_clean(tmp_path: Path, sanitizer: str, variable: str) -> None:
     program = build(tmp_path, sanitizer, variable)
     for mode in ("threads", "processes"):
@@ -331,6 +336,7 @@ def test_stress_is_clean(tmp_path: Path, sanitizer: str, variable: str) -> None:
         "-DPACI_RT_P2P_CREDITS(slots)=((slots)+2)",
     ],
 )
+@pytest.mark.slow
 def test_stress_notices_what_is_broken(tmp_path: Path, broken: str) -> None:
     program = build(tmp_path, "thread", "P2P_TSAN_PROGRAM", f"P2P_BREAK='{broken}'")
     assert stress(program, "threads", "40", "3").returncode != 0, "the stress program cannot fail"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import paci_rt
 from paci_rt.schedules import FAMILIES, Shape, policies
+from support.marks import slow
 
 STEP = 0.125  # every update adds this to every weight, exactly
 
@@ -346,7 +347,7 @@ def test_recomputation_under_paci_uses_the_weights_of_the_backward() -> None:
     pipe.close()
 
 
-@pytest.mark.parametrize(("policy", "a"), [("stash", 1), ("stash", 2), ("2bw", 3)])
+@pytest.mark.parametrize(("policy", "a"), [slow("stash", 1), ("stash", 2), slow("2bw", 3)])
 def test_kept_versions_train_as_a_replay_that_keeps_every_version(policy: str, a: int) -> None:
     """Linear layers, whose graphs save views of their weights, against micro-batches run one after another with a
     copy of every version that ever was."""

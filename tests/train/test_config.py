@@ -1,0 +1,112 @@
+"""Options of training: what follows from the others, and bad ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import paci_rt
+from paci_rt.train.config import TrainConfig
+from paci_rt.train.gpt import build_stage
+from paci_rt.train.trainer import make_optimizer
+from support.small_gpt import SMALL
+
+
+def test_defaults_follow_from_the_other_options() -> None:
+    config = TrainConfig()
+    assert (config.schedule, config.accumulation, config.seq_len, config.partition) == ("paci", 4, 128, (4, 4))
+    assert (config.lr_steps, config.warmup_steps, config.eval_interval) == (200, 10, 20)
+    assert config.min_lr == pytest.approx(1e-4)
+    assert TrainConfig(schedule="ASYNC-1F1B").accumulation == 1
+    assert TrainConfig(model="gpt2").seq_len == 128
+    assert TrainConfig(warmup_steps=0, steps=5).lr_factor(0) == 1.0
+
+
+def test_options_follow_the_optimizer() -> None:
+    betas = {kind: TrainConfig(optimizer=kind).beta2 for kind in ("adamw", "nadam", "lion", "muon")}
+    assert betas == {"adamw": 0.95, "nadam": 0.95, "lion": 0.99, "muon": 0.95}
+    assert (TrainConfig(optimizer="sgd").momentum, TrainConfig(optimizer="muon").momentum) == (0.9, 0.95)
+    module = build_stage(SMALL["small"], 0, 1)
+    optimizer = make_optimizer(TrainConfig(optimizer="muon", momentum=0.8), module.named_parameters())
+    muon = {id(p): group["use_muon"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in module.named_parameters():
+        in_block = name.startswith("transformer.h.") and name.endswith(".weight") and ".ln_" not in name
+        assert muon[id(parameter)] == in_block, name
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    config = TrainConfig(steps=100, warmup_steps=10, lr=2.0, min_lr=0.5)
+    factors = [config.lr_factor(step) for step in range(121)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[10] == 1.0
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[55] == pytest.approx((1 + 0.25) / 2)  # halfway down
+    assert factors[100] == factors[120] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adamw", paci_rt.AdamW),
+        ("nadam", paci_rt.NAdam),
+        ("lion", paci_rt.Lion),
+        ("muon", paci_rt.Muon),
+        ("sgd", paci_rt.SGD),
+        ("torch-adamw", torch.optim.AdamW),
+        ("torch-sgd", torch.optim.SGD),
+    ],
+)
+def test_only_matrices_decay(name: str, kind: type) -> None:
+    module = build_stage(SMALL["small"], 0, 1)
+    optimizer = make_optimizer(TrainConfig(optimizer=name, weight_decay=0.25), module.named_parameters())
+    assert isinstance(optimizer, kind)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    names: Iterator[tuple[str, Tensor]] = module.named_parameters()
+    for parameter_name, parameter in names:
+        plain = parameter_name.endswith(".bias") or ".ln_" in parameter_name
+        assert decay[id(parameter)] == (0.0 if plain else 0.25), parameter_name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"schedule": "pacy"}, "unknown schedule 'pacy': did you mean 'paci'"),
+        ({"model": "gpt-tinny"}, "unknown --model 'gpt-tinny': did you mean 'gpt-tiny'"),
+        ({"optimizer": "adam"}, "unknown --optimizer 'adam': did you mean 'adamw'"),
+        ({"dtype": "fp16"}, "unknown --dtype 'fp16'"),
+        ({"transport": "tcp"}, "unknown --transport 'tcp'"),
+        ({"device": "cuda"}, "--device cuda: .*use --device cpu"),
+        ({"accumulation": 0}, "--accumulation is 0: give an integer of at least 1"),
+        ({"accumulation": -3}, "--accumulation is -3"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"steps": 1.5}, "--steps is 1.5"),
+        ({"seed": -1}, "--seed is -1: give an integer of at least 0"),
+        ({"seed": 2**63}, "--seed is .*at most"),
+        ({"port": 70000}, "--port is 70000"),
+        ({"stages": 9}, "9 stages, but gpt-tiny has only 8 blocks"),
+        ({"stages": 0}, "--stages is 0"),
+        ({"partition": (1, 2)}, "--partition 1,2 .*8 of gpt-tiny; for example 4,4"),
+        ({"batch_size": 6}, "--batch-size 6 cannot be cut into 4 equal micro-batches; .*such as 8"),
+        ({"seq_len": 257}, "--seq-len 257 exceeds the 256 positions"),
+        ({"schedule": "1f1b", "slack": 1}, "--slack is 1: 1f1b takes no slack"),
+        ({"slack": -1}, "--slack is -1: give an integer of at least 0"),
+        ({"slack": (1, 1, 0)}, "--slack is 1,1,0, which is for 3 stages, and there are 2"),
+        ({"slack": "auto"}, "--slack auto needs to know"),
+        ({"schedule": "async-1f1b", "accumulation": 4}, "--accumulation is 4: async-1f1b .*--accumulation 1"),
+        ({"dtype": "bf16", "optimizer": "torch-sgd"}, "no fp32 masters.*use --optimizer sgd"),
+        ({"lr": math.nan}, "--lr is nan"),
+        ({"beta2": 1.0}, "--beta2 is 1.0: give a number below 1"),
+        ({"buffers": 3}, "--buffers is 3: give 1 or 2"),
+        ({"save_interval": 5}, "--save-interval 5 needs a folder.*--out DIR"),
+    ],
+)
+def test_bad_options_name_value_and_remedy(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**options)
