@@ -23,9 +23,9 @@ from paci_rt.errors import (
     TransportError,
     TritonMissingError,
 )
+from paci_rt.local_pipeline import LocalPipeline
 from paci_rt.optim import SGD, AdamW, Lion, Muon, NAdam
-from paci_rt.pipeline import (
-    LocalPipeline,
+from paci_rt.pipelining import (
     Schedule1F1B,
     ScheduleAsync1F1B,
     ScheduleGPipe,

@@ -123,3 +123,18 @@ def test_these_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert broken_links(page) == ["#b: no such heading", "no.md: no such file", "../out.md: no such file"]
     assert [words(one) for one in sentences("One two. Three `four` five!\n\n- six\n- seven eight\n")] == [2, 3, 1, 2]
     assert re.search(PHRASES[1], "one a stage")
+
+
+def test_files_named_in_the_architecture_are_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+/(?:[\w.]+)?|[\w/]+\.(?:py|cpp|svg))`", text)
+    assert len(named) > 50
+    folders = (ROOT, ROOT / "paci_rt", ROOT / "paci_rt" / "transport")
+    missing = [name for name in named if not any((folder / name).exists() for folder in folders)]
+    assert not missing, f"docs/architecture.md names {missing}: say where that is now"
+
+
+def test_the_architecture_answers_twenty_questions() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+\? \| .+ \|$", text, re.MULTILINE)
+    assert len(rows) >= 20 and all("`" in row for row in rows)

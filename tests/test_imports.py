@@ -46,7 +46,7 @@ def test_every_package_has_a_level_and_a_meaning() -> None:
         ("runtime/executor.py", "from ..transport.gloo import G", "no schedule, transport or kernel by name"),
         ("runtime/executor.py", "from paci_rt.schedules import paci", "no schedule, transport or kernel by name"),
         ("runtime/stage.py", "from paci_rt import native", "no schedule, transport or kernel by name"),
-        ("pipeline.py", "from .train import gpt", "train stands above pipeline"),
+        ("pipelining.py", "from .train import gpt", "train stands above pipelining"),
         ("launch/parent.py", "import paci_rt.cli", "cli stands above launch"),
         ("weights/base.py", "def f():\n    from paci_rt.runtime import stage", "runtime stands above weights"),
         ("optim/flat.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import paci_rt.weights.base",

@@ -23,7 +23,7 @@ LEVELS = (
     ("planner", "transport", "optim"),
     ("weights",),
     ("runtime",),
-    ("pipeline", "checkpoint", "interop", "green", "hf"),
+    ("pipelining", "local_pipeline", "checkpoint", "interop", "green", "hf"),
     ("launch", "profiling", "report"),
     ("train",),
     ("cli", "__main__"),
@@ -44,7 +44,8 @@ MEANING = {
     "optim": "a gradient to an updated weight",
     "weights": "which weights a forward sees",
     "runtime": "runs the stages of a process",
-    "pipeline": "schedules, LocalPipeline",
+    "pipelining": "the schedule classes, as torch's",
+    "local_pipeline": "all stages in one process",
     "checkpoint": "save and load",
     "interop": "DLPack, NumPy, CuPy",
     "green": "SM partitions",
@@ -203,8 +204,23 @@ def arrows(root: Path) -> set[tuple[str, str]]:
     }
 
 
+def shortest(pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The arrows that no chain of other arrows says already."""
+    graph: dict[str, set[str]] = {}
+    for one, other in pairs:
+        graph.setdefault(one, set()).add(other)
+    return {
+        (one, other)
+        for one, other in pairs
+        if not any(other in reachable(between, graph) for between in graph[one] - {other})
+    }
+
+
 def picture(root: Path) -> str:
-    """The levels as SVG: a row a level, lowest at the bottom, an arrow from each package to those that it imports."""
+    """The levels as SVG: a row per level, lowest at the bottom, an arrow from a package to those that it imports.
+
+    An arrow is left out where a chain of others says the same.
+    """
     there = {package_of(name) for name in graph_of(root)}
     levels = [[name for name in level if name in there and name != "__main__"] for level in LEVELS]
     height = len(levels) * ROW + MARGIN
@@ -221,7 +237,8 @@ def picture(root: Path) -> str:
         'orient="auto"><path d="M0 0 8 4 0 8z" fill="#8a99ad"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
     ]
-    parts += [_arrow(places[one], places[other]) for one, other in sorted(arrows(root)) if {one, other} <= set(places)]
+    drawn = shortest({(one, other) for one, other in arrows(root) if {one, other} <= set(places)})
+    parts += [_arrow(places[one], places[other]) for one, other in sorted(drawn)]
     parts += [_box(name, *places[name]) for name in places]
     return "\n".join([*parts, "</svg>", ""])
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from paci_rt.native import FlatStep
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.fused import FusedOptimizer, FusedState, check_option
+from paci_rt.optim.steps_native import FlatStep
 
 ADAM_BUFFERS = ("exp_avg", "exp_avg_sq")
 
@@ -132,7 +132,7 @@ class NAdam(FusedOptimizer):
 
 
 def adam_step(state: FusedState, step: FlatStep, sizes: Sequence[tuple[float, float]] = ()) -> None:
-    """AdamW's step, or with step sizes NAdam's; see :class:`paci_rt.native.AdamWStep`."""
+    """AdamW's step, or with step sizes NAdam's; see :class:`paci_rt.optim.steps_native.AdamWStep`."""
     beta1, beta2 = state.param_group["betas"]
     state.steps.adamw_step(
         **step,

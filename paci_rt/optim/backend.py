@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from paci_rt import native
+from paci_rt.optim import steps_native
 from paci_rt.optim.accumulator import GradAccumulator
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.update_stream import UpdateStream
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Steps(Protocol):
-    """What takes the optimizers' steps over a flat group: :mod:`paci_rt.native`, or the kernels likewise."""
+    """Takes the optimizers' steps over a flat group: :mod:`paci_rt.optim.steps_native`, or the kernels."""
 
-    def adamw_step(self, **step: Unpack[native.AdamWStep]) -> None: ...
-    def sgd_step(self, **step: Unpack[native.SGDStep]) -> None: ...
-    def lion_step(self, **step: Unpack[native.LionStep]) -> None: ...
+    def adamw_step(self, **step: Unpack[steps_native.AdamWStep]) -> None: ...
+    def sgd_step(self, **step: Unpack[steps_native.SGDStep]) -> None: ...
+    def lion_step(self, **step: Unpack[steps_native.LionStep]) -> None: ...
 
 
 def uses_kernels(device: torch.device) -> bool:
@@ -44,7 +45,7 @@ def make_accumulator(group: FlatGroup, buffers: int) -> GradAccumulator:
 def make_steps(group: FlatGroup) -> Steps:
     """What takes an optimizer's steps over a group on its device; raises as :func:`make_accumulator` does."""
     if not uses_kernels(group.device):
-        return native
+        return steps_native
     from paci_rt.optim.steps_triton import TritonSteps
 
     return TritonSteps(group.layout)

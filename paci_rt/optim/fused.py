@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from paci_rt.errors import OptimizerOwnedError
-from paci_rt.native import Ahead, FlatStep
 from paci_rt.optim.accumulator import Window
 from paci_rt.optim.backend import make_steps
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer
+from paci_rt.optim.steps_native import Ahead, FlatStep
 
 
 class FusedState:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from paci_rt.native import FlatStep
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.fused import FusedOptimizer, FusedState
+from paci_rt.optim.steps_native import FlatStep
 
 
 class Lion(FusedOptimizer):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from paci_rt.native import Ahead, FlatStep
 from paci_rt.optim.adam import ADAM_BUFFERS, adam_step
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.fused import FusedOptimizer, FusedState, check_option
+from paci_rt.optim.steps_native import Ahead, FlatStep
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic of Muon's authors, steep at zero: five steps bring all that is above 0.01 to between 0.68 and 1.14."""

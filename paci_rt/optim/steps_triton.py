@@ -15,7 +15,7 @@ from paci_rt.kernels.sgd import sgd_ahead, sgd_step
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from paci_rt import native
+    from paci_rt.optim import steps_native
 
 _TENSORS = ("master", "weight", "grad_sum", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -31,8 +31,8 @@ class TritonSteps:
         self._layout = layout
         self._rows: dict[int, ScalarRows] = {}
 
-    def adamw_step(self, **step: Unpack[native.AdamWStep]) -> None:
-        """AdamW or NAdam; see :func:`paci_rt.native.adamw_step`."""
+    def adamw_step(self, **step: Unpack[steps_native.AdamWStep]) -> None:
+        """AdamW or NAdam; see :func:`paci_rt.optim.steps_native.adamw_step`."""
         rows, scalars = self._scalars(step)
         scalars |= {"betas": step["betas"], "eps": step["eps"]}
         if sizes := step.get("step_sizes"):
@@ -42,19 +42,19 @@ class TritonSteps:
             rows.set_adamw(**scalars)
             self._launch(adamw_step, adamw_ahead, rows, step, scalars["steps"])
 
-    def sgd_step(self, **step: Unpack[native.SGDStep]) -> None:
-        """SGD; see :func:`paci_rt.native.sgd_step`."""
+    def sgd_step(self, **step: Unpack[steps_native.SGDStep]) -> None:
+        """SGD; see :func:`paci_rt.optim.steps_native.sgd_step`."""
         rows, scalars = self._scalars(step)
         rows.set_sgd(**scalars, momentum=step["momentum"], dampening=step["dampening"], nesterov=step["nesterov"])
         self._launch(sgd_step, sgd_ahead, rows, step, scalars["steps"])
 
-    def lion_step(self, **step: Unpack[native.LionStep]) -> None:
-        """Lion; see :func:`paci_rt.native.lion_step`."""
+    def lion_step(self, **step: Unpack[steps_native.LionStep]) -> None:
+        """Lion; see :func:`paci_rt.optim.steps_native.lion_step`."""
         rows, scalars = self._scalars(step)
         rows.set_lion(**scalars, betas=step["betas"])
         self._launch(lion_step, lion_ahead, rows, step, scalars["steps"])
 
-    def _scalars(self, step: native.FlatStep) -> tuple[ScalarRows, dict[str, Any]]:
+    def _scalars(self, step: steps_native.FlatStep) -> tuple[ScalarRows, dict[str, Any]]:
         """Rows in device memory, and what all optimizers are told through them: one entry for each parameter.
 
         Updates and each depth of look-ahead have rows of their own, since they are read on streams of their own.
@@ -80,7 +80,7 @@ class TritonSteps:
         tensors = {name: step[name] for name in _TENSORS if name in step}
         positions = [position for position, number in enumerate(steps) if number is not None]
         only = None if len(positions) == len(steps) else positions
-        ahead: native.Ahead | None = step.get("ahead")
+        ahead: steps_native.Ahead | None = step.get("ahead")
         if ahead is None:
             take(self._layout, rows, **tensors, only=only)
         else:

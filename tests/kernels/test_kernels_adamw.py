@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from paci_rt import native
 from paci_rt.kernels import FlatLayout, ScalarRows, adamw_ahead, adamw_ahead_bytes, adamw_bytes, adamw_step
+from paci_rt.optim import steps_native
 from support.flat_toy import LARGE, LENGTHS, Flat, assert_bits
 from support.groups import Group
 from support.interpreted import Interpreter
@@ -133,13 +133,13 @@ def check_against_native(dtype: torch.dtype, repeats: int) -> None:
     if repeats:
         known = [position % 2 == 0 for position in range(len(lengths))]
         kept = [ours.flat.poisoned(), ours.flat.poisoned()] if dtype is torch.float32 else [None, None]  # type: ignore
-        ahead = native.Ahead([known[position] for position in positions], repeats, kept[1])
+        ahead = steps_native.Ahead([known[position] for position in positions], repeats, kept[1])
     rows.set_adamw(steps, divisor=6.0, known=known, **OPTIONS)
     if repeats:
         adamw_ahead(ours.flat.layout, rows, kept=kept[0], **ours.buffers())
     else:
         adamw_step(ours.flat.layout, rows, **ours.buffers())
-    native.adamw_step(pieces=pieces, divisor=6.0, ahead=ahead, **theirs.buffers(), **OPTIONS)
+    steps_native.adamw_step(pieces=pieces, divisor=6.0, ahead=ahead, **theirs.buffers(), **OPTIONS)
     for name, buffer in ours.buffers().items():
         if buffer is not None:
             assert_bits(buffer, getattr(theirs, name), name)

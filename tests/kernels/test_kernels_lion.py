@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from paci_rt import native
 from paci_rt.kernels import ScalarRows, lion_ahead, lion_ahead_bytes, lion_bytes, lion_step
+from paci_rt.optim import steps_native
 from support.flat_toy import LARGE, LENGTHS, Flat, assert_bits
 from support.interpreted import Interpreter
 from support.marks import slow
@@ -140,14 +140,14 @@ def check_against_native(dtype: torch.dtype, options: dict[str, Any], repeats: i
         known = [position % 2 == 0 for position in range(len(LENGTHS))]
         kept = ours.flat.poisoned() if dtype is torch.float32 else None
         theirs_kept = None if kept is None else kept.clone()
-        ahead = native.Ahead([known[position] for position in positions], repeats, theirs_kept)
+        ahead = steps_native.Ahead([known[position] for position in positions], repeats, theirs_kept)
     rows.set_lion([2] * len(LENGTHS), divisor=6.0, known=known, **options)
     if repeats:
         lion_ahead(ours.flat.layout, rows, kept=kept, **ours.buffers())
     else:
         lion_step(ours.flat.layout, rows, **ours.buffers())
     pieces = [(*ours.flat.segments[position], 2) for position in positions]
-    native.lion_step(pieces=pieces, divisor=6.0, ahead=ahead, **theirs.buffers(), **options)
+    steps_native.lion_step(pieces=pieces, divisor=6.0, ahead=ahead, **theirs.buffers(), **options)
     for name, buffer in ours.buffers().items():
         if buffer is not None:
             assert_bits(buffer, getattr(theirs, name), name)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from paci_rt import native
 from paci_rt.kernels import (
     ScalarRows,
     adamw_step,
@@ -20,6 +19,7 @@ from paci_rt.kernels import (
     nadam_step,
     sgd_step,
 )
+from paci_rt.optim import steps_native
 from support.flat_toy import LARGE, LENGTHS, Flat, assert_bits
 from support.groups import Group
 from support.interpreted import Interpreter
@@ -144,13 +144,13 @@ def check_against_native(dtype: torch.dtype, repeats: int, beta1: float) -> None
         known = [position % 2 == 0 for position in range(len(LENGTHS))]
         kept = ours.flat.poisoned() if dtype is torch.float32 else None
         theirs_kept = None if kept is None else kept.clone()
-        ahead = native.Ahead([known[position] for position in positions], repeats, theirs_kept)
+        ahead = steps_native.Ahead([known[position] for position in positions], repeats, theirs_kept)
     rows.set_nadam(steps, step_sizes=sizes, divisor=6.0, known=known, **options)
     if repeats:
         nadam_ahead(ours.flat.layout, rows, kept=kept, **ours.buffers())
     else:
         nadam_step(ours.flat.layout, rows, **ours.buffers())
-    native.adamw_step(pieces=pieces, step_sizes=sizes, divisor=6.0, ahead=ahead, **theirs.buffers(), **options)
+    steps_native.adamw_step(pieces=pieces, step_sizes=sizes, divisor=6.0, ahead=ahead, **theirs.buffers(), **options)
     for name, buffer in ours.buffers().items():
         if buffer is not None:
             assert_bits(buffer, getattr(theirs, name), name)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from paci_rt import native
 from paci_rt.kernels import ScalarRows, sgd_ahead, sgd_ahead_bytes, sgd_bytes, sgd_step
+from paci_rt.optim import steps_native
 from support.flat_toy import LARGE, LENGTHS, Flat, assert_bits
 from support.interpreted import Interpreter
 from support.marks import slow
@@ -124,14 +124,14 @@ def check_against_native(dtype: torch.dtype, options: dict[str, Any], repeats: i
     if repeats and known:
         kept = ours.flat.poisoned() if dtype is torch.float32 else None
         theirs_kept = None if kept is None else kept.clone()
-        ahead = native.Ahead([known[position] for position in positions], repeats, theirs_kept)
+        ahead = steps_native.Ahead([known[position] for position in positions], repeats, theirs_kept)
     rows.set_sgd([2] * len(LENGTHS), divisor=6.0, known=known, **options)
     if repeats:
         sgd_ahead(ours.flat.layout, rows, kept=kept, **ours.buffers())
     else:
         sgd_step(ours.flat.layout, rows, **ours.buffers())
     pieces = [(*ours.flat.segments[position], 2) for position in positions]
-    native.sgd_step(pieces=pieces, divisor=6.0, ahead=ahead, **theirs.buffers(), **options)
+    steps_native.sgd_step(pieces=pieces, divisor=6.0, ahead=ahead, **theirs.buffers(), **options)
     for name, buffer in ours.buffers().items():
         if buffer is not None:
             assert_bits(buffer, getattr(theirs, name), name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paci_rt import native
 from paci_rt.errors import NativeCoreError
+from paci_rt.optim import steps_native
 from paci_rt.optim.accumulator import GradAccumulator
 from paci_rt.optim.flat import FlatGroup
 
@@ -54,7 +55,7 @@ def accumulate(grads: list[Tensor], param_dtype: torch.dtype = torch.float32) ->
 def rounded_by_native(master: Tensor, dtype: torch.dtype) -> Tensor:
     """``master`` as the update writes it into a bf16/fp16 parameter: a step of SGD with learning rate 0."""
     weight = torch.full(master.shape, 7.0, dtype=dtype)
-    native.sgd_step(
+    steps_native.sgd_step(
         master=master,
         weight=weight,
         grad_sum=torch.zeros_like(master),
@@ -119,16 +120,16 @@ def _all_kernels(threads: int) -> list[Tensor]:
         moments = [torch.randn(n, generator=generator), torch.rand(n, generator=generator)]
         buffer = torch.randn(n, generator=generator)
         shared = {"master": master, "weight": weight, "grad_sum": total, "pieces": [(0, n - 40, 3), (n - 40, 40, 1)]}
-        native.adamw_step(
+        steps_native.adamw_step(
             **shared, exp_avg=moments[0], exp_avg_sq=moments[1], lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
             weight_decay=0.1, divisor=3,
         )  # fmt: skip
-        native.adamw_step(
+        steps_native.adamw_step(
             **shared, exp_avg=moments[0], exp_avg_sq=moments[1], lr=1e-3, betas=(0.6, 0.95), eps=1e-8,
             weight_decay=0.1, divisor=-4, step_sizes=[(1e-3, 3e-4), (2e-3, 5e-3)],
         )  # fmt: skip
-        native.lion_step(**shared, exp_avg=buffer, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, divisor=5)
-        native.sgd_step(
+        steps_native.lion_step(**shared, exp_avg=buffer, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, divisor=5)
+        steps_native.sgd_step(
             **shared, momentum_buffer=buffer, lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.1, nesterov=True,
             divisor=-7,
         )  # fmt: skip
@@ -227,7 +228,7 @@ def test_cpu_refuses_other_devices_and_streams() -> None:
         native.device_code(torch.device("meta"), "parameter 'w'")
     master = torch.zeros(4)
     with pytest.raises(ValueError, match="stream 9 was passed for work on the CPU"):
-        native.sgd_step(
+        steps_native.sgd_step(
             master=master, weight=None, grad_sum=master, momentum_buffer=None, pieces=[(0, 4, 1)], lr=1.0, momentum=0.0,
             dampening=0.0, weight_decay=0.0, nesterov=False, divisor=1, stream=9,
         )  # fmt: skip

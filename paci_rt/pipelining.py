@@ -1,22 +1,18 @@
-"""The user's side: schedules with the interface of ``torch.distributed.pipelining``, and ``LocalPipeline``."""
+"""The schedules, with the interface of ``torch.distributed.pipelining``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from paci_rt import schedules
-from paci_rt.optim.backend import usable
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules.lowering import TiedWeight
-from paci_rt.transport import DEFAULT_TIMEOUT_S, LocalTransport, Transport, make_transport
-
-NamedParams = list[tuple[str, nn.Parameter]]
+from paci_rt.transport import DEFAULT_TIMEOUT_S, Transport, make_transport
 
 
 class _Schedule(Pipeline):
@@ -76,8 +72,8 @@ class _Schedule(Pipeline):
             self.name,
             n_microbatches,
             loss_fn,
-            optimizers=_one_each("optimizer", optimizer, stages) or [None] * len(stages),
-            lr_schedulers=_one_each("lr_scheduler", lr_scheduler, stages),
+            optimizers=one_each("optimizer", optimizer, stages) or [None] * len(stages),
+            lr_schedulers=one_each("lr_scheduler", lr_scheduler, stages),
             chunks=len(stages),
             slack=slack,
             policy=policy,
@@ -91,7 +87,7 @@ class _Schedule(Pipeline):
         )
 
 
-def _one_each(name: str, given: Any, stages: Sequence[PipelineStage]) -> list[Any] | None:
+def one_each(name: str, given: Any, stages: Sequence[PipelineStage]) -> list[Any] | None:
     """What was given for every stage; None where nothing was."""
     if given is None:
         return None
@@ -340,122 +336,3 @@ def get_schedule_class(name: str) -> type[_Schedule]:
         ValueError: unknown schedule 'pacy': did you mean 'paci'? ...
     """
     return _CLASSES[schedules.get(name).name]
-
-
-class LocalPipeline(Pipeline):
-    """All stages in one process: for notebooks, for tests, and as the oracle of distributed runs.
-
-    Stages run one after another in the order of the same action streams, so the numbers are those of a distributed
-    run, bit for bit; only the seconds are not.
-
-    Args:
-        modules: one slice per stage, first to last; with ``chunks`` for each rank in turn, so ``chunks`` times as many.
-        schedule: name of the schedule.
-        n_microbatches, loss_fn: as for the schedules.
-        optimizer: a function from one stage's list of ``(name, parameter)`` pairs to its optimizer, for example
-            ``lambda params: paci_rt.AdamW(params, lr=3e-4)``; or a list of optimizers, one per stage; or None.
-        lr_scheduler: a function from an optimizer to its learning-rate scheduler, or a list of schedulers.
-        transport: None is unbounded mailboxes in this process.
-        device: where the stages run, one device for all or one per stage; None is where each module is.
-        streams: on GPUs one ``torch.cuda.Stream`` a stage, for example of an SM partition of its own; a stage with None
-            computes on the stream that is current in a step. Without ``streams`` every stage gets a new one.
-        update_streams: likewise the streams of their updates; None is a new one per stage.
-
-    The other arguments are those of :class:`Pipeline`.
-
-    Example:
-        >>> stages = [nn.Linear(8, 8), nn.Linear(8, 2)]
-        >>> pipeline = paci_rt.LocalPipeline(
-        ...     stages, n_microbatches=4, loss_fn=nn.MSELoss(), optimizer=lambda params: paci_rt.AdamW(params, lr=1e-3)
-        ... )
-        >>> for _ in range(3):
-        ...     outputs = pipeline.step(torch.ones(8, 8), target=torch.ones(8, 2))
-        >>> pipeline.drain()
-        >>> stats = pipeline.stats()
-        >>> stats["windows"], stats["drift"], stats["drift_bound"]
-        (3, {0: {0: 10, 1: 2}, 1: {0: 12}}, 1)
-    """
-
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        *,
-        schedule: str = "paci",
-        n_microbatches: int,
-        loss_fn: LossFn,
-        optimizer: Callable[[NamedParams], torch.optim.Optimizer] | Sequence[torch.optim.Optimizer] | None = None,
-        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | Sequence[Any] | None = None,
-        chunks: int = 1,
-        slack: Slack | Sequence[int] = 0,
-        policy: str | None = None,
-        lookahead: bool | None = None,
-        costs: StepCosts | None = None,
-        buffers: int | None = None,
-        tied_weights: Sequence[TiedWeight] = (),
-        trace: bool = False,
-        scale_grads: bool = True,
-        transport: Transport | None = None,
-        device: torch.device | str | Sequence[torch.device | str] | None = None,
-        streams: Sequence[torch.cuda.Stream | None] | None = None,
-        update_streams: Sequence[torch.cuda.Stream | None] | None = None,
-    ) -> None:
-        if not modules:
-            raise ValueError("modules is empty: give one module per stage")
-        stages = _stages(modules, device, streams, update_streams)
-        optimizers: list[Any] = [None] * len(stages)
-        if callable(optimizer):
-            optimizers = [optimizer(list(stage.named_parameters())) for stage in stages]
-        elif optimizer is not None:
-            optimizers = _one_each("optimizer", optimizer, stages) or []
-        if callable(lr_scheduler):
-            lr_scheduler = [lr_scheduler(one) for one in optimizers]
-        super().__init__(
-            stages,
-            schedule,
-            n_microbatches,
-            loss_fn,
-            optimizers=optimizers,
-            lr_schedulers=lr_scheduler,
-            chunks=chunks,
-            slack=slack,
-            policy=policy,
-            lookahead=lookahead,
-            costs=costs,
-            buffers=buffers,
-            tied_weights=tied_weights,
-            transport=LocalTransport() if transport is None else transport,
-            trace=trace,
-            scale_grads=scale_grads,
-        )
-
-
-def _stages(
-    modules: Sequence[nn.Module],
-    device: torch.device | str | Sequence[torch.device | str] | None,
-    streams: Sequence[torch.cuda.Stream | None] | None,
-    update_streams: Sequence[torch.cuda.Stream | None] | None,
-) -> list[PipelineStage]:
-    """A stage for each module, on its device and streams."""
-    count = len(modules)
-    if device is None:
-        devices: list[torch.device | str] = [_device_of(module) for module in modules]
-    else:
-        devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
-    for name, given in (("device", devices), ("streams", streams), ("update_streams", update_streams)):
-        if given is not None and len(given) != count:
-            raise ValueError(f"{len(given)} of {name} for {count} stages: give one per stage")
-    stages = []
-    for at, (module, where) in enumerate(zip(modules, devices, strict=True)):
-        place = usable(torch.device(where))
-        if streams is not None:
-            stream = streams[at]
-        else:
-            stream = torch.cuda.Stream(place) if place.type == "cuda" else None
-        updates = None if update_streams is None else update_streams[at]
-        stages.append(PipelineStage(module, at, count, place, stream=stream, update_stream=updates))
-    return stages
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    first = next(module.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
