@@ -181,15 +181,8 @@ def load(
     index = read_index(directory)
     source = {tie.reader: tie.owner for tie in tied_weights}
     wanted = dict(schedule.named_parameters())
-    stored = {name for file in index["files"] for name in file["params"]}
     used = {name for names in _gather(sorted(wanted), schedule, group) for name in names}
-    missing = sorted(name for name in used if source.get(name, name) not in stored)
-    unexpected = sorted(stored - used)
-    if missing or unexpected:
-        raise ValueError(
-            f"the checkpoint in {directory} is of another model: "
-            f"missing {_some(missing)}, left over {_some(unexpected)}"
-        )
+    _check_same_model(directory, index, {source.get(name, name) for name in used}, used)
     parts = _read_parts(Path(directory), index, {source.get(name, name) for name in wanted})
     params = {name: parts["params"][source.get(name, name)] for name in wanted}
     for name, parameter in wanted.items():
@@ -203,6 +196,16 @@ def load(
         {"params": params, "optimizer": optimizer, "lr_scheduler": parts["lr_scheduler"], "windows": index["windows"]}
     )
     return dict(index["extra"])
+
+
+def _check_same_model(directory: PathLike, index: Mapping[str, Any], needed: set[str], used: set[str]) -> None:
+    stored = {name for file in index["files"] for name in file["params"]}
+    missing, unexpected = sorted(needed - stored), sorted(stored - used)
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint in {directory} is of another model: "
+            f"missing {_some(missing)}, left over {_some(unexpected)}"
+        )
 
 
 def reshard(source: PathLike, target: PathLike, layout: Sequence[Iterable[str]]) -> None:

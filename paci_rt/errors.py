@@ -13,8 +13,8 @@ from collections.abc import Iterable
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint at the known word that is most like ``word``, for the middle of a message; empty where none is like it.
 
-    ::
-
+    Example:
+        >>> from paci_rt.errors import did_you_mean
         >>> did_you_mean("packi", ["1f1b", "paci"])
         "did you mean 'paci'? "
     """
@@ -25,7 +25,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def unknown(what: str, word: object, known: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist; ``what`` says what it should name, for example ``schedule``."""
+    """The error for a name that does not exist; ``what`` says what it should name, for example ``schedule``.
+
+    Example:
+        >>> from paci_rt.errors import unknown
+        >>> unknown("transport", "gluu", ["shm", "gloo"])
+        ValueError("unknown transport 'gluu': did you mean 'gloo'? choose from shm, gloo")
+    """
     choices = list(known)
     return ValueError(f"unknown {what} {word!r}: {did_you_mean(str(word), choices)}choose from {', '.join(choices)}")
 
@@ -82,7 +88,7 @@ class AccumulatorStateError(PaciError, RuntimeError):
         >>> accumulator = GradAccumulator(FlatGroup([("weight", nn.Parameter(torch.zeros(3)))]))
         >>> accumulator.consume()
         Traceback (most recent call last):
-        paci_rt.errors.AccumulatorStateError: cannot consume the accumulator: empty -> consuming is no ...
+        paci_rt.errors.AccumulatorStateError: cannot consume the accumulator: empty -> consuming is not ...
     """
 
 

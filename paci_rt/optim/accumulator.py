@@ -75,7 +75,7 @@ class GradAccumulator:
         >>> for _ in range(2):  # as often as the window has micro-batches
         ...     accumulator.add(0, torch.ones(3))
         >>> accumulator.seal()
-        >>> accumulator.consume()
+        >>> window = accumulator.consume()
         >>> accumulator.sealed_view(0)  # the sum, shaped like parameter 0
         tensor([2., 2., 2.])
         >>> accumulator.release()

@@ -213,7 +213,7 @@ def parse_profile(data: Any) -> Profile:
         >>> from paci_rt.planner import parse_profile
         >>> parse_profile({"format": "paci-rt profile", "version": 1})
         Traceback (most recent call last):
-        ValueError: blocks is missing: give a list with one entry a block
+        ValueError: blocks is missing: give a list with one entry per block
     """
     reader = _Reader(data, "")
     if reader.get("format", "the words " + repr(FORMAT), lambda value: isinstance(value, str)) != FORMAT:

@@ -54,9 +54,9 @@ def make_transport(
 ) -> Transport:
     """The transport called ``name`` for a pipeline of which this process has ``chunks`` of ``num_stages`` stages.
 
-    A process with all stages gets ``local``, whatever the name. ``auto`` is ``shm`` where all processes are on one
-    host that allows it, else ``gloo``. For stages on GPUs it is ``nccl`` or, channel by channel, ``ipc`` where that
-    was measured to be faster. All processes of ``group`` must call this, in the same order and with the same name.
+    A process with all stages gets ``local``. ``auto`` is ``shm`` where all processes are on one host that allows it,
+    else ``gloo``; for stages on GPUs ``nccl`` or, channel by channel, ``ipc`` where that was measured to be faster.
+    All processes of ``group`` must call this, in the same order and with the same name.
 
     Args:
         name: one of ``TRANSPORTS``.
@@ -65,20 +65,18 @@ def make_transport(
         group: process group of the pipeline's processes, None for the default group.
         timeout_s: deadline of every single wait for another stage, in seconds.
         slots: messages that fit into a channel before its next send waits; None is the transport's default.
-        events_dir: folder for the last events of every channel, written when a wait ends badly; None is the system's
-            folder for temporary files.
+        events_dir: folder for each channel's last events, written when a wait ends badly; None is the system's for
+            temporary files.
         device: where the stages of this process are; None is the CPU.
 
     Raises:
         ValueError: an unknown name, another argument that cannot work, or no ``torch.distributed``.
-        TransportError: the transport cannot work here, or the processes ask for different ones.
-        NcclError: ``nccl`` without an NCCL that works.
+        TransportError: the transport cannot work here, or the processes ask for different ones; of NCCL, an NcclError.
 
     Example:
-        >>> from paci_rt.transport import make_transport
-        >>> make_transport("auto", num_stages=1).name  # a process that has all stages
+        >>> paci_rt.transport.make_transport("auto", num_stages=1).name  # a process that has all stages
         'local'
-        >>> make_transport("local", num_stages=2)
+        >>> paci_rt.transport.make_transport("local", num_stages=2)
         Traceback (most recent call last):
         ValueError: transport 'local' is for all stages in one process, and this process has 1 of 2: ...
     """
@@ -86,6 +84,26 @@ def make_transport(
     check_timeout(timeout_s, "transfer_timeout_s")
     if chunks == num_stages:
         return LocalTransport(capacity=slots)
+    _check_between_processes(name, slots, num_stages, chunks)
+    from paci_rt.transport.rendezvous import Meeting, check_group  # imports torch.distributed
+
+    check_group(group, num_stages, chunks, name)
+    on_gpus = device is not None and device.type == "cuda"
+    one_host = _agree(Meeting(group, timeout_s), name, on_gpus)
+    place, options = _Place(group, num_stages, chunks), _Options(timeout_s, slots, events_dir)
+    if name in ON_GPUS or (name == "auto" and on_gpus):
+        return _between_gpus(name, place, device, options)
+    if name == "shm":
+        return _shm(place, options)
+    if name == "auto" and one_host:
+        try:
+            return _shm(place, options)
+        except TransportError as error:  # the same on all processes
+            warnings.warn(f"transport 'auto' takes gloo: {error}", RuntimeWarning, stacklevel=2)
+    return _gloo(place, timeout_s)
+
+
+def _check_between_processes(name: str, slots: int | None, num_stages: int, chunks: int) -> None:
     if name == "local":
         raise ValueError(
             f"transport 'local' is for all stages in one process, and this process has {chunks} of {num_stages}: use "
@@ -93,23 +111,6 @@ def make_transport(
         )
     if name == "gloo" and slots is not None:
         raise ValueError(f"slots is {slots}, and gloo's channels have no limit: leave it out, or use transport 'shm'")
-    from paci_rt.transport.rendezvous import Meeting, check_group  # imports torch.distributed
-
-    check_group(group, num_stages, chunks, name)
-    on_gpus = device is not None and device.type == "cuda"
-    one_host = _agree(Meeting(group, timeout_s), name, on_gpus)
-    place = _Place(group, num_stages, chunks)
-    options = _Options(timeout_s, slots, events_dir)
-    if name in ON_GPUS or (name == "auto" and on_gpus):
-        return _between_gpus(name, place, device, options)
-    if name == "shm" or (name == "auto" and one_host):
-        try:
-            return _shm(place, options)
-        except TransportError as error:  # the same on all processes
-            if name == "shm":
-                raise
-            warnings.warn(f"transport 'auto' takes gloo: {error}", RuntimeWarning, stacklevel=2)
-    return _gloo(place, timeout_s)
 
 
 class _Place(NamedTuple):
