@@ -77,8 +77,9 @@ class ShmTransport(NativeTransport):
         self.capacity = slots
         self._held, self._timeout_s = held, timeout_s
         self._ranks = num_stages // chunks
+        self._peers: dict[int, ShmSegment] = {}
         self._own, self._addresses = self._meet(Meeting(group, timeout_s))
-        self._peers: dict[int, ShmSegment] = {self._rank: self._own}
+        self._peers[self._rank] = self._own
         self._copier = native.make_copier()
 
     def _meet(self, meeting: Meeting) -> tuple[ShmSegment, list[Any]]:
@@ -100,8 +101,9 @@ class ShmTransport(NativeTransport):
             )
         assert own is not None
         addresses = [member["address"] for member in told]
-        try:  # one of them stands for all
-            native.attach_shm_segment(*addresses[(meeting.rank + 1) % meeting.size])
+        try:  # the neighbours' now: they may be through, and their segments gone, before a message is asked for
+            for rank in {(meeting.rank + 1) % meeting.size, (meeting.rank - 1) % meeting.size} - {meeting.rank}:
+                self._peers[rank] = native.attach_shm_segment(*addresses[rank])
         except TransportError as refusal:
             error = str(refusal)
         raise_first(meeting.exchange("attached", error))

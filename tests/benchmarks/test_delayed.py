@@ -17,7 +17,6 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport import LocalTransport, Message
 from paci_rt.transport.gloo import GlooTransport
 from pipelines import Case
-from support.marks import slow
 from support.plain import same
 from support.pool import WorkerPool
 from support.toy import Run, loss_fn, make_optimizer, module, train, train_local
@@ -76,7 +75,8 @@ def delayed_rank(rank: int, group: Any, run: Run) -> dict[str, Any]:
     return train(pipe, run)
 
 
-@pytest.mark.parametrize("wide", [slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [False, True])
 def test_latency_changes_no_bits(workers: WorkerPool, wide: bool) -> None:
     run = Run(schedule="paci", stages=3, accumulation=2, slack=(2, 1, 0), wide=wide, windows=4, eval_every=2)
     ranks, local = workers.run(delayed_rank, 3, run), train_local(run)

@@ -156,6 +156,7 @@ def test_flat_cases_run_and_are_judged(interpreter: Interpreter) -> None:
     json.dumps(rows)
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_costs_no_other(interpreter: Interpreter) -> None:
     found = interpreter(run_with_failures)
     rows = {row["case"]: row for row in found["rows"]}

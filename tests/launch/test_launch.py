@@ -183,7 +183,8 @@ def started_script(tmp_path: Path, mode: str) -> Iterator[subprocess.Popen[str]]
             launcher.kill()
 
 
-@pytest.mark.parametrize("mode", [slow("waiting"), "busy"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["waiting", "busy"])
 def test_children_die_with_their_launcher(tmp_path, mode):
     with started_script(tmp_path, mode) as launcher:
         assert launcher.stdout is not None

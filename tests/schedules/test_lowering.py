@@ -9,6 +9,7 @@ from paci_rt.errors import ScheduleError
 from paci_rt.schedules import FAMILIES, Shape, StepCosts
 from paci_rt.schedules.lowering import Lowering, TiedWeight, format_grid
 from paci_rt.schedules.validate import play_streams, validate
+from support.marks import slow
 
 
 def lowering(
@@ -35,7 +36,7 @@ def test_every_schedule_runs_to_its_end(name: str, tied: bool) -> None:
         validate(lowering(name, ranks * v, accumulation, slack, tied and ranks * v > 1, v))
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", [slow(name) if FAMILIES[name].takes_chunks else name for name in sorted(FAMILIES)])
 def test_channels_of_one_message_are_enough_where_hops_are_short(name: str) -> None:
     chunks = (1, 2, 4) if FAMILIES[name].takes_chunks else (1,)
     for ranks, accumulation, v in itertools.product((1, 2, 3, 4, 8), (1, 2, 4, 24), chunks):

@@ -70,6 +70,7 @@ def test_exit_codes_that_contradict_the_rows_are_failures(runner: Runner) -> Non
         assert outcome.rows()[-1]["verdict"] == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_step_over_its_limit_is_ended_with_all_that_it_started(runner: Runner, tmp_path: Path) -> None:
     child = tmp_path / "child"
     hangs = fake(

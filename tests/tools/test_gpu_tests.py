@@ -47,6 +47,7 @@ def test_all_passed_is_fine_and_none_at_all_is_not(tmp_path: Path, capsys: pytes
     assert none["measures"][0]["ok"] is False  # nothing is proved
 
 
+@pytest.mark.slow
 def test_a_hang_and_a_crash_cost_one_test_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tests = (
         f"{GPU}def test_a(): pass\n{GPU}def test_hangs(): time.sleep(600)\n{GPU}def test_b(): pass\n"

@@ -76,6 +76,7 @@ def test_what_is_missing_is_said_with_its_remedy(found: dict[str, Any], words: t
     assert "\n" not in one
 
 
+@pytest.mark.slow
 def test_examining_this_machine_gives_facts() -> None:
     found = gpu_environment.examine(sys.executable, ROOT)
     assert found["python"] == sys.version.split()[0]

@@ -91,6 +91,25 @@ def test_tensors_stay_until_they_have_been_copied(workers: WorkerPool) -> None:
     assert workers.run(changes_after, 2) == [[0], True]
 
 
+def early_leaver(rank: int, group: Any) -> float | None:
+    """The sender is through, and has gone, before the receiver looks for its message."""
+    transport = ShmTransport(group, num_stages=2)
+    if rank == 0:
+        transport.open([UP])
+        transport.send(DOWN, 0, of(torch.full((4,), 7.0)))
+        transport.close()
+        return None
+    time.sleep(0.3)
+    transport.open([DOWN])
+    tensor = transport.recv(DOWN, 0).tensors[0]
+    assert tensor is not None
+    return float(tensor[3])
+
+
+def test_a_message_outlives_its_sender(workers: WorkerPool) -> None:
+    assert workers.run(early_leaver, 2) == [None, 7.0]
+
+
 def small_behind_large(rank: int, group: Any) -> list[int]:
     transport = pair(group, rank)
     if rank == 0:
