@@ -43,10 +43,15 @@ def _values(stages: Sequence[nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def plain(change: Change, make: Callable[[Any], torch.optim.Optimizer] = adamw) -> dict[str, Tensor]:
-    """Torch alone: micro-batch after micro-batch through both stages."""
+def nothing(stages: list[nn.Module]) -> None:
+    pass
+
+
+def plain(change: Change, before: Callable[[list[nn.Module]], None] = nothing) -> dict[str, Tensor]:
+    """Torch alone: micro-batch after micro-batch through both stages; ``before`` comes first of all."""
     stages = make_stages()
-    optimizers = [make(stage.parameters()) for stage in stages]
+    before(stages)
+    optimizers = [adamw(stage.parameters()) for stage in stages]
     for step in range(STEPS):
         change(step, stages, optimizers)
         x, y = batch(step)
@@ -65,11 +70,12 @@ def plain(change: Change, make: Callable[[Any], torch.optim.Optimizer] = adamw) 
 
 
 def pipelined(
-    change: Change, schedule: str = "1f1b", make: Callable[[Any], torch.optim.Optimizer] = adamw, **options: Any
+    change: Change, schedule: str = "1f1b", before: Callable[[list[nn.Module]], None] = nothing, **options: Any
 ) -> dict[str, Tensor]:
     """The same under a schedule."""
     stages = make_stages()
-    optimizers = [make(stage.parameters()) for stage in stages]
+    before(stages)
+    optimizers = [adamw(stage.parameters()) for stage in stages]
     pipe = paci_rt.LocalPipeline(
         stages, schedule=schedule, n_microbatches=ACCUMULATION, loss_fn=loss_fn, optimizer=optimizers, **options
     )
