@@ -134,5 +134,5 @@ def _stages(
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    first = next(module.parameters(), None)
+    first = next((param for param in module.parameters() if not param.is_meta), None)
     return torch.device("cpu") if first is None else first.device

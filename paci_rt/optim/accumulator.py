@@ -64,6 +64,8 @@ class GradAccumulator:
     Args:
         group: the parameters.
         buffers: 1 or 2.
+        dtype: of the sums.
+        counted: segments and buffers for the native core, where it only counts; None is the sums themselves.
 
     Raises:
         ValueError: ``buffers`` is neither 1 nor 2.
@@ -84,13 +86,21 @@ class GradAccumulator:
     product_by: Callable[..., None] | None = None
     """Computes weight gradients on a GPU, such as a :class:`paci_rt.kernels.WgradRoutes`; None is the default route."""
 
-    def __init__(self, group: FlatGroup, *, buffers: int = 1) -> None:
+    def __init__(
+        self,
+        group: FlatGroup,
+        *,
+        buffers: int = 1,
+        dtype: torch.dtype = torch.float32,
+        counted: tuple[list[tuple[int, int]], list[Tensor]] | None = None,
+    ) -> None:
         if buffers not in (1, 2):
             raise ValueError(f"buffers={buffers}: an accumulator has 1 buffer (update in line) or 2")
         self.group = group
-        self._tensors = [group.empty_like(torch.float32) for _ in range(buffers)]
+        self._tensors = [group.empty_like(dtype) for _ in range(buffers)]
         self._views = [group.views(tensor) for tensor in self._tensors]
-        self._native = native.make_accumulator(group.segments, group.numel, self._tensors)
+        segments, self._counted = (group.segments, self._tensors) if counted is None else counted
+        self._native = native.make_accumulator(segments, self._counted[0].numel(), self._counted)
         self._consuming: int | None = None
         self._totals: Tensor | None = None
         self._before: tuple[Tensor, tuple[bool, ...]] | None = None
@@ -151,15 +161,24 @@ class GradAccumulator:
         if bias is not None:
             bias[0].add(bias[1], left.t().sum(0))
 
+    def put(self, index: int, total: Tensor) -> None:
+        """Let the front buffer's sum of a parameter be ``total``, whatever it was; raises as :meth:`add` does."""
+        total = self._checked(index, total)
+        view, _ = self.front(index)
+        view.copy_(total)
+
     def flush(self) -> None:
         """Issue what :meth:`add` may have put off; on the CPU it puts nothing off."""
 
     def _checked(self, index: int, grad: Tensor) -> Tensor:
         """A gradient that can be added, contiguous."""
-        fits = grad.dtype in native.DTYPE_CODES and grad.layout is torch.strided
+        fits = self._known_dtype(grad.dtype) and grad.layout is torch.strided
         if not fits or grad.shape != self.group.params[index].shape or grad.device != self._device:
             self._refuse(index, grad)
         return grad if grad.is_contiguous() else grad.contiguous()
+
+    def _known_dtype(self, dtype: torch.dtype) -> bool:
+        return dtype in native.DTYPE_CODES
 
     def _on(self, stream: Any) -> Any:
         if stream is not None:

@@ -9,7 +9,8 @@ import torch
 from paci_rt import native
 from paci_rt.optim import steps_native
 from paci_rt.optim.accumulator import GradAccumulator
-from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.accumulator_plain import PlainAccumulator
+from paci_rt.optim.flat import PLAIN_DTYPES, FlatGroup
 from paci_rt.optim.update_stream import UpdateStream
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def make_accumulator(group: FlatGroup, buffers: int) -> GradAccumulator:
     Raises:
         TritonMissingError: the group is on a GPU, and Triton is not installed or too old.
     """
+    if group.dtype in PLAIN_DTYPES:
+        return PlainAccumulator(group, buffers=buffers)
     if not uses_kernels(group.device):
         return GradAccumulator(group, buffers=buffers)
     from paci_rt.optim.accumulator_triton import KernelAccumulator

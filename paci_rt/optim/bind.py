@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from paci_rt.errors import OptimizerOwnedError
 from paci_rt.optim.accumulator import Window
 from paci_rt.optim.adam import AdamW, NAdam
+from paci_rt.optim.flat import PLAIN_DTYPES
 from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer, FusedStageOptimizer
 from paci_rt.optim.lion import Lion
 from paci_rt.optim.muon import Muon
@@ -169,8 +170,18 @@ def bind_optimizer(
             grouped.append(named)
             owners.append(param_group)
     if isinstance(optimizer, FusedOptimizer):
+        _check_fused(optimizer, trainable)
         return FusedStageOptimizer(optimizer, grouped, owners, frozen, buffers)
     return _AnyTorch(optimizer, grouped, frozen, buffers)
+
+
+def _check_fused(optimizer: FusedOptimizer, trainable: Mapping[str, nn.Parameter]) -> None:
+    other = [f"{name} ({param.dtype})" for name, param in trainable.items() if param.dtype in PLAIN_DTYPES]
+    if other:
+        raise ValueError(
+            f"paci_rt.{type(optimizer).__name__} updates fp32, bf16 and fp16 parameters, and this stage has "
+            f"{_few(other)}: use an optimizer of torch.optim, or cast the module"
+        )
 
 
 def _by_dtype(named: NamedParams) -> list[NamedParams]:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from paci_rt.kernels.layout import FlatLayout
 
 ALIGNMENT_BYTES = 64
+PLAIN_DTYPES = (torch.float64, torch.complex64, torch.complex128)
+"""Summed and updated by torch."""
+TRAINABLE_DTYPES = (*native.DTYPE_CODES, *PLAIN_DTYPES)
 
 
 class FlatHome(NamedTuple):
@@ -55,7 +58,8 @@ class FlatGroup:
             raise ValueError(f"a parameter is listed twice in the flat group of {', '.join(self.names)}")
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
         for name, param in named_params:
-            native.dtype_code(param.dtype, f"parameter {name!r}")
+            if param.dtype not in PLAIN_DTYPES:
+                native.dtype_code(param.dtype, f"parameter {name!r}")
             native.device_code(param.device, f"parameter {name!r}")
             if (param.dtype, param.device) != (self.dtype, self.device):
                 raise ValueError(

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_PLAIN = torch._C._disabled_torch_dispatch_impl
 
 
 def saved_bytes(
@@ -31,7 +34,7 @@ def distinct_bytes(
     Args:
         shares: the most that counts of some storages, see :func:`shares_of`.
     """
-    ignored = {tensor.untyped_storage().data_ptr() for tensor in ignoring}
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in _only_tensors(ignoring)}
     storages: dict[int, int] = {}
     for value in _only_tensors(values):
         storage = value.untyped_storage()
@@ -50,7 +53,8 @@ def shares_of(pieces: Iterable[Any]) -> dict[int, int]:
 
 
 def _only_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    return (value for value in values if isinstance(value, Tensor))
+    """Tensors with a storage, which a wrapper such as a quantised weight has not."""
+    return (value for value in values if isinstance(value, Tensor) and type(value).__torch_dispatch__ is _PLAIN)
 
 
 def _saved_tensors(outputs: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -3,10 +3,11 @@ audit, tied weights and clock."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from paci_rt import schedules
 from paci_rt.clock import HostClock
@@ -14,6 +15,8 @@ from paci_rt.optim.bind import bind_optimizer
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.audit import RankAudit, StageAudit
 from paci_rt.runtime.executor import StageRuntime
+from paci_rt.runtime.module_checks import check_parameters, check_wrappers
+from paci_rt.runtime.shared_memory import check_memory
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
 from paci_rt.schedules import ScheduleFamily, Shape, Slack, StepCosts, policies
@@ -67,6 +70,7 @@ def make_setup(
         ValueError, ScheduleError: an argument that cannot work.
     """
     family = schedules.get(schedule)
+    check_memory(stages, tied_weights)
     if not isinstance(n_microbatches, int) or n_microbatches < 1:
         raise ValueError(f"n_microbatches is {n_microbatches!r}: give an integer of at least 1")
     check_takes(family, chunks=chunks)
@@ -132,19 +136,34 @@ def ranks_here(stages: Sequence[PipelineStage], shape: Shape) -> list[int]:
 
 
 def bind(
-    setup: Setup, stage: PipelineStage, rank: RankAudit, optimizer: torch.optim.Optimizer | None, clock: HostClock
+    setup: Setup,
+    stage: PipelineStage,
+    rank: RankAudit,
+    optimizer: torch.optim.Optimizer | None,
+    clock: HostClock,
+    *,
+    may_wait: bool = True,
+    left: Collection[nn.Parameter] = (),
 ) -> StageRuntime:
     """Bind a stage to everything that it needs to run; what fails leaves it as it was.
 
+    Args:
+        may_wait: without an optimizer, parameters on the meta device are left for later.
+        left: parameters that the optimizer may list although they left the stage.
+
     Raises:
         ValueError: the optimizer does not fit the stage, or cannot do what the schedule asks of it.
+        StageError: a parameter that cannot be trained.
     """
-    named = dict(stage.named_parameters())
+    check_wrappers(stage.submod, stage.stage_index)
+    check_parameters(stage.submod, stage.stage_index, stage.device, may_wait=may_wait and optimizer is None)
+    named = {name: param for name, param in stage.named_parameters() if not param.is_meta}
     ties = TiedExchange(setup.lowering.ties, stage.stage_index, named) if setup.lowering.ties else None
     followers = set() if ties is None else ties.read_params  # the owner's stage updates these
     named = {name: param for name, param in named.items() if param not in followers}
     family, shape, policy = setup.lowering.family, setup.lowering.shape, setup.policy
-    bound = bind_optimizer(optimizer, named, buffers=setup.buffers, asynchronous=not family.flush, ignored=followers)
+    ignored = {*followers, *left}
+    bound = bind_optimizer(optimizer, named, buffers=setup.buffers, asynchronous=not family.flush, ignored=ignored)
     try:
         bound.compute_products_by(stage.wgrad)
         if stage.update_stream is not None and bound.order is not None:

@@ -20,6 +20,7 @@ from paci_rt.runtime.audit import RankAudit
 from paci_rt.runtime.batch import Batch, cut_batch
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
+from paci_rt.runtime.module_watch import ModuleWatch, set_aside
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.state_dict import collect_state, load_state
 from paci_rt.runtime.stats import pipeline_stats
@@ -116,6 +117,7 @@ class Pipeline:
             explain=self._explain,
             trace=trace,
         )
+        self._watch = ModuleWatch(setup, self._executor.runtimes, here=len(self._ranks))
 
     def _bind(
         self, setup: Setup, stages: Sequence[PipelineStage], optimizers: Sequence[torch.optim.Optimizer | None]
@@ -199,10 +201,11 @@ class Pipeline:
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("step() under torch.no_grad() cannot train: call eval() instead")
+        self._check_usable()
+        self._watch.follow(self.drain, owed=self._start_window < self._next_window)
         accumulation, start = self._lowering.shape.accumulation, self._start_window
         windows = range(self._next_window, self._next_window + self._windows_per_step)
         first = windows.start * accumulation
-        self._check_usable()
         loss_fn = self._bind_loss(loss_kwargs)
         indices = range(first, first + self._n_microbatches)
         batch = cut_batch(self.stages, args, kwargs, target, losses, loss_fn, indices)
@@ -214,6 +217,7 @@ class Pipeline:
         }
         self._next_window = windows.stop
         self._run(streams, batch)
+        self._watch.check_after_step()
         return self._results(batch, losses)
 
     def synchronize(self) -> None:
@@ -231,7 +235,8 @@ class Pipeline:
         start, end = self._start_window, self._next_window
         if start < end:
             streams = {rank: self._lowering.drain(rank, start, end) for rank in self._ranks}
-            self._run(streams, Batch())
+            with self._watch.as_begun():
+                self._run(streams, Batch())
             self._start_window = end
             self._restart(end)
         self._await_updates()
@@ -322,6 +327,7 @@ class Pipeline:
     def state_dict(self) -> dict[str, Any]:
         """Drain, then return ``{"params", "optimizer", "lr_scheduler", "windows"}``, keyed by parameter name."""
         self.drain()
+        self._watch.follow(self.drain, owed=False)
         named = dict(self.named_parameters())
         return collect_state(named, self.stages, self._optimizers, self._lr_schedulers, self._next_window)
 
@@ -332,6 +338,7 @@ class Pipeline:
             ValueError: names or shapes that do not match; nothing has been changed then.
         """
         self.drain()
+        self._watch.follow(self.drain, owed=False)
         load_state(state, dict(self.named_parameters()), self.stages, self._optimizers, self._lr_schedulers)
         self._next_window = self._start_window = int(state["windows"])
         self._restart(self._next_window)
@@ -352,23 +359,17 @@ class Pipeline:
         for bound in self._optimizers:
             for group in bound.groups:
                 group.check_views()
-        # Gradients that the user left in .grad are none of this batch's: they are set aside, and come back after it.
-        params = [param for stage in self.stages for param in stage.parameters()]
-        kept = [(param, param.grad) for param in params if param.grad is not None]
-        for param, _ in kept:
-            param.grad = None
-        try:
-            with joined(self.stages, behind_caller=self._was_empty or batch.from_gpu):
-                self._executor.run(streams, batch)
-        except BaseException as error:
-            self._failure = error
-            self._executor.transport.fail(error)
-            raise
-        self._was_empty = self._lowering.family.flush or not batch.training
-        if self._was_empty:
-            self._await_updates()
-        for param, grad in kept:
-            param.grad = grad if param.grad is None else grad.add_(param.grad)
+        with set_aside(param for stage in self.stages for param in stage.parameters()):
+            try:
+                with joined(self.stages, behind_caller=self._was_empty or batch.from_gpu):
+                    self._executor.run(streams, batch)
+            except BaseException as error:
+                self._failure = error
+                self._executor.transport.fail(error)
+                raise
+            self._was_empty = self._lowering.family.flush or not batch.training
+            if self._was_empty:
+                self._await_updates()
 
     def _await_updates(self) -> None:
         """On a GPU: what the caller does from now on sees all updates."""

@@ -6,7 +6,7 @@ matrix product that goes straight into the accumulator's front buffer, either at
 after I). Whatever else a module does, parameters of other layers included, belongs to I.
 
 A layer is left to autograd, and so to I, where that is the only way to be right: inside ``torch.compile``, with a
-weight that another kind of layer uses too, with hooks on its weight, or under ``torch.autocast``.
+weight that another kind of layer uses too, under ``torch.autocast``, or with a hook on a parameter, whenever it comes.
 
 On the CPU gradients keep the bits of the unsplit backward. A matrix product that adds to its result does so too only as
 long as the BLAS goes through the summed dimension in one piece (384 rows with MKL's fp32 product on AVX-512); beyond
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from paci_rt.errors import StageError
 from paci_rt.optim.stage_optimizer import GradSink
+from paci_rt.runtime.gradient_hooks import GradientHooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,11 @@ class SplitLayer:
         self.bias: nn.Parameter | None = self.module.bias  # type: ignore[assignment]
         self.transposed = not isinstance(module, nn.Linear)  # Conv1D keeps [in, out]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        if x is None:  # given by its name
+            if len(named) != 1:
+                return type(self.module).forward(self.module, **named)  # type: ignore[no-any-return]
+            (x,) = named.values()
         gradients = self.gradients
         gradients.before_layer(self.weight)
         if torch.compiler.is_compiling() or not (gradients.active and self._takes_part(x)):
@@ -97,8 +102,8 @@ class SplitLayer:
         """False under no_grad, autocast and functorch, and with a parameter that was replaced or frozen meanwhile."""
         params = self.module._parameters
         return (
-            params["weight"] is self.weight
-            and params["bias"] is self.bias
+            params.get("weight") is self.weight
+            and params.get("bias") is self.bias
             and self.weight.requires_grad
             and torch.is_grad_enabled()
             and x.dim() >= 2
@@ -142,10 +147,11 @@ class _SplitLinear(torch.autograd.Function):
             grad_x = grad.matmul(weight.t() if layer.transposed else weight)
         one = WeightGradient(layer, x, grad, (x._version, grad._version))
         gradients = layer.gradients
-        if gradients.collecting:
+        if gradients.collecting and not gradients.awaited(layer):
             gradients.take(one)
             return grad_x, None, None, None
-        # Somebody else's backward, such as a gradient penalty inside the loss: all gradients, as autograd wants them.
+        # A hook waits for the gradient, or this is somebody else's backward, such as a gradient penalty inside the
+        # loss: all gradients, as autograd wants them.
         grad_weight = torch.mm(*one.product()) if ctx.needs_input_grad[1] else None
         grad_bias = one.bias_gradient() if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None
@@ -167,6 +173,7 @@ class WeightGradients:
         self._sink = sink
         self.before_layer = sink.before_layer
         self._layers = list(find_layers(module))
+        self.hooks = GradientHooks(module.named_parameters(), sink)
         self.active = self.collecting = False
         self.used: list[SplitLayer] = []
         self._uses: Counter[int] = Counter()
@@ -183,8 +190,10 @@ class WeightGradients:
     def remove(self) -> None:
         """Give the layers their own ``forward`` back."""
         for _, layer in self._layers:
-            layer.__dict__.pop("forward", None)
+            if isinstance(layer.__dict__.get("forward"), SplitLayer):  # else somebody has wrapped it
+                del layer.__dict__["forward"]
         self._layers.clear()
+        self.hooks.remove()
 
     @contextmanager
     def forward(self) -> Iterator[list[SplitLayer]]:
@@ -206,13 +215,20 @@ class WeightGradients:
         self.active = self.collecting = True
         self._uses = Counter(id(param) for layer in used for param in (layer.weight, layer.bias))
         self._defer, self._pending = defer, []
+        self.hooks.begin()
         try:
             yield self._pending
         finally:
             self.active = self.collecting = False
+            self.hooks.end()
         if not defer:
             self.compute(self._pending)
         self._sink.flush()
+
+    def awaited(self, layer: SplitLayer) -> bool:
+        """Whether a hook of the user's waits for a gradient of the layer."""
+        waits = self.hooks.waits
+        return waits(layer.weight) or (layer.bias is not None and waits(layer.bias))
 
     def take(self, gradient: WeightGradient) -> None:
         """Called by a layer's backward."""

@@ -16,6 +16,7 @@ from paci_rt.errors import StageError
 from paci_rt.optim.backend import usable
 from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
+from paci_rt.runtime.module_checks import check_wrappers, has_meta, require_graph
 from paci_rt.runtime.split_backward import SplitLayer, WeightGradient, WeightGradients
 from paci_rt.transport.base import Message
 
@@ -82,7 +83,8 @@ class PipelineStage:
             and returns a tensor or a tuple of tensors.
         stage_index: 0 ... ``num_stages - 1``.
         num_stages: stages of the whole pipeline.
-        device: where the stage runs, ``"cpu"`` or a CUDA device; the module is moved there.
+        device: where the stage runs, ``"cpu"`` or a CUDA device; the module is moved there, unless it is on the meta
+            device: then call ``to_empty()`` and fill it in before it is trained.
         input_args, output_args: accepted because torch's constructor has them; shapes are discovered as
             micro-batches travel and may change from one to the next, so they are not needed.
         group: process group whose rank ``i`` runs stage ``i``; None is the default group.
@@ -95,7 +97,8 @@ class PipelineStage:
     Raises:
         ValueError: index or count out of range, or a device that cannot be used; the reason is in the message.
         TritonMissingError: a CUDA device without Triton.
-        StageError: ``submodule`` is no ``torch.nn.Module``.
+        StageError: ``submodule`` is no ``torch.nn.Module``, or something in it synchronises or shards by itself, such
+            as DistributedDataParallel, ``fully_shard`` or a DTensor parameter; the message has its path.
 
     Example:
         >>> stage = paci_rt.PipelineStage(nn.Linear(4, 2), stage_index=1, num_stages=2)
@@ -126,7 +129,9 @@ class PipelineStage:
             if given is not None and self.device.type == "cpu":
                 raise ValueError(f"{name} was given for a stage on the CPU, where it means nothing: leave it out")
         self.stream, self.update_stream, self.wgrad = stream, update_stream, wgrad
-        self.submod = submodule.to(self.device)
+        check_wrappers(submodule, stage_index)
+        # As in torch: memory that is not there yet cannot be moved; to_empty() says where it will be.
+        self.submod = submodule if has_meta(submodule) else submodule.to(self.device)
         self.stage_index = stage_index
         self.num_stages = num_stages
         self.is_first, self.is_last = stage_index == 0, stage_index == num_stages - 1
@@ -134,7 +139,6 @@ class PipelineStage:
         self.in_flight: dict[int, InFlight] = {}
         self._pending: dict[int, tuple[list[WeightGradient], dict[int, int]]] = {}
         self._known: dict[Any, _Known] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._gradients: WeightGradients | None = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -153,32 +157,21 @@ class PipelineStage:
         Raises:
             StageError: the stage already belongs to a schedule.
         """
-        if self._hooks:
+        if self._gradients is not None:
             raise StageError(f"stage {self.stage_index} already belongs to a schedule: call close() on that one first")
 
     def attach(self, sink: GradSink) -> None:
         """Hand every parameter's gradient to ``sink`` as soon as a backward has completed it, and split the backward
         of linear layers (see :mod:`paci_rt.runtime.split_backward`)."""
         self.require_free()
-        gradients = self._gradients = WeightGradients(self.submod, sink)
-
-        def take(param: Tensor) -> None:
-            if gradients.collecting and param.grad is not None:
-                grad, param.grad = param.grad, None
-                sink.accumulate(param, grad)  # type: ignore[arg-type]
-
-        for param in self.parameters():
-            if param.requires_grad:
-                self._hooks.append(param.register_post_accumulate_grad_hook(take))
+        self._gradients = WeightGradients(self.submod, sink)
 
     def detach(self) -> None:
         """Leave gradients in ``.grad`` again, and the layers as they were."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
         if self._gradients is not None:
             self._gradients.remove()
             self._gradients = None
+        self._known.clear()  # may depend on what is trained
 
     @property
     def split_layers(self) -> list[str]:
@@ -240,6 +233,8 @@ class PipelineStage:
             counting = self._gradients.forward()
         with torch.enable_grad(), counting as used:
             output, loss_value = self._compute(args, kwargs, loss)
+        if loss_value is not None:
+            require_graph(loss_value, self.stage_index)
         return self._differentiable(output, loss_value), output, loss_value, used
 
     def _differentiable(self, output: Any, loss_value: Tensor | None) -> tuple[Tensor, ...]:

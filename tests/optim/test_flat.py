@@ -94,13 +94,13 @@ def test_a_second_group_takes_over_and_the_first_notices() -> None:
 
 
 def test_refused_groups() -> None:
-    fp32, fp64 = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    fp32, fp8 = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2).to(torch.float8_e5m2))
     with pytest.raises(ValueError, match="at least one parameter"):
         FlatGroup([])
     with pytest.raises(ValueError, match="listed twice"):
         FlatGroup([("a", fp32), ("b", fp32)])
-    with pytest.raises(ValueError, match=r"'b' has dtype torch\.float64: use torch\.float32"):
-        FlatGroup([("b", fp64)])
+    with pytest.raises(ValueError, match=r"'b' has dtype torch\.float8_e5m2: use torch\.float32"):
+        FlatGroup([("b", fp8)])
     with pytest.raises(ValueError, match=r"'half' is torch\.float16"):
         FlatGroup([("a", fp32), ("half", nn.Parameter(torch.zeros(2, dtype=torch.float16)))])
     with pytest.raises(ValueError, match="'m' is on meta"):
