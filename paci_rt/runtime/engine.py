@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paci_rt.action import Action
 from paci_rt.clock import HostClock
@@ -20,8 +20,9 @@ from paci_rt.runtime.audit import RankAudit
 from paci_rt.runtime.batch import Batch, cut_batch
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
+from paci_rt.runtime.pipeline_state import PipelineState
+from paci_rt.runtime.schedulers import check_schedulers
 from paci_rt.runtime.stage import LossFn, PipelineStage
-from paci_rt.runtime.state_dict import collect_state, load_state
 from paci_rt.runtime.stats import pipeline_stats
 from paci_rt.runtime.streams import hand_to_caller, joined
 from paci_rt.schedules import Slack, StepCosts
@@ -31,7 +32,7 @@ from paci_rt.trace import Event
 from paci_rt.transport import Transport
 
 
-class Pipeline:
+class Pipeline(PipelineState):
     """What all schedules share; use one of the subclasses or :class:`LocalPipeline`.
 
     Args:
@@ -41,7 +42,7 @@ class Pipeline:
             schedule (``async-1f1b`` alone updates after each of them).
         loss_fn: ``loss_fn(output, target)`` on the last stage, returning a scalar.
         optimizers: one per stage, or None to leave gradients in ``.grad`` (flush schedules only).
-        lr_schedulers: one per stage, stepped after each local update.
+        lr_schedulers: one per stage or None, stepped after each local update; :mod:`paci_rt.runtime.schedulers`.
         chunks: stages per rank (``interleaved-1f1b``).
         slack: additional warm-up forwards (asynchronous schedules): one number for every stage but the last, or one a
             stage; :func:`paci_rt.plan_slack` says how many hide the latency of links.
@@ -108,7 +109,7 @@ class Pipeline:
         self._was_empty = True  # since the caller could change weights
         self._failure: BaseException | None = None
         self._closed = False
-        self._lr_schedulers = list(lr_schedulers or ())
+        self._lr_schedulers = check_schedulers(lr_schedulers, optimizers)
         self._executor = Executor(
             self._bind(setup, stages, optimizers),
             transport,
@@ -131,8 +132,8 @@ class Pipeline:
                 audit = audits[setup.lowering.shape.rank_of(stage.stage_index)]
                 runtime = bind(setup, stage, audit, optimizer, self._clocks[stage.device])
                 runtimes.append(runtime)
-                if self._lr_schedulers:
-                    runtime.after_update = self._lr_schedulers[at].step
+                scheduler = self._lr_schedulers[at] if self._lr_schedulers else None
+                runtime.after_update = None if scheduler is None else scheduler.step
         except BaseException:
             unbind(runtimes)
             raise
@@ -310,31 +311,6 @@ class Pipeline:
             runtime.audit.reset()
             runtime.weights.reset_stats()
         self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of this process's stages. Names are the modules' own; where two stages share a name, all
-        names are prefixed by ``stages.<index>.``."""
-        pairs = [(stage, name, param) for stage in self.stages for name, param in stage.named_parameters()]
-        unique = len({name for _, name, _ in pairs}) == len(pairs)
-        for stage, name, param in pairs:
-            yield (name if unique else f"stages.{stage.stage_index}.{name}"), param
-
-    def state_dict(self) -> dict[str, Any]:
-        """Drain, then return ``{"params", "optimizer", "lr_scheduler", "windows"}``, keyed by parameter name."""
-        self.drain()
-        named = dict(self.named_parameters())
-        return collect_state(named, self.stages, self._optimizers, self._lr_schedulers, self._next_window)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Drain, then take over a state of :meth:`state_dict`.
-
-        Raises:
-            ValueError: names or shapes that do not match; nothing has been changed then.
-        """
-        self.drain()
-        load_state(state, dict(self.named_parameters()), self.stages, self._optimizers, self._lr_schedulers)
-        self._next_window = self._start_window = int(state["windows"])
-        self._restart(self._next_window)
 
     def _restart(self, version: int) -> None:
         """The pipeline is empty, and every stage holds ``version``."""
