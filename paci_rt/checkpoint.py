@@ -130,7 +130,7 @@ def _leave_to_one(
     if not shared:
         return
     digests = _gather({at: _digest(state[at[0]].get(at[1])) for at in shared if at[1] in ours[at[0]]}, schedule, group)
-    here = digests.index(next(one for one, theirs in zip(digests, everyone, strict=True) if theirs == ours))
+    here = dist.get_rank(group)
     for kind, name in shared:
         values = [theirs[kind, name] for theirs in digests if (kind, name) in theirs]
         if len(set(values)) > 1:

@@ -92,9 +92,15 @@ def beside(names: Iterable[str], layout: Sequence[Sequence[str]]) -> list[list[s
     paths = [[name.split(".") for name in group] for group in layout]
     for name in names:
         path = name.split(".")
-        depths = [max((len(os.path.commonprefix([path, other])) for other in group), default=-1) for group in paths]
+        depths = [max((_alike(path, other) for other in group), default=-1) for group in paths]
         placed[depths.index(max(depths))].append(name)
     return placed
+
+
+def _alike(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many entries two sequences begin with in common."""
+    same = [left == right for left, right in zip(one, other, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def check_savable(state: Mapping[str, Any]) -> None:

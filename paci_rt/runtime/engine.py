@@ -97,6 +97,7 @@ class Pipeline(PipelineState):
             tied_weights=tied_weights,
             scale_grads=scale_grads,
         )
+        self.asked_for = setup
         self._lowering, self._policy = setup.lowering, setup.policy
         validate(self._lowering, capacity=transport.capacity)
         self._ranks = ranks_here(stages, self._lowering.shape)
@@ -140,6 +141,11 @@ class Pipeline(PipelineState):
         return runtimes
 
     # --- running ---
+
+    @property
+    def n_microbatches(self) -> int:
+        """Micro-batches that a step cuts its batch into."""
+        return self._n_microbatches
 
     @property
     def stages(self) -> list[PipelineStage]:

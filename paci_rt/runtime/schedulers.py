@@ -103,6 +103,19 @@ def kind_of(scheduler: Any) -> str:
     return type(scheduler).__name__ + (f"({inner})" if inner else "")
 
 
+def settings_of(scheduler: Any | None) -> Any:
+    """What a scheduler does, as far as plain values say it: its class, and its state but for what is by group."""
+    return None if scheduler is None else [kind_of(scheduler), _settings(scheduler.state_dict())]
+
+
+def _settings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _settings(item) for key, item in value.items() if key not in _BY_GROUP}
+    if isinstance(value, (list, tuple)):
+        return [_settings(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
 def record_scheduler(scheduler: Any | None) -> dict[str, Any] | None:
     """``{"class", "state"}``, copied."""
     return None if scheduler is None else {"class": kind_of(scheduler), "state": copied(scheduler.state_dict())}
