@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _TOPIC = "facts"
 _SHOWN = 3  # fields in a message
 _REMEDIES = {
+    "the text of --data": "copy the same file or folder to all hosts; without --data it is the standard library of each "
+    "host's own Python",
     "paci_rt": "install the same version on all hosts",
     "torch": "install the same version on all hosts",
     "optimizer options": "construct all optimizers with the same; what is to differ goes into parameter groups, as in "
@@ -144,7 +146,7 @@ def facts_of(pipeline: Pipeline) -> dict[str, Any]:
         "slack": list(shape.slack) if isinstance(shape.slack, Sequence) else shape.slack,
         "policy": asked.policy,
         "lookahead": asked.lookahead,
-        "costs": _plain(asdict(shape.costs)) if family.takes_costs else None,
+        "costs": _plain(shape.costs._asdict()) if family.takes_costs else None,
         "tied_weights": [_plain(asdict(tie)) for tie in asked.lowering.ties],
         "scale_grads": asked.divisor == shape.accumulation,
         "optimizer": _distinct(optimizers, _kind),
