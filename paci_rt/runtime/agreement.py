@@ -25,7 +25,7 @@ import torch
 from paci_rt.errors import DisagreementError, TransportError
 from paci_rt.optim.group_options import OF_THIS_PLACE
 from paci_rt.runtime.engine import Pipeline
-from paci_rt.runtime.schedulers import settings_of
+from paci_rt.runtime.schedulers import kind_of, settings_of
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.transport import DEFAULT_TIMEOUT_S
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 _TOPIC = "facts"
 _SHOWN = 3  # fields in a message
 _REMEDIES = {
-    "the text of --data": "copy the same file or folder to all hosts; without --data it is the standard library of each "
-    "host's own Python",
+    "the text of --data": "copy the same file or folder to all hosts and name it with --data; the default is the "
+    "standard library of each host's own Python",
     "paci_rt": "install the same version on all hosts",
     "torch": "install the same version on all hosts",
-    "optimizer options": "construct all optimizers with the same; what is to differ goes into parameter groups, as in "
+    "optimizer's": "construct all optimizers with the same; what is to differ goes into parameter groups, as in "
     'AdamW([{"params": params, "lr": 1e-4}], lr=1e-3)',
 }
 
@@ -110,17 +110,20 @@ def require_same(told: Sequence[Mapping[str, Any]]) -> None:
         DisagreementError: as for :func:`agree`.
     """
     fields = list(dict.fromkeys(field for facts in told for field in facts))
-    wrong: list[str] = []
+    wrong: dict[str, str] = {}
     for field in fields:
+        if field.partition("'s ")[0] in wrong:
+            continue  # the options of two optimizers of different classes
         ranks: dict[str, list[int]] = {}
         for rank, facts in enumerate(told):
             ranks.setdefault(json.dumps(facts.get(field), sort_keys=True), []).append(rank)
         if len(ranks) > 1:
             said = " and ".join(f"{_shown(value)} on rank{_several(at)}" for value, at in ranks.items())
-            wrong.append(f"{field} is {said} ({_REMEDIES.get(field, 'give all processes the same')})")
+            remedy = _REMEDIES.get(field) or _REMEDIES.get(field.split(" ")[0]) or "give all processes the same"
+            wrong[field] = f"{field} is {said} ({remedy})"
     if wrong:
         more = f"; and {len(wrong) - _SHOWN} more differ" if len(wrong) > _SHOWN else ""
-        raise DisagreementError(f"the processes of this run disagree: {'; '.join(wrong[:_SHOWN])}{more}")
+        raise DisagreementError(f"the processes of this run disagree: {'; '.join(list(wrong.values())[:_SHOWN])}{more}")
 
 
 def _shown(value: str) -> str:
@@ -137,6 +140,7 @@ def facts_of(pipeline: Pipeline) -> dict[str, Any]:
     asked = pipeline.asked_for
     shape, family = asked.lowering.shape, asked.lowering.family
     optimizers = [bound.optimizer for bound in pipeline._optimizers]
+    schedulers = pipeline._lr_schedulers or [None] * len(optimizers)
     return {
         **versions(),
         "schedule": family.name,
@@ -150,9 +154,17 @@ def facts_of(pipeline: Pipeline) -> dict[str, Any]:
         "tied_weights": [_plain(asdict(tie)) for tie in asked.lowering.ties],
         "scale_grads": asked.divisor == shape.accumulation,
         "optimizer": _distinct(optimizers, _kind),
-        "optimizer options": _distinct(optimizers, _defaults),
-        "lr_scheduler": _distinct(pipeline._lr_schedulers or [None] * len(optimizers), settings_of),
+        **_by_option("optimizer", _distinct(optimizers, _defaults)),
+        "lr_scheduler": _distinct(schedulers, lambda one: None if one is None else kind_of(one)),
+        **_by_option("lr_scheduler", _distinct(schedulers, settings_of)),
     }
+
+
+def _by_option(what: str, described: Any) -> dict[str, Any]:
+    """A field for each option where there is one description, else one for all."""
+    if not isinstance(described, dict):
+        return {f"{what}'s options": described}
+    return {f"{what}'s {key}": value for key, value in described.items()}
 
 
 def versions() -> dict[str, str]:

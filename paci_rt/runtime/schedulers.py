@@ -15,6 +15,10 @@ _BY_GROUP = frozenset({"base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs
 """Entries of the state of torch's schedulers that have one value for each parameter group."""
 
 
+_INSIDE = frozenset({"_step_count", "_is_initial", "_get_lr_called_within_step"})
+"""Entries that say nothing of what a scheduler does."""
+
+
 def check_schedulers(
     given: Sequence[Any] | None, optimizers: Sequence[torch.optim.Optimizer | None]
 ) -> list[Any | None]:
@@ -103,9 +107,12 @@ def kind_of(scheduler: Any) -> str:
     return type(scheduler).__name__ + (f"({inner})" if inner else "")
 
 
-def settings_of(scheduler: Any | None) -> Any:
-    """What a scheduler does, as far as plain values say it: its class, and its state but for what is by group."""
-    return None if scheduler is None else [kind_of(scheduler), _settings(scheduler.state_dict())]
+def settings_of(scheduler: Any | None) -> dict[str, Any] | None:
+    """What a scheduler does, as far as plain values say it: its state but for what is by group."""
+    if scheduler is None:
+        return None
+    settings: dict[str, Any] = _settings(scheduler.state_dict())
+    return {key: value for key, value in settings.items() if key not in _INSIDE}
 
 
 def _settings(value: Any) -> Any:

@@ -57,6 +57,7 @@ class Corpus:
             every = block if part.nbytes <= 64 << 20 else (len(part) - block) // 1023
             for start in range(0, len(part), every):
                 digest.update(part[start : start + block].tobytes())
+            digest.update(part[-block:].tobytes())
         return f"{digest.hexdigest()[:16]} ({len(self.train) + len(self.val):,} tokens)"
 
     def require(self, seq_len: int) -> None:
