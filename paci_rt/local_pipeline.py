@@ -88,6 +88,8 @@ class LocalPipeline(Pipeline):
             if optimizer is None:
                 raise ValueError("lr_scheduler needs optimizer=: without one the schedule takes no step to follow")
             lr_scheduler = [lr_scheduler(one) for one in optimizers]
+        else:
+            lr_scheduler = one_each("lr_scheduler", lr_scheduler, stages)
         super().__init__(
             stages,
             schedule,

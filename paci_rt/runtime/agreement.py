@@ -4,6 +4,8 @@ A stage computes without knowing the others. Two processes that were started wit
 rate or another version of the code would train on without a word. So every process tells what it was asked for, in
 torch's store, once, when its schedule is made.
 
+The sources of the classes that a stage has are compared file by file with those ranks that have the same class.
+
 What may differ: options that single parameter groups override, the parameters' dtype and device, gradient buffers,
 deadlines, traces. What must not is in :func:`facts_of`.
 """
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
 
 _TOPIC = "facts"
 _SHOWN = 3  # fields in a message
+_SOURCE = "source of "
 _REMEDIES = {
     "the text of --data": "copy the same file or folder to all hosts and name it with --data; the default is the "
     "standard library of each host's own Python",
     "paci_rt": "install the same version on all hosts",
     "torch": "install the same version on all hosts",
+    "source": "copy the same code to all hosts",
     "optimizer's": "construct all optimizers with the same; what is to differ goes into parameter groups, as in "
     'AdamW([{"params": params, "lr": 1e-4}], lr=1e-3)',
 }
@@ -77,6 +81,7 @@ def among_processes(
 def meeting_of(given: Any, timeout_s: Any) -> Meeting | None:
     """Where the processes of a pipeline meet; None where this one has all stages, or torch.distributed does not run."""
     stages = list(given) if isinstance(given, Sequence) else [given]
+    timeout_s = timeout_s if isinstance(timeout_s, (int, float)) else DEFAULT_TIMEOUT_S  # the transport refuses others
     if not stages or not all(isinstance(stage, PipelineStage) for stage in stages):
         return None  # the schedule says what is wrong
     chunks, num_stages, group = len(stages), stages[0].num_stages, stages[0].group
@@ -116,6 +121,8 @@ def require_same(told: Sequence[Mapping[str, Any]]) -> None:
             continue  # the options of two optimizers of different classes
         ranks: dict[str, list[int]] = {}
         for rank, facts in enumerate(told):
+            if field.startswith(_SOURCE) and field not in facts:
+                continue  # a stage without that class
             ranks.setdefault(json.dumps(facts.get(field), sort_keys=True), []).append(rank)
         if len(ranks) > 1:
             said = " and ".join(f"{_shown(value)} on rank{_several(at)}" for value, at in ranks.items())
@@ -141,8 +148,10 @@ def facts_of(pipeline: Pipeline) -> dict[str, Any]:
     shape, family = asked.lowering.shape, asked.lowering.family
     optimizers = [bound.optimizer for bound in pipeline._optimizers]
     schedulers = pipeline._lr_schedulers or [None] * len(optimizers)
+    layers = [layer for stage in pipeline.stages for layer in stage.submod.modules()]
     return {
         **versions(),
+        **sources_of([*layers, pipeline.loss_fn, *optimizers, *schedulers]),
         "schedule": family.name,
         "n_microbatches": pipeline.n_microbatches,
         "stages": shape.num_stages,
@@ -175,6 +184,23 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__.partition("+")[0],
         "torch's float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def sources_of(objects: Sequence[Any]) -> dict[str, str]:
+    """For each file of Python, other than torch's and this package's, that has the class or function of an object, and
+    for the script that runs: a hash of the file."""
+    modules = {"__main__", *(getattr(one, "__module__", None) or type(one).__module__ for one in objects)}
+    found = {}
+    for name in sorted(modules):
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path is None or name.partition(".")[0] in ("torch", "paci_rt"):
+            continue
+        shown = Path(path).name if name in ("__main__", "__mp_main__") else name
+        try:
+            found[_SOURCE + shown] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        except OSError:  # in an archive
+            continue
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -143,6 +143,11 @@ class Pipeline(PipelineState):
     # --- running ---
 
     @property
+    def loss_fn(self) -> LossFn | None:
+        """``loss_fn(output, target)``, as it was given."""
+        return self._loss_fn
+
+    @property
     def n_microbatches(self) -> int:
         """Micro-batches that a step cuts its batch into."""
         return self._n_microbatches

@@ -197,6 +197,27 @@ def test_optimizers_of_one_rank_may_differ_if_all_ranks_have_them() -> None:
     assert len(facts["optimizer's options"]) == 2
 
 
+def test_files_of_common_classes_are_compared() -> None:
+    pipe = paci_rt.LocalPipeline(
+        [Bent(), nn.Linear(WIDTH, WIDTH)], n_microbatches=2, loss_fn=loss_fn, optimizer=paci_rt.SGD
+    )
+    ours = facts_of(pipe)
+    field = f"source of {__name__}"
+    assert len(ours[field]) == 12
+    assert not any(key.startswith(("source of torch", "source of paci_rt")) for key in ours)
+    without = {key: value for key, value in ours.items() if key != field}
+    require_same([ours, without, ours])  # a stage of torch's layers alone
+    with pytest.raises(
+        paci_rt.DisagreementError, match=rf"{field} is .* on ranks 0, 1 and .* on rank 3 \(copy the same"
+    ):
+        require_same([ours, ours, without, {**ours, field: "0" * 12}])
+
+
+class Bent(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+
+
 def test_versions_name_the_sources() -> None:
     assert len(source_digest()) == 12
     stage = nn.Linear(WIDTH, WIDTH)
