@@ -17,7 +17,8 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,15 @@ def save(
     names = schedule.state_names()
     readers = {tie.reader for tie in tied_weights}
     names["params"] = [[name for name in ours if name not in readers] for ours in names["params"]]
-    state, failure = {}, ""
-    try:
+    schedule.drain()
+    state: dict[str, Any] = {}
+    with _together(schedule, group):
+        json.dumps(dict(extra or {}))
         state = schedule.state_dict()
         check_savable(state)
-    except ValueError as error:
-        failure = str(error)
-    _raise_any(_gather(failure, schedule, group), ValueError)
     _leave_to_one(names, state, schedule, group)
     first, num_stages = schedule.stages[0].stage_index, schedule.stages[0].num_stages
-    parts = []
+    parts, failure = [], ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for place, stage in enumerate(schedule.stages):
@@ -146,6 +146,24 @@ def _digest(value: Any) -> str:
     stream = io.BytesIO()
     torch.save(value, stream)
     return hashlib.sha256(stream.getvalue()).hexdigest()
+
+
+@contextmanager
+def _together(schedule: Pipeline, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """What fails in here on one process ends in an error on all of them.
+
+    Raises:
+        ValueError: it failed on another one.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    failures = _gather("" if own is None else f"{own}", schedule, group)
+    if own is not None:
+        raise own
+    _raise_any(failures, ValueError)
 
 
 def _raise_any(failures: Sequence[str], kind: type[Exception]) -> None:
@@ -241,8 +259,8 @@ def load(
     everyone = _gather(wanted, schedule, group)
     used = {kind: {name for theirs in everyone for name in theirs[kind]} for kind in KINDS}
     index: dict[str, Any] = {}
-    failure, take = "", None
-    try:
+    take = None
+    with _together(schedule, group):
         index = read_index(directory)
         _check_same_model(directory, index, used, source)
         names = {kind: {source.get(name, name) for name in wanted[kind]} for kind in KINDS}
@@ -254,9 +272,6 @@ def load(
             del state["optimizer"]
         _check_tensors(directory, state["params"], dict(schedule.named_parameters()))
         take = schedule.check_state_dict(state)
-    except ValueError as error:
-        failure = str(error)
-    _raise_any(_gather(failure, schedule, group), ValueError)
     assert take is not None
     take()
     return dict(index["extra"])

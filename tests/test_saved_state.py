@@ -273,6 +273,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"'exp_avg' of 'block2\.1\.bias' has shape \(1,\)",
     ),
     "state is missing": (lambda state: state["optimizer"].pop(LAST), r"missing block2\.1\.bias"),
+    "unknown state": (lambda state: state["optimizer"].update(x={}), r"optimizer state of \['x'\]"),
     "another optimizer": (_at("optimizers/1/optimizer", lambda _: "Lion"), "is of the optimizer Lion"),
     "amsgrad": (lambda state: state["optimizers"][1]["groups"][0]["options"].update(amsgrad=True), "amsgrad=True"),
     "another scheduler": (
@@ -384,6 +385,24 @@ def test_reshard_moves_buffers_with_their_parameters(tmp_path: Path) -> None:
         train(pipe, range(2, 4))
     assert flat(resumed.state_dict()["params"]) == flat(saved.state_dict()["params"])
     assert flat(resumed.state_dict()["buffers"]) == flat(saved.state_dict()["buffers"])
+
+
+def test_stages_whose_names_collide_keep_their_own() -> None:
+    def make() -> paci_rt.LocalPipeline:
+        modules = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(2)]
+        return paci_rt.LocalPipeline(modules, n_microbatches=2, loss_fn=loss_fn, optimizer=paci_rt.AdamW)
+
+    one, two = make(), make()
+    train(one, range(3))
+    two.load_state_dict(one.state_dict())
+    assert flat(two.state_dict()) == flat(one.state_dict())
+    assert {"stages.0.1.running_mean", "stages.1.1.running_mean"} < set(one.state_dict()["buffers"])
+
+
+def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoint.save(tmp_path / "new", pipeline(), extra={"x": torch.ones(1)})
+    assert not (tmp_path / "new").exists()
 
 
 class Odd(Counting):

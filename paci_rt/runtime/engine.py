@@ -21,7 +21,7 @@ from paci_rt.runtime.batch import Batch, cut_batch
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.pipeline_state import PipelineState
-from paci_rt.runtime.schedulers import check_schedulers
+from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.stats import pipeline_stats
 from paci_rt.runtime.streams import hand_to_caller, joined
@@ -134,7 +134,7 @@ class Pipeline(PipelineState):
                 runtime = bind(setup, stage, audit, optimizer, self._clocks[stage.device])
                 runtimes.append(runtime)
                 scheduler = self._lr_schedulers[at] if self._lr_schedulers else None
-                runtime.after_update = None if scheduler is None else scheduler.step
+                runtime.after_update = None if scheduler is None else Follower(scheduler)
         except BaseException:
             unbind(runtimes)
             raise
@@ -327,6 +327,8 @@ class Pipeline(PipelineState):
         """The pipeline is empty, and every stage holds ``version``."""
         for runtime in self._executor.runtimes.values():
             runtime.audit.version = version
+            if isinstance(runtime.after_update, Follower):
+                runtime.after_update.forget()
             runtime.weights.restart(version)
 
     # --- inside ---

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from paci_rt.errors import OptimizerOwnedError
 from paci_rt.optim.group_options import Place, copied, same
 
 _BY_GROUP = frozenset({"base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums"})
@@ -99,6 +100,44 @@ def _required(step: Any) -> list[str]:
         return []
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [one.name for one in parameters if one.default is one.empty and one.kind not in variable]
+
+
+class Follower:
+    """Steps a scheduler after each local update, and finds out when somebody else did.
+
+    Args:
+        scheduler: one that :func:`check_schedulers` has seen.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._left_at: int | None = None
+
+    def __call__(self) -> None:
+        """Step.
+
+        Raises:
+            OptimizerOwnedError: others have stepped the scheduler since the update before.
+        """
+        scheduler = self._scheduler
+        if self._left_at is not None and _steps(scheduler) != self._left_at:
+            raise OptimizerOwnedError(
+                f"the schedule steps this {kind_of(scheduler)} after each local update, and other code has stepped or "
+                "loaded it since the last one: remove scheduler.step() from the loop, or leave out lr_scheduler="
+            )
+        scheduler.step()
+        self._left_at = _steps(scheduler)
+
+    def forget(self) -> None:
+        """The scheduler was given another state, by right."""
+        self._left_at = None
+
+
+def _steps(scheduler: Any) -> int | None:
+    """How far it is; None where it does not say."""
+    inner = getattr(scheduler, "_schedulers", None)
+    at: int | None = getattr(scheduler, "last_epoch", None)
+    return _steps(inner[0]) if at is None and inner else at
 
 
 def kind_of(scheduler: Any) -> str:

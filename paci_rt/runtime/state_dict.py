@@ -143,6 +143,9 @@ def check_state(state: Mapping[str, Any], parts: Parts) -> Apply:
 
 def _check_optimizers(state: Mapping[str, Any], parts: Parts) -> tuple[list[Handover], Apply]:
     """What the schedulers take over, and what takes over all else of the optimizers."""
+    unknown = sorted(state["optimizer"].keys() - parts.named.keys())
+    if unknown:
+        raise ValueError(f"state does not fit this pipeline: it has optimizer state of {unknown}, which are not here")
     old = "optimizers" not in state
     records = [] if old else state["optimizers"]
     places = find_places(records)

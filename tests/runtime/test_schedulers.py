@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "CosineAnnealingWarmRestarts": lambda o: lrs.CosineAnnealingWarmRestarts(o, 2, T_mult=2),
     "LambdaLR": lambda o: lrs.LambdaLR(o, [lambda step: 1 / (1 + step), lambda step: 0.8**step]),
     "LambdaLR-object": lambda o: lrs.LambdaLR(o, [Decay(), Decay()]),
+    "LambdaLR-partial": lambda o: lrs.LambdaLR(o, partial(pow, 0.9)),
     "MultiplicativeLR": lambda o: lrs.MultiplicativeLR(o, lambda step: 0.9 if step % 2 else 0.8),
     "OneCycleLR": lambda o: lrs.OneCycleLR(o, [0.02, 0.04], total_steps=WINDOWS, three_phase=True),
     "CyclicLR": lambda o: lrs.CyclicLR(o, 1e-3, [0.02, 0.04], step_size_up=2, mode="exp_range", gamma=0.9),
@@ -56,7 +58,13 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "paci-adamw": lambda groups: paci_rt.AdamW(groups, lr=1e-2),
     "paci-sgd": lambda groups: paci_rt.SGD(groups, lr=1e-2, momentum=0.9),
     "torch-adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    "tensor-lr": lambda groups: torch.optim.AdamW(with_tensors(groups), lr=torch.tensor(1e-2)),
 }
+
+
+def with_tensors(groups: Any) -> list[dict[str, Any]]:
+    """Groups whose learning rate is a tensor, as compiled optimizers take it."""
+    return [{key: torch.tensor(value) if key == "lr" else value for key, value in group.items()} for group in groups]
 
 
 class Layers(nn.ModuleDict):
@@ -125,10 +133,11 @@ def sha(pipe: Any) -> str:
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_options_are_those_of_a_plain_loop_and_come_back(scheduler: str, optimizer: str, tmp_path: Path) -> None:
     params = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
-    plain_kind = {"paci-sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9)}.get(
-        optimizer, OPTIMIZERS["torch-adamw"]
-    )
-    plain = plain_kind(groups_of(("", param) for param in params))
+    peers = {
+        "paci-adamw": OPTIMIZERS["torch-adamw"],
+        "paci-sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+    }
+    plain = peers.get(optimizer, OPTIMIZERS[optimizer])(groups_of(("", param) for param in params))
     follow = SCHEDULERS[scheduler](plain)
     straight, saved = (pipeline(scheduler, optimizer, sizes) for sizes in ([2, 2], [1, 3]))
     for window in range(WINDOWS):
@@ -169,6 +178,19 @@ def test_a_scheduler_counts_local_updates() -> None:
     train(pipe, range(3))
     pipe.drain()
     assert [scheduler.last_epoch for scheduler in pipe._lr_schedulers] == [6, 6]  # two micro-batches a step
+
+
+@pytest.mark.parametrize("scheduler", ["StepLR", "ChainedScheduler", "SequentialLR"])
+def test_a_scheduler_that_the_loop_steps_too_is_found(scheduler: str) -> None:
+    pipe = pipeline(scheduler, "paci-adamw", [2, 2])
+    train(pipe, range(1))
+    pipe.load_state_dict(pipe.state_dict())  # by right
+    train(pipe, range(1, 3))
+    pipe._lr_schedulers[0].step()
+    with pytest.raises(
+        paci_rt.OptimizerOwnedError, match=r"other code has stepped or loaded it.*remove scheduler\.step"
+    ):
+        train(pipe, range(3, 4))
 
 
 class Own(lrs.LRScheduler):
