@@ -11,6 +11,7 @@ from __future__ import annotations
 from paci_rt.errors import (
     AccumulatorStateError,
     ActionError,
+    DisagreementError,
     DriftBoundError,
     NativeCoreError,
     OptimizerOwnedError,
@@ -56,6 +57,7 @@ __all__ = [
     "AccumulatorStateError",
     "ActionError",
     "AdamW",
+    "DisagreementError",
     "DriftBoundError",
     "Lion",
     "LocalPipeline",

@@ -12,23 +12,33 @@ The index is replaced last and in one piece, so the folder always holds a whole 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
-import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from paci_rt.runtime.checkpoint_files import (
+    FORMAT,
+    INDEX,
+    KINDS,
+    READABLE,
+    beside,
+    check_savable,
+    part_of,
+    read_parts,
+    write_index,
+    write_part,
+)
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.schedules.lowering import TiedWeight
-
-_FORMAT = "paci_rt checkpoint"
-_VERSION = 1
-_INDEX = "index.json"
 
 PathLike = str | os.PathLike[str]
 
@@ -67,37 +77,98 @@ def save(
         1
     """
     folder = Path(directory)
-    state = schedule.state_dict()
-    for tie in tied_weights:
-        state["params"].pop(tie.reader, None)
-    seen = Counter(name for mine in _gather(list(state["params"]), schedule, group) for name in mine)
-    twice = [name for name, count in seen.items() if count > 1]
+    names = schedule.state_names()
+    readers = {tie.reader for tie in tied_weights}
+    names["params"] = [[name for name in ours if name not in readers] for ours in names["params"]]
+    schedule.drain()
+    state: dict[str, Any] = {}
+    with _together(schedule, group):
+        json.dumps(dict(extra or {}))
+        state = schedule.state_dict()
+        check_savable(state)
+    _leave_to_one(names, state, schedule, group)
+    first, num_stages = schedule.stages[0].stage_index, schedule.stages[0].num_stages
+    parts, failure = [], ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place, stage in enumerate(schedule.stages):
+            records = [record for record in state["optimizers"] if record["stage"] == stage.stage_index]
+            content = part_of(state, {kind: names[kind][place] for kind in KINDS}, records)
+            parts.append(write_part(folder, content, state["windows"], stage.stage_index, num_stages))
+    except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
+        failure = f"cannot write the checkpoint: stage {first}: {error}"
+    gathered = _gather((parts, failure), schedule, group)
+    _raise_any([one for _, one in gathered], OSError)
+    if first == 0:
+        try:
+            write_index(
+                folder, [file for theirs, _ in gathered for file in theirs], state["windows"], dict(extra or {})
+            )
+        except OSError as error:
+            failure = f"cannot write the checkpoint: {INDEX}: {error}"
+    _raise_any(_gather(failure, schedule, group), OSError)  # and nobody returns before the checkpoint is whole
+
+
+def _leave_to_one(
+    names: dict[str, list[list[str]]], state: Mapping[str, Any], schedule: Pipeline, group: dist.ProcessGroup | None
+) -> None:
+    """Take out of ``names`` what a process before this one writes: buffers and extra state that several processes have.
+
+    Raises:
+        ValueError: they differ in the value, or two stages have a parameter of the same name.
+    """
+    ours = {kind: [name for stage in names[kind] for name in stage] for kind in KINDS}
+    everyone = _gather(ours, schedule, group)
+    seen = {kind: Counter(name for theirs in everyone for name in theirs[kind]) for kind in KINDS}
+    twice = [name for name, count in seen["params"].items() if count > 1]
     if twice:
         raise ValueError(
             f"two stages have a parameter named {twice[0]!r}: name them as in the uncut model, where each is one, "
             "or give tied_weights if it is the same weight"
         )
-    first, num_stages = schedule.stages[0].stage_index, schedule.stages[0].num_stages
-    parts, failure = [], ""
+    shared = [(kind, name) for kind in KINDS[1:] for name, count in seen[kind].items() if count > 1]
+    if not shared:
+        return
+    digests = _gather({at: _digest(state[at[0]].get(at[1])) for at in shared if at[1] in ours[at[0]]}, schedule, group)
+    here = dist.get_rank(group)
+    for kind, name in shared:
+        values = [theirs[kind, name] for theirs in digests if (kind, name) in theirs]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"two stages have state named {name!r} with different values: name modules as in the uncut model, "
+                "where each is one"
+            )
+        if any((kind, name) in theirs for theirs in digests[:here]):
+            names[kind] = [[one for one in stage if one != name] for stage in names[kind]]
+
+
+def _digest(value: Any) -> str:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return hashlib.sha256(stream.getvalue()).hexdigest()
+
+
+@contextmanager
+def _together(schedule: Pipeline, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """What fails in here on one process ends in an error on all of them.
+
+    Raises:
+        ValueError: it failed on another one.
+    """
+    own: Exception | None = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = [_write_part(folder, names, at, num_stages, state) for at, names in _by_stage(schedule, state)]
-    except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
-        failure = f"stage {first}: {error}"
-    gathered = _gather((parts, failure), schedule, group)
-    _raise_any([one for _, one in gathered])
-    if first == 0:
-        try:
-            files = [file for theirs, _ in gathered for file in theirs]
-            _write_index(folder, files, int(state["windows"]), dict(extra or {}))
-        except OSError as error:
-            failure = f"{_INDEX}: {error}"
-    _raise_any(_gather(failure, schedule, group))  # and nobody returns before the checkpoint is whole
+        yield
+    except Exception as error:
+        own = error
+    failures = _gather("" if own is None else f"{own}", schedule, group)
+    if own is not None:
+        raise own
+    _raise_any(failures, ValueError)
 
 
-def _raise_any(failures: Sequence[str]) -> None:
+def _raise_any(failures: Sequence[str], kind: type[Exception]) -> None:
     if any(failures):
-        raise OSError(f"cannot write the checkpoint: {'; '.join(one for one in failures if one)}")
+        raise kind("; ".join(dict.fromkeys(one for one in failures if one)))
 
 
 def read_index(directory: PathLike) -> dict[str, Any]:
@@ -121,17 +192,18 @@ def read_index(directory: PathLike) -> dict[str, Any]:
         >>> index["extra"], [file["params"] for file in index["files"]]
         ({'seed': 1}, [['weight', 'bias']])
     """
-    path = Path(directory) / _INDEX
+    path = Path(directory) / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{directory} holds no checkpoint: it has no {_INDEX}") from None
+        raise ValueError(f"{directory} holds no checkpoint: it has no {INDEX}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not the index of a {_FORMAT}")
-    if index["version"] != _VERSION:
-        raise ValueError(f"{path} has version {index['version']}; this version of paci_rt reads {_VERSION}")
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{path} is not the index of a {FORMAT}")
+    if index["version"] not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise ValueError(f"{path} has version {index['version']}; this version of paci_rt reads {known}")
     for file in index["files"]:
         part = path.with_name(file["file"])
         if not part.is_file() or part.stat().st_size != file["bytes"]:
@@ -145,6 +217,7 @@ def load(
     *,
     tied_weights: Sequence[TiedWeight] = (),
     group: dist.ProcessGroup | None = None,
+    optimizer: bool = True,
 ) -> dict[str, Any]:
     """Put a checkpoint's state into ``schedule``, however it was cut when it was saved; every process calls this.
 
@@ -153,13 +226,16 @@ def load(
         schedule: a schedule or a ``LocalPipeline`` of the same model.
         tied_weights: those of the schedule.
         group: for the exchange between processes; None is the default group.
+        optimizer: False takes parameters, buffers and extra state alone; optimizers, schedulers and the count of
+            updates stay as they are.
 
     Returns:
         The ``extra`` values that were saved with it.
 
     Raises:
-        ValueError: no readable checkpoint, or a parameter that is missing in it, left over, or of another shape or
-            dtype; the schedule is unchanged then.
+        ValueError: no readable checkpoint, or a parameter or buffer that is missing in it, left over, or of another
+            shape or dtype, or optimizers, parameter groups or schedulers that do not fit, here or on another process;
+            all of them are unchanged then.
 
     Example:
         Saved from one stage, loaded into two:
@@ -178,38 +254,58 @@ def load(
         >>> torch.equal(cut.stages[1].submod.second.weight, whole.stages[0].submod.second.weight)
         True
     """
-    index = read_index(directory)
     source = {tie.reader: tie.owner for tie in tied_weights}
-    wanted = dict(schedule.named_parameters())
-    used = {name for names in _gather(sorted(wanted), schedule, group) for name in names}
-    _check_same_model(directory, index, {source.get(name, name) for name in used}, used)
-    parts = _read_parts(Path(directory), index, {source.get(name, name) for name in wanted})
-    params = {name: parts["params"][source.get(name, name)] for name in wanted}
-    for name, parameter in wanted.items():
-        if params[name].dtype != parameter.dtype or params[name].shape != parameter.shape:
-            raise ValueError(
-                f"the checkpoint in {directory} has {name} as {params[name].dtype} {tuple(params[name].shape)}, "
-                f"the model as {parameter.dtype} {tuple(parameter.shape)}"
-            )
-    optimizer = {name: parts["optimizer"][name] for name in wanted if name in parts["optimizer"] and name not in source}
-    schedule.load_state_dict(
-        {"params": params, "optimizer": optimizer, "lr_scheduler": parts["lr_scheduler"], "windows": index["windows"]}
-    )
+    wanted = {kind: [name for stage in names for name in stage] for kind, names in schedule.state_names().items()}
+    everyone = _gather(wanted, schedule, group)
+    used = {kind: {name for theirs in everyone for name in theirs[kind]} for kind in KINDS}
+    index: dict[str, Any] = {}
+    take = None
+    with _together(schedule, group):
+        index = read_index(directory)
+        _check_same_model(directory, index, used, source)
+        names = {kind: {source.get(name, name) for name in wanted[kind]} for kind in KINDS}
+        state = read_parts(Path(directory), index, names)
+        state["params"] = {name: state["params"][source.get(name, name)] for name in wanted["params"]}
+        state["optimizer"] = {name: value for name, value in state["optimizer"].items() if name in wanted["params"]}
+        state["windows"] = index["windows"]
+        if not optimizer:
+            del state["optimizer"]
+        _check_tensors(directory, state["params"], dict(schedule.named_parameters()))
+        take = schedule.check_state_dict(state)
+    assert take is not None
+    take()
     return dict(index["extra"])
 
 
-def _check_same_model(directory: PathLike, index: Mapping[str, Any], needed: set[str], used: set[str]) -> None:
-    stored = {name for file in index["files"] for name in file["params"]}
-    missing, unexpected = sorted(needed - stored), sorted(stored - used)
-    if missing or unexpected:
-        raise ValueError(
-            f"the checkpoint in {directory} is of another model: "
-            f"missing {_some(missing)}, left over {_some(unexpected)}"
-        )
+def _check_same_model(
+    directory: PathLike, index: Mapping[str, Any], used: Mapping[str, set[str]], source: Mapping[str, str]
+) -> None:
+    for kind in KINDS if index["version"] > 1 else KINDS[:1]:
+        stored = {name for file in index["files"] for name in file[kind]}
+        needed = {source.get(name, name) for name in used[kind]} if kind == "params" else used[kind]
+        missing, unexpected = sorted(needed - stored), sorted(stored - used[kind])
+        if missing or unexpected:
+            raise ValueError(
+                f"the checkpoint in {directory} is of another model: "
+                f"missing {_some(missing)}, left over {_some(unexpected)}"
+            )
+
+
+def _check_tensors(
+    directory: PathLike, saved: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.nn.Parameter]
+) -> None:
+    for name, parameter in wanted.items():
+        if saved[name].dtype != parameter.dtype or saved[name].shape != parameter.shape:
+            raise ValueError(
+                f"the checkpoint in {directory} has {name} as {saved[name].dtype} {tuple(saved[name].shape)}, "
+                f"the model as {parameter.dtype} {tuple(parameter.shape)}"
+            )
 
 
 def reshard(source: PathLike, target: PathLike, layout: Sequence[Iterable[str]]) -> None:
     """Rewrite a checkpoint with one file for each group of parameter names; :func:`load` itself needs no such help.
+
+    Buffers and extra state go where the parameters are that are nearest to them in the model.
 
     Args:
         source: folder of the checkpoint.
@@ -239,79 +335,15 @@ def reshard(source: PathLike, target: PathLike, layout: Sequence[Iterable[str]])
         raise ValueError(f"the layout must name each parameter of {source} exactly once; wrong: {_some(wrong)}")
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
+    kept = {kind: [name for file in index["files"] for name in file.get(kind, ())] for kind in KINDS[1:]}
+    placed = {"params": groups, **{kind: beside(names, groups) for kind, names in kept.items()}}
     files = []
-    for at, names in enumerate(groups):
-        state = {**_read_parts(Path(source), index, set(names)), "windows": index["windows"]}
-        files.append(_write_part(folder, names, at, len(groups), state))
-    _write_index(folder, files, index["windows"], index["extra"])
-
-
-def _by_stage(schedule: Pipeline, state: Mapping[str, Any]) -> Iterable[tuple[int, list[str]]]:
-    """The names of each stage of this process."""
-    names_of = {parameter: name for name, parameter in schedule.named_parameters()}
-    for stage in schedule.stages:
-        names = (names_of[parameter] for parameter in stage.parameters())
-        yield stage.stage_index, [name for name in names if name in state["params"]]
-
-
-def _write_part(folder: Path, names: Sequence[str], at: int, count: int, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Write one file, under a new name, so that the files of the checkpoint before stay whole."""
-    name = f"step-{state['windows']:08d}-stage-{at}-of-{count}-{secrets.token_hex(4)}.pt"
-    content = {
-        "params": {one: state["params"][one] for one in names},
-        "optimizer": {one: state["optimizer"][one] for one in names if one in state["optimizer"]},
-        "lr_scheduler": state["lr_scheduler"],
-    }
-    with _replacing(folder / name) as stream:
-        torch.save(content, stream)
-    return {"file": name, "bytes": (folder / name).stat().st_size, "params": list(names)}
-
-
-def _write_index(folder: Path, files: list[dict[str, Any]], windows: int, extra: dict[str, Any]) -> None:
-    index = {"format": _FORMAT, "version": _VERSION, "windows": windows, "extra": extra, "files": files}
-    with _replacing(folder / _INDEX) as stream:
-        stream.write(json.dumps(index, indent=1).encode())
-    kept = {file["file"] for file in files}
-    for path in [*folder.glob("step-*-stage-*.pt"), *folder.glob(".step-*.part")]:  # replaced, or cut off while saving
-        if path.name not in kept:
-            path.unlink(missing_ok=True)
-
-
-class _replacing:
-    """A file that appears under its name only once it is complete and on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._part = path, path.with_name(f".{path.name}.part")
-
-    def __enter__(self) -> Any:
-        self._stream = self._part.open("wb")
-        return self._stream
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-        finally:
-            self._stream.close()
-        if kind is None:
-            os.replace(self._part, self._path)
-        else:
-            self._part.unlink(missing_ok=True)
-
-
-def _read_parts(folder: Path, index: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    """Parameters and optimizer state of ``names``, memory-mapped, from whichever files hold them."""
-    found: dict[str, Any] = {"params": {}, "optimizer": {}, "lr_scheduler": None}
-    for file in index["files"]:
-        mine = names.intersection(file["params"])
-        if not mine:
-            continue
-        content = torch.load(folder / file["file"], map_location="cpu", mmap=True, weights_only=True)
-        for kind in ("params", "optimizer"):
-            found[kind].update({name: value for name, value in content[kind].items() if name in mine})
-        found["lr_scheduler"] = content["lr_scheduler"]
-    return found
+    for at in range(len(groups)):
+        names = {kind: set(placed[kind][at]) for kind in KINDS}
+        state = read_parts(Path(source), index, names)
+        content = part_of(state, {kind: placed[kind][at] for kind in KINDS}, state.get("optimizers", ()))
+        files.append(write_part(folder, content, index["windows"], at, len(groups)))
+    write_index(folder, files, index["windows"], index["extra"], index["version"])
 
 
 def _gather(value: Any, schedule: Pipeline, group: dist.ProcessGroup | None) -> list[Any]:

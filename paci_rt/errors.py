@@ -219,6 +219,17 @@ class TransportError(PaciError, RuntimeError):
     """
 
 
+class DisagreementError(PaciError, ValueError):
+    """The processes of a run were asked for different things; the message names what differs, the values and the ranks.
+
+    Example:
+        >>> from paci_rt.runtime.agreement import require_same
+        >>> require_same([{"n_microbatches": 4}, {"n_microbatches": 8}, {"n_microbatches": 4}])
+        Traceback (most recent call last):
+        paci_rt.errors.DisagreementError: the processes of this run disagree: n_microbatches is 4 on ranks 0, 2 and ...
+    """
+
+
 class NativeCoreError(PaciError, ImportError):
     """The native module ``paci_rt._C`` is absent or was built for something else; the message says how to build it.
 

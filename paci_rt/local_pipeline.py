@@ -85,7 +85,11 @@ class LocalPipeline(Pipeline):
         elif optimizer is not None:
             optimizers = one_each("optimizer", optimizer, stages) or []
         if callable(lr_scheduler):
+            if optimizer is None:
+                raise ValueError("lr_scheduler needs optimizer=: without one the schedule takes no step to follow")
             lr_scheduler = [lr_scheduler(one) for one in optimizers]
+        else:
+            lr_scheduler = one_each("lr_scheduler", lr_scheduler, stages)
         super().__init__(
             stages,
             schedule,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from paci_rt import schedules
+from paci_rt.runtime.agreement import among_processes
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.schedules import Slack, StepCosts
@@ -27,7 +28,8 @@ class _Schedule(Pipeline):
             stage, as a list, where there are several.
         lr_scheduler: any ``torch.optim.lr_scheduler``, stepped after each local update; likewise.
         transport: how stages reach each other: a name of :data:`paci_rt.transport.TRANSPORTS`, see
-            :func:`paci_rt.transport.make_transport`, or a ready-made transport.
+            :func:`paci_rt.transport.make_transport`, or a ready-made transport. Processes that were asked for different
+            things raise a :class:`~paci_rt.DisagreementError` here, see :mod:`paci_rt.runtime.agreement`.
         transfer_timeout_s: deadline of every single wait for another stage, in seconds; for a transport by name.
 
     The other arguments are those of :class:`Pipeline`.
@@ -35,6 +37,7 @@ class _Schedule(Pipeline):
 
     name: ClassVar[str]
 
+    @among_processes
     def __init__(
         self,
         stage: PipelineStage | Sequence[PipelineStage],

@@ -104,6 +104,22 @@ class _AnyTorch(StageOptimizer):
     def _state_of(self, number: int, position: int) -> dict[str, Any]:
         return dict(self.optimizer.state.get(self.groups[number].params[position], {}))
 
+    def _check_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
+        name, param = self.groups[number].names[position], self.groups[number].params[position]
+        if "master" in entry:
+            raise ValueError(
+                f"optimizer state of {name!r} has an fp32 master, which {type(self.optimizer).__name__} of torch.optim "
+                "does not keep: use paci_rt's optimizer of that name"
+            )
+        if not type(self.optimizer).__module__.startswith("torch."):
+            return  # others keep what they like
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and value.dim() and not _reducible(value.shape, param.shape):
+                raise ValueError(
+                    f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, which does not fit the "
+                    f"parameter's {tuple(param.shape)}"
+                )
+
     def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
         param = self.groups[number].params[position]
         if not entry:
@@ -114,6 +130,11 @@ class _AnyTorch(StageOptimizer):
 
     def unbind(self) -> None:
         self._guard.remove()
+
+
+def _reducible(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether ``shape`` is ``full``, or that with some dimensions of 1, as Adafactor keeps it."""
+    return len(shape) == len(full) and all(one in (1, whole) for one, whole in zip(shape, full, strict=True))
 
 
 def _placed(key: str, value: Any, param: Tensor, options: Mapping[str, Any]) -> Any:

@@ -79,6 +79,29 @@ class FusedState:
             views["master"] = self.group.view(self.master, position)
         return views
 
+    def check(self, position: int, entry: Mapping[str, Any]) -> None:
+        """Make sure that :meth:`adopt` can take ``entry``.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a shape differs.
+        """
+        name, views = self.group.names[position], self.views(position)
+        given = {key: value for key, value in entry.items() if value is not None}
+        if not given:
+            return
+        missing, unexpected = views.keys() - given.keys() - {"master"}, given.keys() - views.keys() - {"master"}
+        if missing or unexpected:
+            raise ValueError(
+                f"optimizer state of {name!r} has {sorted(given)}, but {type(self._optimizer).__name__} keeps "
+                f"{sorted(views)}: it was saved by another optimizer"
+            )
+        for key, value in given.items():
+            shape = torch.as_tensor(value).shape
+            if key in views and shape != views[key].shape:
+                raise ValueError(
+                    f"optimizer state {key!r} of {name!r} has shape {tuple(shape)}, expected {tuple(views[key].shape)}"
+                )
+
     def adopt(self, position: int, entry: dict[str, Any]) -> None:
         """Replace one parameter's state by the values of ``entry``; an empty one resets it.
 
@@ -86,10 +109,10 @@ class FusedState:
         can be loaded.
 
         Raises:
-            ValueError: a name is missing or unknown, or a shape differs.
+            ValueError: as :meth:`check`; nothing has been changed then.
         """
-        name, param = self.group.names[position], self.group.params[position]
-        views = self.views(position)
+        self.check(position, entry)
+        param, views = self.group.params[position], self.views(position)
         given = {key: value for key, value in entry.items() if value is not None}
         if not given:
             for key, view in views.items():
@@ -98,19 +121,8 @@ class FusedState:
                 views["master"].copy_(param.detach())
             self._optimizer.state.pop(param, None)
             return
-        missing, unexpected = views.keys() - given.keys() - {"master"}, given.keys() - views.keys() - {"master"}
-        if missing or unexpected:
-            raise ValueError(
-                f"optimizer state of {name!r} has {sorted(given)}, but {type(self._optimizer).__name__} keeps "
-                f"{sorted(views)}: it was saved by another optimizer"
-            )
         for key, view in views.items():
-            value = torch.as_tensor(given[key]) if key in given else param.detach()
-            if value.shape != view.shape:
-                raise ValueError(
-                    f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, expected {tuple(view.shape)}"
-                )
-            view.copy_(value)
+            view.copy_(torch.as_tensor(given[key]) if key in given else param.detach())
         self._optimizer.state[param] = views
 
     def updates(self) -> list[int]:
@@ -267,6 +279,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: an option means an optimizer that this one is not.
         """
+        if saved.get("amsgrad"):
+            raise ValueError(
+                f"the state was saved with amsgrad=True, which paci_rt.{type(self).__name__} does not have: use "
+                f"torch.optim.{type(self).__name__}"
+            )
         return {**own, **saved}
 
     def _states_with_new_groups(self) -> list[tuple[FusedState, dict[str, Any]]]:
@@ -335,6 +352,9 @@ class FusedStageOptimizer(StageOptimizer):
     def _state_of(self, number: int, position: int) -> dict[str, Any]:
         state = self._states[number]
         return state.views(position) if state.has_state(position) else {}
+
+    def _check_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
+        self._states[number].check(position, entry)
 
     def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
         self._states[number].adopt(position, entry)

@@ -65,6 +65,19 @@ class SGD(FusedOptimizer):
         names = ("momentum_buffer",) if float(param_group["momentum"]) != 0 else ()
         return FusedState(self, param_group, group, names)
 
+    def merge_options(self, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """As for all; a group that a schedule took without momentum has no buffer for it.
+
+        Raises:
+            ValueError: the saved momentum would need one.
+        """
+        if self.fused_states and float(own["momentum"]) == 0 and float(saved["momentum"]) != 0:
+            raise ValueError(
+                f"the state was saved with momentum={saved['momentum']}, and this SGD was given to a schedule without: "
+                "construct it with momentum above 0"
+            )
+        return super().merge_options(own, saved)
+
     def run(self, state: FusedState, positions: list[int], step: FlatStep) -> None:
         """One pass over weights, gradients and the momentum buffer, which the first update of a parameter sets.
 

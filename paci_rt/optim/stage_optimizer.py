@@ -216,8 +216,8 @@ class StageOptimizer(GradSink):
             for position, name in enumerate(group.names)
         }
 
-    def load_state_by_name(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what :meth:`state_by_name` returned, perhaps from a stage cut differently.
+    def check_state_by_name(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make sure that :meth:`load_state_by_name` can take ``states``.
 
         Raises:
             ValueError: names are missing or unexpected, or an entry does not fit the optimizer.
@@ -228,6 +228,17 @@ class StageOptimizer(GradSink):
             parts = [f"missing {', '.join(missing)}"] if missing else []
             parts += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
             raise ValueError(f"optimizer state does not fit this stage's parameters: {'; '.join(parts)}")
+        for number, group in enumerate(self.groups):
+            for position, name in enumerate(group.names):
+                self._check_state_of(number, position, dict(states[name]))
+
+    def load_state_by_name(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what :meth:`state_by_name` returned, perhaps from a stage cut differently.
+
+        Raises:
+            ValueError: as :meth:`check_state_by_name`; nothing has been changed then.
+        """
+        self.check_state_by_name(states)
         for number, group in enumerate(self.groups):
             for position, name in enumerate(group.names):
                 self._load_state_of(number, position, dict(states[name]))
@@ -244,12 +255,15 @@ class StageOptimizer(GradSink):
     def _state_of(self, number: int, position: int) -> dict[str, Any]:
         return {}
 
-    def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
+    def _check_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
         if entry:
             raise ValueError(
                 f"optimizer state for {self.groups[number].names[position]!r} was given, but the schedule has no "
                 "optimizer: load it into your own"
             )
+
+    def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
+        """Take over an entry that was checked."""
 
     @abstractmethod
     def unbind(self) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paci_rt.action import Action
 from paci_rt.clock import HostClock
@@ -21,8 +21,9 @@ from paci_rt.runtime.batch import Batch, cut_batch
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.module_watch import ModuleWatch, set_aside
+from paci_rt.runtime.pipeline_state import PipelineState
+from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.stage import LossFn, PipelineStage
-from paci_rt.runtime.state_dict import collect_state, load_state
 from paci_rt.runtime.stats import pipeline_stats
 from paci_rt.runtime.streams import hand_to_caller, joined
 from paci_rt.schedules import Slack, StepCosts
@@ -32,7 +33,7 @@ from paci_rt.trace import Event
 from paci_rt.transport import Transport
 
 
-class Pipeline:
+class Pipeline(PipelineState):
     """What all schedules share; use one of the subclasses or :class:`LocalPipeline`.
 
     Args:
@@ -42,7 +43,7 @@ class Pipeline:
             schedule (``async-1f1b`` alone updates after each of them).
         loss_fn: ``loss_fn(output, target)`` on the last stage, returning a scalar.
         optimizers: one per stage, or None to leave gradients in ``.grad`` (flush schedules only).
-        lr_schedulers: one per stage, stepped after each local update.
+        lr_schedulers: one per stage or None, stepped after each local update; :mod:`paci_rt.runtime.schedulers`.
         chunks: stages per rank (``interleaved-1f1b``).
         slack: additional warm-up forwards (asynchronous schedules): one number for every stage but the last, or one a
             stage; :func:`paci_rt.plan_slack` says how many hide the latency of links.
@@ -97,6 +98,7 @@ class Pipeline:
             tied_weights=tied_weights,
             scale_grads=scale_grads,
         )
+        self.asked_for = setup
         self._lowering, self._policy = setup.lowering, setup.policy
         validate(self._lowering, capacity=transport.capacity)
         self._ranks = ranks_here(stages, self._lowering.shape)
@@ -109,7 +111,7 @@ class Pipeline:
         self._was_empty = True  # since the caller could change weights
         self._failure: BaseException | None = None
         self._closed = False
-        self._lr_schedulers = list(lr_schedulers or ())
+        self._lr_schedulers = check_schedulers(lr_schedulers, optimizers)
         self._executor = Executor(
             self._bind(setup, stages, optimizers),
             transport,
@@ -133,14 +135,24 @@ class Pipeline:
                 audit = audits[setup.lowering.shape.rank_of(stage.stage_index)]
                 runtime = bind(setup, stage, audit, optimizer, self._clocks[stage.device])
                 runtimes.append(runtime)
-                if self._lr_schedulers:
-                    runtime.after_update = self._lr_schedulers[at].step
+                scheduler = self._lr_schedulers[at] if self._lr_schedulers else None
+                runtime.after_update = None if scheduler is None else Follower(scheduler)
         except BaseException:
             unbind(runtimes)
             raise
         return runtimes
 
     # --- running ---
+
+    @property
+    def loss_fn(self) -> LossFn | None:
+        """``loss_fn(output, target)``, as it was given."""
+        return self._loss_fn
+
+    @property
+    def n_microbatches(self) -> int:
+        """Micro-batches that a step cuts its batch into."""
+        return self._n_microbatches
 
     @property
     def stages(self) -> list[PipelineStage]:
@@ -202,7 +214,7 @@ class Pipeline:
         if not torch.is_grad_enabled():
             raise RuntimeError("step() under torch.no_grad() cannot train: call eval() instead")
         self._check_usable()
-        self._watch.follow(self.drain, owed=self._start_window < self._next_window)
+        self._follow_modules()
         accumulation, start = self._lowering.shape.accumulation, self._start_window
         windows = range(self._next_window, self._next_window + self._windows_per_step)
         first = windows.start * accumulation
@@ -316,37 +328,16 @@ class Pipeline:
             runtime.weights.reset_stats()
         self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of this process's stages. Names are the modules' own; where two stages share a name, all
-        names are prefixed by ``stages.<index>.``."""
-        pairs = [(stage, name, param) for stage in self.stages for name, param in stage.named_parameters()]
-        unique = len({name for _, name, _ in pairs}) == len(pairs)
-        for stage, name, param in pairs:
-            yield (name if unique else f"stages.{stage.stage_index}.{name}"), param
-
-    def state_dict(self) -> dict[str, Any]:
-        """Drain, then return ``{"params", "optimizer", "lr_scheduler", "windows"}``, keyed by parameter name."""
-        self.drain()
-        self._watch.follow(self.drain, owed=False)
-        named = dict(self.named_parameters())
-        return collect_state(named, self.stages, self._optimizers, self._lr_schedulers, self._next_window)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Drain, then take over a state of :meth:`state_dict`.
-
-        Raises:
-            ValueError: names or shapes that do not match; nothing has been changed then.
-        """
-        self.drain()
-        self._watch.follow(self.drain, owed=False)
-        load_state(state, dict(self.named_parameters()), self.stages, self._optimizers, self._lr_schedulers)
-        self._next_window = self._start_window = int(state["windows"])
-        self._restart(self._next_window)
+    def _follow_modules(self) -> None:
+        """Bind what changed in the modules since the last step."""
+        self._watch.follow(self.drain, owed=self._start_window < self._next_window)
 
     def _restart(self, version: int) -> None:
         """The pipeline is empty, and every stage holds ``version``."""
         for runtime in self._executor.runtimes.values():
             runtime.audit.version = version
+            if isinstance(runtime.after_update, Follower):
+                runtime.after_update.forget()
             runtime.weights.restart(version)
 
     # --- inside ---

@@ -48,6 +48,18 @@ class Corpus:
     val: Tokens
     vocab_size: int
 
+    def digest(self) -> str:
+        """A hash of the tokens, and their number; of more than 64 MiB a part, 1024 blocks of 16 KiB are read."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.val):
+            digest.update(f"{part.dtype.str} {len(part)}\n".encode())
+            block = max(1, (16 << 10) // part.itemsize)
+            every = block if part.nbytes <= 64 << 20 else (len(part) - block) // 1023
+            for start in range(0, len(part), every):
+                digest.update(part[start : start + block].tobytes())
+            digest.update(part[-block:].tobytes())
+        return f"{digest.hexdigest()[:16]} ({len(self.train) + len(self.val):,} tokens)"
+
     def require(self, seq_len: int) -> None:
         """Raise ValueError unless both parts hold a sequence of ``seq_len`` tokens and the one that follows it."""
         for part, tokens in (("training", self.train), ("validation", self.val)):

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import paci_rt
 from paci_rt import checkpoint
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.train.agree import agree_on_run
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
@@ -45,16 +46,20 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
 
     Raises:
         ValueError: unusable data, or a checkpoint that does not fit.
+        DisagreementError: another process was given other options, data or code.
         ActionError, PeerLostError, TransferTimeoutError, DriftBoundError: the pipeline failed.
     """
     corpus, first_step = preflight(config)
+    if not ctx.local:
+        agree_on_run(config, corpus, first_step)
     pipeline, lr_schedulers = build_pipeline(config, ctx)
     # A group of our own, because the default one carries the pipeline's messages.
     group = None if ctx.local else dist.new_group(backend="gloo")
     ties = tied_weights(config.gpt, config.stages * config.chunks)
     if config.resume is not None:
+        given = own_options(lr_schedulers)
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
-        set_learning_rate(lr_schedulers, config, first_step)
+        set_options(lr_schedulers, given, config, first_step)
     clock = TrainingClock(barrier=lambda: None if group is None else dist.barrier(group))
     log = Log(config, ctx, pipeline, clock)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
@@ -201,12 +206,23 @@ def make_optimizer(config: TrainConfig, named: Iterable[tuple[str, nn.Parameter]
     return optimizer
 
 
-def set_learning_rate(lr_schedulers: Sequence[LambdaLR], config: TrainConfig, step: int) -> None:
-    """After a resume: the rate of the next update follows from this run's options, not from the checkpoint's."""
-    for scheduler in lr_schedulers:
+def own_options(lr_schedulers: Sequence[LambdaLR]) -> list[list[dict[str, Any]]]:
+    """By stage and parameter group the options that the optimizers were made with."""
+    return [
+        [{key: value for key, value in group.items() if key != "params"} for group in scheduler.optimizer.param_groups]
+        for scheduler in lr_schedulers
+    ]
+
+
+def set_options(
+    lr_schedulers: Sequence[LambdaLR], given: Sequence[Sequence[dict[str, Any]]], config: TrainConfig, step: int
+) -> None:
+    """After a resume: the options of the next update are this run's, not the checkpoint's, and its rate follows from
+    ``step``."""
+    for scheduler, options in zip(lr_schedulers, given, strict=True):
         scheduler.base_lrs = [config.lr for _ in scheduler.base_lrs]
-        for group in scheduler.optimizer.param_groups:
-            group["lr"] = config.lr * config.lr_factor(step)
+        for group, own in zip(scheduler.optimizer.param_groups, options, strict=True):
+            group.update({**own, "lr": config.lr * config.lr_factor(step), "initial_lr": config.lr})
 
 
 def pinned(pipeline: Pipeline, *tensors: Tensor) -> tuple[Tensor, ...]:

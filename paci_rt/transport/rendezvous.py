@@ -65,19 +65,24 @@ class Meeting:
     Args:
         group: None is the default group.
         timeout_s: how long to wait for the others; at least ``LEAST_TIMEOUT_S``.
+        kind: meetings of different kinds are counted apart.
     """
 
     _held: ClassVar[dict[str, int]] = {}  # meetings by the name of the group
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float, kind: str = "") -> None:
         members = dist.group.WORLD if group is None else group
         assert members is not None
-        name = members.group_name
+        name = f"{members.group_name}/{kind}" if kind else members.group_name
         self.number = self._held.get(name, 0)
         self._held[name] = self.number + 1
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._timeout_s = max(timeout_s, LEAST_TIMEOUT_S)
         self._store = dist.PrefixStore(f"paci_rt/{name}/{self.number}", dist.distributed_c10d._get_default_store())
+
+    def tell(self, topic: str, value: Any) -> None:
+        """Tell everybody ``value`` (JSON-ready), without waiting for anybody."""
+        self._store.set(f"{topic}/{self.rank}", json.dumps(value))
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Tell everybody ``value`` (JSON-ready), and return the values of all, by rank.
@@ -85,7 +90,7 @@ class Meeting:
         Raises:
             TransportError: some processes did not come in time.
         """
-        self._store.set(f"{topic}/{self.rank}", json.dumps(value))
+        self.tell(topic, value)
         deadline, pause_s = time.monotonic() + self._timeout_s, POLL_S
         keys = [f"{topic}/{rank}" for rank in range(self.size)]
         while not self._store.check(keys):
