@@ -18,6 +18,7 @@ from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
 from paci_rt.runtime.split_backward import SplitLayer, WeightGradient, WeightGradients
 from paci_rt.transport.base import Message
+from paci_rt.transport.payload import plain
 
 # In newer versions of torch a backward can start from a gradient edge, which keeps the graph but not the output's
 # memory. Without the token, which is newer still, an edge does not keep the node of a Python function, such as a split
@@ -298,7 +299,7 @@ class PipelineStage:
         if split:
             self._pending[micro_batch] = pending, saved.shares
         return Message(
-            tuple(None if tensor.grad is None else tensor.grad.contiguous() for tensor in saved.inputs),
+            tuple(None if tensor.grad is None else plain(tensor.grad) for tensor in saved.inputs),
             tuple(False for _ in saved.inputs),
         )
 
@@ -368,7 +369,7 @@ def _root(tensor: Tensor) -> Any:
 
 
 def _message(outputs: tuple[Tensor, ...], requires_grad: tuple[bool, ...]) -> Message:
-    return Message(tuple(tensor.detach().contiguous() for tensor in outputs), requires_grad)
+    return Message(tuple(plain(tensor) for tensor in outputs), requires_grad)
 
 
 def _detached(output: Any) -> Any:
