@@ -16,7 +16,8 @@ from paci_rt.errors import StageError
 from paci_rt.optim.backend import usable
 from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
-from paci_rt.runtime.split_backward import SplitLayer, WeightGradient, WeightGradients
+from paci_rt.runtime.split_backward import SplitUse, WeightGradient, WeightGradients
+from paci_rt.runtime.split_calls import SplitCalls
 from paci_rt.transport.base import Message
 from paci_rt.transport.payload import plain
 
@@ -37,7 +38,7 @@ class _Graph:
 
     roots: tuple[Any, ...]
     which: tuple[int, ...]  # positions of the outputs that the roots belong to
-    used: list[SplitLayer]  # linear layers, in the order of their uses
+    used: list[SplitUse]  # linear layers, in the order of their uses
 
 
 @dataclass(slots=True)
@@ -162,6 +163,7 @@ class PipelineStage:
         of linear layers (see :mod:`paci_rt.runtime.split_backward`)."""
         self.require_free()
         gradients = self._gradients = WeightGradients(self.submod, sink)
+        gradients.calls = SplitCalls(self.submod, gradients)
 
         def take(param: Tensor) -> None:
             if gradients.collecting and param.grad is not None:
@@ -234,9 +236,9 @@ class PipelineStage:
 
     def _build_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
-    ) -> tuple[tuple[Tensor, ...], Any, Tensor | None, list[SplitLayer]]:
+    ) -> tuple[tuple[Tensor, ...], Any, Tensor | None, list[SplitUse]]:
         """A forward with autograd: what gradients start from, output, loss, and the layers that were used."""
-        counting: AbstractContextManager[list[SplitLayer]] = nullcontext([])
+        counting: AbstractContextManager[list[SplitUse]] = nullcontext([])
         if self._gradients is not None:
             counting = self._gradients.forward()
         with torch.enable_grad(), counting as used:
@@ -249,7 +251,7 @@ class PipelineStage:
         return () if self.is_last else self._as_tuple(output)
 
     @staticmethod
-    def _graph(outputs: tuple[Tensor, ...], used: list[SplitLayer]) -> _Graph:
+    def _graph(outputs: tuple[Tensor, ...], used: list[SplitUse]) -> _Graph:
         which = tuple(at for at, tensor in enumerate(outputs) if tensor.requires_grad)
         return _Graph(tuple(_root(outputs[at]) for at in which), which, used)
 
