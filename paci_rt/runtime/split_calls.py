@@ -298,7 +298,7 @@ class _Scopes(TorchFunctionMode):
         return _Inside(self, scope)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = _READ.get(func)
+        read = None if torch.compiler.is_compiling() else _READ.get(func)
         if read is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         call = self._find(func, read(*args, **(kwargs or {})))
