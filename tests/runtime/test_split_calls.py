@@ -158,7 +158,11 @@ def test_modules_are_given_back_and_copies_compute_as_usual(kind: str) -> None:
         expected = modules[0](x)
     assert torch.equal(twin(x), expected)
     twin(x).sum().backward()
-    assert twin.inner.layer.weight.grad is not None if kind == "by hand" else twin.get_parameter("0.scale").grad is not None  # type: ignore[union-attr]
+    assert (
+        twin.inner.layer.weight.grad is not None
+        if kind == "by hand"
+        else twin.get_parameter("0.scale").grad is not None
+    )  # type: ignore[union-attr]
     pipe.close()
     after = [type(part).forward for module in modules for part in module.modules()]
     assert before == after
