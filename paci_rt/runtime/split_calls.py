@@ -1,14 +1,15 @@
 """Backward split of linear layers that are no module of their own: calls of ``F.linear`` and its like on a parameter.
 
-Two kinds of module have such calls. What ``torch.export`` or ``torch.fx`` traced, for example the stages that torch's
-``pipeline()`` makes, has them as nodes of its graph: while a schedule has the stage, the module runs code generated from
-a copy of the graph, in which :class:`SplitCall` stands in for those nodes. In a hand-written module nobody knows before
-it runs: there the calls are found as they come, by a ``TorchFunctionMode`` that is active within the forwards of modules
-that own a matrix, and of those only where the first forward had such a call. That costs about a microsecond a call of
-torch within these forwards; traced modules, and those without a matrix of their own, pay nothing.
+Two kinds of module have such calls. What ``torch.export`` or ``torch.fx`` traced, such as the stages that torch's
+``pipeline()`` makes, has them as nodes of its graph: while a schedule has the stage, the module runs code generated
+from a copy of the graph, in which :class:`SplitCall` stands in for those nodes. In a hand-written module nobody knows
+before it runs: there the calls are found as they come, by a ``TorchFunctionMode`` that is active within the forwards of
+modules that own a matrix, and of those only where the first forward had such a call. That costs one or two microseconds
+per call of torch within these forwards; traced modules, and those without a matrix of their own, pay nothing.
 
-As for layers (:mod:`paci_rt.runtime.split_backward`), autograd keeps what only it can do right: weights that are computed
-or replaced, a bias that is, ``torch.autocast``, ``torch.compile``, and calls that checkpointing will repeat by themselves.
+As for layers (:mod:`paci_rt.runtime.split_backward`), autograd keeps what only it can do right: weights that are
+computed or replaced, a computed bias, ``torch.autocast``, ``torch.compile``, and calls that checkpointing will repeat by
+themselves.
 """
 
 from __future__ import annotations
@@ -283,8 +284,8 @@ class _Inside:
 class _Scopes(TorchFunctionMode):
     """Sees every call of torch within the scopes of one stage.
 
-    A checkpointed region within a scope runs again without it. What autograd saves must be the same both times, so calls
-    there are left alone: they are known by the hooks that checkpointing has put on saved tensors since the scope began.
+    A checkpointed region within a scope runs again without it. What autograd saves must be the same both times, so
+    calls there are left alone: checkpointing has put hooks on saved tensors since the scope began.
     """
 
     def __init__(self, calls: SplitCalls) -> None:

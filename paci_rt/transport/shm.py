@@ -169,8 +169,8 @@ class ShmTransport(NativeTransport):
             raise StageError(f"a tensor on {tensor.device} cannot travel over the shm transport: move it to 'cpu'")
         if not _can_view(tensor.dtype):
             raise StageError(
-                f"torch {torch.__version__} cannot take {tensor.dtype} from shared memory: send tensor.view(torch.uint8), "
-                "or use transport 'gloo' (--transport gloo)"
+                f"torch {torch.__version__} cannot take {tensor.dtype} from shared memory: send "
+                "tensor.view(torch.uint8), or use transport 'gloo' (--transport gloo)"
             )
 
     def _peer(self, stage: int) -> ShmSegment:
