@@ -181,6 +181,8 @@ def by_hand(rank: int, group: Any) -> None:
     other = theirs.Schedule1F1B(theirs.PipelineStage(copies[rank], rank, 2, CPU, group=group), PARTS, F.mse_loss)
     step(other, rank, 2, "chain")
     for name, value in state(copies[rank]).items():
+        if not name.endswith(".grad"):  # torch's stage has run one more forward, to learn the shapes
+            continue
         assert torch.equal(value, state(blocks[rank])[name]), name
 
 
@@ -240,6 +242,7 @@ def tied(rank: int, group: Any) -> None:
     x, y = torch.arange(BATCH), torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(1))
     for _ in range(3):
         schedule.step(*((x,) if rank == 0 else ()), target=y if rank else None)
+    schedule.drain()
     schedule.close()
     torch.manual_seed(3)
     plain = Tied()
@@ -253,7 +256,8 @@ def tied(rank: int, group: Any) -> None:
         optimizer.zero_grad()
     mine = dict(stage.submod.named_parameters())["head.weight" if rank else "embedding.weight"]
     # The two terms of the shared gradient are summed in another order: a rounding of fp32 a micro-batch.
-    assert float((mine - plain.head.weight).norm() / plain.head.weight.norm()) < 1e-6
+    error = float((mine - plain.head.weight).norm() / plain.head.weight.norm())
+    assert error < 1e-6, error
 
 
 def test_a_parameter_that_the_frontend_copied_has_to_be_tied(workers: WorkerPool) -> None:
