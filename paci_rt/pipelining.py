@@ -11,6 +11,7 @@ from paci_rt import schedules
 from paci_rt.runtime.agreement import among_processes
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.stage import LossFn, PipelineStage
+from paci_rt.runtime.torch_stages import adopt
 from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules.lowering import TiedWeight
 from paci_rt.transport import DEFAULT_TIMEOUT_S, Transport, make_transport
@@ -20,7 +21,8 @@ class _Schedule(Pipeline):
     """A pipeline whose other stages live in other processes; torch's schedule interface.
 
     Args:
-        stage: this process's :class:`~paci_rt.PipelineStage`; for ``interleaved-1f1b`` the list of its stages.
+        stage: this process's :class:`~paci_rt.PipelineStage`, or torch's, by hand or by ``Pipe.build_stage``; for
+            ``interleaved-1f1b`` the list of its stages.
         n_microbatches, loss_fn: as torch's.
         args_chunk_spec, kwargs_chunk_spec, output_merge_spec: must stay None; batches are cut along dimension 0.
         scale_grads: as torch's.
@@ -67,7 +69,7 @@ class _Schedule(Pipeline):
         ):
             if spec is not None:
                 raise ValueError(f"{name} is not None: batches are cut along dimension 0; leave it out")
-        stages = list(stage) if isinstance(stage, Sequence) else [stage]
+        stages = [adopt(one, tied_weights) for one in (stage if isinstance(stage, Sequence) else [stage])]
         if not stages:
             raise ValueError("stages is empty: give the stages of this rank")
         super().__init__(

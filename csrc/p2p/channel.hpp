@@ -69,7 +69,7 @@ struct DTypeInfo {
   std::uint8_t code;
   std::uint8_t bits;
 };
-inline constexpr int kDTypeCount = 12;
+inline constexpr int kDTypeCount = 21;
 const DTypeInfo& dtype_info(int wire_code);  // throws std::invalid_argument
 
 // All tensors of a message, and where they lie in a slot. Both ends keep the last one, so it travels when it changes.

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from paci_rt.errors import StageError
 from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.gradient_hooks import GradientHooks
+from paci_rt.runtime.readers import readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class WeightGradient:
         versions: autograd's version counters of the two when I ran.
     """
 
-    layer: SplitLayer
+    layer: SplitUse
     x: Tensor
     grad: Tensor
     versions: tuple[int, int]
@@ -69,7 +70,40 @@ class WeightGradient:
             )
 
 
-class SplitLayer:
+class SplitUse:
+    """One linear layer as autograd sees it while its stage is attached, whatever computes it.
+
+    Attributes:
+        name: where its weight is in the stage's module.
+        weight, bias: what it was made with.
+        transposed: the weight is ``[in, out]``.
+        waits: it tells :attr:`gradients` before every read of its parameters in a forward.
+        gradients: the stage's collector.
+    """
+
+    name: str
+    weight: nn.Parameter
+    bias: Any
+    transposed: bool
+    waits: bool = True
+    gradients: WeightGradients
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer's output, ``[..., out]``, as without a split."""
+        raise NotImplementedError
+
+    def can_run_split(self, x: Tensor) -> bool:
+        """False under no_grad, autocast and functorch, and with a frozen weight."""
+        return (
+            self.weight.requires_grad
+            and torch.is_grad_enabled()
+            and x.dim() >= 2
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+
+class SplitLayer(SplitUse):
     """Stands in for ``forward`` on one linear layer of an attached stage.
 
     Args:
@@ -94,22 +128,15 @@ class SplitLayer:
         gradients.before_layer(self.weight)
         if torch.compiler.is_compiling() or not (gradients.active and self._takes_part(x)):
             return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
-        if not gradients.collecting:  # a forward inside a backward is one that checkpointing repeats
-            gradients.used.append(self)
-        return _SplitLinear.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return]
+        return run_split(x, self)
+
+    def compute(self, x: Tensor) -> Tensor:
+        return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
 
     def _takes_part(self, x: Tensor) -> bool:
-        """False under no_grad, autocast and functorch, and with a parameter that was replaced or frozen meanwhile."""
+        """False also with a parameter that was replaced meanwhile."""
         params = self.module._parameters
-        return (
-            params.get("weight") is self.weight
-            and params.get("bias") is self.bias
-            and self.weight.requires_grad
-            and torch.is_grad_enabled()
-            and x.dim() >= 2
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch._C._are_functorch_transforms_active()
-        )
+        return params.get("weight") is self.weight and params.get("bias") is self.bias and self.can_run_split(x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainForward:
         return PlainForward(memo.get(id(self.module), self.module))
@@ -124,40 +151,47 @@ class PlainForward:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def run_split(x: Tensor, layer: SplitUse) -> Tensor:
+    """The layer's output, from one autograd node."""
+    gradients = layer.gradients
+    if not gradients.collecting:  # a forward inside a backward is one that checkpointing repeats
+        gradients.used.append(layer)
+    return _SplitLinear.apply(x, layer.weight, layer.bias, layer)  # type: ignore[no-any-return]
 
 
 class _SplitLinear(torch.autograd.Function):
     """``y = x Wᵀ + b`` (Conv1D: ``x W + b``) whose weight gradient the stage's collector takes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SplitLayer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SplitUse) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x, weight)
-        output: Tensor = type(layer.module).forward(layer.module, x)
-        return output
+        return layer.compute(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        layer: SplitLayer = ctx.layer
+        layer: SplitUse = ctx.layer
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad.matmul(weight.t() if layer.transposed else weight)
         one = WeightGradient(layer, x, grad, (x._version, grad._version))
         gradients = layer.gradients
-        if gradients.collecting and not gradients.awaited(layer):
+        if gradients.collecting and not gradients.awaited(layer) and not gradients.read_elsewhere(layer):
             gradients.take(one)
             return grad_x, None, None, None
-        # A hook waits for the gradient, or this is somebody else's backward, such as a gradient penalty inside the
-        # loss: all gradients, as autograd wants them.
+        # Autograd has to sum all uses of a parameter, a hook waits for the gradient, or this is somebody else's
+        # backward, such as a gradient penalty inside the loss: all gradients, as autograd wants them.
         grad_weight = torch.mm(*one.product()) if ctx.needs_input_grad[1] else None
         grad_bias = one.bias_gradient() if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None
 
 
-_NODE = _SplitLinear.__name__ + "Backward"
+LAYER_NODE = _SplitLinear.__name__ + "Backward"
 
 
 class WeightGradients:
@@ -174,8 +208,10 @@ class WeightGradients:
         self.before_layer = sink.before_layer
         self._layers = list(find_layers(module))
         self.hooks = GradientHooks(module.named_parameters(), sink)
+        self.calls: Any = None  # what split_calls has found
+        self._elsewhere: set[int] = set()
         self.active = self.collecting = False
-        self.used: list[SplitLayer] = []
+        self.used: list[SplitUse] = []
         self._uses: Counter[int] = Counter()
         self._defer = False
         self._pending: list[WeightGradient] = []
@@ -185,7 +221,8 @@ class WeightGradients:
     @property
     def names(self) -> list[str]:
         """Names of the layers that are split."""
-        return [name for name, _ in self._layers]
+        calls = [] if self.calls is None else [call.name for call in self.calls.found]
+        return list(dict.fromkeys([*(name for name, _ in self._layers), *calls]))
 
     def remove(self) -> None:
         """Give the layers their own ``forward`` back."""
@@ -194,9 +231,11 @@ class WeightGradients:
                 del layer.__dict__["forward"]
         self._layers.clear()
         self.hooks.remove()
+        if self.calls is not None:
+            self.calls.remove()
 
     @contextmanager
-    def forward(self) -> Iterator[list[SplitLayer]]:
+    def forward(self) -> Iterator[list[SplitUse]]:
         """Within it, layers run split; yields the layers in the order of their uses."""
         self.active, self.used = True, []
         try:
@@ -205,7 +244,7 @@ class WeightGradients:
             self.active = False
 
     @contextmanager
-    def backward(self, used: list[SplitLayer], *, defer: bool) -> Iterator[list[WeightGradient]]:
+    def backward(self, used: list[SplitUse], *, defer: bool) -> Iterator[list[WeightGradient]]:
         """Within it, the layers' backwards are collected; yields those left over for W, none unless ``defer``.
 
         Args:
@@ -225,7 +264,7 @@ class WeightGradients:
             self.compute(self._pending)
         self._sink.flush()
 
-    def awaited(self, layer: SplitLayer) -> bool:
+    def awaited(self, layer: SplitUse) -> bool:
         """Whether a hook of the user's waits for a gradient of the layer."""
         waits = self.hooks.waits
         return waits(layer.weight) or (layer.bias is not None and waits(layer.bias))
@@ -270,35 +309,18 @@ class WeightGradients:
         self.compute(gradients)
         self._sink.flush()
 
-    def learn_order(self, outputs: Sequence[Tensor], used: Sequence[SplitLayer]) -> None:
-        """Tell the sink which layers read their parameters, and nobody else does, by the graph of a forward."""
-        alone = read_by_layers_alone(outputs)
-        order: dict[int, SplitLayer] = {id(layer): layer for layer in used}
-        layers = [[param for param in (one.weight, one.bias) if param is not None] for one in order.values()]
-        self._sink.set_layer_order([params for params in layers if all(id(param) in alone for param in params)])
+    def read_elsewhere(self, layer: SplitUse) -> bool:
+        """Whether the graph of a forward has shown that other things than layers read the layer's parameters too."""
+        return bool(self._elsewhere) and not self._elsewhere.isdisjoint((id(layer.weight), id(layer.bias)))
 
-
-def read_by_layers_alone(outputs: Sequence[Tensor]) -> set[int]:
-    """``id`` of the parameters that the graph of ``outputs`` shows in split layers and nowhere else.
-
-    What checkpointing hides is not in it.
-    """
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(pending)
-    layers: set[int] = set()
-    others: set[int] = set()
-    while pending:
-        node = pending.pop()
-        for parent, _ in node.next_functions:
-            if parent is None:
-                continue
-            param = getattr(parent, "variable", None)
-            if param is not None:
-                (layers if type(node).__name__ == _NODE else others).add(id(param))
-            elif parent not in seen:
-                seen.add(parent)
-                pending.append(parent)
-    return layers - others
+    def learn_order(self, outputs: Sequence[Tensor], used: Sequence[SplitUse]) -> None:
+        """Learn from the graph of a forward who reads parameters, and tell the sink which layers alone do."""
+        layers, others = readers(outputs, LAYER_NODE)
+        self._elsewhere |= layers & others
+        alone = layers - others
+        order: dict[int, SplitUse] = {id(layer): layer for layer in used if layer.waits}
+        parts = [[param for param in (one.weight, one.bias) if param is not None] for one in order.values()]
+        self._sink.set_layer_order([params for params in parts if all(id(param) in alone for param in params)])
 
 
 def find_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -307,8 +329,7 @@ def find_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for _, part in module.named_modules():
         for role, param in part.named_parameters(recurse=False):
             owners.setdefault(id(param), []).append((part, role))
-    compiled = [part for part in module.modules() if _is_compiled(part)]
-    inside_compiled = {id(part) for outer in compiled for part in outer.modules()}
+    inside_compiled = compiled_parts(module)
     candidates = {
         id(part)
         for part in module.modules()
@@ -346,8 +367,14 @@ def _has_hooks(part: nn.Module) -> bool:
     return any(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None) for param in params)
 
 
-def _is_compiled(part: nn.Module) -> bool:
-    return hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+def compiled_parts(module: nn.Module) -> set[int]:
+    """``id`` of every module that ``torch.compile`` sees."""
+    compiled = [
+        part
+        for part in module.modules()
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+    ]
+    return {id(part) for outer in compiled for part in outer.modules()}
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -361,4 +388,4 @@ def _sum(terms: Iterator[Tensor]) -> Tensor:
     return total
 
 
-__all__ = ["SplitLayer", "WeightGradient", "WeightGradients", "find_layers"]
+__all__ = ["SplitLayer", "SplitUse", "WeightGradient", "WeightGradients", "find_layers"]

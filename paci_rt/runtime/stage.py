@@ -17,8 +17,10 @@ from paci_rt.optim.backend import usable
 from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
 from paci_rt.runtime.module_checks import check_wrappers, has_meta, require_graph
-from paci_rt.runtime.split_backward import SplitLayer, WeightGradient, WeightGradients
+from paci_rt.runtime.split_backward import SplitUse, WeightGradient, WeightGradients
+from paci_rt.runtime.split_calls import SplitCalls
 from paci_rt.transport.base import Message
+from paci_rt.transport.payload import plain
 
 # In newer versions of torch a backward can start from a gradient edge, which keeps the graph but not the output's
 # memory. Without the token, which is newer still, an edge does not keep the node of a Python function, such as a split
@@ -37,7 +39,7 @@ class _Graph:
 
     roots: tuple[Any, ...]
     which: tuple[int, ...]  # positions of the outputs that the roots belong to
-    used: list[SplitLayer]  # linear layers, in the order of their uses
+    used: list[SplitUse]  # linear layers, in the order of their uses
 
 
 @dataclass(slots=True)
@@ -165,6 +167,7 @@ class PipelineStage:
         of linear layers (see :mod:`paci_rt.runtime.split_backward`)."""
         self.require_free()
         self._gradients = WeightGradients(self.submod, sink)
+        self._gradients.calls = SplitCalls(self.submod, self._gradients)
 
     def detach(self) -> None:
         """Leave gradients in ``.grad`` again, and the layers as they were."""
@@ -226,9 +229,9 @@ class PipelineStage:
 
     def _build_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
-    ) -> tuple[tuple[Tensor, ...], Any, Tensor | None, list[SplitLayer]]:
+    ) -> tuple[tuple[Tensor, ...], Any, Tensor | None, list[SplitUse]]:
         """A forward with autograd: what gradients start from, output, loss, and the layers that were used."""
-        counting: AbstractContextManager[list[SplitLayer]] = nullcontext([])
+        counting: AbstractContextManager[list[SplitUse]] = nullcontext([])
         if self._gradients is not None:
             counting = self._gradients.forward()
         with torch.enable_grad(), counting as used:
@@ -243,7 +246,7 @@ class PipelineStage:
         return () if self.is_last else self._as_tuple(output)
 
     @staticmethod
-    def _graph(outputs: tuple[Tensor, ...], used: list[SplitLayer]) -> _Graph:
+    def _graph(outputs: tuple[Tensor, ...], used: list[SplitUse]) -> _Graph:
         which = tuple(at for at, tensor in enumerate(outputs) if tensor.requires_grad)
         return _Graph(tuple(_root(outputs[at]) for at in which), which, used)
 
@@ -293,7 +296,7 @@ class PipelineStage:
         if split:
             self._pending[micro_batch] = pending, saved.shares
         return Message(
-            tuple(None if tensor.grad is None else tensor.grad.contiguous() for tensor in saved.inputs),
+            tuple(None if tensor.grad is None else plain(tensor.grad) for tensor in saved.inputs),
             tuple(False for _ in saved.inputs),
         )
 
@@ -334,10 +337,14 @@ class PipelineStage:
         self.in_flight.clear()
         self._pending.clear()
 
+    def run_module(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The slice's output; what is not the next stage's business yet is added by stages that were traced."""
+        return self.submod(*args, **kwargs)
+
     def _compute(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
     ) -> tuple[Any, Tensor | None]:
-        output = self.submod(*args, **kwargs)
+        output = self.run_module(args, kwargs)
         if loss is None:
             return output, None
         value = loss(output)
@@ -363,7 +370,7 @@ def _root(tensor: Tensor) -> Any:
 
 
 def _message(outputs: tuple[Tensor, ...], requires_grad: tuple[bool, ...]) -> Message:
-    return Message(tuple(tensor.detach().contiguous() for tensor in outputs), requires_grad)
+    return Message(tuple(plain(tensor) for tensor in outputs), requires_grad)
 
 
 def _detached(output: Any) -> Any:

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci_rt.errors import PaciError, PeerLostError, ScheduleError, TransferTimeoutError
+from paci_rt.errors import PaciError, PeerLostError, ScheduleError, StageError, TransferTimeoutError
 from paci_rt.schedules.channel import Channel
-from paci_rt.transport import wire
+from paci_rt.transport import payload, wire
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, WaitingTransport, check_timeout
 from paci_rt.transport.diagnosis import action_of, standing, timeout_text
 from paci_rt.transport.rendezvous import check_group
@@ -82,8 +82,8 @@ class _Outgoing:
         self._let_go = 0
         self.last_index = 0
 
-    def start(self, index: int, message: Message, taken: int) -> None:
-        """Start sending; ``taken`` messages of the opposite channel have arrived here."""
+    def pack(self, index: int, message: Message, taken: int) -> list[tuple[int, Tensor]]:
+        """Bytes to be sent, with their tags; ``taken`` messages of the opposite channel have arrived here."""
         metas = wire.describe(message)
         guess = self._sent[0]
         total = sum(meta.nbytes for meta in metas)
@@ -96,16 +96,22 @@ class _Outgoing:
         for at, (meta, tensor) in enumerate(zip(metas, message.tensors, strict=True)):
             if tensor is None or meta.nbytes == 0:
                 continue
+            raw = wire.byte_view(payload.plain(tensor))
+            if raw.device.type != "cpu":
+                raise StageError(f"a tensor on {raw.device} cannot travel over the gloo transport: move it to 'cpu'")
             if inline:
-                control[at_byte : at_byte + meta.nbytes] = wire.byte_view(tensor)
+                control[at_byte : at_byte + meta.nbytes] = raw
                 at_byte += meta.nbytes
             else:
-                tag = self._tags.lane(at) if _fits(meta, guess, at) else self._tags.spill(at)
-                pieces.append((tag, wire.byte_view(tensor)))
+                pieces.append((self._tags.lane(at) if _fits(meta, guess, at) else self._tags.spill(at), raw))
         pieces += [(self._tags.lane(at), torch.zeros(1, dtype=torch.uint8)) for at in _unused(metas, guess, inline)]
         self._sequence += 1
         self.last_index = index
         self._sent.append(metas if not inline else ())
+        return pieces
+
+    def start(self, pieces: list[tuple[int, Tensor]]) -> None:
+        """Start sending what :meth:`pack` has packed."""
         self._leaving.append(
             [(dist.isend(piece, self._peer, group=self._group, tag=tag), piece) for tag, piece in pieces]
         )
@@ -275,8 +281,11 @@ class GlooTransport(WaitingTransport):
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         opposite, outgoing = self._incoming.get(channel.opposite()), self._sender(channel)
+        with payload.packing(channel, index, message):
+            payload.check(channel, index, message)
+            pieces = outgoing.pack(index, message, 0 if opposite is None else opposite.sequence)
         with self._losing(channel, index, outgoing):
-            outgoing.start(index, message, 0 if opposite is None else opposite.sequence)
+            outgoing.start(pieces)
 
     def recv(self, channel: Channel, index: int) -> Message:
         incoming, opposite = self._receiver(channel), self._outgoing.get(channel.opposite())

@@ -10,6 +10,7 @@ import torch
 
 from paci_rt.errors import ScheduleError
 from paci_rt.schedules.channel import Channel
+from paci_rt.transport import payload
 from paci_rt.transport.base import Message, check_slots
 
 
@@ -56,6 +57,7 @@ class LocalTransport:
         """Nothing needs to be posted ahead in one process."""
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
+        payload.check(channel, index, message)
         device = _gpu_of(message)
         stream = made = None
         if device is not None:

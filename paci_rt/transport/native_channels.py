@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paci_rt.errors import PeerLostError, TransferTimeoutError
 from paci_rt.schedules.channel import Channel
-from paci_rt.transport import wire
+from paci_rt.transport import payload, wire
 from paci_rt.transport.base import Message, WaitingTransport
 from paci_rt.transport.diagnosis import dump_events
 
@@ -69,8 +69,11 @@ class NativeTransport(WaitingTransport):
         """Raise StageError unless ``tensor`` lies where this transport can read it."""
         raise NotImplementedError
 
-    def _unpack(self, message: Message) -> tuple[wire.Meta, list[Tensor | None], list[int]]:
+    def _unpack(
+        self, channel: Channel, index: int, message: Message
+    ) -> tuple[wire.Meta, list[Tensor | None], list[int]]:
         """What ``message`` looks like, its tensors as bytes in a row, and their addresses."""
+        payload.check(channel, index, message)
         metas = wire.describe(message)
         tensors = [None if tensor is None else self._contiguous(tensor) for tensor in message.tensors]
         return metas, tensors, addresses_of(tensors)
@@ -78,9 +81,7 @@ class NativeTransport(WaitingTransport):
     def _contiguous(self, tensor: Tensor) -> Tensor:
         """``tensor`` as bytes in a row; itself, but for rare exceptions."""
         self._check(tensor)
-        if tensor.is_conj() or tensor.is_neg():
-            tensor = tensor.resolve_conj().resolve_neg()
-        return tensor if tensor.is_contiguous() else tensor.contiguous()
+        return payload.plain(tensor)
 
     def _let_go(self) -> None:
         for outgoing in self._outgoing.values():

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from paci_rt import native
 from paci_rt.errors import PaciError, PeerLostError, StageError, TransferTimeoutError, TransportError
@@ -115,7 +117,7 @@ class ShmTransport(NativeTransport):
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         outgoing = self._outgoing.get(channel) or self._sender(channel)
-        metas, tensors, addresses = self._unpack(message)
+        metas, tensors, addresses = self._unpack(channel, index, message)
         try:
             sequence = outgoing.end.send(index, outgoing.changed(metas), addresses)
         except (TransferTimeoutError, PeerLostError) as error:
@@ -167,6 +169,11 @@ class ShmTransport(NativeTransport):
     def _check(self, tensor: Tensor) -> None:
         if not tensor.is_cpu:
             raise StageError(f"a tensor on {tensor.device} cannot travel over the shm transport: move it to 'cpu'")
+        if not _can_view(tensor.dtype):
+            raise StageError(
+                f"torch {torch.__version__} cannot take {tensor.dtype} from shared memory: send "
+                "tensor.view(torch.uint8), or use transport 'gloo' (--transport gloo)"
+            )
 
     def _peer(self, stage: int) -> ShmSegment:
         rank = stage % self._ranks
@@ -188,6 +195,15 @@ class ShmTransport(NativeTransport):
                 channel, self._peer(channel.sender), slots=self.capacity, timeout_s=self._timeout_s
             )
         return incoming
+
+
+@lru_cache(maxsize=32)
+def _can_view(dtype: torch.dtype) -> bool:
+    """Whether this version of torch takes tensors of ``dtype`` through DLPack; older ones know fewer."""
+    try:
+        return from_dlpack(to_dlpack(torch.empty(1, dtype=dtype))).dtype == dtype
+    except (RuntimeError, BufferError, TypeError):
+        return False
 
 
 def why_unusable() -> str:

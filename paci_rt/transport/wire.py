@@ -17,26 +17,12 @@ from torch import Tensor
 
 from paci_rt.errors import StageError
 from paci_rt.transport.base import Message
+from paci_rt.transport.payload import CODES, DTYPES
 
 HEADER_BYTES = 1024
 INLINE_BYTES = 4096
 CONTROL_BYTES = HEADER_BYTES + INLINE_BYTES
 
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-)
-_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _PRESENT, _REQUIRES_GRAD = 1, 2
 
 
@@ -70,7 +56,7 @@ def describe(message: Message) -> Meta:
         if tensor is None:
             metas.append(TensorMeta(torch.float32, (), False, requires_grad))
             continue
-        if tensor.dtype not in _CODE:
+        if tensor.dtype not in CODES:
             raise StageError(f"tensors of dtype {tensor.dtype} cannot travel between stages; cast them first")
         metas.append(TensorMeta(tensor.dtype, tuple(tensor.shape), True, requires_grad))
     return tuple(metas)
@@ -97,7 +83,7 @@ def pack_metas(metas: Meta) -> bytes:
     fields: list[int] = []
     for meta in metas:
         flags = (_PRESENT if meta.present else 0) | (_REQUIRES_GRAD if meta.requires_grad else 0)
-        fields += [_CODE[meta.dtype], flags, len(meta.shape), *meta.shape]
+        fields += [CODES[meta.dtype], flags, len(meta.shape), *meta.shape]
     return struct.pack(f"<{len(fields)}q", *fields)
 
 
@@ -125,7 +111,13 @@ def _unpack(raw: bytes, at: int, count: int) -> tuple[Meta, int]:
         code, flags, rank = struct.unpack_from("<3q", raw, at)
         shape = struct.unpack_from(f"<{rank}q", raw, at + 24)
         at += 24 + 8 * rank
-        metas.append(TensorMeta(_DTYPES[code], tuple(shape), bool(flags & _PRESENT), bool(flags & _REQUIRES_GRAD)))
+        dtype = DTYPES[code]
+        if dtype is None:
+            raise StageError(
+                f"a tensor of dtype code {code} arrived, which torch {torch.__version__} does not have: use the same "
+                "version of torch on all ranks"
+            )
+        metas.append(TensorMeta(dtype, tuple(shape), bool(flags & _PRESENT), bool(flags & _REQUIRES_GRAD)))
     return tuple(metas), at
 
 

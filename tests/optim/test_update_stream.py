@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import paci_rt
 from paci_rt.optim import stage_optimizer as bound
 from paci_rt.optim.update_stream import Buckets, UpdateStream
-from paci_rt.runtime.split_backward import read_by_layers_alone
+from paci_rt.runtime.readers import readers
+from paci_rt.runtime.split_backward import LAYER_NODE
 
 WIDTH = 8
 
@@ -193,7 +194,8 @@ def test_what_checkpointing_hides_is_not_read_by_layers_alone() -> None:
         module = Reads(how)
 
         def look(output: Tensor, target: Tensor, module: nn.Module = module, how: str = how) -> Tensor:
-            alone = read_by_layers_alone([output])
+            layers, others = readers([output], LAYER_NODE)
+            alone = layers - others
             seen[how] = {name for name, param in module.named_parameters() if id(param) in alone}
             return (output - target).square().mean()
 

@@ -108,7 +108,7 @@ class DeviceTransport(NativeTransport):
         The tensors are kept until they have left. A message that finds no free slot waits in the transport.
         """
         outgoing = self._sender(channel)
-        metas, tensors, addresses = self._unpack(message)
+        metas, tensors, addresses = self._unpack(channel, index, message)
         where = self._hardware.index, self._hardware.stream()
         try:
             if self._hardware.capturing():
