@@ -18,6 +18,7 @@ from paci_rt.runtime import microbatch
 from paci_rt.runtime.assemble import Setup, bind, make_setup, ranks_here, unbind
 from paci_rt.runtime.audit import RankAudit
 from paci_rt.runtime.batch import Batch, cut_batch
+from paci_rt.runtime.caller_memory import keep_safe
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.stage import LossFn, PipelineStage
@@ -131,6 +132,8 @@ class Pipeline:
                 audit = audits[setup.lowering.shape.rank_of(stage.stage_index)]
                 runtime = bind(setup, stage, audit, optimizer, self._clocks[stage.device])
                 runtimes.append(runtime)
+                drifts, loss_fn = runtime.audit.drift_bound > 0, self._loss_fn if stage.is_last else None
+                stage.reruns.watch(loss_fn, recompute=runtime.recompute, drifts=drifts)
                 if self._lr_schedulers:
                     runtime.after_update = self._lr_schedulers[at].step
         except BaseException:
@@ -198,7 +201,8 @@ class Pipeline:
             ActionError, PeerLostError, DriftBoundError: an action failed; the pipeline cannot go on.
         """
         if not torch.is_grad_enabled():
-            raise RuntimeError("step() under torch.no_grad() cannot train: call eval() instead")
+            under = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+            raise RuntimeError(f"step() under torch.{under}() cannot train: call eval() instead")
         accumulation, start = self._lowering.shape.accumulation, self._start_window
         windows = range(self._next_window, self._next_window + self._windows_per_step)
         first = windows.start * accumulation
@@ -212,6 +216,8 @@ class Pipeline:
         streams = {
             rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
         }
+        late = () if self._lowering.family.flush else streams.values()
+        self._executor.copied_input_bytes += keep_safe(batch, self.stages, late)
         self._next_window = windows.stop
         self._run(streams, batch)
         return self._results(batch, losses)
@@ -292,13 +298,14 @@ class Pipeline:
 
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
         compute_s utilization exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
-        peak_rank_in_flight lookahead_s lookahead_forwards memory peak_bytes``; ``transport_stats`` is what transports
-        for GPUs say (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes;
-        ``utilization`` is ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (see
+        peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; ``transport_stats``
+        is what transports for GPUs say (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and
+        bytes; ``utilization`` is ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (see
         :mod:`paci_rt.schedules.policies`) map stage to a histogram over micro-batches; ``peak_pending`` counts
-        micro-batches between I and W; ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead;
-        ``memory`` maps stage to bytes of weights, masters, optimizer, accumulators, versions (extra weights),
-        activations (peak) and total.
+        micro-batches between I and W; ``copied_input_bytes`` is what was copied of the caller's batches because
+        :meth:`step` returned before their backwards; ``lookahead_s`` is the part of ``compute_s`` that went into
+        look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer, accumulators, versions (extra
+        weights), activations (peak) and total.
         """
         self._executor.settle()
         return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers)
@@ -310,6 +317,7 @@ class Pipeline:
             runtime.audit.reset()
             runtime.weights.reset_stats()
         self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
+        self._executor.copied_input_bytes = 0
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of this process's stages. Names are the modules' own; where two stages share a name, all
@@ -387,6 +395,10 @@ class Pipeline:
         return microbatch.merge([batch.outputs[m] for m in sorted(batch.outputs)])
 
     def _check_usable(self) -> None:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "a pipeline cannot run inside a transform of torch.func: call it outside of grad or vmap"
+            )
         if self._closed:
             raise StageError("this pipeline is closed: make a new one")
         if self._failure is not None:

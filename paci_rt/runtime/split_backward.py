@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from paci_rt.errors import StageError
 from paci_rt.optim.stage_optimizer import GradSink
+from paci_rt.runtime.activation_bytes import graph_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,9 @@ class SplitLayer:
         gradients.before_layer(self.weight)
         if torch.compiler.is_compiling() or not (gradients.active and self._takes_part(x)):
             return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
-        if not gradients.collecting:  # a forward inside a backward is one that checkpointing repeats
+        if gradients.collecting:  # a forward inside a backward is one that checkpointing repeats
+            gradients.repeated = True
+        else:
             gradients.used.append(self)
         return _SplitLinear.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return]
 
@@ -161,14 +164,18 @@ class WeightGradients:
         active: a forward or a backward of the stage is running.
         collecting: a backward of the stage is running.
         used: layers in the order in which the last forward used them.
+        repeated: a backward of the stage has run layers.
     """
 
     def __init__(self, module: nn.Module, sink: GradSink) -> None:
         self._sink = sink
         self.before_layer = sink.before_layer
         self._layers = list(find_layers(module))
-        self.active = self.collecting = False
+        self.active = self.collecting = self.repeated = False
         self.used: list[SplitLayer] = []
+        self._order: dict[int, SplitLayer] = {}  # of all forwards so far, by id
+        self._in_layers: set[int] = set()
+        self._elsewhere: set[int] = set()
         self._uses: Counter[int] = Counter()
         self._defer = False
         self._pending: list[WeightGradient] = []
@@ -255,10 +262,18 @@ class WeightGradients:
         self._sink.flush()
 
     def learn_order(self, outputs: Sequence[Tensor], used: Sequence[SplitLayer]) -> None:
-        """Tell the sink which layers read their parameters, and nobody else does, by the graph of a forward."""
-        alone = read_by_layers_alone(outputs)
-        order: dict[int, SplitLayer] = {id(layer): layer for layer in used}
-        layers = [[param for param in (one.weight, one.bias) if param is not None] for one in order.values()]
+        """Tell the sink which layers read their parameters, and nobody else does, by the graphs of all forwards that
+        it was called for."""
+        in_layers, elsewhere = _readers(outputs)
+        known = len(self._order), len(self._elsewhere)
+        for layer in used:
+            self._order.setdefault(id(layer), layer)
+        self._in_layers |= in_layers
+        self._elsewhere |= elsewhere
+        if known == (len(self._order), len(self._elsewhere)):
+            return
+        alone = self._in_layers - self._elsewhere
+        layers = [[param for param in (one.weight, one.bias) if param is not None] for one in self._order.values()]
         self._sink.set_layer_order([params for params in layers if all(id(param) in alone for param in params)])
 
 
@@ -267,22 +282,20 @@ def read_by_layers_alone(outputs: Sequence[Tensor]) -> set[int]:
 
     What checkpointing hides is not in it.
     """
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(pending)
+    layers, others = _readers(outputs)
+    return layers - others
+
+
+def _readers(outputs: Sequence[Tensor]) -> tuple[set[int], set[int]]:
+    """``id`` of the parameters that split layers read, and of those that others do."""
     layers: set[int] = set()
     others: set[int] = set()
-    while pending:
-        node = pending.pop()
+    for node in graph_nodes(outputs):
         for parent, _ in node.next_functions:
-            if parent is None:
-                continue
             param = getattr(parent, "variable", None)
             if param is not None:
                 (layers if type(node).__name__ == _NODE else others).add(id(param))
-            elif parent not in seen:
-                seen.add(parent)
-                pending.append(parent)
-    return layers - others
+    return layers, others
 
 
 def find_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
