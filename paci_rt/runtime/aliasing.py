@@ -32,18 +32,24 @@ class OwnMemory:
         self._module, self._first = module, next(module.parameters(), None)
         self._registered = self._attributes = None
 
-    def apart(self, tensor: Tensor, given: Container[int] = ()) -> Tensor:
+    def apart(self, tensor: Tensor, given: Container[int] = (), received: Iterable[Tensor] = ()) -> Tensor:
         """A detached tensor of memory that is nobody else's: a copy where it is the module's.
 
         Args:
             tensor: what a forward returned.
             given: storages that belong to the caller; a tensor there is copied too.
+            received: so are those in the memory of one of these.
         """
         detached = tensor.detach()
         if tensor.layout is not torch.strided or tensor.is_meta:
             return detached
         at = tensor.untyped_storage().data_ptr()
-        return detached.clone() if at in given or self._has(at, tensor.grad_fn is None) else detached
+        if at in given or self._has(at, tensor.grad_fn is None):
+            return detached.clone()
+        for other in received:
+            if other.untyped_storage().data_ptr() == at:
+                return detached.clone()
+        return detached
 
     def _has(self, storage: int, leaf: bool) -> bool:
         at = None if self._first is None else self._first.data_ptr()  # weight versions move all parameters together

@@ -81,6 +81,8 @@ class Executor:
     ) -> None:
         self.runtimes = {runtime.stage.stage_index: runtime for runtime in runtimes}
         self.transport = transport
+        for one in runtimes:
+            one.stage.lent = transport.polled
         self.events: list[Event] = []
         self.first_start_s: float | None = None
         self.last_end_s = 0.0

@@ -126,6 +126,7 @@ class PipelineStage:
         self._pending: dict[int, tuple[list[WeightGradient], dict[int, int], Mode]] = {}
         self._facts = GraphFacts()
         self._own = OwnMemory(self.submod)
+        self.lent = False  # what it receives is memory that other stages of this process have too
         self.mode = Mode(settings_now())
         self.reruns = Reruns(stage_index, self.device)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -230,7 +231,7 @@ class PipelineStage:
         kept_bytes = full_bytes if again is None else again.kept_bytes(shares)
         held = graph if again is None else again
         self.in_flight[micro_batch] = InFlight(inputs, held, kept_bytes, full_bytes, shares, self.mode)
-        message = None if self.is_last else self._message(outputs, shares)
+        message = None if self.is_last else self._message(outputs, shares, inputs)
         return message, self._detached(output, shares), None if loss_value is None else self._own.apart(loss_value)
 
     def _measure(
@@ -385,9 +386,17 @@ class PipelineStage:
                 )
         return outputs
 
-    def _message(self, outputs: tuple[Tensor, ...], given: dict[int, int], *, training: bool = True) -> Message:
+    def _message(
+        self,
+        outputs: tuple[Tensor, ...],
+        given: dict[int, int],
+        received: tuple[Tensor, ...] = (),
+        *,
+        training: bool = True,
+    ) -> Message:
+        received = received if self.lent else ()
         return Message(
-            tuple([self._own.apart(tensor, given).contiguous() for tensor in outputs]),
+            tuple([self._own.apart(tensor, given, received).contiguous() for tensor in outputs]),
             tuple([training and tensor.requires_grad for tensor in outputs]),
         )
 
