@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -58,23 +59,55 @@ def _only_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _saved_tensors(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    for node in graph_nodes(outputs):
+        for saved in _saved_by(node):
+            yield from _held(saved)
+
+
+def graph_nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the graphs of ``outputs``."""
     pending: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(pending)
     while pending:
         node = pending.pop()
-        for name in dir(node):
-            if name.startswith("_saved_") or name == "saved_tensors":
-                yield from _tensors(node, name)
+        yield node
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 pending.append(parent)
 
 
-def _tensors(node: Any, name: str) -> list[Tensor]:
-    try:
+def checkpoints(outputs: Iterable[Tensor]) -> bool:
+    """Whether a part of the graphs of ``outputs`` will be computed again in the backward (activation checkpointing)."""
+    for node in graph_nodes(outputs):
+        if "checkpoint" in type(node).__name__.lower():
+            return True
+        for saved in _saved_by(node):
+            hook = getattr(saved, "unpack_hook", None)
+            if getattr(hook, "__module__", None) == "torch.utils.checkpoint":
+                return True
+    return False
+
+
+@lru_cache(maxsize=4096)
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
+def _saved_by(node: Any) -> Iterator[Any]:
+    """What a node has saved, as it lies there: looking at it runs no hook, so nothing is computed or fetched."""
+    for name in _names(type(node)):  # type: ignore[arg-type]
         value = getattr(node, name)
+        yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _held(saved: Any) -> Iterator[Tensor]:
+    """The tensors that a saved value keeps alive; with hooks, those among what the hook made of it."""
+    try:
+        value = saved.data
     except (RuntimeError, AttributeError):
-        return []  # modified in place since: the backward will say so
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return list(_only_tensors(values))
+        return  # nothing was saved
+    if isinstance(value, (tuple, list)):
+        yield from _only_tensors(value)
+    elif isinstance(value, Tensor):
+        yield value

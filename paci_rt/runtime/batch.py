@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,24 @@ from torch import Tensor
 
 from paci_rt.runtime import microbatch
 from paci_rt.runtime.stage import LossFn, PipelineStage
+
+
+@dataclass(slots=True)
+class LossOf:
+    """From the last stage's output to the loss of one micro-batch.
+
+    Attributes:
+        loss_fn: ``loss_fn(output, target)``.
+        target: the micro-batch's part.
+        device: of the last stage.
+    """
+
+    loss_fn: LossFn
+    target: Any
+    device: torch.device
+
+    def __call__(self, output: Any) -> Tensor:
+        return self.loss_fn(output, microbatch.on_device(self.target, self.device))
 
 
 @dataclass(kw_only=True)
@@ -28,7 +46,7 @@ class Batch:
 
     args: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
     kwargs: Mapping[tuple[int, int], Mapping[str, Any]] = field(default_factory=dict)
-    losses: Mapping[int, Callable[[Any], Tensor]] = field(default_factory=dict)
+    losses: Mapping[int, LossOf] = field(default_factory=dict)
     training: bool = True
     start_window: int = 0
     keep_outputs: bool = False
@@ -81,10 +99,6 @@ def cut_batch(
     if last.is_last:
         assert loss_fn is not None
         targets = microbatch.split(target, count, "target")
-        batch.losses = {m: _loss_of(loss_fn, part, last.device) for m, part in zip(indices, targets, strict=True)}
+        batch.losses = {m: LossOf(loss_fn, part, last.device) for m, part in zip(indices, targets, strict=True)}
     batch.from_gpu = microbatch.on_gpu((args, kwargs, target))
     return batch
-
-
-def _loss_of(loss_fn: LossFn, target: Any, device: torch.device) -> Callable[[Any], Tensor]:
-    return lambda output: loss_fn(output, microbatch.on_device(target, device))

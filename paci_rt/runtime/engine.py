@@ -18,6 +18,7 @@ from paci_rt.runtime import microbatch
 from paci_rt.runtime.assemble import Setup, bind, make_setup, ranks_here, unbind
 from paci_rt.runtime.audit import RankAudit
 from paci_rt.runtime.batch import Batch, cut_batch
+from paci_rt.runtime.caller_memory import keep_safe
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.module_watch import ModuleWatch, set_aside
@@ -135,6 +136,8 @@ class Pipeline(PipelineState):
                 audit = audits[setup.lowering.shape.rank_of(stage.stage_index)]
                 runtime = bind(setup, stage, audit, optimizer, self._clocks[stage.device])
                 runtimes.append(runtime)
+                drifts, loss_fn = runtime.audit.drift_bound > 0, self._loss_fn if stage.is_last else None
+                stage.reruns.watch(loss_fn, recompute=runtime.recompute, drifts=drifts)
                 scheduler = self._lr_schedulers[at] if self._lr_schedulers else None
                 runtime.after_update = None if scheduler is None else Follower(scheduler)
         except BaseException:
@@ -212,7 +215,8 @@ class Pipeline(PipelineState):
             ActionError, PeerLostError, DriftBoundError: an action failed; the pipeline cannot go on.
         """
         if not torch.is_grad_enabled():
-            raise RuntimeError("step() under torch.no_grad() cannot train: call eval() instead")
+            under = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+            raise RuntimeError(f"step() under torch.{under}() cannot train: call eval() instead")
         self._check_usable()
         self._follow_modules()
         accumulation, start = self._lowering.shape.accumulation, self._start_window
@@ -227,6 +231,8 @@ class Pipeline(PipelineState):
         streams = {
             rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
         }
+        late = () if self._lowering.family.flush else streams.values()
+        self._executor.copied_input_bytes += keep_safe(batch, self.stages, late)
         self._next_window = windows.stop
         self._run(streams, batch)
         self._watch.check_after_step()
@@ -309,13 +315,14 @@ class Pipeline(PipelineState):
 
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
         compute_s utilization exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
-        peak_rank_in_flight lookahead_s lookahead_forwards memory peak_bytes``; ``transport_stats`` is what transports
-        for GPUs say (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes;
-        ``utilization`` is ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (see
+        peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; ``transport_stats``
+        is what transports for GPUs say (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and
+        bytes; ``utilization`` is ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (see
         :mod:`paci_rt.schedules.policies`) map stage to a histogram over micro-batches; ``peak_pending`` counts
-        micro-batches between I and W; ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead;
-        ``memory`` maps stage to bytes of weights, masters, optimizer, accumulators, versions (extra weights),
-        activations (peak) and total.
+        micro-batches between I and W; ``copied_input_bytes`` is what was copied of the caller's batches because
+        :meth:`step` returned before their backwards; ``lookahead_s`` is the part of ``compute_s`` that went into
+        look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer, accumulators, versions (extra
+        weights), activations (peak) and total.
         """
         self._executor.settle()
         return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers)
@@ -327,6 +334,7 @@ class Pipeline(PipelineState):
             runtime.audit.reset()
             runtime.weights.reset_stats()
         self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
+        self._executor.copied_input_bytes = 0
 
     def _follow_modules(self) -> None:
         """Bind what changed in the modules since the last step."""
@@ -379,6 +387,10 @@ class Pipeline(PipelineState):
         return microbatch.merge([batch.outputs[m] for m in sorted(batch.outputs)])
 
     def _check_usable(self) -> None:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "a pipeline cannot run inside a transform of torch.func: call it outside of grad or vmap"
+            )
         if self._closed:
             raise StageError("this pipeline is closed: make a new one")
         if self._failure is not None:

@@ -22,6 +22,7 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.batch import Batch
 from paci_rt.runtime.microbatch import on_device
+from paci_rt.runtime.modes import able_to_train, settings_now, without_autocast
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
 from paci_rt.schedules.lowering import TiedWeight, stage_channels
@@ -80,9 +81,12 @@ class Executor:
     ) -> None:
         self.runtimes = {runtime.stage.stage_index: runtime for runtime in runtimes}
         self.transport = transport
+        for one in runtimes:
+            one.stage.lent = transport.polled
         self.events: list[Event] = []
         self.first_start_s: float | None = None
         self.last_end_s = 0.0
+        self.copied_input_bytes = 0
         self._explain = explain
         self._trace = trace
         self._channels = {at: stage_channels(at, one.stage.num_stages, ties) for at, one in self.runtimes.items()}
@@ -112,6 +116,15 @@ class Executor:
             PeerLostError: a neighbouring stage is gone.
             ScheduleError: the streams cannot proceed.
         """
+        settings = settings_now()
+        for runtime in self.runtimes.values():
+            runtime.stage.begin(settings)
+        with able_to_train():
+            self._run(streams, batch)
+        if settings.autocast:
+            torch.clear_autocast_cache()  # of weights that are no more
+
+    def _run(self, streams: Mapping[int, Sequence[Action]], batch: Batch) -> None:
         cursor = dict.fromkeys(streams, 0)
         progressed = True
         while progressed:
@@ -244,7 +257,8 @@ class Executor:
 
     def _update(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
         version = runtime.audit.version
-        done = runtime.optimizer.update(runtime.divisor, partial(runtime.weights.begin_update, version))
+        with without_autocast() if runtime.stage.mode.settings.autocast else _NOTHING:
+            done = runtime.optimizer.update(runtime.divisor, partial(runtime.weights.begin_update, version))
         runtime.audit.update(done.grad_norm, done.nonfinite)
         if runtime.after_update is not None:
             runtime.after_update()

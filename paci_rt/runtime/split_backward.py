@@ -158,7 +158,9 @@ class PlainForward:
 def run_split(x: Tensor, layer: SplitUse) -> Tensor:
     """The layer's output, from one autograd node."""
     gradients = layer.gradients
-    if not gradients.collecting:  # a forward inside a backward is one that checkpointing repeats
+    if gradients.collecting:  # a forward inside a backward is one that checkpointing repeats
+        gradients.repeated = True
+    else:
         gradients.used.append(layer)
     return _SplitLinear.apply(x, layer.weight, layer.bias, layer)  # type: ignore[no-any-return]
 
@@ -201,6 +203,7 @@ class WeightGradients:
         active: a forward or a backward of the stage is running.
         collecting: a backward of the stage is running.
         used: layers in the order in which the last forward used them.
+        repeated: a backward of the stage has run layers.
     """
 
     def __init__(self, module: nn.Module, sink: GradSink) -> None:
@@ -209,9 +212,11 @@ class WeightGradients:
         self._layers = list(find_layers(module))
         self.hooks = GradientHooks(module.named_parameters(), sink)
         self.calls: Any = None  # what split_calls has found
-        self._elsewhere: set[int] = set()
-        self.active = self.collecting = False
+        self.active = self.collecting = self.repeated = False
         self.used: list[SplitUse] = []
+        self._order: dict[int, SplitUse] = {}  # of all forwards so far, by id
+        self._in_layers: set[int] = set()
+        self._elsewhere: set[int] = set()
         self._uses: Counter[int] = Counter()
         self._defer = False
         self._pending: list[WeightGradient] = []
@@ -314,12 +319,19 @@ class WeightGradients:
         return bool(self._elsewhere) and not self._elsewhere.isdisjoint((id(layer.weight), id(layer.bias)))
 
     def learn_order(self, outputs: Sequence[Tensor], used: Sequence[SplitUse]) -> None:
-        """Learn from the graph of a forward who reads parameters, and tell the sink which layers alone do."""
-        layers, others = readers(outputs, LAYER_NODE)
-        self._elsewhere |= layers & others
-        alone = layers - others
-        order: dict[int, SplitUse] = {id(layer): layer for layer in used if layer.waits}
-        parts = [[param for param in (one.weight, one.bias) if param is not None] for one in order.values()]
+        """Learn from the graph of a forward who reads parameters, and tell the sink which layers alone do, by all
+        forwards so far."""
+        in_layers, elsewhere = readers(outputs, LAYER_NODE)
+        known = len(self._order), len(self._elsewhere)
+        for layer in used:
+            if layer.waits:
+                self._order.setdefault(id(layer), layer)
+        self._in_layers |= in_layers
+        self._elsewhere |= elsewhere
+        if known == (len(self._order), len(self._elsewhere)):
+            return
+        alone = self._in_layers - self._elsewhere
+        parts = [[param for param in (one.weight, one.bias) if param is not None] for one in self._order.values()]
         self._sink.set_layer_order([params for params in parts if all(id(param) in alone for param in params)])
 
 

@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _get_sequence_nr
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from paci_rt.errors import StageError
 from paci_rt.optim.backend import usable
 from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
+from paci_rt.runtime.aliasing import OwnMemory
+from paci_rt.runtime.graph_facts import GraphFacts
+from paci_rt.runtime.modes import Mode, Settings, mode_now, settings_now
 from paci_rt.runtime.module_checks import check_wrappers, has_meta, require_graph
+from paci_rt.runtime.recompute import Again, Reruns
 from paci_rt.runtime.split_backward import SplitUse, WeightGradient, WeightGradients
 from paci_rt.runtime.split_calls import SplitCalls
 from paci_rt.transport.base import Message
@@ -32,6 +37,8 @@ _EDGES_AS_ROOTS = (
 
 LossFn = Callable[..., Tensor]
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
 
 @dataclass(slots=True)
 class _Graph:
@@ -43,16 +50,6 @@ class _Graph:
 
 
 @dataclass(slots=True)
-class _Again:
-    """What it takes to run a forward once more."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    loss: Callable[[Any], Tensor] | None
-    rng_states: tuple[Tensor, ...]
-
-
-@dataclass(slots=True)
 class InFlight:
     """What one micro-batch leaves behind between its forward and its backward.
 
@@ -60,21 +57,15 @@ class InFlight:
         kept_bytes, full_bytes: of activations that stay alive until the backward, and in it; see
             :meth:`PipelineStage.kept_bytes`.
         shares: of the caller's batch, by storage.
+        mode: that it was begun under.
     """
 
     inputs: tuple[Tensor, ...]
-    held: _Graph | _Again
+    held: _Graph | Again
     kept_bytes: int
     full_bytes: int
     shares: dict[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What the first forward of a signature has shown."""
-
-    saved_bytes: int
-    requires_grad: tuple[bool, ...]  # of the outputs
+    mode: Mode
 
 
 class PipelineStage:
@@ -139,8 +130,12 @@ class PipelineStage:
         self.is_first, self.is_last = stage_index == 0, stage_index == num_stages - 1
         self.group = group
         self.in_flight: dict[int, InFlight] = {}
-        self._pending: dict[int, tuple[list[WeightGradient], dict[int, int]]] = {}
-        self._known: dict[Any, _Known] = {}
+        self._pending: dict[int, tuple[list[WeightGradient], dict[int, int], Mode]] = {}
+        self._facts = GraphFacts()
+        self._own = OwnMemory(self.submod)
+        self.lent = False  # what it receives is memory that other stages of this process have too
+        self.mode = Mode(settings_now())
+        self.reruns = Reruns(stage_index, self.device)
         self._gradients: WeightGradients | None = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -162,6 +157,17 @@ class PipelineStage:
         if self._gradients is not None:
             raise StageError(f"stage {self.stage_index} already belongs to a schedule: call close() on that one first")
 
+    def begin(self, settings: Settings) -> None:
+        """A step, a drain or an evaluation begins: look at what it finds, once.
+
+        Args:
+            settings: torch's.
+        """
+        mode = mode_now(settings, (self.submod, *self.reruns.loss_modules) if self.reruns.possible else ())
+        if mode != self.mode:
+            self.mode = mode
+        self._own.look_again(self.submod)
+
     def attach(self, sink: GradSink) -> None:
         """Hand every parameter's gradient to ``sink`` as soon as a backward has completed it, and split the backward
         of linear layers (see :mod:`paci_rt.runtime.split_backward`)."""
@@ -174,7 +180,7 @@ class PipelineStage:
         if self._gradients is not None:
             self._gradients.remove()
             self._gradients = None
-        self._known.clear()  # may depend on what is trained
+        self._facts = GraphFacts()  # may depend on what is trained
 
     @property
     def split_layers(self) -> list[str]:
@@ -205,32 +211,39 @@ class PipelineStage:
             The message for the next stage (None on the last), the module's output detached, and the detached loss.
         """
         inputs = () if self.is_first else tuple(arg for arg in args if isinstance(arg, Tensor))
-        key = _signature(args, kwargs)
         shares = shares_of((*(args if self.is_first else ()), *kwargs.values()))
-        again = _Again(args, kwargs, loss, self._rng_states()) if recompute else None
-        if again is not None and key in self._known:
-            with torch.no_grad():
-                output, loss_value = self._compute(args, kwargs, loss)
-            outputs = self._differentiable(output, loss_value)
-        else:
-            outputs, output, loss_value, used = self._build_graph(args, kwargs, loss)
-            if key not in self._known:
-                size = saved_bytes(outputs, inputs, self.parameters(), shares)
-                self._known[key] = _Known(size, tuple(tensor.requires_grad for tensor in outputs))
-                if self._gradients is not None:
-                    self._gradients.learn_order(outputs, used)
-            graph = self._graph(outputs, used)
-        known = self._known[key]
+        again = None
+        if recompute or self.reruns.on or self.reruns.doubtful(self.mode):
+            again = self.reruns.prepare(args, kwargs, loss, self.mode, (self.submod,))
+        before = _get_sequence_nr()
+        outputs, output, loss_value, used = self._build_graph(args, kwargs, loss)
+        graph = self._graph(outputs, used)
+        kind = _signature(args, kwargs), _get_sequence_nr() - before, graph.which, tuple(map(id, used))
+        full_bytes = self._facts.saved_bytes(kind, lambda: self._measure(outputs, inputs, used, shares))
+        if again is not None and not recompute and not self.reruns.wanted(outputs, self.mode, micro_batch):
+            again = None
+        if again is not None:
+            again.roots = graph.which
+        kept_bytes = full_bytes if again is None else again.kept_bytes(shares)
         held = graph if again is None else again
-        kept = known.saved_bytes if again is None else distinct_bytes((*args, *kwargs.values()), shares=shares)
-        self.in_flight[micro_batch] = InFlight(inputs, held, kept, known.saved_bytes, shares)
-        message = None if self.is_last else _message(outputs, known.requires_grad)
-        return message, _detached(output), None if loss_value is None else loss_value.detach()
+        self.in_flight[micro_batch] = InFlight(inputs, held, kept_bytes, full_bytes, shares, self.mode)
+        message = None if self.is_last else self._message(outputs, shares, inputs)
+        return message, self._detached(output, shares), None if loss_value is None else self._own.apart(loss_value)
+
+    def _measure(
+        self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], used: list[SplitUse], shares: dict[int, int]
+    ) -> int:
+        """What takes a walk over a graph of a kind that is not known yet: its bytes, and who reads which weights."""
+        if self._gradients is not None:
+            self._gradients.learn_order(outputs, used)
+        return saved_bytes(outputs, inputs, self.parameters(), shares)
 
     def _build_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
     ) -> tuple[tuple[Tensor, ...], Any, Tensor | None, list[SplitUse]]:
         """A forward with autograd: what gradients start from, output, loss, and the layers that were used."""
+        if self.mode.settings.autocast:
+            torch.clear_autocast_cache()  # weights may have changed since they were cast
         counting: AbstractContextManager[list[SplitUse]] = nullcontext([])
         if self._gradients is not None:
             counting = self._gradients.forward()
@@ -254,13 +267,13 @@ class PipelineStage:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None = None
     ) -> tuple[Message | None, Any, Tensor | None]:
         """A forward that keeps nothing; otherwise as :meth:`forward`."""
+        if self.mode.settings.autocast:
+            torch.clear_autocast_cache()
         with torch.no_grad():
             output, loss_value = self._compute(args, kwargs, loss)
-        message = None
-        if not self.is_last:
-            outputs = self._as_tuple(output)
-            message = _message(outputs, tuple(False for _ in outputs))
-        return message, _detached(output), loss_value
+        shares = shares_of((*(args if self.is_first else ()), *kwargs.values()))
+        message = None if self.is_last else self._message(self._as_tuple(output), shares, training=False)
+        return message, self._detached(output, shares), None if loss_value is None else self._own.apart(loss_value)
 
     def backward(self, micro_batch: int, gradients: tuple[Tensor | None, ...], *, split: bool = False) -> Message:
         """Backward of one micro-batch; parameter gradients go where :meth:`attach` said.
@@ -277,7 +290,18 @@ class PipelineStage:
             StageError: a tensor that a weight gradient needs was modified in place; the message names the layer.
         """
         saved = self.in_flight.pop(micro_batch)
-        graph = saved.held if isinstance(saved.held, _Graph) else self._rebuild(saved.held)
+        with _NOTHING if saved.mode is self.mode else saved.mode.resumed(self.mode):
+            if isinstance(saved.held, _Graph):
+                return self._backward(micro_batch, saved, saved.held, gradients, split)
+            with saved.held.buffers_back():
+                graph = self._rebuild(saved.held)
+                return self._backward(micro_batch, saved, graph, gradients, split)
+
+    def _backward(
+        self, micro_batch: int, saved: InFlight, graph: _Graph, gradients: tuple[Tensor | None, ...], split: bool
+    ) -> Message:
+        if self.mode.settings.autocast or saved.mode.settings.autocast:
+            torch.clear_autocast_cache()  # activation checkpointing computes in a backward
         if self.is_last:
             roots, grads = graph.roots, tuple(None for _ in graph.roots)
         else:
@@ -294,7 +318,9 @@ class PipelineStage:
             if roots:
                 torch.autograd.backward(roots, grads)
         if split:
-            self._pending[micro_batch] = pending, saved.shares
+            self._pending[micro_batch] = pending, saved.shares, saved.mode
+        if self._gradients is not None and self._gradients.repeated:
+            self.reruns.seen_in_backward(micro_batch)
         return Message(
             tuple(None if tensor.grad is None else plain(tensor.grad) for tensor in saved.inputs),
             tuple(False for _ in saved.inputs),
@@ -302,40 +328,39 @@ class PipelineStage:
 
     def weight_gradients(self, micro_batch: int) -> None:
         """The half of a split backward that was left; see :meth:`backward`."""
-        pending, _ = self._pending.pop(micro_batch)
+        pending, _, mode = self._pending.pop(micro_batch)
         if self._gradients is not None:
-            self._gradients.compute_left(pending)
+            with _NOTHING if mode is self.mode else mode.resumed(self.mode):
+                self._gradients.compute_left(pending)
 
-    def _rng_states(self) -> tuple[Tensor, ...]:
-        here = (torch.cuda.get_rng_state(self.device),) if self.device.type == "cuda" else ()
-        return (torch.get_rng_state(), *here)
-
-    def _rebuild(self, again: _Again) -> _Graph:
-        with torch.random.fork_rng(devices=() if self.device.type == "cpu" else (self.device,)):
-            torch.set_rng_state(again.rng_states[0])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(again.rng_states[1], self.device)
+    def _rebuild(self, again: Again) -> _Graph:
+        again.check(self.stage_index)
+        with again.random.again(self.device):
             outputs, _, _, used = self._build_graph(again.args, again.kwargs, again.loss)
-        return self._graph(outputs, used)
+        graph = self._graph(outputs, used)
+        again.check(self.stage_index, graph.which)
+        return graph
 
     def kept_bytes(self, micro_batch: int) -> tuple[int, int]:
         """Bytes of activations that ``micro_batch`` keeps alive until its backward, and in its backward.
 
-        Both are measured on the first forward of its shape: every distinct storage that autograd saved except
-        parameters, and the stage's inputs. They differ where the forward is run again.
+        Both are measured on forwards whose graph is of the same kind (:mod:`paci_rt.runtime.graph_facts`): every
+        distinct storage that autograd saved except parameters, and the stage's inputs. They differ where the forward is
+        run again.
         """
         saved = self.in_flight[micro_batch]
         return saved.kept_bytes, saved.full_bytes
 
     def pending_bytes(self, micro_batch: int) -> int:
         """Bytes that ``micro_batch`` keeps alive between its I and its W."""
-        pending, shares = self._pending[micro_batch]
+        pending, shares, _ = self._pending[micro_batch]
         return distinct_bytes((tensor for one in pending for tensor in (one.x, one.grad)), shares=shares)
 
     def forget(self) -> None:
         """Drop every micro-batch in flight, after a failure."""
         self.in_flight.clear()
         self._pending.clear()
+        self.reruns = Reruns(self.stage_index, self.device)
 
     def run_module(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The slice's output; what is not the next stage's business yet is added by stages that were traced."""
@@ -363,24 +388,33 @@ class PipelineStage:
                 )
         return outputs
 
+    def _message(
+        self,
+        outputs: tuple[Tensor, ...],
+        given: dict[int, int],
+        received: tuple[Tensor, ...] = (),
+        *,
+        training: bool = True,
+    ) -> Message:
+        received = received if self.lent else ()
+        return Message(
+            tuple([plain(self._own.apart(tensor, given, received)) for tensor in outputs]),
+            tuple([training and tensor.requires_grad for tensor in outputs]),
+        )
+
+    def _detached(self, output: Any, given: dict[int, int]) -> Any:
+        if isinstance(output, Tensor):
+            return self._own.apart(output, given) if self.is_last else output.detach()
+        if isinstance(output, (tuple, list)):
+            return type(output)(self._detached(item, given) for item in output)
+        if isinstance(output, dict):
+            return {key: self._detached(item, given) for key, item in output.items()}
+        return output
+
 
 def _root(tensor: Tensor) -> Any:
     # An edge holds the graph without the output, whose memory is free once it has been sent.
     return get_gradient_edge(tensor) if _EDGES_AS_ROOTS else tensor
-
-
-def _message(outputs: tuple[Tensor, ...], requires_grad: tuple[bool, ...]) -> Message:
-    return Message(tuple(plain(tensor) for tensor in outputs), requires_grad)
-
-
-def _detached(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach()
-    if isinstance(output, (tuple, list)):
-        return type(output)(_detached(item) for item in output)
-    if isinstance(output, dict):
-        return {key: _detached(item) for key, item in output.items()}
-    return output
 
 
 def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

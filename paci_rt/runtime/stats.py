@@ -51,6 +51,7 @@ def pipeline_stats(
         "peak_in_flight": {audit.stage: audit.peak_in_flight for audit in audits},
         "peak_pending": {audit.stage: audit.peak_pending for audit in audits},
         "peak_rank_in_flight": {rank.rank: rank.peak_in_flight for rank in ranks.values()},
+        "copied_input_bytes": executor.copied_input_bytes,
         "lookahead_s": sum(runtime.weights.ahead_s for runtime in runtimes),
         "lookahead_forwards": sum(runtime.weights.ahead_forwards for runtime in runtimes),
         "nonfinite_gradients": sum(int(audit.nonfinite_gradients) for audit in audits),

@@ -1,0 +1,62 @@
+"""What a stage has learnt of the graphs that its forwards make: how many bytes they keep, and that some checkpoint.
+
+Micro-batches may differ: layers are dropped, branches depend on data, a module changes its mode. What decides about
+gradients is therefore looked at in every forward. Only bytes, which take a walk over the graph, are remembered, by the
+kind of the graph: shapes of the inputs, number of nodes, split layers used, and which outputs take part in autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+ALWAYS = 32
+"""So many walks are made in any case; of more forwards one in ``ONE_IN``."""
+ONE_IN = 64
+MOST = 1024
+"""Kinds of graphs that are remembered at the same time."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    saved_bytes: int
+    seen: int = 1
+
+
+class GraphFacts:
+    """Remembers what graphs keep.
+
+    A kind is measured at its 1st, 2nd, 4th, 8th, ... forward, since sizes may depend on data where nothing else does;
+    what counts is the largest measurement. Where new kinds come too often for a walk each, they count as much as the
+    largest of all kinds.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._forwards = self._walks = self._largest = 0
+
+    def saved_bytes(self, kind: Hashable, measure: Callable[[], int]) -> int:
+        """Bytes that the present forward keeps.
+
+        Args:
+            kind: of its graph.
+            measure: walks over it.
+        """
+        self._forwards += 1
+        known = self._kinds.get(kind)
+        if known is not None:
+            known.seen += 1
+            if known.seen & (known.seen - 1):  # no power of two
+                return known.saved_bytes
+        if self._walks >= ALWAYS + self._forwards // ONE_IN:
+            return self._largest if known is None else known.saved_bytes
+        self._walks += 1
+        size = measure()
+        self._largest = max(self._largest, size)
+        if known is None:
+            if len(self._kinds) >= MOST:
+                self._kinds.clear()
+            self._kinds[kind] = _Kind(size)
+            return size
+        known.saved_bytes = max(known.saved_bytes, size)
+        return known.saved_bytes
