@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -16,8 +17,12 @@ from paci_rt.errors import StageError
 from paci_rt.optim.backend import usable
 from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
+from paci_rt.runtime.declared import Declared, Example
+from paci_rt.runtime.outgoing import forward_message
 from paci_rt.runtime.split_backward import SplitLayer, WeightGradient, WeightGradients
+from paci_rt.runtime.trees import detached, tensors
 from paci_rt.transport.base import Message
+from paci_rt.transport.structure import take_apart
 
 # In newer versions of torch a backward can start from a gradient edge, which keeps the graph but not the output's
 # memory. Without the token, which is newer still, an edge does not keep the node of a Python function, such as a split
@@ -78,14 +83,18 @@ class PipelineStage:
     """One module slice at one place of the pipeline; torch's constructor order.
 
     Args:
-        submodule: the slice. It takes what the previous stage returns (the first stage: the arguments of ``step``)
-            and returns a tensor or a tuple of tensors.
+        submodule: the slice. It takes what the previous stage returns (the first stage: the arguments of ``step``):
+            the items of a tuple or list as arguments, anything else as one. It returns tensors, or containers that
+            ``torch.utils._pytree`` knows of tensors and constants; the last stage returns whatever ``loss_fn`` takes.
         stage_index: 0 ... ``num_stages - 1``.
         num_stages: stages of the whole pipeline.
         device: where the stage runs, ``"cpu"`` or a CUDA device; the module is moved there.
-        input_args, output_args: accepted because torch's constructor has them; shapes are discovered as
-            micro-batches travel and may change from one to the next, so they are not needed.
+        input_args, output_args: examples of what one micro-batch brings and leaves, compared with the first one. They
+            are not needed: shapes are found as micro-batches travel and may change from one to the next.
+        output_grads, input_grads: their gradients; only compared with those.
         group: process group whose rank ``i`` runs stage ``i``; None is the default group.
+        dw_builder, get_mesh: must stay None, as torch's default: weight gradients are computed here, and DTensors do not
+            travel.
         stream: on a GPU the stream that forwards and backwards run on, a ``torch.cuda.Stream``; None is the one that is
             current when a step is called. Several stages on one GPU overlap only on streams of their own.
         update_stream: likewise the one that updates run on; None is a new one.
@@ -93,9 +102,10 @@ class PipelineStage:
             each shape. Routes differ in their last bits, so the default is one that does not depend on measurements.
 
     Raises:
-        ValueError: index or count out of range, or a device that cannot be used; the reason is in the message.
+        ValueError: index or count out of range, a device that cannot be used, or an argument that must stay None; the
+            reason is in the message.
         TritonMissingError: a CUDA device without Triton.
-        StageError: ``submodule`` is no ``torch.nn.Module``.
+        StageError: ``submodule`` is no ``torch.nn.Module``, or an example is no tensor.
 
     Example:
         >>> stage = paci_rt.PipelineStage(nn.Linear(4, 2), stage_index=1, num_stages=2)
@@ -109,10 +119,14 @@ class PipelineStage:
         stage_index: int,
         num_stages: int,
         device: torch.device | str = "cpu",
-        input_args: Any = None,
-        output_args: Any = None,
-        *,
+        input_args: Example = None,
+        output_args: Example = None,
+        output_grads: Example = None,
+        input_grads: Example = None,
         group: Any = None,
+        dw_builder: None = None,
+        get_mesh: None = None,
+        *,
         stream: torch.cuda.Stream | None = None,
         update_stream: torch.cuda.Stream | None = None,
         wgrad: Callable[..., None] | None = None,
@@ -131,11 +145,27 @@ class PipelineStage:
         self.num_stages = num_stages
         self.is_first, self.is_last = stage_index == 0, stage_index == num_stages - 1
         self.group = group
+        if dw_builder is not None:
+            raise ValueError("dw_builder was given: the stage computes weight gradients by itself, so leave it out")
+        if get_mesh is not None:
+            raise ValueError("get_mesh was given: DTensors do not travel between stages, so leave it out")
+        self.has_backward = False
+        self._declared = Declared(stage_index, input_args, output_args, output_grads, input_grads)
         self.in_flight: dict[int, InFlight] = {}
         self._pending: dict[int, tuple[list[WeightGradient], dict[int, int]]] = {}
         self._known: dict[Any, _Known] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._gradients: WeightGradients | None = None
+
+    @property
+    def group_rank(self) -> int:
+        """This process's rank in ``group``; 0 without a process group."""
+        return dist.get_rank(self.group) if dist.is_available() and dist.is_initialized() else 0
+
+    @property
+    def group_size(self) -> int:
+        """Processes of ``group``; 1 without a process group."""
+        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The module's parameters, for an optimizer."""
@@ -208,9 +238,9 @@ class PipelineStage:
         Returns:
             The message for the next stage (None on the last), the module's output detached, and the detached loss.
         """
-        inputs = () if self.is_first else tuple(arg for arg in args if isinstance(arg, Tensor))
+        inputs = () if self.is_first else tuple(tensors(args))
         key = _signature(args, kwargs)
-        shares = shares_of((*(args if self.is_first else ()), *kwargs.values()))
+        shares = shares_of(tensors((*(args if self.is_first else ()), *kwargs.values())))
         again = _Again(args, kwargs, loss, self._rng_states()) if recompute else None
         if again is not None and key in self._known:
             with torch.no_grad():
@@ -226,10 +256,10 @@ class PipelineStage:
             graph = self._graph(outputs, used)
         known = self._known[key]
         held = graph if again is None else again
-        kept = known.saved_bytes if again is None else distinct_bytes((*args, *kwargs.values()), shares=shares)
+        kept = known.saved_bytes if again is None else distinct_bytes(tensors((*args, *kwargs.values())), shares=shares)
         self.in_flight[micro_batch] = InFlight(inputs, held, kept, known.saved_bytes, shares)
-        message = None if self.is_last else _message(outputs, known.requires_grad)
-        return message, _detached(output), None if loss_value is None else loss_value.detach()
+        message = None if self.is_last else forward_message(output, self.stage_index, known.requires_grad)
+        return message, detached(output), None if loss_value is None else loss_value.detach()
 
     def _build_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
@@ -245,7 +275,7 @@ class PipelineStage:
     def _differentiable(self, output: Any, loss_value: Tensor | None) -> tuple[Tensor, ...]:
         if loss_value is not None:
             return (loss_value,)
-        return () if self.is_last else self._as_tuple(output)
+        return () if self.is_last else take_apart(output, self.stage_index)[0]
 
     @staticmethod
     def _graph(outputs: tuple[Tensor, ...], used: list[SplitLayer]) -> _Graph:
@@ -260,9 +290,8 @@ class PipelineStage:
             output, loss_value = self._compute(args, kwargs, loss)
         message = None
         if not self.is_last:
-            outputs = self._as_tuple(output)
-            message = _message(outputs, tuple(False for _ in outputs))
-        return message, _detached(output), loss_value
+            message = forward_message(output, self.stage_index, None)
+        return message, detached(output), loss_value
 
     def backward(self, micro_batch: int, gradients: tuple[Tensor | None, ...], *, split: bool = False) -> Message:
         """Backward of one micro-batch; parameter gradients go where :meth:`attach` said.
@@ -343,6 +372,8 @@ class PipelineStage:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
     ) -> tuple[Any, Tensor | None]:
         output = self.submod(*args, **kwargs)
+        if self._declared.pending:
+            self._declared.check(args, output)
         if loss is None:
             return output, None
         value = loss(output)
@@ -351,39 +382,17 @@ class PipelineStage:
             raise StageError(f"loss_fn returned a {got}: it must return a scalar tensor, for example by .mean()")
         return output, value
 
-    def _as_tuple(self, output: Any) -> tuple[Tensor, ...]:
-        outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
-        for at, tensor in enumerate(outputs):
-            if not isinstance(tensor, Tensor):
-                raise StageError(
-                    f"stage {self.stage_index} returned a {type(tensor).__name__} at position {at}: a stage returns "
-                    "a tensor or a tuple of tensors, since that is what travels to the next stage"
-                )
-        return outputs
-
 
 def _root(tensor: Tensor) -> Any:
     # An edge holds the graph without the output, whose memory is free once it has been sent.
     return get_gradient_edge(tensor) if _EDGES_AS_ROOTS else tensor
 
 
-def _message(outputs: tuple[Tensor, ...], requires_grad: tuple[bool, ...]) -> Message:
-    return Message(tuple(tensor.detach().contiguous() for tensor in outputs), requires_grad)
-
-
-def _detached(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach()
-    if isinstance(output, (tuple, list)):
-        return type(output)(_detached(item) for item in output)
-    if isinstance(output, dict):
-        return {key: _detached(item) for key, item in output.items()}
-    return output
-
-
 def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
     return tuple(
-        (tuple(value.shape), value.dtype, value.requires_grad) if isinstance(value, Tensor) else type(value)
+        (tuple(value.shape), value.dtype, value.requires_grad)
+        if isinstance(value, Tensor)
+        else (type(value), *(_signature((tensor,), {}) for tensor in tensors(value)))
         for value in values
     )

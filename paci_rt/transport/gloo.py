@@ -30,6 +30,7 @@ from paci_rt.transport import wire
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, WaitingTransport, check_timeout
 from paci_rt.transport.diagnosis import action_of, standing, timeout_text
 from paci_rt.transport.rendezvous import check_group
+from paci_rt.transport.structure import Structures
 
 DEPTH = 2
 _LANES = 512  # tags per channel
@@ -268,6 +269,7 @@ class GlooTransport(WaitingTransport):
         self._made[members] = self._number + 1
         self._outgoing: dict[Channel, _Outgoing] = {}
         self._incoming: dict[Channel, _Incoming] = {}
+        self._structures = Structures()
 
     def open(self, incoming: Sequence[Channel]) -> None:
         for channel in incoming:
@@ -276,7 +278,7 @@ class GlooTransport(WaitingTransport):
     def send(self, channel: Channel, index: int, message: Message) -> None:
         opposite, outgoing = self._incoming.get(channel.opposite()), self._sender(channel)
         with self._losing(channel, index, outgoing):
-            outgoing.start(index, message, 0 if opposite is None else opposite.sequence)
+            outgoing.start(index, self._structures.pack(channel, message), 0 if opposite is None else opposite.sequence)
 
     def recv(self, channel: Channel, index: int) -> Message:
         incoming, opposite = self._receiver(channel), self._outgoing.get(channel.opposite())
@@ -284,7 +286,7 @@ class GlooTransport(WaitingTransport):
             message = incoming.take(index)
             if opposite is not None:
                 opposite.let_go(incoming.acknowledged)
-        return message
+        return self._structures.unpack(channel, message)
 
     def flush(self) -> None:
         for channel, outgoing in self._outgoing.items():

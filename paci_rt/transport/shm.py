@@ -113,7 +113,7 @@ class ShmTransport(NativeTransport):
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         outgoing = self._outgoing.get(channel) or self._sender(channel)
-        metas, tensors, addresses = self._unpack(message)
+        metas, tensors, addresses = self._unpack(self._structures.pack(channel, message))
         try:
             sequence = outgoing.end.send(index, outgoing.changed(metas), addresses)
         except (TransferTimeoutError, PeerLostError) as error:
@@ -128,7 +128,8 @@ class ShmTransport(NativeTransport):
         except (TransferTimeoutError, PeerLostError) as error:
             self._report(error)
         self._let_go()
-        return Message(tuple(None if one is None else from_dlpack(one) for one in capsules), requires_grad)
+        message = Message(tuple(None if one is None else from_dlpack(one) for one in capsules), requires_grad)
+        return self._structures.unpack(channel, message)
 
     def flush(self) -> None:
         for outgoing in self._outgoing.values():

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from paci_rt.errors import PeerLostError, ScheduleError, StageError, TransferTimeoutError
@@ -24,6 +25,7 @@ from paci_rt.transport.device.hardware import Gathering, Hardware
 from paci_rt.transport.device.pairing import DeviceOptions, Pairing
 from paci_rt.transport.diagnosis import origin_of
 from paci_rt.transport.native_channels import NativeTransport, Outgoing, addresses_of
+from paci_rt.transport.structure import Structures
 
 if TYPE_CHECKING:
     from paci_rt.native import DeviceIncoming
@@ -52,6 +54,7 @@ class DeviceTransport(NativeTransport):
         options: DeviceOptions,
     ) -> None:
         super().__init__(gathering.rank, options.events_dir)
+        self._structures = Structures(self._bytes_there)
         self.name = name
         self._hardware = hardware
         self._pairing = Pairing(gathering, hardware, candidates=candidates, options=options)
@@ -108,7 +111,7 @@ class DeviceTransport(NativeTransport):
         The tensors are kept until they have left. A message that finds no free slot waits in the transport.
         """
         outgoing = self._sender(channel)
-        metas, tensors, addresses = self._unpack(message)
+        metas, tensors, addresses = self._unpack(self._structures.pack(channel, message))
         where = self._hardware.index, self._hardware.stream()
         try:
             if self._hardware.capturing():
@@ -131,7 +134,7 @@ class DeviceTransport(NativeTransport):
         where = self._hardware.index, self._hardware.stream()
         try:
             if self._hardware.capturing():
-                return self._capture_recv(channel, incoming, index, where)
+                return self._structures.unpack(channel, self._capture_recv(channel, incoming, index, where))
             arrived = incoming.take(index, *where)
             arriving = self._empty(arrived.packed)
             arrived.unpack(addresses_of(arriving.tensors))
@@ -140,7 +143,7 @@ class DeviceTransport(NativeTransport):
             self._let_go()
         except (TransferTimeoutError, PeerLostError) as error:
             self._report(error)
-        return arriving
+        return self._structures.unpack(channel, arriving)
 
     def _capture_recv(self, channel: Channel, incoming: DeviceIncoming, index: int, where: tuple[int, int]) -> Message:
         """A receive within a CUDA graph, of a message that looks like the last one before it."""
@@ -222,6 +225,10 @@ class DeviceTransport(NativeTransport):
 
     def _check(self, tensor: Tensor) -> None:
         self._hardware.check(tensor)
+
+    def _bytes_there(self, packed: bytes) -> Tensor:
+        there = self._hardware.empty(wire.TensorMeta(torch.uint8, (len(packed),), True, False))
+        return there.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
 
 
 @lru_cache(maxsize=64)  # messages of a channel look alike
