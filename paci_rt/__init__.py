@@ -114,8 +114,12 @@ _ELSEWHERE = {
 """Names that code for ``torch.distributed.pipelining`` imports from there, and that are torch's own here too."""
 
 if TYPE_CHECKING:
-    from torch.distributed.pipelining import Pipe, SplitPoint, pipe_split, pipeline
-    from torch.distributed.pipelining.microbatch import TensorChunkSpec, sum_reducer
+    from torch.distributed.pipelining import Pipe as Pipe
+    from torch.distributed.pipelining import SplitPoint as SplitPoint
+    from torch.distributed.pipelining import pipe_split as pipe_split
+    from torch.distributed.pipelining import pipeline as pipeline
+    from torch.distributed.pipelining.microbatch import TensorChunkSpec as TensorChunkSpec
+    from torch.distributed.pipelining.microbatch import sum_reducer as sum_reducer
 else:
 
     def __getattr__(name: str) -> Any:

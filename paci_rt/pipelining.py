@@ -228,7 +228,9 @@ class _ScheduleForwardOnly(PipelineScheduleSingle):
 
     name = "gpipe"
 
-    def __init__(self, stage: PipelineStage, n_microbatches: int, loss_fn: LossFn | None = None, **options: Any) -> None:
+    def __init__(
+        self, stage: PipelineStage, n_microbatches: int, loss_fn: LossFn | None = None, **options: Any
+    ) -> None:
         super().__init__(stage, n_microbatches, None, **options)
 
     def step(self, *args: Any, target: Any = None, losses: list[Any] | None = None, **options: Any) -> Any:
@@ -252,10 +254,10 @@ class ScheduleLoopedBFS(_NotThere):
     Example:
         >>> paci_rt.ScheduleLoopedBFS([], 4)
         Traceback (most recent call last):
-        ValueError: LoopedBFS is not there yet: use 'interleaved-1f1b', which runs several stages a rank with less memory
+        ValueError: LoopedBFS is not there yet: use 'interleaved-1f1b', which runs several stages a rank too
     """
 
-    reason = "LoopedBFS is not there yet: use 'interleaved-1f1b', which runs several stages a rank with less memory"
+    reason = "LoopedBFS is not there yet: use 'interleaved-1f1b', which runs several stages a rank too"
 
 
 class ScheduleInterleavedZeroBubble(_NotThere):

@@ -1,4 +1,4 @@
-"""What the schedule classes share: torch's constructors, torch's base classes, and the attributes that trainers read."""
+"""What the schedule classes share: torch's constructors and base classes, and the attributes that trainers read."""
 
 from __future__ import annotations
 

@@ -43,7 +43,9 @@ class Declared:
                 for grad, value in zip(gradients, values, strict=True)
             ):
                 shapes = [None if grad is None else tuple(grad.shape) for grad in gradients]
-                raise ValueError(f"{name} has the shapes {shapes}: give one for each tensor, of its shape, or leave it out")
+                raise ValueError(
+                    f"{name} has the shapes {shapes}: give one for each tensor, of its shape, or leave it out"
+                )
         self.pending = self._inputs is not None or self._outputs is not None
 
     def check(self, args: tuple[Any, ...], output: Any) -> None:

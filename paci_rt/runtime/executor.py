@@ -294,6 +294,6 @@ def moved(message: Message, device: torch.device) -> Message:
 def _disagree(stage: int, training: bool) -> str:
     trains, forwards = (stage, stage - 1) if training else (stage - 1, stage)
     return (
-        f"stage {trains} trains while stage {forwards} runs forward only: call step(), or eval(), on all ranks alike, and "
-        "give loss_fn to the schedules of all ranks or of none"
+        f"stage {trains} trains while stage {forwards} runs forward only: call step(), or eval(), on all ranks alike, "
+        "and give loss_fn to the schedules of all ranks or of none"
     )

@@ -1,8 +1,8 @@
 """Cutting a batch into micro-batches, and putting their outputs together again.
 
-The convention is that of ``torch.distributed.pipelining``: ``torch.Tensor.tensor_split`` along dimension 0 or along that
-of a ``TensorChunkSpec``, so that a batch that does not divide evenly gives micro-batches whose sizes differ by one.
-What has no dimension to cut goes to every micro-batch. Containers are those of ``torch.utils._pytree``.
+The convention is that of ``torch.distributed.pipelining``: ``torch.Tensor.tensor_split`` along dimension 0, or along
+that of a ``TensorChunkSpec``. A batch that does not divide evenly gives micro-batches whose sizes differ by one. What
+has no dimension to cut goes to every micro-batch. Containers are those of ``torch.utils._pytree``.
 """
 
 from __future__ import annotations
@@ -125,16 +125,19 @@ def _by_leaf(spec: Any, value: Any, what: str, argument: str = "") -> Iterator[A
     ours = _children(spec)
     if parts is None:
         if ours is not None:
-            raise ValueError(f"{argument} has a {type(spec).__name__} where {what} has no container: give one spec there")
+            raise ValueError(
+                f"{argument} has a {type(spec).__name__} where {what} has no container: give one spec there"
+            )
         yield spec
     elif ours is None:
         for leaf in pytree.tree_leaves(value, is_leaf=_is_block_mask):
-            yield spec if isinstance(leaf, Tensor) or _is_block_mask(leaf) else None
+            yield spec if isinstance(leaf, Tensor) or _is_block_mask(leaf) or _is_replicate(spec) else None
     elif isinstance(spec, Mapping) and isinstance(value, Mapping):
-        if spec.keys() != value.keys():
-            raise ValueError(f"{argument} has the keys {list(spec)} and {what} has {list(value)}: give a spec for each")
+        strangers = [key for key in spec if key not in value]
+        if strangers:
+            raise ValueError(f"{argument} has the key {strangers[0]!r}, and {what} only {list(value)}: leave it out")
         for key in value:
-            yield from _by_leaf(spec[key], value[key], f"{what}[{key!r}]", argument)
+            yield from _by_leaf(spec.get(key), value[key], f"{what}[{key!r}]", argument)
     elif len(ours) != len(parts):
         raise ValueError(f"{argument} has {len(ours)} entries for the {len(parts)} of {what}: give a spec for each")
     else:

@@ -93,8 +93,7 @@ class PipelineStage:
             are not needed: shapes are found as micro-batches travel and may change from one to the next.
         output_grads, input_grads: their gradients; only compared with those.
         group: process group whose rank ``i`` runs stage ``i``; None is the default group.
-        dw_builder, get_mesh: must stay None, as torch's default: weight gradients are computed here, and DTensors do not
-            travel.
+        dw_builder, get_mesh: must stay None: weight gradients are computed here, and DTensors do not travel.
         stream: on a GPU the stream that forwards and backwards run on, a ``torch.cuda.Stream``; None is the one that is
             current when a step is called. Several stages on one GPU overlap only on streams of their own.
         update_stream: likewise the one that updates run on; None is a new one.

@@ -29,8 +29,8 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport import wire
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, WaitingTransport, check_timeout
 from paci_rt.transport.diagnosis import action_of, standing, timeout_text
+from paci_rt.transport.packing import Structures
 from paci_rt.transport.rendezvous import check_group
-from paci_rt.transport.structure import Structures
 
 DEPTH = 2
 _LANES = 512  # tags per channel

@@ -15,7 +15,7 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport import wire
 from paci_rt.transport.base import Message, WaitingTransport
 from paci_rt.transport.diagnosis import dump_events
-from paci_rt.transport.structure import Structures
+from paci_rt.transport.packing import Structures
 
 
 def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -1,28 +1,22 @@
 """What the tensors of a message are part of: containers and constants that the next stage gets them in.
 
-Most messages are a tensor or a tuple of tensors and need none of this. For the others the sender tells the structure
-once, and again where it changes; each end of a channel remembers the last one.
+Most messages are a tensor or a tuple of tensors and need none of this.
 """
 
 from __future__ import annotations
 
 import enum
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from paci_rt.errors import StageError, TransportError
+from paci_rt.errors import StageError
 
-if TYPE_CHECKING:
-    from paci_rt.schedules.channel import Channel
-    from paci_rt.transport.base import Message
-
-_CONSTANTS = (bool, int, float, complex, str, bytes, enum.Enum, slice, range)
+_CONSTANTS: tuple[type, ...] = (bool, int, float, complex, str, bytes, enum.Enum, slice, range)
 _CONSTANTS += (type(None), type(...), torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -112,60 +106,3 @@ def _refusal(arguments: tuple[Any, ...], wrong: Any) -> str:
         f"a {type(wrong).__name__}{where}: what travels to the next stage is tensors and constants, in "
         "tuples, lists, dicts, named tuples and classes registered with torch.utils._pytree"
     )
-
-
-def _bytes_here(packed: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-
-
-class Structures:
-    """The last structure of every channel of a transport between processes, in both directions.
-
-    A message with a structure gets two entries more: the packed structure and nothing, or nothing twice where it is
-    that of the last such message. What an absent tensor's ``requires_grad`` says tells them apart.
-
-    Args:
-        as_tensor: makes a tensor of bytes that the transport can send.
-    """
-
-    def __init__(self, as_tensor: Callable[[bytes], Tensor] = _bytes_here) -> None:
-        self._as_tensor = as_tensor
-        self._sent: dict[Channel, tuple[Structure, bytes]] = {}
-        self._seen: dict[Channel, Structure] = {}
-
-    def pack(self, channel: Channel, message: Message) -> Message:
-        """``message`` for the wire: its structure among its tensors."""
-        structure, tensors = message.structure, message.tensors
-        if channel.kind != "F" or (structure is None and (not tensors or tensors[-1] is not None)):
-            return message
-        more: tuple[Tensor | None, Tensor | None] = (None, None)
-        flags = (False, False)  # no structure, and the last tensor was absent already
-        if structure is not None:
-            flags = (True, False)
-            sent = self._sent.get(channel)
-            if sent is None or sent[0] is not structure:
-                packed = structure.packed()
-                if sent is None or sent[1] != packed:
-                    more, flags = (self._as_tensor(packed), None), (False, True)
-                self._sent[channel] = structure, packed
-        return replace(
-            message, tensors=(*tensors, *more), requires_grad=(*message.requires_grad, *flags), structure=None
-        )
-
-    def unpack(self, channel: Channel, message: Message) -> Message:
-        """``message`` as it was before :meth:`pack`."""
-        tensors = message.tensors
-        if channel.kind != "F" or not tensors or tensors[-1] is not None:
-            return message
-        packed, (repeated, new) = tensors[-2], message.requires_grad[-2:]
-        structure = None
-        if new:
-            assert packed is not None
-            structure = self._seen[channel] = Structure(*pickle.loads(packed.cpu().numpy().tobytes()))
-        elif repeated:
-            structure = self._seen.get(channel)
-            if structure is None:
-                raise TransportError(f"channel {channel.name}: a message refers to a structure that never came")
-        return replace(
-            message, tensors=tensors[:-2], requires_grad=message.requires_grad[:-2], structure=structure
-        )

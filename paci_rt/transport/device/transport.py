@@ -25,7 +25,7 @@ from paci_rt.transport.device.hardware import Gathering, Hardware
 from paci_rt.transport.device.pairing import DeviceOptions, Pairing
 from paci_rt.transport.diagnosis import origin_of
 from paci_rt.transport.native_channels import NativeTransport, Outgoing, addresses_of
-from paci_rt.transport.structure import Structures
+from paci_rt.transport.packing import Structures
 
 if TYPE_CHECKING:
     from paci_rt.native import DeviceIncoming
