@@ -15,7 +15,6 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport import wire
 from paci_rt.transport.base import Message, WaitingTransport
 from paci_rt.transport.diagnosis import dump_events
-from paci_rt.transport.packing import Structures
 
 
 def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
@@ -65,7 +64,6 @@ class NativeTransport(WaitingTransport):
         self._rank, self._events_dir = rank, events_dir
         self._outgoing: dict[Channel, Outgoing] = {}
         self._incoming: dict[Channel, Any] = {}
-        self._structures = Structures()
 
     def _check(self, tensor: Tensor) -> None:
         """Raise StageError unless ``tensor`` lies where this transport can read it."""

@@ -1,4 +1,4 @@
-"""How the structure of a message travels between processes: among its tensors.
+"""How the structure of a message travels between processes on CPUs: among its tensors.
 
 The sender tells it once, and again where it changes; each end of a channel remembers the last one.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,11 +18,8 @@ from paci_rt.transport.base import Message
 from paci_rt.transport.structure import Structure
 
 
-def _bytes_here(packed: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-
-
-def _unpacked(packed: bytes) -> Structure:
+def unpacked(packed: bytes) -> Structure:
+    """What :meth:`Structure.packed` has packed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's pytree says how it will change
         return Structure(*pickle.loads(packed))
@@ -34,13 +30,9 @@ class Structures:
 
     A message with a structure gets two entries more: the packed structure and nothing, or nothing twice where it is
     that of the last such message. What an absent tensor's ``requires_grad`` says tells them apart.
-
-    Args:
-        as_tensor: makes a tensor of bytes that the transport can send.
     """
 
-    def __init__(self, as_tensor: Callable[[bytes], Tensor] = _bytes_here) -> None:
-        self._as_tensor = as_tensor
+    def __init__(self) -> None:
         self._sent: dict[Channel, tuple[Structure, bytes]] = {}
         self._seen: dict[Channel, Structure] = {}
 
@@ -57,7 +49,7 @@ class Structures:
             if sent is None or sent[0] is not structure:
                 packed = structure.packed()
                 if sent is None or sent[1] != packed:
-                    more, flags = (self._as_tensor(packed), None), (False, True)
+                    more, flags = (torch.frombuffer(bytearray(packed), dtype=torch.uint8), None), (False, True)
                 self._sent[channel] = structure, packed
         return replace(
             message, tensors=(*tensors, *more), requires_grad=(*message.requires_grad, *flags), structure=None
@@ -72,7 +64,7 @@ class Structures:
         structure = None
         if new:
             assert packed is not None
-            structure = self._seen[channel] = _unpacked(packed.cpu().numpy().tobytes())
+            structure = self._seen[channel] = unpacked(packed.numpy().tobytes())
         elif repeated:
             structure = self._seen.get(channel)
             if structure is None:

@@ -20,6 +20,7 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, check_slots, check_timeout
 from paci_rt.transport.diagnosis import origin_of
 from paci_rt.transport.native_channels import NativeTransport, Outgoing
+from paci_rt.transport.packing import Structures
 from paci_rt.transport.rendezvous import Meeting, check_group, host_identity, hosts_by_name, raise_first
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class ShmTransport(NativeTransport):
             raise ValueError(f"held is {held!r}: the receiver keeps 0 messages or more")
         check_timeout(timeout_s)
         super().__init__(dist.get_rank(group), events_dir)
+        self._structures = Structures()
         self.capacity = slots
         self._held, self._timeout_s = held, timeout_s
         self._ranks = num_stages // chunks

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import paci_rt
 from paci_rt.schedules.channel import Channel
-from paci_rt.transport import Message
+from paci_rt.transport import Message, wire
 from paci_rt.transport.packing import Structures
 from paci_rt.transport.structure import FORWARD_ONLY, Structure, take_apart
 from support.plain import same
@@ -254,3 +254,12 @@ def test_a_plain_message_has_no_structure() -> None:
         tensors, structure = take_apart(output)
         assert structure is None and all(isinstance(tensor, Tensor) for tensor in tensors)
     assert Structure().arguments((None,)) == (None,)
+
+
+def test_bytes_travel_in_a_description_of_tensors() -> None:
+    for size in (1, 6, 7, 8, 441, 442, 2000):
+        data = bytes(range(256)) * 8
+        plain = wire.describe(Message((torch.ones(2), None, torch.ones(())), (True, False, True)))
+        more = wire.metas_of_bytes(data[-size:])
+        assert wire.bytes_of_metas(wire.unpack_metas(wire.pack_metas((*plain, *more)))) == (3, data[-size:])
+        assert wire.bytes_of_metas(plain) == (3, b"") and wire.bytes_of_metas(()) == (0, b"")

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from paci_rt.errors import PeerLostError, ScheduleError, StageError, TransferTimeoutError
@@ -25,7 +24,8 @@ from paci_rt.transport.device.hardware import Gathering, Hardware
 from paci_rt.transport.device.pairing import DeviceOptions, Pairing
 from paci_rt.transport.diagnosis import origin_of
 from paci_rt.transport.native_channels import NativeTransport, Outgoing, addresses_of
-from paci_rt.transport.packing import Structures
+from paci_rt.transport.packing import unpacked
+from paci_rt.transport.structure import Structure
 
 if TYPE_CHECKING:
     from paci_rt.native import DeviceIncoming
@@ -54,7 +54,6 @@ class DeviceTransport(NativeTransport):
         options: DeviceOptions,
     ) -> None:
         super().__init__(gathering.rank, options.events_dir)
-        self._structures = Structures(self._bytes_there)
         self.name = name
         self._hardware = hardware
         self._pairing = Pairing(gathering, hardware, candidates=candidates, options=options)
@@ -111,7 +110,14 @@ class DeviceTransport(NativeTransport):
         The tensors are kept until they have left. A message that finds no free slot waits in the transport.
         """
         outgoing = self._sender(channel)
-        metas, tensors, addresses = self._unpack(self._structures.pack(channel, message))
+        metas, tensors, addresses = self._unpack(message)
+        if message.structure is not None:  # in the description, which the host reads and which travels when it changes
+            more = wire.metas_of_bytes(message.structure.packed())
+            metas, tensors, addresses = (
+                (*metas, *more),
+                [*tensors, *(None for _ in more)],
+                [*addresses, *(0 for _ in more)],
+            )
         where = self._hardware.index, self._hardware.stream()
         try:
             if self._hardware.capturing():
@@ -134,7 +140,7 @@ class DeviceTransport(NativeTransport):
         where = self._hardware.index, self._hardware.stream()
         try:
             if self._hardware.capturing():
-                return self._structures.unpack(channel, self._capture_recv(channel, incoming, index, where))
+                return self._capture_recv(channel, incoming, index, where)
             arrived = incoming.take(index, *where)
             arriving = self._empty(arrived.packed)
             arrived.unpack(addresses_of(arriving.tensors))
@@ -143,7 +149,7 @@ class DeviceTransport(NativeTransport):
             self._let_go()
         except (TransferTimeoutError, PeerLostError) as error:
             self._report(error)
-        return self._structures.unpack(channel, arriving)
+        return _structured(arriving, arrived.packed)
 
     def _capture_recv(self, channel: Channel, incoming: DeviceIncoming, index: int, where: tuple[int, int]) -> Message:
         """A receive within a CUDA graph, of a message that looks like the last one before it."""
@@ -154,10 +160,10 @@ class DeviceTransport(NativeTransport):
             )
         arriving = self._empty(incoming.packed)
         incoming.capture(index, addresses_of(arriving.tensors), *where)
-        return arriving
+        return _structured(arriving, incoming.packed)
 
     def _empty(self, packed: bytes) -> Message:
-        """Memory for a message that looks as ``packed`` says."""
+        """Memory for a message that looks as ``packed`` says, its structure among its absent tensors."""
         metas = _metas(packed)
         tensors = tuple(self._hardware.empty(meta) if meta.present else None for meta in metas)
         return Message(tensors, tuple(meta.requires_grad for meta in metas))
@@ -226,14 +232,24 @@ class DeviceTransport(NativeTransport):
     def _check(self, tensor: Tensor) -> None:
         self._hardware.check(tensor)
 
-    def _bytes_there(self, packed: bytes) -> Tensor:
-        there = self._hardware.empty(wire.TensorMeta(torch.uint8, (len(packed),), True, False))
-        return there.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
-
 
 @lru_cache(maxsize=64)  # messages of a channel look alike
 def _metas(packed: bytes) -> wire.Meta:
     return wire.unpack_metas(packed)
+
+
+@lru_cache(maxsize=64)
+def _structure(packed: bytes) -> tuple[int, Structure | None]:
+    """How many tensors a message has besides its structure, and that."""
+    count, described = wire.bytes_of_metas(_metas(packed))
+    return count, unpacked(described) if described else None
+
+
+def _structured(arriving: Message, packed: bytes) -> Message:
+    count, structure = _structure(packed)
+    if structure is None:
+        return arriving
+    return Message(arriving.tensors[:count], arriving.requires_grad[:count], structure)
 
 
 def _order(channel: Channel) -> tuple[int, int, str]:
