@@ -49,7 +49,7 @@ class DelayedTransport:
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         sent = torch.tensor([time.monotonic_ns()], dtype=torch.int64)
-        stamped = Message((*message.tensors, sent), (*message.requires_grad, False))
+        stamped = Message((*message.tensors, sent), (*message.requires_grad, False), message.structure)
         self._inner.send(channel, index, stamped)
 
     def ready(self, channel: Channel) -> bool:
@@ -65,7 +65,7 @@ class DelayedTransport:
         left_ns = int(sent) + self._hop_ns - time.monotonic_ns()
         if left_ns > 0:
             time.sleep(left_ns / 1e9)
-        return Message(tuple(tensors), stamped.requires_grad[:-1])
+        return Message(tuple(tensors), stamped.requires_grad[:-1], stamped.structure)
 
     def flush(self) -> None:
         self._inner.flush()

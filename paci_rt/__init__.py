@@ -8,6 +8,8 @@ Examples in docstrings begin after ``import torch``, ``from torch import nn`` an
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from paci_rt.errors import (
     AccumulatorStateError,
     ActionError,
@@ -27,10 +29,15 @@ from paci_rt.errors import (
 from paci_rt.local_pipeline import LocalPipeline
 from paci_rt.optim import SGD, AdamW, Lion, Muon, NAdam
 from paci_rt.pipelining import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
     Schedule1F1B,
     ScheduleAsync1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
     SchedulePACI,
     SchedulePACISplit,
     SchedulePipeDream,
@@ -39,10 +46,12 @@ from paci_rt.pipelining import (
     ScheduleZB2P,
     ScheduleZBH1,
     ScheduleZBH2,
+    ScheduleZBVZeroBubble,
     get_schedule_class,
 )
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.state_dict import params_sha256
+from paci_rt.schedule_base import register_with_torch
 from paci_rt.schedules import FAMILIES, StepCosts, plan_slack
 from paci_rt.schedules.lowering import TiedWeight
 
@@ -67,12 +76,17 @@ __all__ = [
     "OptimizerOwnedError",
     "PaciError",
     "PeerLostError",
+    "PipelineScheduleMulti",
+    "PipelineScheduleSingle",
     "PipelineStage",
     "Schedule1F1B",
     "ScheduleAsync1F1B",
+    "ScheduleDualPipeV",
     "ScheduleError",
     "ScheduleGPipe",
     "ScheduleInterleaved1F1B",
+    "ScheduleInterleavedZeroBubble",
+    "ScheduleLoopedBFS",
     "SchedulePACI",
     "SchedulePACISplit",
     "SchedulePipeDream",
@@ -81,6 +95,7 @@ __all__ = [
     "ScheduleZB2P",
     "ScheduleZBH1",
     "ScheduleZBH2",
+    "ScheduleZBVZeroBubble",
     "StageError",
     "StageFailed",
     "StepCosts",
@@ -92,3 +107,29 @@ __all__ = [
     "params_sha256",
     "plan_slack",
 ]
+
+_ELSEWHERE = {
+    **dict.fromkeys(("Pipe", "SplitPoint", "pipe_split", "pipeline"), "torch.distributed.pipelining"),
+    **dict.fromkeys(("TensorChunkSpec", "sum_reducer"), "torch.distributed.pipelining.microbatch"),
+    "_ScheduleForwardOnly": "paci_rt.pipelining",
+}
+"""Names that code for ``torch.distributed.pipelining`` imports from there, and that are torch's own here too."""
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import Pipe as Pipe
+    from torch.distributed.pipelining import SplitPoint as SplitPoint
+    from torch.distributed.pipelining import pipe_split as pipe_split
+    from torch.distributed.pipelining import pipeline as pipeline
+    from torch.distributed.pipelining.microbatch import TensorChunkSpec as TensorChunkSpec
+    from torch.distributed.pipelining.microbatch import sum_reducer as sum_reducer
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Torch's own frontend and chunk specs, imported where somebody asks for them: that takes seconds."""
+        if name not in _ELSEWHERE:
+            raise AttributeError(f"module 'paci_rt' has no attribute {name!r}")
+        import importlib
+
+        found = getattr(importlib.import_module(_ELSEWHERE[name]), name)
+        register_with_torch()
+        return found

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from paci_rt.optim.backend import usable
-from paci_rt.pipelining import one_each
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.stage import LossFn, PipelineStage
+from paci_rt.schedule_base import chunk_specs, one_each
 from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules.lowering import TiedWeight
 from paci_rt.transport import LocalTransport, Transport
@@ -28,7 +28,7 @@ class LocalPipeline(Pipeline):
     Args:
         modules: one slice per stage, first to last; with ``chunks`` for each rank in turn, so ``chunks`` times as many.
         schedule: name of the schedule.
-        n_microbatches, loss_fn: as for the schedules.
+        n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec: as for the schedules.
         optimizer: a function from one stage's list of ``(name, parameter)`` pairs to its optimizer, for example
             ``lambda params: paci_rt.AdamW(params, lr=3e-4)``; or a list of optimizers, one per stage; or None.
         lr_scheduler: a function from an optimizer to its learning-rate scheduler, or a list of schedulers.
@@ -59,7 +59,10 @@ class LocalPipeline(Pipeline):
         *,
         schedule: str = "paci",
         n_microbatches: int,
-        loss_fn: LossFn,
+        loss_fn: LossFn | None = None,
+        args_chunk_spec: Any = None,
+        kwargs_chunk_spec: Any = None,
+        output_merge_spec: Any = None,
         optimizer: Callable[[NamedParams], torch.optim.Optimizer] | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | Sequence[Any] | None = None,
         chunks: int = 1,
@@ -107,6 +110,7 @@ class LocalPipeline(Pipeline):
             transport=LocalTransport() if transport is None else transport,
             trace=trace,
             scale_grads=scale_grads,
+            specs=chunk_specs(args_chunk_spec, kwargs_chunk_spec, output_merge_spec),
         )
 
 

@@ -2,120 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
-
 from paci_rt import schedules
-from paci_rt.runtime.agreement import among_processes
-from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.stage import LossFn, PipelineStage
-from paci_rt.runtime.torch_stages import adopt
-from paci_rt.schedules import Slack, StepCosts
-from paci_rt.schedules.lowering import TiedWeight
-from paci_rt.transport import DEFAULT_TIMEOUT_S, Transport, make_transport
+from paci_rt.schedule_base import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    _PipelineSchedule,
+    register_with_torch,
+)
 
 
-class _Schedule(Pipeline):
-    """A pipeline whose other stages live in other processes; torch's schedule interface.
-
-    Args:
-        stage: this process's :class:`~paci_rt.PipelineStage`, or torch's, by hand or by ``Pipe.build_stage``; for
-            ``interleaved-1f1b`` the list of its stages.
-        n_microbatches, loss_fn: as torch's.
-        args_chunk_spec, kwargs_chunk_spec, output_merge_spec: must stay None; batches are cut along dimension 0.
-        scale_grads: as torch's.
-        optimizer: steps with the schedule; None leaves gradients in ``.grad`` (flush schedules only). One for each
-            stage, as a list, where there are several.
-        lr_scheduler: any ``torch.optim.lr_scheduler``, stepped after each local update; likewise.
-        transport: how stages reach each other: a name of :data:`paci_rt.transport.TRANSPORTS`, see
-            :func:`paci_rt.transport.make_transport`, or a ready-made transport. Processes that were asked for different
-            things raise a :class:`~paci_rt.DisagreementError` here, see :mod:`paci_rt.runtime.agreement`.
-        transfer_timeout_s: deadline of every single wait for another stage, in seconds; for a transport by name.
-
-    The other arguments are those of :class:`Pipeline`.
-    """
-
-    name: ClassVar[str]
-
-    @among_processes
-    def __init__(
-        self,
-        stage: PipelineStage | Sequence[PipelineStage],
-        n_microbatches: int,
-        loss_fn: LossFn | None = None,
-        args_chunk_spec: None = None,
-        kwargs_chunk_spec: None = None,
-        output_merge_spec: None = None,
-        scale_grads: bool = True,
-        *,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-        lr_scheduler: Any = None,
-        slack: Slack | Sequence[int] = 0,
-        policy: str | None = None,
-        lookahead: bool | None = None,
-        costs: StepCosts | None = None,
-        buffers: int | None = None,
-        tied_weights: Sequence[TiedWeight] = (),
-        transport: Transport | str | None = "auto",
-        transfer_timeout_s: float = DEFAULT_TIMEOUT_S,
-        trace: bool = False,
-    ) -> None:
-        for name, spec in (
-            ("args_chunk_spec", args_chunk_spec),
-            ("kwargs_chunk_spec", kwargs_chunk_spec),
-            ("output_merge_spec", output_merge_spec),
-        ):
-            if spec is not None:
-                raise ValueError(f"{name} is not None: batches are cut along dimension 0; leave it out")
-        stages = [adopt(one, tied_weights) for one in (stage if isinstance(stage, Sequence) else [stage])]
-        if not stages:
-            raise ValueError("stages is empty: give the stages of this rank")
-        super().__init__(
-            stages,
-            self.name,
-            n_microbatches,
-            loss_fn,
-            optimizers=one_each("optimizer", optimizer, stages) or [None] * len(stages),
-            lr_schedulers=one_each("lr_scheduler", lr_scheduler, stages),
-            chunks=len(stages),
-            slack=slack,
-            policy=policy,
-            lookahead=lookahead,
-            costs=costs,
-            buffers=buffers,
-            tied_weights=tied_weights,
-            transport=_find_transport(transport, stages, transfer_timeout_s),
-            trace=trace,
-            scale_grads=scale_grads,
-        )
-
-
-def one_each(name: str, given: Any, stages: Sequence[PipelineStage]) -> list[Any] | None:
-    """What was given for every stage; None where nothing was."""
-    if given is None:
-        return None
-    listed = list(given) if isinstance(given, Sequence) else [given]
-    if len(listed) != len(stages):
-        raise ValueError(f"{len(listed)} {name}s for {len(stages)} stages: give one per stage")
-    return listed
-
-
-def _find_transport(transport: Transport | str | None, stages: Sequence[PipelineStage], timeout_s: float) -> Transport:
-    if transport is not None and not isinstance(transport, str):
-        return transport
-    return make_transport(
-        transport or "auto",
-        group=stages[0].group,
-        num_stages=stages[0].num_stages,
-        chunks=len(stages),
-        timeout_s=timeout_s,
-        device=stages[0].device,
-    )
-
-
-class SchedulePACI(_Schedule):
+class SchedulePACI(PipelineScheduleSingle):
     """Asynchronous 1F1B with a local update every ``n_microbatches`` (PACI, arXiv 2606.07881).
 
     Example:
@@ -135,7 +34,7 @@ class SchedulePACI(_Schedule):
     name = "paci"
 
 
-class SchedulePACISplit(_Schedule):
+class SchedulePACISplit(PipelineScheduleSingle):
     """PACI whose backwards come as I and W, so that a gradient leaves before W: hides links of up to half a W.
 
     Example:
@@ -151,7 +50,7 @@ class SchedulePACISplit(_Schedule):
     name = "paci-split"
 
 
-class ScheduleAsync1F1B(_Schedule):
+class ScheduleAsync1F1B(PipelineScheduleSingle):
     """Asynchronous 1F1B that updates after every backward; ``n_microbatches`` updates a ``step``.
 
     Example:
@@ -167,7 +66,7 @@ class ScheduleAsync1F1B(_Schedule):
     name = "async-1f1b"
 
 
-class Schedule1F1B(_Schedule):
+class Schedule1F1B(PipelineScheduleSingle):
     """1F1B with a flush before every update (PipeDream-Flush, arXiv 2006.09503).
 
     Example:
@@ -183,7 +82,7 @@ class Schedule1F1B(_Schedule):
     name = "1f1b"
 
 
-class ScheduleGPipe(_Schedule):
+class ScheduleGPipe(PipelineScheduleSingle):
     """All forwards, then all backwards, then the update (GPipe, arXiv 1811.06965).
 
     Example:
@@ -199,7 +98,7 @@ class ScheduleGPipe(_Schedule):
     name = "gpipe"
 
 
-class ScheduleInterleaved1F1B(_Schedule):
+class ScheduleInterleaved1F1B(PipelineScheduleMulti):
     """1F1B over several stages per rank, with a flush; the first argument is the list of this rank's stages.
 
     Source: Narayanan et al., arXiv 2104.04473.
@@ -219,7 +118,7 @@ class ScheduleInterleaved1F1B(_Schedule):
     name = "interleaved-1f1b"
 
 
-class ScheduleZBH1(_Schedule):
+class ScheduleZBH1(PipelineScheduleSingle):
     """Zero bubble with 1F1B's memory, written by hand (ZB-H1, arXiv 2401.10241).
 
     Example:
@@ -234,7 +133,7 @@ class ScheduleZBH1(_Schedule):
     name = "zb-h1"
 
 
-class ScheduleZBH2(_Schedule):
+class ScheduleZBH2(PipelineScheduleSingle):
     """Zero bubble with about twice that memory, written by hand (ZB-H2, arXiv 2401.10241).
 
     Example:
@@ -252,7 +151,7 @@ class ScheduleZBH2(_Schedule):
     name = "zb-h2"
 
 
-class ScheduleZB1P(_Schedule):
+class ScheduleZB1P(PipelineScheduleSingle):
     """Zero bubble searched for ``costs`` under the memory of ``P`` micro-batches (arXiv 2401.10241).
 
     Example:
@@ -268,7 +167,7 @@ class ScheduleZB1P(_Schedule):
     name = "zb-1p"
 
 
-class ScheduleZB2P(_Schedule):
+class ScheduleZB2P(PipelineScheduleSingle):
     """Zero bubble searched for ``costs`` under the memory of ``2P`` micro-batches (arXiv 2401.10241).
 
     Example:
@@ -286,7 +185,7 @@ class ScheduleZB2P(_Schedule):
     name = "zb-2p"
 
 
-class SchedulePipeDream(_Schedule):
+class SchedulePipeDream(PipelineScheduleSingle):
     """Asynchronous 1F1B with weight stashing, an update after every backward (PipeDream, arXiv 1806.03377).
 
     Example:
@@ -305,7 +204,7 @@ class SchedulePipeDream(_Schedule):
     name = "pipedream"
 
 
-class SchedulePipeDream2BW(_Schedule):
+class SchedulePipeDream2BW(PipelineScheduleSingle):
     """Asynchronous 1F1B with two weight versions, an update per window (PipeDream-2BW, arXiv 2006.09503).
 
     Example:
@@ -321,23 +220,125 @@ class SchedulePipeDream2BW(_Schedule):
     name = "pipedream-2bw"
 
 
-_CLASSES: dict[str, type[_Schedule]] = {cls.name: cls for cls in _Schedule.__subclasses__()}
+_CLASSES = {cls.name: cls for base in _PipelineSchedule.__subclasses__() for cls in base.__subclasses__()}
 
 
-def get_schedule_class(name: str) -> type[_Schedule]:
-    """The schedule class called ``name``, in any case, as torch's function of that name.
+class _ScheduleForwardOnly(PipelineScheduleSingle):
+    """Torch's schedule of that name: any schedule without a ``loss_fn`` does the same."""
+
+    name = "gpipe"
+
+    def __init__(
+        self, stage: PipelineStage, n_microbatches: int, loss_fn: LossFn | None = None, **options: Any
+    ) -> None:
+        super().__init__(stage, n_microbatches, None, **options)
+
+    def step(self, *args: Any, target: Any = None, losses: list[Any] | None = None, **options: Any) -> Any:
+        if target is not None or losses is not None:
+            raise RuntimeError("a forward-only schedule computes no loss: leave target and losses out")
+        return super().step(*args, **options)
+
+
+class _NotThere(PipelineScheduleMulti):
+    """A schedule of torch that is not here yet: there to be imported and compared with, and refused by name."""
+
+    reason: ClassVar[str]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        raise ValueError(self.reason)
+
+
+class ScheduleLoopedBFS(_NotThere):
+    """Torch's breadth-first schedule; refused, since it is not here yet.
+
+    Example:
+        >>> paci_rt.ScheduleLoopedBFS([], 4)
+        Traceback (most recent call last):
+        ValueError: LoopedBFS is not there yet: use 'interleaved-1f1b', which runs several stages a rank too
+    """
+
+    reason = "LoopedBFS is not there yet: use 'interleaved-1f1b', which runs several stages a rank too"
+
+
+class ScheduleInterleavedZeroBubble(_NotThere):
+    """Torch's zero-bubble schedule over several stages a rank; refused, since it is not here yet.
+
+    Example:
+        >>> paci_rt.get_schedule_class("InterleavedZeroBubble")
+        Traceback (most recent call last):
+        ValueError: InterleavedZeroBubble is not there yet: use 'zb-1p' with one stage a rank, or 'interleaved-1f1b'
+    """
+
+    reason = "InterleavedZeroBubble is not there yet: use 'zb-1p' with one stage a rank, or 'interleaved-1f1b'"
+
+
+class ScheduleZBVZeroBubble(_NotThere):
+    """Torch's zero-bubble schedule with stages placed in a V; refused, since it is not here yet.
+
+    Example:
+        >>> issubclass(paci_rt.ScheduleZBVZeroBubble, paci_rt.PipelineScheduleMulti)
+        True
+    """
+
+    reason = "ZBVZeroBubble waits for stages placed in a V: use 'zb-1p' or 'zb-2p' with one stage a rank until then"
+
+
+class ScheduleDualPipeV(_NotThere):
+    """Torch's DualPipeV, with stages placed in a V; refused, since it is not here yet.
+
+    Example:
+        >>> paci_rt.get_schedule_class("dualpipev")
+        Traceback (most recent call last):
+        ValueError: DualPipeV waits for stages placed in a V: use 'zb-1p' or 'zb-2p' with one stage a rank until then
+    """
+
+    reason = "DualPipeV waits for stages placed in a V: use 'zb-1p' or 'zb-2p' with one stage a rank until then"
+
+
+class _PipelineScheduleRuntime(_NotThere):
+    """Torch's runtime for schedules from CSV files."""
+
+    reason = "schedules are not read from CSV files: take one by get_schedule_class(name)"
+
+
+_TORCHS: dict[str, type[_PipelineSchedule]] = {
+    "interleaved1f1b": ScheduleInterleaved1F1B,
+    "pipelineschedulesingle": PipelineScheduleSingle,
+    "pipelineschedulemulti": PipelineScheduleMulti,
+    "loopedbfs": ScheduleLoopedBFS,
+    "interleavedzerobubble": ScheduleInterleavedZeroBubble,
+    "zbvzerobubble": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+"""Names that torch has and that are not ours in lower case."""
+
+
+def get_schedule_class(schedule_name: str) -> type[_PipelineSchedule]:
+    """The schedule class of a name, in any case, as torch's function of that name.
 
     Args:
-        name: one of :data:`paci_rt.SCHEDULES`.
+        schedule_name: one of :data:`paci_rt.SCHEDULES`, or a name that torch's function takes.
 
     Raises:
-        ValueError: no schedule has that name; the message suggests the nearest.
+        ValueError: no schedule has that name, and the message suggests the nearest; or torch has it and it is not here
+            yet, and the message says what to use.
 
     Example:
         >>> paci_rt.get_schedule_class("ZB-2p").__name__
         'ScheduleZB2P'
+        >>> paci_rt.get_schedule_class("Interleaved1F1B").name
+        'interleaved-1f1b'
         >>> paci_rt.get_schedule_class("pacy")
         Traceback (most recent call last):
         ValueError: unknown schedule 'pacy': did you mean 'paci'? ...
     """
-    return _CLASSES[schedules.get(name).name]
+    register_with_torch()
+    torchs = _TORCHS.get(schedule_name.lower())
+    if torchs is None:
+        return _CLASSES[schedules.get(schedule_name).name]
+    if issubclass(torchs, _NotThere):
+        raise ValueError(torchs.reason)
+    return torchs
+
+
+register_with_torch()

@@ -48,6 +48,5 @@ class LinkTransport(LocalTransport):
 
 
 def _copied(message: Message) -> Message:
-    return Message(
-        tuple(None if tensor is None else tensor.clone() for tensor in message.tensors), message.requires_grad
-    )
+    copies = tuple(None if tensor is None else tensor.clone() for tensor in message.tensors)
+    return Message(copies, message.requires_grad, message.structure)

@@ -147,8 +147,9 @@ def make_config(own_update: bool) -> Any:
 
 def train() -> None:
     use_cpu()
-    import paci_rt
     from torchtitan.trainer import Trainer
+
+    import paci_rt
 
     schedule = os.environ["PACI_RT_SCHEDULE"]
     trainer = Trainer(make_config(not paci_rt.schedules.get(schedule).flush))

@@ -38,6 +38,7 @@ class Setup:
         lookahead: whether early forwards look ahead; ``lookahead_required``: whether it is an error if they cannot.
         divisor: what the summed gradients of a window are divided by.
         buffers: gradient buffers a stage.
+        forward_only: no backward, and so no gradients and no updates.
     """
 
     lowering: Lowering
@@ -46,6 +47,7 @@ class Setup:
     lookahead_required: bool
     divisor: int
     buffers: int
+    forward_only: bool
 
 
 def make_setup(
@@ -83,9 +85,14 @@ def make_setup(
         costs=StepCosts() if costs is None else costs,
     )
     check_takes(family, slack=shape.slack)
-    _check_optimizers(family, optimizers, tied_weights)
-    if loss_fn is None and stages[-1].is_last:
-        raise ValueError("loss_fn is None: the last stage needs loss_fn(output, target) to start the backward")
+    forward_only = loss_fn is None and all(optimizer is None for optimizer in optimizers)
+    if loss_fn is None and stages[-1].is_last and not forward_only:
+        raise ValueError(
+            "loss_fn is None, and an optimizer was given: the last stage needs loss_fn(output, target) to start the "
+            "backward; to run forward only, leave the optimizer out"
+        )
+    if not forward_only:
+        _check_optimizers(family, optimizers, tied_weights)
     lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights))
     policy = policies.resolve(family, shape, policy)
     if tied_weights and policy == "2bw":
@@ -100,6 +107,7 @@ def make_setup(
         lookahead_required=bool(lookahead),
         divisor=accumulation if scale_grads else 1,
         buffers=1 if buffers is None else buffers,
+        forward_only=forward_only,
     )
 
 
@@ -155,6 +163,8 @@ def bind(
         ValueError: the optimizer does not fit the stage, or cannot do what the schedule asks of it.
         StageError: a parameter that cannot be trained.
     """
+    if setup.forward_only:
+        return _bind_forward_only(setup, stage, rank, clock)
     check_wrappers(stage.submod, stage.stage_index)
     check_parameters(stage.submod, stage.stage_index, stage.device, may_wait=may_wait and optimizer is None)
     named = {name: param for name, param in stage.named_parameters() if not param.is_meta}
@@ -191,11 +201,26 @@ def bind(
     )
 
 
+def _bind_forward_only(setup: Setup, stage: PipelineStage, rank: RankAudit, clock: HostClock) -> StageRuntime:
+    """A stage that another schedule may train: nothing is taken from it."""
+    return StageRuntime(
+        stage=stage,
+        audit=StageAudit(stage=stage.stage_index, rank=rank, drift_bound=0, delay_bound=0),
+        optimizer=bind_optimizer(None, {}, asynchronous=False),
+        weights=StageWeights(),
+        accumulation=setup.lowering.shape.accumulation,
+        divisor=setup.divisor,
+        clock=clock,
+        owns_stage=False,
+    )
+
+
 def unbind(runtimes: Iterable[StageRuntime]) -> None:
     """Give stages and optimizers back to the user."""
     for runtime in runtimes:
-        runtime.stage.detach()
-        runtime.stage.forget()
+        if runtime.owns_stage:
+            runtime.stage.detach()
+            runtime.stage.forget()
         runtime.optimizer.unbind()
 
 

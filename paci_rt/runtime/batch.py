@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paci_rt.runtime import microbatch
+from paci_rt.runtime import trees
+from paci_rt.runtime.split_merge import NO_SPECS, ChunkSpecs, merge, split, split_call
 from paci_rt.runtime.stage import LossFn, PipelineStage
+from paci_rt.runtime.streams import hand_to_caller
 
 
 @dataclass(slots=True)
@@ -28,7 +30,7 @@ class LossOf:
     device: torch.device
 
     def __call__(self, output: Any) -> Tensor:
-        return self.loss_fn(output, microbatch.on_device(self.target, self.device))
+        return self.loss_fn(output, trees.on_device(self.target, self.device))
 
 
 @dataclass(kw_only=True)
@@ -63,42 +65,61 @@ def cut_batch(
     losses: list[Tensor] | None,
     loss_fn: LossFn | None,
     indices: range,
+    *,
+    specs: ChunkSpecs = NO_SPECS,
+    training: bool = True,
 ) -> Batch:
-    """Check everything before anything runs, and cut it along dimension 0.
+    """Check everything before anything runs, and cut it into micro-batches.
+
+    Every rank may be given everything, and checks that it can be cut. What its stages cannot use is ignored.
 
     Args:
         stages: the stages of this process, in order.
         args, kwargs, target, losses: as ``Pipeline.step`` was given them.
-        loss_fn: ``loss_fn(output, target)``; the last stage needs one.
+        loss_fn: ``loss_fn(output, target)``; None computes no losses.
         indices: numbers of the micro-batches.
+        specs: how inputs are cut.
+        training: whether a backward follows, which needs a target.
 
     Raises:
-        ValueError: input or target missing, on a wrong stage, or too small to be cut.
+        ValueError: input or target missing, or too small to be cut, or with a spec that does not fit.
         TypeError: ``losses`` is no list.
     """
     count, first, last = len(indices), stages[0], stages[-1]
-    if args and not first.is_first:
-        raise ValueError(f"inputs given to stage {first.stage_index}: only the first stage (0) takes them")
-    if first.is_first and not args and not kwargs:
-        raise ValueError("no inputs given: the first stage needs step(x)")
-    if target is not None and not last.is_last:
-        owner = last.num_stages - 1
-        raise ValueError(f"target given to stage {last.stage_index}: only the last stage ({owner}) takes targets")
-    if last.is_last and target is None:
-        raise ValueError("no target given: the last stage needs step(target=y)")
     if losses is not None and not isinstance(losses, list):
         raise TypeError(f"losses is a {type(losses).__name__}: give a list, which step() fills")
-    batch = Batch()
+    if first.is_first and not args and not kwargs:
+        raise ValueError("no inputs given: the first stage needs step(x)")
+    if last.is_last and target is None and training:
+        raise ValueError("no target given: the last stage needs step(target=y)")
+    if last.is_last and losses is not None and (target is None or loss_fn is None):
+        missing = "no target" if loss_fn is not None else "no loss_fn, which was None when the schedule was made"
+        raise ValueError(f"losses were asked for with {missing}: leave losses out, or give what they are computed from")
+    args_parts, kwargs_parts = split_call(args, kwargs, count, specs)
+    targets = None if target is None else split(target, count, "target")
+    batch = Batch(training=training)
+    used: list[Any] = [kwargs]
     if first.is_first:
-        batch.args = dict(zip(indices, microbatch.split(args, count, "args"), strict=True))
+        batch.args = dict(zip(indices, args_parts, strict=True))
+        used.append(args)
     if kwargs:
-        parts = microbatch.split(kwargs, count, "kwargs")
         batch.kwargs = {
-            (stage.stage_index, m): part for stage in stages for m, part in zip(indices, parts, strict=True)
+            (stage.stage_index, m): part for stage in stages for m, part in zip(indices, kwargs_parts, strict=True)
         }
-    if last.is_last:
-        assert loss_fn is not None
-        targets = microbatch.split(target, count, "target")
+    if last.is_last and targets is not None and loss_fn is not None:
         batch.losses = {m: LossOf(loss_fn, part, last.device) for m, part in zip(indices, targets, strict=True)}
-    batch.from_gpu = microbatch.on_gpu((args, kwargs, target))
+        used.append(target)
+    batch.from_gpu = trees.on_gpu(used)
     return batch
+
+
+def batch_results(batch: Batch, last: PipelineStage, losses: list[Tensor] | None, spec: Any) -> Any:
+    """Fill ``losses`` and put the outputs together where ``last``, this process's last stage, is the pipeline's."""
+    if last.stream is not None:
+        hand_to_caller((list(batch.outputs.values()), list(batch.loss_values.values())), last.stream.device)
+    if losses is not None and last.is_last:
+        losses.clear()
+        losses.extend(batch.loss_values[m] for m in sorted(batch.loss_values))
+    if not batch.outputs:
+        return None
+    return merge([batch.outputs[m] for m in sorted(batch.outputs)], spec)

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from paci_rt.action import Action, Op
 from paci_rt.runtime.batch import Batch
-from paci_rt.runtime.microbatch import tensors
 from paci_rt.runtime.stage import PipelineStage
+from paci_rt.runtime.trees import tensors
 
 
 def keep_safe(batch: Batch, stages: Sequence[PipelineStage], streams: Iterable[Sequence[Action]]) -> int:

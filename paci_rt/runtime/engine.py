@@ -14,19 +14,20 @@ from paci_rt.action import Action
 from paci_rt.clock import HostClock
 from paci_rt.errors import PaciError, StageError
 from paci_rt.optim.stage_optimizer import StageOptimizer
-from paci_rt.runtime import microbatch
+from paci_rt.runtime import trees
 from paci_rt.runtime.assemble import Setup, bind, make_setup, ranks_here, unbind
 from paci_rt.runtime.audit import RankAudit
-from paci_rt.runtime.batch import Batch, cut_batch
+from paci_rt.runtime.batch import Batch, batch_results, cut_batch
 from paci_rt.runtime.caller_memory import keep_safe
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.module_watch import ModuleWatch, set_aside
 from paci_rt.runtime.pipeline_state import PipelineState
 from paci_rt.runtime.schedulers import Follower, check_schedulers
+from paci_rt.runtime.split_merge import ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.stats import pipeline_stats
-from paci_rt.runtime.streams import hand_to_caller, joined
+from paci_rt.runtime.streams import joined
 from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules.lowering import TiedWeight
 from paci_rt.schedules.validate import validate
@@ -42,7 +43,8 @@ class Pipeline(PipelineState):
         schedule: name of the schedule family.
         n_microbatches: micro-batches that one ``step`` cuts its batch into; the window ``a`` of an asynchronous
             schedule (``async-1f1b`` alone updates after each of them).
-        loss_fn: ``loss_fn(output, target)`` on the last stage, returning a scalar.
+        loss_fn: ``loss_fn(output, target)`` on the last stage, returning a scalar. None, and no optimizer, runs forward
+            only, under any schedule.
         optimizers: one per stage, or None to leave gradients in ``.grad`` (flush schedules only).
         lr_schedulers: one per stage or None, stepped after each local update; :mod:`paci_rt.runtime.schedulers`.
         chunks: stages per rank (``interleaved-1f1b``).
@@ -59,6 +61,7 @@ class Pipeline(PipelineState):
         transport: how stages reach each other.
         trace: record an event for every compute action in ``events``.
         scale_grads: divide gradients by the number of micro-batches of the update, once, as torch does.
+        specs: how batches are cut and outputs put together.
 
     Raises:
         ValueError, ScheduleError, StageError: an argument that cannot work; nothing has been changed then.
@@ -83,6 +86,7 @@ class Pipeline(PipelineState):
         transport: Transport,
         trace: bool,
         scale_grads: bool,
+        specs: ChunkSpecs,
     ) -> None:
         setup = make_setup(
             stages,
@@ -103,9 +107,11 @@ class Pipeline(PipelineState):
         self._lowering, self._policy = setup.lowering, setup.policy
         validate(self._lowering, capacity=transport.capacity)
         self._ranks = ranks_here(stages, self._lowering.shape)
-        for stage in stages:
+        self._has_backward = not setup.forward_only
+        for stage in stages if self._has_backward else ():
             stage.require_free()
-        self._loss_fn = loss_fn
+            stage.has_backward = True
+        self._loss_fn, self._specs, self.scale_grads = loss_fn, specs, scale_grads
         self._n_microbatches = n_microbatches
         self._windows_per_step = n_microbatches // self._lowering.shape.accumulation
         self._next_window = self._start_window = 0
@@ -203,17 +209,21 @@ class Pipeline(PipelineState):
         return before pinned memory has been copied: call :meth:`synchronize` before you write into it again.
 
         Args:
-            args: the whole batch; on the first stage only.
-            target: the whole batch of targets; on the last stage only.
+            args: the whole batch, for the first stage. All ranks may make the same call: what a rank cannot use is
+                ignored.
+            target: the whole batch of targets, for the last stage.
             losses: cleared, then filled with one detached loss a micro-batch, on the last stage.
             return_outputs: whether the last stage returns its outputs, put together.
             loss_kwargs: more keyword arguments for ``loss_fn``.
             kwargs: keyword arguments of this process's stages; tensors are cut like ``args``.
 
         Raises:
-            ValueError: input or target missing, on a wrong stage, or too small to be cut; nothing has run then.
+            ValueError: input or target missing, or not to be cut as the chunk specs say; nothing has run then.
             ActionError, PeerLostError, DriftBoundError: an action failed; the pipeline cannot go on.
         """
+        if not self._has_backward:
+            options = {"target": target, "losses": losses, "loss_kwargs": loss_kwargs}
+            return self.eval(*args, return_outputs=return_outputs, **options, **kwargs)
         if not torch.is_grad_enabled():
             under = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
             raise RuntimeError(f"step() under torch.{under}() cannot train: call eval() instead")
@@ -224,9 +234,9 @@ class Pipeline(PipelineState):
         first = windows.start * accumulation
         loss_fn = self._bind_loss(loss_kwargs)
         indices = range(first, first + self._n_microbatches)
-        batch = cut_batch(self.stages, args, kwargs, target, losses, loss_fn, indices)
+        batch = cut_batch(self.stages, args, kwargs, target, losses, loss_fn, indices, specs=self._specs)
         batch.keep_outputs = return_outputs
-        batch.from_gpu |= microbatch.on_gpu(loss_kwargs)
+        batch.from_gpu |= trees.on_gpu(loss_kwargs)
         batch.start_window = start
         streams = {
             rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
@@ -236,7 +246,7 @@ class Pipeline(PipelineState):
         self._next_window = windows.stop
         self._run(streams, batch)
         self._watch.check_after_step()
-        return self._results(batch, losses)
+        return batch_results(batch, self.stages[-1], losses, self._specs.outputs)
 
     def synchronize(self) -> None:
         """Wait until all that was issued has run; on the CPU it has."""
@@ -272,20 +282,21 @@ class Pipeline(PipelineState):
     ) -> Any:
         """Forward only, without gradients, after a drain; arguments and result as for :meth:`step`.
 
-        The modules stay in their mode: call ``module.eval()`` first where that matters.
+        Without ``target`` it gives outputs and no losses. The modules stay in their mode: call ``module.eval()`` first
+        where that matters.
         """
         self._check_usable()
-        indices = range(self._n_microbatches)
-        batch = cut_batch(self.stages, args, kwargs, target, losses, self._bind_loss(loss_kwargs), indices)
+        indices, cut = range(self._n_microbatches), partial(cut_batch, specs=self._specs, training=False)
+        batch = cut(self.stages, args, kwargs, target, losses, self._bind_loss(loss_kwargs), indices)
         self.drain()
-        batch.training, batch.keep_outputs = False, return_outputs
+        batch.keep_outputs = return_outputs
         streams = {rank: self._lowering.forward_only(rank, 0, self._n_microbatches) for rank in self._ranks}
         clock = self._clocks[self.stages[-1].device]
         begin = clock.mark()
         self._run(streams, batch)
         # Statistics are about training.
         clock.between(begin, clock.mark(), lambda start, end: self._executor.leave_out(end - start))
-        return self._results(batch, losses)
+        return batch_results(batch, self.stages[-1], losses, self._specs.outputs)
 
     def close(self) -> None:
         """Give the stages and the optimizers back. Idempotent; the pipeline cannot be used afterwards.
@@ -374,17 +385,6 @@ class Pipeline(PipelineState):
         """On a GPU: what the caller does from now on sees all updates."""
         for bound in self._optimizers:
             bound.before_reading()
-
-    def _results(self, batch: Batch, losses: list[Tensor] | None) -> Any:
-        stream = self.stages[-1].stream
-        if stream is not None:
-            hand_to_caller((list(batch.outputs.values()), list(batch.loss_values.values())), stream.device)
-        if losses is not None and self.has_last:
-            losses.clear()
-            losses.extend(batch.loss_values[m] for m in sorted(batch.loss_values))
-        if not batch.outputs:
-            return None
-        return microbatch.merge([batch.outputs[m] for m in sorted(batch.outputs)])
 
     def _check_usable(self) -> None:
         if torch._C._are_functorch_transforms_active():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,14 @@ import torch
 
 from paci_rt.action import COMPUTE_OPS, RECV_OPS, Action, Op
 from paci_rt.clock import HostClock
-from paci_rt.errors import ActionError, PaciError, ScheduleError
+from paci_rt.errors import ActionError, PaciError, ScheduleError, StageError
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.batch import Batch
-from paci_rt.runtime.microbatch import on_device
 from paci_rt.runtime.modes import able_to_train, settings_now, without_autocast
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
+from paci_rt.runtime.trees import on_device
 from paci_rt.schedules.lowering import TiedWeight, stage_channels
 from paci_rt.trace import Event
 from paci_rt.transport.base import Message, Transport
@@ -43,6 +43,7 @@ class StageRuntime:
         divisor: what a window's summed gradients are divided by.
         recompute: forwards keep their arguments only and run again before the backward.
         clock: tells when its actions began and ended.
+        owns_stage: whether the stage's gradients go here; no other schedule may have it then.
     """
 
     stage: PipelineStage
@@ -54,6 +55,7 @@ class StageRuntime:
     recompute: bool = False
     after_update: Callable[[], None] | None = None
     ties: TiedExchange | None = None
+    owns_stage: bool = True
     clock: HostClock = field(default_factory=HostClock)
     received: dict[tuple[Op, int], Message] = field(default_factory=dict)
     outgoing: dict[tuple[Op, int], Message] = field(default_factory=dict)
@@ -212,6 +214,11 @@ class Executor:
                 for tensor, requires_grad in zip(message.tensors, message.requires_grad, strict=True):
                     if requires_grad and tensor is not None:
                         tensor.requires_grad_()
+            structure = message.structure
+            if (structure is not None and structure.forward_only) is batch.training:
+                raise StageError(_disagree(stage.stage_index, batch.training))
+            if structure is not None:
+                args = structure.arguments(args)
         kwargs = batch.kwargs.get((stage.stage_index, m), _NO_KWARGS)
         kwargs = kwargs if on_cpu else on_device(kwargs, stage.device)
         loss = batch.losses.get(m) if stage.is_last else None
@@ -295,4 +302,12 @@ def moved(message: Message, device: torch.device) -> Message:
     # torch orders a copy behind the current streams of both devices; a copy to the CPU is over when its call returns.
     unblocked = device.type != "cpu"
     tensors = (None if tensor is None else tensor.to(device, non_blocking=unblocked) for tensor in message.tensors)
-    return Message(tuple(tensors), message.requires_grad)
+    return replace(message, tensors=tuple(tensors))
+
+
+def _disagree(stage: int, training: bool) -> str:
+    trains, forwards = (stage, stage - 1) if training else (stage - 1, stage)
+    return (
+        f"stage {trains} trains while stage {forwards} runs forward only: call step(), or eval(), on all ranks alike, "
+        "and give loss_fn to the schedules of all ranks or of none"
+    )

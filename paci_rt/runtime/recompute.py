@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from paci_rt.errors import StageError
 from paci_rt.runtime.activation_bytes import checkpoints, distinct_bytes
-from paci_rt.runtime.microbatch import tensors
 from paci_rt.runtime.modes import Mode, modules_of
+from paci_rt.runtime.trees import tensors
 
 COMPARED_BYTES = 1 << 16
 """Larger buffers on the CPU are compared with their last copy before they are copied anew."""
@@ -152,7 +152,7 @@ class Again:
 
     def kept_bytes(self, shares: Mapping[int, int]) -> int:
         """Bytes that are kept for it; of storages in ``shares`` no more than their share."""
-        return self.buffer_bytes + distinct_bytes((*self.args, *self.kwargs.values()), shares=shares)
+        return self.buffer_bytes + distinct_bytes(tensors((*self.args, *self.kwargs.values())), shares=shares)
 
     def buffers_back(self) -> AbstractContextManager[None]:
         """Within it, buffers hold what they held before the first run."""

@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import _get_sequence_nr
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -18,14 +20,18 @@ from paci_rt.optim.backend import usable
 from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
 from paci_rt.runtime.aliasing import OwnMemory
+from paci_rt.runtime.declared import Declared, Example
 from paci_rt.runtime.graph_facts import GraphFacts
 from paci_rt.runtime.modes import Mode, Settings, mode_now, settings_now
 from paci_rt.runtime.module_checks import check_wrappers, has_meta, require_graph
+from paci_rt.runtime.outgoing import forward_message
 from paci_rt.runtime.recompute import Again, Reruns
 from paci_rt.runtime.split_backward import SplitUse, WeightGradient, WeightGradients
 from paci_rt.runtime.split_calls import SplitCalls
+from paci_rt.runtime.trees import map_tensors, tensors
 from paci_rt.transport.base import Message
 from paci_rt.transport.payload import plain
+from paci_rt.transport.structure import take_apart
 
 # In newer versions of torch a backward can start from a gradient edge, which keeps the graph but not the output's
 # memory. Without the token, which is newer still, an edge does not keep the node of a Python function, such as a split
@@ -72,15 +78,18 @@ class PipelineStage:
     """One module slice at one place of the pipeline; torch's constructor order.
 
     Args:
-        submodule: the slice. It takes what the previous stage returns (the first stage: the arguments of ``step``)
-            and returns a tensor or a tuple of tensors.
+        submodule: the slice. It takes what the previous stage returns (the first stage: the arguments of ``step``):
+            the items of a tuple or list as arguments, anything else as one. It returns tensors, or containers that
+            ``torch.utils._pytree`` knows of tensors and constants; the last stage returns whatever ``loss_fn`` takes.
         stage_index: 0 ... ``num_stages - 1``.
         num_stages: stages of the whole pipeline.
         device: where the stage runs, ``"cpu"`` or a CUDA device; the module is moved there, unless it is on the meta
             device: then call ``to_empty()`` and fill it in before it is trained.
-        input_args, output_args: accepted because torch's constructor has them; shapes are discovered as
-            micro-batches travel and may change from one to the next, so they are not needed.
+        input_args, output_args: examples of what one micro-batch brings and leaves, compared with the first one. They
+            are not needed: shapes are found as micro-batches travel and may change from one to the next.
+        output_grads, input_grads: their gradients; only compared with those.
         group: process group whose rank ``i`` runs stage ``i``; None is the default group.
+        dw_builder, get_mesh: must stay None: weight gradients are computed here, and DTensors do not travel.
         stream: on a GPU the stream that forwards and backwards run on, a ``torch.cuda.Stream``; None is the one that is
             current when a step is called. Several stages on one GPU overlap only on streams of their own.
         update_stream: likewise the one that updates run on; None is a new one.
@@ -88,10 +97,12 @@ class PipelineStage:
             each shape. Routes differ in their last bits, so the default is one that does not depend on measurements.
 
     Raises:
-        ValueError: index or count out of range, or a device that cannot be used; the reason is in the message.
+        ValueError: index or count out of range, a device that cannot be used, or an argument that must stay None; the
+            reason is in the message.
         TritonMissingError: a CUDA device without Triton.
-        StageError: ``submodule`` is no ``torch.nn.Module``, or something in it synchronises or shards by itself, such
-            as DistributedDataParallel, ``fully_shard`` or a DTensor parameter; the message has its path.
+        StageError: ``submodule`` is no ``torch.nn.Module``, an example is no tensor, or something in the module
+            synchronises or shards by itself, such as DistributedDataParallel, ``fully_shard`` or a DTensor parameter;
+            the message has its path.
 
     Example:
         >>> stage = paci_rt.PipelineStage(nn.Linear(4, 2), stage_index=1, num_stages=2)
@@ -105,10 +116,14 @@ class PipelineStage:
         stage_index: int,
         num_stages: int,
         device: torch.device | str = "cpu",
-        input_args: Any = None,
-        output_args: Any = None,
-        *,
+        input_args: Example = None,
+        output_args: Example = None,
+        output_grads: Example = None,
+        input_grads: Example = None,
         group: Any = None,
+        dw_builder: None = None,
+        get_mesh: None = None,
+        *,
         stream: torch.cuda.Stream | None = None,
         update_stream: torch.cuda.Stream | None = None,
         wgrad: Callable[..., None] | None = None,
@@ -129,6 +144,12 @@ class PipelineStage:
         self.num_stages = num_stages
         self.is_first, self.is_last = stage_index == 0, stage_index == num_stages - 1
         self.group = group
+        if dw_builder is not None:
+            raise ValueError("dw_builder was given: the stage computes weight gradients by itself, so leave it out")
+        if get_mesh is not None:
+            raise ValueError("get_mesh was given: DTensors do not travel between stages, so leave it out")
+        self.has_backward = False
+        self._declared = Declared(stage_index, input_args, output_args, output_grads, input_grads)
         self.in_flight: dict[int, InFlight] = {}
         self._pending: dict[int, tuple[list[WeightGradient], dict[int, int], Mode]] = {}
         self._facts = GraphFacts()
@@ -137,6 +158,16 @@ class PipelineStage:
         self.mode = Mode(settings_now())
         self.reruns = Reruns(stage_index, self.device)
         self._gradients: WeightGradients | None = None
+
+    @property
+    def group_rank(self) -> int:
+        """This process's rank in ``group``; 0 without a process group."""
+        return dist.get_rank(self.group) if dist.is_available() and dist.is_initialized() else 0
+
+    @property
+    def group_size(self) -> int:
+        """Processes of ``group``; 1 without a process group."""
+        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The module's parameters, for an optimizer."""
@@ -210,8 +241,8 @@ class PipelineStage:
         Returns:
             The message for the next stage (None on the last), the module's output detached, and the detached loss.
         """
-        inputs = () if self.is_first else tuple(arg for arg in args if isinstance(arg, Tensor))
-        shares = shares_of((*(args if self.is_first else ()), *kwargs.values()))
+        inputs = () if self.is_first else tuple(tensors(args))
+        shares = shares_of(tensors((*(args if self.is_first else ()), *kwargs.values())))
         again = None
         if recompute or self.reruns.on or self.reruns.doubtful(self.mode):
             again = self.reruns.prepare(args, kwargs, loss, self.mode, (self.submod,))
@@ -227,7 +258,7 @@ class PipelineStage:
         kept_bytes = full_bytes if again is None else again.kept_bytes(shares)
         held = graph if again is None else again
         self.in_flight[micro_batch] = InFlight(inputs, held, kept_bytes, full_bytes, shares, self.mode)
-        message = None if self.is_last else self._message(outputs, shares, inputs)
+        message = None if self.is_last else self._message(output, shares, inputs)
         return message, self._detached(output, shares), None if loss_value is None else self._own.apart(loss_value)
 
     def _measure(
@@ -256,7 +287,7 @@ class PipelineStage:
     def _differentiable(self, output: Any, loss_value: Tensor | None) -> tuple[Tensor, ...]:
         if loss_value is not None:
             return (loss_value,)
-        return () if self.is_last else self._as_tuple(output)
+        return () if self.is_last else take_apart(output, self.stage_index)[0]
 
     @staticmethod
     def _graph(outputs: tuple[Tensor, ...], used: list[SplitUse]) -> _Graph:
@@ -271,8 +302,8 @@ class PipelineStage:
             torch.clear_autocast_cache()
         with torch.no_grad():
             output, loss_value = self._compute(args, kwargs, loss)
-        shares = shares_of((*(args if self.is_first else ()), *kwargs.values()))
-        message = None if self.is_last else self._message(self._as_tuple(output), shares, training=False)
+        shares = shares_of(tensors((*(args if self.is_first else ()), *kwargs.values())))
+        message = None if self.is_last else self._message(output, shares, training=False)
         return message, self._detached(output, shares), None if loss_value is None else self._own.apart(loss_value)
 
     def backward(self, micro_batch: int, gradients: tuple[Tensor | None, ...], *, split: bool = False) -> Message:
@@ -370,6 +401,8 @@ class PipelineStage:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
     ) -> tuple[Any, Tensor | None]:
         output = self.run_module(args, kwargs)
+        if self._declared.pending:
+            self._declared.check(args, output)
         if loss is None:
             return output, None
         value = loss(output)
@@ -378,38 +411,20 @@ class PipelineStage:
             raise StageError(f"loss_fn returned a {got}: it must return a scalar tensor, for example by .mean()")
         return output, value
 
-    def _as_tuple(self, output: Any) -> tuple[Tensor, ...]:
-        outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
-        for at, tensor in enumerate(outputs):
-            if not isinstance(tensor, Tensor):
-                raise StageError(
-                    f"stage {self.stage_index} returned a {type(tensor).__name__} at position {at}: a stage returns "
-                    "a tensor or a tuple of tensors, since that is what travels to the next stage"
-                )
-        return outputs
-
     def _message(
-        self,
-        outputs: tuple[Tensor, ...],
-        given: dict[int, int],
-        received: tuple[Tensor, ...] = (),
-        *,
-        training: bool = True,
+        self, output: Any, given: dict[int, int], received: tuple[Tensor, ...] = (), *, training: bool = True
     ) -> Message:
         received = received if self.lent else ()
-        return Message(
-            tuple([plain(self._own.apart(tensor, given, received)) for tensor in outputs]),
-            tuple([training and tensor.requires_grad for tensor in outputs]),
-        )
+        ready = partial(self._ready, given, received)
+        return forward_message(output, self.stage_index, ready, training=training)
+
+    def _ready(self, given: dict[int, int], received: tuple[Tensor, ...], tensor: Tensor) -> Tensor:
+        return plain(self._own.apart(tensor, given, received))
 
     def _detached(self, output: Any, given: dict[int, int]) -> Any:
-        if isinstance(output, Tensor):
-            return self._own.apart(output, given) if self.is_last else output.detach()
-        if isinstance(output, (tuple, list)):
-            return type(output)(self._detached(item, given) for item in output)
-        if isinstance(output, dict):
-            return {key: self._detached(item, given) for key, item in output.items()}
-        return output
+        if self.is_last:
+            return map_tensors(lambda tensor: self._own.apart(tensor, given), output)
+        return map_tensors(Tensor.detach, output)
 
 
 def _root(tensor: Tensor) -> Any:
@@ -420,6 +435,8 @@ def _root(tensor: Tensor) -> Any:
 def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
     return tuple(
-        (tuple(value.shape), value.dtype, value.requires_grad) if isinstance(value, Tensor) else type(value)
+        (tuple(value.shape), value.dtype, value.requires_grad)
+        if isinstance(value, Tensor)
+        else (type(value), *(_signature((tensor,), {}) for tensor in tensors(value)))
         for value in values
     )

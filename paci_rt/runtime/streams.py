@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paci_rt.runtime import microbatch
+from paci_rt.runtime import trees
 from paci_rt.runtime.stage import PipelineStage
 
 
@@ -40,7 +40,7 @@ def hand_to_caller(values: Any, device: torch.device) -> None:
     :func:`joined` orders only the other direction, since stages need not wait for the caller.
     """
     here = torch.cuda.current_stream(device)
-    for tensor in microbatch.tensors(values):
+    for tensor in trees.tensors(values):
         if _is_on_gpu(tensor):
             tensor.record_stream(here)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from paci_rt.schedules.channel import Channel
+from paci_rt.transport.structure import Structure
 
 DEFAULT_TIMEOUT_S = 300.0
 """Deadline of a wait for another stage, unless the user says otherwise."""
@@ -21,6 +22,7 @@ class Message:
     Attributes:
         tensors: contiguous tensors of any shape and dtype; ``None`` where a gradient does not exist.
         requires_grad: for each tensor whether the sender wants its gradient back.
+        structure: what they are part of, where that is more than a tuple of them.
 
     Example:
         >>> from paci_rt.transport import Message
@@ -31,6 +33,7 @@ class Message:
 
     tensors: tuple[Tensor | None, ...]
     requires_grad: tuple[bool, ...]
+    structure: Structure | None = None
 
 
 class Transport(Protocol):

@@ -29,6 +29,7 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport import payload, wire
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, WaitingTransport, check_timeout
 from paci_rt.transport.diagnosis import action_of, standing, timeout_text
+from paci_rt.transport.packing import Structures
 from paci_rt.transport.rendezvous import check_group
 
 DEPTH = 2
@@ -274,6 +275,7 @@ class GlooTransport(WaitingTransport):
         self._made[members] = self._number + 1
         self._outgoing: dict[Channel, _Outgoing] = {}
         self._incoming: dict[Channel, _Incoming] = {}
+        self._structures = Structures()
 
     def open(self, incoming: Sequence[Channel]) -> None:
         for channel in incoming:
@@ -283,7 +285,8 @@ class GlooTransport(WaitingTransport):
         opposite, outgoing = self._incoming.get(channel.opposite()), self._sender(channel)
         with payload.packing(channel, index, message):
             payload.check(channel, index, message)
-            pieces = outgoing.pack(index, message, 0 if opposite is None else opposite.sequence)
+            packed = self._structures.pack(channel, message)
+            pieces = outgoing.pack(index, packed, 0 if opposite is None else opposite.sequence)
         with self._losing(channel, index, outgoing):
             outgoing.start(pieces)
 
@@ -293,7 +296,7 @@ class GlooTransport(WaitingTransport):
             message = incoming.take(index)
             if opposite is not None:
                 opposite.let_go(incoming.acknowledged)
-        return message
+        return self._structures.unpack(channel, message)
 
     def flush(self) -> None:
         for channel, outgoing in self._outgoing.items():

@@ -22,6 +22,7 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, check_slots, check_timeout
 from paci_rt.transport.diagnosis import origin_of
 from paci_rt.transport.native_channels import NativeTransport, Outgoing
+from paci_rt.transport.packing import Structures
 from paci_rt.transport.rendezvous import Meeting, check_group, host_identity, hosts_by_name, raise_first
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class ShmTransport(NativeTransport):
             raise ValueError(f"held is {held!r}: the receiver keeps 0 messages or more")
         check_timeout(timeout_s)
         super().__init__(dist.get_rank(group), events_dir)
+        self._structures = Structures()
         self.capacity = slots
         self._held, self._timeout_s = held, timeout_s
         self._ranks = num_stages // chunks
@@ -117,7 +119,7 @@ class ShmTransport(NativeTransport):
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         outgoing = self._outgoing.get(channel) or self._sender(channel)
-        metas, tensors, addresses = self._unpack(channel, index, message)
+        metas, tensors, addresses = self._unpack(channel, index, self._structures.pack(channel, message))
         try:
             sequence = outgoing.end.send(index, outgoing.changed(metas), addresses)
         except (TransferTimeoutError, PeerLostError) as error:
@@ -132,7 +134,8 @@ class ShmTransport(NativeTransport):
         except (TransferTimeoutError, PeerLostError) as error:
             self._report(error)
         self._let_go()
-        return Message(tuple(None if one is None else from_dlpack(one) for one in capsules), requires_grad)
+        message = Message(tuple(None if one is None else from_dlpack(one) for one in capsules), requires_grad)
+        return self._structures.unpack(channel, message)
 
     def flush(self) -> None:
         for outgoing in self._outgoing.values():

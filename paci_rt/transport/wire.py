@@ -24,6 +24,7 @@ INLINE_BYTES = 4096
 CONTROL_BYTES = HEADER_BYTES + INLINE_BYTES
 
 _PRESENT, _REQUIRES_GRAD = 1, 2
+_SIZES = 64  # dimensions of a tensor, at most
 
 
 class TensorMeta(NamedTuple):
@@ -102,6 +103,20 @@ def unpack_metas(packed: bytes) -> Meta:
         found, at = _unpack(packed, at, 1)
         metas += found
     return tuple(metas)
+
+
+def metas_of_bytes(data: bytes) -> Meta:
+    """Bytes as the sizes of absent tensors, so that they travel in a description of tensors."""
+    sizes = [len(data), *(int.from_bytes(data[at : at + 7], "little") for at in range(0, len(data), 7))]
+    parts = (tuple(sizes[at : at + _SIZES]) for at in range(0, len(sizes), _SIZES))
+    return tuple(TensorMeta(torch.float32, part, False, False) for part in parts)
+
+
+def bytes_of_metas(metas: Meta) -> tuple[int, bytes]:
+    """How many tensors come before those that :func:`metas_of_bytes` made, and the bytes; none of other metas."""
+    count = sum(meta.present or not meta.shape for meta in metas)
+    length, *sizes = [size for meta in metas[count:] for size in meta.shape] or [0]
+    return count, b"".join(size.to_bytes(7, "little") for size in sizes)[:length]
 
 
 def _unpack(raw: bytes, at: int, count: int) -> tuple[Meta, int]:

@@ -17,7 +17,7 @@ from onegpu.reading import read
 from onegpu.run import Case, Model, make_batch, make_modules, run
 from onegpu.run import loss_fn as one_gpu_loss
 from paci_rt.green import SmPartition, SmPartitions
-from paci_rt.runtime import microbatch
+from paci_rt.runtime import trees
 from paci_rt.transport.base import Message
 from support import fake_cuda
 from support.fake_cuda import FakeStream
@@ -196,7 +196,7 @@ def test_steps_from_two_streams_by_turns_do_not_wait_for_each_other(
     """The last stage is held up. The first one's next step, whose forward depends on nothing of it, begins
     nevertheless, unless both steps come from one stream: that waits for all stages after the first of them."""
     place = make_twin(monkeypatch)
-    monkeypatch.setattr(microbatch, "on_gpu", lambda value: True)  # as the benchmark's inputs are
+    monkeypatch.setattr(trees, "on_gpu", lambda value: True)  # as the benchmark's inputs are
     place._feeds = place._feeds[:feeds]
     monkeypatch.setattr(GpuPlace, "feeding", feeding_without_host(place))
     cpu = torch.device("cpu")

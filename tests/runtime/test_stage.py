@@ -18,12 +18,12 @@ def test_bad_stages_are_named() -> None:
         PipelineStage(lambda x: x, 0, 2)  # type: ignore[arg-type]
 
 
-def test_a_stage_that_returns_no_tensor_is_named() -> None:
+def test_a_stage_that_returns_what_cannot_travel_is_named() -> None:
     class Wrong(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, str]:
-            return x, "hidden"
+        def forward(self, x: Tensor) -> tuple[Tensor, dict[str, object]]:
+            return x, {"hidden": object()}
 
-    with pytest.raises(paci_rt.StageError, match="returned a str at position 1"):
+    with pytest.raises(paci_rt.StageError, match=r"stage 0 returned a object at output\[1\]\['hidden'\]"):
         PipelineStage(Wrong(), 0, 2).forward(0, (torch.zeros(2, 2),), {})
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import paci_rt
-from paci_rt.runtime import microbatch
+from paci_rt.runtime import trees
 from support import fake_cuda
 from support.toy import Run, batch, loss_fn, make_optimizer, module
 
@@ -95,7 +95,7 @@ def test_a_stage_waits_for_its_messages_and_the_caller_for_all(monkeypatch: pyte
 
 def test_stages_wait_for_inputs_on_the_gpu_and_updates_for_their_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.install(monkeypatch)
-    monkeypatch.setattr(microbatch, "on_gpu", lambda value: True)
+    monkeypatch.setattr(trees, "on_gpu", lambda value: True)
     pipe = pipeline()
     fake_cuda.give_streams(pipe.stages)
     updates: list[Any] = [bound.order.stream for bound in pipe._optimizers]  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ def test_stages_wait_for_inputs_on_the_gpu_and_updates_for_their_readers(monkeyp
 
 def test_stages_wait_for_what_the_loss_takes_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.install(monkeypatch)
-    monkeypatch.setattr(microbatch, "on_gpu", lambda value: value == {"scale": 2.0})
+    monkeypatch.setattr(trees, "on_gpu", lambda value: value == {"scale": 2.0})
     pipe = paci_rt.LocalPipeline(
         [module(stage, RUN) for stage in range(RUN.stages)],
         n_microbatches=RUN.accumulation,

@@ -24,6 +24,8 @@ from paci_rt.transport.device.hardware import Gathering, Hardware
 from paci_rt.transport.device.pairing import DeviceOptions, Pairing
 from paci_rt.transport.diagnosis import origin_of
 from paci_rt.transport.native_channels import NativeTransport, Outgoing, addresses_of
+from paci_rt.transport.packing import unpacked
+from paci_rt.transport.structure import Structure
 
 if TYPE_CHECKING:
     from paci_rt.native import DeviceIncoming
@@ -109,6 +111,13 @@ class DeviceTransport(NativeTransport):
         """
         outgoing = self._sender(channel)
         metas, tensors, addresses = self._unpack(channel, index, message)
+        if message.structure is not None:  # in the description, which the host reads and which travels when it changes
+            more = wire.metas_of_bytes(message.structure.packed())
+            metas, tensors, addresses = (
+                (*metas, *more),
+                [*tensors, *(None for _ in more)],
+                [*addresses, *(0 for _ in more)],
+            )
         where = self._hardware.index, self._hardware.stream()
         try:
             if self._hardware.capturing():
@@ -140,7 +149,7 @@ class DeviceTransport(NativeTransport):
             self._let_go()
         except (TransferTimeoutError, PeerLostError) as error:
             self._report(error)
-        return arriving
+        return _structured(arriving, arrived.packed)
 
     def _capture_recv(self, channel: Channel, incoming: DeviceIncoming, index: int, where: tuple[int, int]) -> Message:
         """A receive within a CUDA graph, of a message that looks like the last one before it."""
@@ -151,10 +160,10 @@ class DeviceTransport(NativeTransport):
             )
         arriving = self._empty(incoming.packed)
         incoming.capture(index, addresses_of(arriving.tensors), *where)
-        return arriving
+        return _structured(arriving, incoming.packed)
 
     def _empty(self, packed: bytes) -> Message:
-        """Memory for a message that looks as ``packed`` says."""
+        """Memory for a message that looks as ``packed`` says, its structure among its absent tensors."""
         metas = _metas(packed)
         tensors = tuple(self._hardware.empty(meta) if meta.present else None for meta in metas)
         return Message(tensors, tuple(meta.requires_grad for meta in metas))
@@ -227,6 +236,20 @@ class DeviceTransport(NativeTransport):
 @lru_cache(maxsize=64)  # messages of a channel look alike
 def _metas(packed: bytes) -> wire.Meta:
     return wire.unpack_metas(packed)
+
+
+@lru_cache(maxsize=64)
+def _structure(packed: bytes) -> tuple[int, Structure | None]:
+    """How many tensors a message has besides its structure, and that."""
+    count, described = wire.bytes_of_metas(_metas(packed))
+    return count, unpacked(described) if described else None
+
+
+def _structured(arriving: Message, packed: bytes) -> Message:
+    count, structure = _structure(packed)
+    if structure is None:
+        return arriving
+    return Message(arriving.tensors[:count], arriving.requires_grad[:count], structure)
 
 
 def _order(channel: Channel) -> tuple[int, int, str]:

@@ -17,6 +17,7 @@ from paci_rt.errors import ScheduleError, StageError
 from paci_rt.transport import Message
 from paci_rt.transport.device.pairing import DeviceOptions
 from paci_rt.transport.device.transport import DeviceTransport
+from paci_rt.transport.structure import take_apart
 from support.deadlines import deadline, wait_until
 from support.device_twin import Machine, TwinHardware
 from support.device_work import BACKENDS, DOWN, UP, edges, exchange, fine, one, rank_of
@@ -34,6 +35,28 @@ def test_random_messages_arrive_as_they_were_sent(backend: str, ahead: int, seed
     if backend != "ipc":
         assert machine.nccl.issuing_threads == 1
         assert machine.nccl.matched > 100
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_structures_travel_with_the_descriptions(backend: str) -> None:
+    outputs = [{"x": torch.ones(2), "n": 1}, {"x": torch.ones(2), "n": 1}, (torch.ones(3), ["a" * 700, None]), {"n": 2}]
+
+    def work(transport: DeviceTransport, hardware: TwinHardware) -> None:
+        out, back = edges(transport)
+        transport.open([back])
+        for at in range(3 * len(outputs)):
+            tensors, structure = take_apart(outputs[at // 3])
+            sent = Message(tensors, tuple(True for _ in tensors), structure if at % 3 else None)
+            if rank_of(transport) == 0:
+                transport.send(out, at, sent)
+                continue
+            got = transport.recv(back, at)
+            hardware.synchronize()
+            check(got, sent)
+            assert got.structure == sent.structure and len(got.tensors) == len(tensors)
+
+    machine = Machine(2)
+    fine(machine.run(work, backend=backend), machine)
 
 
 def test_calls_that_nccl_issues_in_the_background_are_waited_for() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paci_rt.runtime import microbatch
+from paci_rt.runtime import trees
 from paci_rt.runtime.executor import moved
 from paci_rt.transport.base import Message
 
@@ -42,16 +42,16 @@ def test_inputs_on_a_gpu_stay_until_the_stage_has_read_them(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of the stage", device))
     x, mask = on_gpu(), on_gpu()
     value = {"x": (x, 3), "mask": [mask]}
-    assert microbatch.on_device(value, torch.device("cpu")) is value and x.streams == []
-    there = microbatch.on_device(value, GPU)
+    assert trees.on_device(value, torch.device("cpu")) is value and x.streams == []
+    there = trees.on_device(value, GPU)
     assert there["x"][0] is x and there["mask"][0] is mask and there["x"][1] == 3
     assert x.streams == mask.streams == [("stream of the stage", GPU)]
 
 
 def test_tensors_are_found_wherever_they_are() -> None:
     here, there = torch.zeros(1), on_gpu()
-    assert list(microbatch.tensors([here, {"a": (there, None)}, 5])) == [here, there]
-    assert microbatch.on_gpu({"a": [here, (there,)]}) and not microbatch.on_gpu([here, 1.0, None])
+    assert list(trees.tensors([here, {"a": (there, None)}, 5])) == [here, there]
+    assert trees.on_gpu({"a": [here, (there,)]}) and not trees.on_gpu([here, 1.0, None])
 
 
 def test_a_message_goes_to_the_device_of_its_stage() -> None:
