@@ -244,6 +244,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         raise OptimizerOwnedError(OWNED_MESSAGE)
 
+    def register_step_pre_hook(self, hook: Any) -> NoReturn:
+        """Not here: such a hook expects gradients in ``.grad``, which these optimizers never put there.
+
+        Raises:
+            OptimizerOwnedError: always.
+        """
+        raise OptimizerOwnedError(
+            f"paci_rt.{type(self).__name__} has no gradients in .grad that a hook before the step could see: use "
+            "register_step_post_hook, or the optimizer of that name in torch.optim"
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned, of this optimizer or of the torch optimizer of the same name.
 
@@ -322,6 +333,8 @@ class FusedStageOptimizer(StageOptimizer):
         except BaseException:
             self._publish_all()  # nobody may wait for what will not come
             raise
+        for hook in self.optimizer._optimizer_step_post_hooks.values():
+            hook(self.optimizer, (), {})
         # torch's learning-rate schedulers look at this to warn about a scheduler that steps before the optimizer.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
 

@@ -47,10 +47,11 @@ class GradientHooks:
         node = get_gradient_edge(param).node
         handle = node.register_hook(_nothing)
         on_node = handle.hooks_dict_ref()
+        assert on_node is not None
         handle.remove()
         self._nodes.append(node)
         self._handles.append(param.register_post_accumulate_grad_hook(self._take))
-        self._watched[id(param)] = param, param._post_accumulate_grad_hooks, on_node  # type: ignore[attr-defined]
+        self._watched[id(param)] = param, param._post_accumulate_grad_hooks, on_node
 
     def remove(self) -> None:
         """Leave gradients in ``.grad`` again."""

@@ -120,7 +120,7 @@ def check_parameters(module: nn.Module, stage_index: int, device: torch.device, 
             )
     for name, param in module.named_parameters():
         what = f"parameter {name!r} of stage {stage_index}"
-        if isinstance(param, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(param):
             raise StageError(
                 f"{what} has no shape yet: run the lazy module once (module(example)) before the optimizer is made"
             )

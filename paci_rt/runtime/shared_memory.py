@@ -73,7 +73,7 @@ def check_memory(stages: Sequence[HasModule], ties: Sequence[TiedWeight]) -> Non
 
 def _has_plain_memory(tensor: Tensor) -> bool:
     plain = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
-    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    lazy = nn.parameter.is_lazy(tensor)
     return plain and not lazy and not tensor.is_meta and tensor.layout is torch.strided and tensor.numel() > 0
 
 

@@ -37,9 +37,8 @@ def freeze_a_stage(step: int, stages: Any, optimizers: Any) -> None:
 def late_group(step: int, stages: Any, optimizers: Any) -> None:
     """A layer whose parameters the optimizer gets later, with a rate of their own."""
     if step == 0:
-        for number in (0, 1):
-            stages[1][2].requires_grad_(False)
-            optimizers[1].param_groups[0]["params"] = list(stages[1][0].parameters())
+        stages[1][2].requires_grad_(False)
+        optimizers[1].param_groups[0]["params"] = list(stages[1][0].parameters())
     if step == 2:
         stages[1][2].requires_grad_(True)
         optimizers[1].add_param_group({"params": list(stages[1][2].parameters()), "lr": 1e-3})
@@ -313,7 +312,9 @@ def test_one_process_of_several_asks_for_a_drain() -> None:
     x, y = batch(0)
     pipe.step(x, target=y)
     stages[0][0].weight.requires_grad_(False)  # type: ignore[index]
-    with pytest.raises(paci_rt.StageError, match=r"'0\.weight' was frozen while micro-batches are in flight: call drain"):
+    with pytest.raises(
+        paci_rt.StageError, match=r"'0\.weight' was frozen while micro-batches are in flight: call drain"
+    ):
         pipe.step(x, target=y)
     pipe.drain()
     pipe.step(x, target=y)

@@ -283,3 +283,23 @@ def test_a_wrapper_around_a_split_layer_stays() -> None:
     pipe.close()
     x = torch.randn(2, 4)
     assert torch.equal(layer(x), 2 * nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("make", [paci_rt.AdamW, paci_rt.SGD, torch.optim.AdamW])
+def test_hooks_after_the_optimizers_step_see_the_new_weights(make: Any) -> None:
+    """As a moving average of the weights is kept."""
+    module = nn.Linear(4, 4)
+    optimizer = make(module.parameters(), lr=0.1)
+    seen: list[Tensor] = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(module.weight.detach().clone()))
+    pipe = paci_rt.LocalPipeline([module], n_microbatches=2, loss_fn=loss_fn, optimizer=[optimizer])
+    for step in range(3):
+        pipe.step(torch.randn(4, 4), target=torch.randn(4, 4))
+        assert len(seen) == step + 1 and torch.equal(seen[-1], module.weight)
+
+
+@pytest.mark.parametrize("make", [paci_rt.AdamW, paci_rt.SGD, paci_rt.Lion])
+def test_hooks_before_the_step_of_our_optimizers_are_refused(make: Any) -> None:
+    optimizer = make(nn.Linear(4, 4).parameters(), lr=0.1)
+    with pytest.raises(paci_rt.OptimizerOwnedError, match="register_step_post_hook"):
+        optimizer.register_step_pre_hook(lambda *_: None)

@@ -212,7 +212,9 @@ def test_meta_modules_wait_for_their_memory() -> None:
     assert all(param.is_meta for stage in stages for param in stage.parameters())
     pipe = paci_rt.LocalPipeline(modules, schedule="1f1b", n_microbatches=4, loss_fn=loss_fn, device="cpu")
     x, y = batch(0)
-    with pytest.raises(paci_rt.StageError, match=r"parameter '0\.weight' of stage 0 is on the meta device: call to_emp"):
+    with pytest.raises(
+        paci_rt.StageError, match=r"parameter '0\.weight' of stage 0 is on the meta device: call to_emp"
+    ):
         pipe.step(x, target=y)
     twin = make_stages()
     for module, other in zip(modules, twin, strict=True):

@@ -66,7 +66,9 @@ def test_two_stages_of_one_rank_of_several() -> None:
     shared = nn.Linear(WIDTH, WIDTH)
     modules = [nn.Sequential(shared), nn.Sequential(nn.Linear(WIDTH, WIDTH), shared)]
     stages = [paci_rt.PipelineStage(module, at, 4) for module, at in zip(modules, (1, 3), strict=True)]
-    with pytest.raises(paci_rt.StageError, match=r"'0\.weight' of stage 1 and parameter '1\.weight' of stage 3 are one"):
+    with pytest.raises(
+        paci_rt.StageError, match=r"'0\.weight' of stage 1 and parameter '1\.weight' of stage 3 are one"
+    ):
         paci_rt.ScheduleInterleaved1F1B(stages, 2, loss_fn, transport=LocalTransport())
     stages = [paci_rt.PipelineStage(module, at, 4) for module, at in zip(modules, (0, 2), strict=True)]
     with pytest.raises(paci_rt.StageError, match=r"keep both uses on one stage, since only the last stage \(3\)"):
@@ -153,5 +155,5 @@ def test_a_tie_that_is_made_later_is_found_at_the_next_step() -> None:
     stages: list[Any] = [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)]
     pipe = make(stages, optimizer=None)
     stages[1].weight = stages[0].weight
-    with pytest.raises(paci_rt.StageError, match="are one and the same nn.Parameter"):
+    with pytest.raises(paci_rt.StageError, match=r"are one and the same nn\.Parameter"):
         pipe.step(torch.randn(4, WIDTH), target=torch.randn(4, WIDTH))
