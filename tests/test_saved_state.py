@@ -186,6 +186,35 @@ def test_any_torch_optimizer_goes_on_in_any_cut(kind: str, tmp_path: Path) -> No
         assert flat(resumed.state_dict()["params"]) == flat(straight.state_dict()["params"]), sizes
 
 
+class Shared(torch.optim.SGD):
+    """An optimizer with a state that belongs to no parameter, a count in its groups, and both in its step."""
+
+    def step(self, closure: Any = None) -> None:
+        self.state["all"] = {"steps": self.state.get("all", {"steps": 0})["steps"] + 1}
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            group["lr"] = 0.1 / (group["k"] + self.state["all"]["steps"])
+        super().step(closure)
+
+
+class More(torch.optim.SGD):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seen": 3}
+
+
+def test_what_an_optimizer_keeps_elsewhere_goes_on_too(tmp_path: Path) -> None:
+    straight, saved, resumed = (pipeline(sizes=sizes, optimizer=Shared) for sizes in ([3], [1, 2], [2, 1]))
+    train(straight, range(4))
+    train(saved, range(2))
+    checkpoint.save(tmp_path, saved)
+    checkpoint.load(tmp_path, resumed)
+    train(resumed, range(2, 4))
+    assert flat(resumed.state_dict()["params"]) == flat(straight.state_dict()["params"])
+    assert resumed._optimizers[0].optimizer.state["all"] == {"steps": 4}  # type: ignore[union-attr,index]
+    with pytest.raises(ValueError, match=r"More\.state_dict\(\) has \['seen'\] beside states and groups"):
+        pipeline(optimizer=lambda params: More(params, lr=0.1)).state_dict()
+
+
 def grouped(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return paci_rt.AdamW(
         [

@@ -56,6 +56,37 @@ def record_groups(optimizer: torch.optim.Optimizer, name_of: Mapping[nn.Paramete
     ]
 
 
+def record_other_state(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """What an optimizer keeps in its ``state`` for no parameter.
+
+    Raises:
+        ValueError: its ``state_dict`` has more than states and groups, which nobody here could give back.
+    """
+    if not type(optimizer).__module__.startswith(("torch.", "paci_rt.")):
+        more = sorted(map(str, optimizer.state_dict().keys() - {"state", "param_groups"}))
+        if more:
+            raise ValueError(
+                f"{type(optimizer).__name__}.state_dict() has {more} beside states and groups, which paci_rt does not "
+                "keep: put them into optimizer.state or into its parameter groups"
+            )
+    return {key: copied(value) for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+
+
+def joined_other_state(records: Sequence[Mapping[str, Any]], found: Sequence[list[Place]]) -> dict[Any, Any]:
+    """What :func:`record_other_state` kept for the groups that are now on one stage.
+
+    Raises:
+        ValueError: stages had different values.
+    """
+    kept = [records[at]["other_state"] for at in sorted({at for places in found for at, _ in places})]
+    if any(not same(kept[0], other) for other in kept[1:]):
+        raise ValueError(
+            f"the stages that were saved had different state for no parameter ({sorted(map(str, kept[0]))}) in their "
+            "optimizers, and are one stage now: keep them apart as they were"
+        )
+    return dict(kept[0]) if kept else {}
+
+
 def find_places(records: Sequence[Mapping[str, Any]]) -> dict[str, Place]:
     """By parameter name, the record and the group in it that held the parameter."""
     return {

@@ -42,6 +42,8 @@ _REMEDIES = {
     "standard library of each host's own Python",
     "paci_rt": "install the same version on all hosts",
     "torch": "install the same version on all hosts",
+    "lr_scheduler's": "construct all schedulers with the same; for rates that differ by stage use LambdaLR, which "
+    "starts from those of the groups",
     "source": "copy the same code to all hosts",
     "optimizer's": "construct all optimizers with the same; what is to differ goes into parameter groups, as in "
     'AdamW([{"params": params, "lr": 1e-4}], lr=1e-3)',

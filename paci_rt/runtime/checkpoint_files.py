@@ -113,6 +113,7 @@ def check_savable(state: Mapping[str, Any]) -> None:
     for record in state["optimizers"]:
         parts[f"the lr_scheduler of stage {record['stage']}"] = record["lr_scheduler"]
         parts[f"the parameter groups of stage {record['stage']}"] = record["groups"]
+        parts[f"the optimizer's own state of stage {record['stage']}"] = record["other_state"]
     parts |= {f"the optimizer state of {name!r}": value for name, value in state["optimizer"].items()}
     for what, value in parts.items():
         if _is_plain(value):

@@ -151,7 +151,21 @@ def settings_of(scheduler: Any | None) -> dict[str, Any] | None:
     if scheduler is None:
         return None
     settings: dict[str, Any] = _settings(scheduler.state_dict())
-    return {key: value for key, value in settings.items() if key not in _INSIDE}
+    return {**{key: value for key, value in settings.items() if key not in _INSIDE}, **_highest(scheduler)}
+
+
+def _highest(scheduler: Any) -> dict[str, float]:
+    """The highest rates and momenta that OneCycleLR, CyclicLR and SWALR were given; they leave them in the groups."""
+    highest: dict[str, float] = {}
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+    for name in ("max_lr", "swa_lr", "max_momentum", "base_momentum"):
+        values = [float(group[name]) for group in groups if name in group]
+        if values:
+            highest[name] = max(values)
+    for one in (scheduler, *_inner(scheduler)):
+        if getattr(one, "max_lrs", None):
+            highest["max_lr"] = max(map(float, one.max_lrs))
+    return highest
 
 
 def _settings(value: Any) -> Any:

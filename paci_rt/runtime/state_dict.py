@@ -17,8 +17,10 @@ from paci_rt.optim.group_options import (
     copied,
     find_places,
     group_places,
+    joined_other_state,
     merged_options,
     record_groups,
+    record_other_state,
 )
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.module_state import (
@@ -88,6 +90,7 @@ def collect_state(parts: Parts, windows: int) -> dict[str, Any]:
                     "stage": stage.stage_index,
                     "optimizer": type(bound.optimizer).__name__,
                     "groups": record_groups(bound.optimizer, parts.name_of),
+                    "other_state": record_other_state(bound.optimizer),
                     "lr_scheduler": record_scheduler(scheduler),
                 }
             )
@@ -152,6 +155,7 @@ def _check_optimizers(state: Mapping[str, Any], parts: Parts) -> tuple[list[Hand
     schedulers: list[tuple[Any, dict[str, Any]]] = []  # with their new states
     options: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
     entries: list[tuple[StageOptimizer, dict[str, Any]]] = []
+    others: list[tuple[torch.optim.Optimizer, dict[Any, Any]]] = []
     for names, bound, scheduler in parts.of_stages():
         own = {own_name: state["optimizer"][name] for own_name, name in names.items() if name in state["optimizer"]}
         bound.check_state_by_name(own)
@@ -166,6 +170,7 @@ def _check_optimizers(state: Mapping[str, Any], parts: Parts) -> tuple[list[Hand
             found = group_places(groups, places)
             merged = merged_options(optimizer, groups, records, found)
             options += zip(optimizer.param_groups, merged, strict=True)
+            others.append((optimizer, joined_other_state(records, found)))
             new = joined_state(scheduler, records, found) if records else None
         if new is not None:
             schedulers.append((scheduler, new))
@@ -179,6 +184,8 @@ def _check_optimizers(state: Mapping[str, Any], parts: Parts) -> tuple[list[Hand
                     apply_options(group, {"lr": lr})
         for bound, own in entries:
             bound.load_state_by_name(own)
+        for optimizer, kept in others:
+            optimizer.state.update(copied(kept))
 
     handovers = [Handover(scheduler.state_dict, scheduler.load_state_dict, new) for scheduler, new in schedulers]
     return handovers, take

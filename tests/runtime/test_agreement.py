@@ -56,6 +56,12 @@ def asked(change: str) -> dict[str, Any]:
             scheduler["step_size"] = 5
         case "scheduler's class":
             scheduler = {"kind": torch.optim.lr_scheduler.ConstantLR}
+        case "one cycle" | "another cycle":
+            most = 0.1 if change == "one cycle" else 0.2
+            scheduler = {"kind": torch.optim.lr_scheduler.OneCycleLR, "max_lr": most, "total_steps": 9}
+        case "cyclic" | "other cyclic":
+            most = 0.1 if change == "cyclic" else 0.2
+            scheduler = {"kind": torch.optim.lr_scheduler.CyclicLR, "base_lr": 1e-3, "max_lr": most}
         case "no scheduler":
             scheduler = {}
         case "group options":
@@ -101,6 +107,8 @@ REFUSED = {
         "",
         r"disagree: lr_scheduler is StepLR on rank 0 and ConstantLR on rank 1 \(give all processes the same\)$",
     ),
+    "one cycle": ("another cycle", r"disagree: lr_scheduler's max_lr is 0\.2 on rank 0 and 0\.1 on rank 1"),
+    "cyclic": ("other cyclic", r"disagree: lr_scheduler's max_lr is 0\.2 on rank 0 and 0\.1 on rank 1"),
     "no scheduler": ("", r"lr_scheduler is StepLR on rank 0 and null on rank 1"),
 }
 ALLOWED = ("", "group options", "policy by name", "buffers", "deadline", "trace")

@@ -276,6 +276,39 @@ def test_a_scheduler_without_its_optimizer_or_for_two_is_refused() -> None:
         )
 
 
+class Anything:
+    """Has what a schedule calls, and does not say whose it is."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def test_one_scheduler_for_two_stages_is_refused_and_one_for_some_is_not() -> None:
+    def make(*given: Any) -> paci_rt.LocalPipeline:
+        return paci_rt.LocalPipeline(
+            cut([1, 1]), n_microbatches=2, loss_fn=loss_fn, optimizer=paci_rt.AdamW, lr_scheduler=given
+        )
+
+    shared = Anything()
+    with pytest.raises(ValueError, match="it would step twice for each update; give each stage its own"):
+        make(shared, shared)
+    with pytest.raises(ValueError, match="1 lr_schedulers for 2 stages"):
+        make(shared)
+    one, two = make(None, Anything()), make(None, Anything())
+    train(one, range(3))
+    two.load_state_dict(one.state_dict())
+    assert [None if each is None else each.steps for each in two._lr_schedulers] == [None, 3]
+
+
 def test_a_plateau_is_stepped_by_hand() -> None:
     module = nn.Linear(WIDTH, WIDTH)
     optimizer = optimizer_of(module)

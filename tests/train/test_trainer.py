@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,13 @@ def test_resume_of_something_else(text: str, tmp_path: Path, changes: dict[str, 
     run(config_of(text, steps=2, out=str(tmp_path)))
     with pytest.raises(ValueError, match=words):
         trainer.preflight(config_of(text, resume=str(tmp_path), **changes))
+
+
+def test_resume_takes_the_options_of_this_run(text: str, tmp_path: Path) -> None:
+    run(config_of(text, steps=2, lr_steps=4, out=str(tmp_path)))
+    more = config_of(text, steps=4, resume=str(tmp_path))
+    changed = [{}, {"weight_decay": 0.9}, {"beta1": 0.5}, {"lr": 5e-3}]
+    assert len({run(replace(more, **options)).params_sha256 for options in changed}) == len(changed)
 
 
 def test_resume_from_nothing(text: str, tmp_path: Path) -> None:
