@@ -130,7 +130,7 @@ def by_both(rank: int, group: Any, name: str, ours: list[str], processes: int) -
     begun = {key: value.clone() for key, value in module.state_dict().items()}
     found = []
     kinds: list[Any] = list(map(paci_rt.get_schedule_class, ours))
-    if name == "kwargs":  # which torch's own schedules refuse: a later stage reads an input of the model
+    if name in ("kwargs", "skips"):  # which torch's own schedules refuse, the second in the backward
         found.append(plain(name, list(module.state_dict())))
     else:
         kinds.insert(0, theirs.Schedule1F1B)
