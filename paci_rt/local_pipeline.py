@@ -11,6 +11,7 @@ from torch import nn
 from paci_rt.optim.backend import usable
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.stage import LossFn, PipelineStage
+from paci_rt.runtime.torch_stages import check_replicated, from_one_pipe
 from paci_rt.schedule_base import chunk_specs, one_each
 from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules.lowering import TiedWeight
@@ -81,6 +82,8 @@ class LocalPipeline(Pipeline):
     ) -> None:
         if not modules:
             raise ValueError("modules is empty: give one module per stage")
+        if from_one_pipe(modules):
+            check_replicated(modules, tied_weights)
         stages = _stages(modules, device, streams, update_streams)
         optimizers: list[Any] = [None] * len(stages)
         if callable(optimizer):

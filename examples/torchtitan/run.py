@@ -4,7 +4,7 @@
 ``trainer.patch`` to its trainer there, and starts a process a stage. The last line is JSON: the schedule, the loss of
 every step, the drift that was counted, and a hash of all parameters.
 
-What is not torchtitan's own here is what a CPU without network lacks: a corpus and a tokenizer (random tokens stand in),
+What is not torchtitan's own is what a CPU without network lacks: a corpus and a tokenizer (random tokens stand in),
 flex attention with a backward on the CPU (scaled dot-product attention stands in), and a device with memory statistics.
 """
 

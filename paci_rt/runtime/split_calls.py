@@ -8,8 +8,8 @@ modules that own a matrix, and of those only where the first forward had such a 
 per call of torch within these forwards; traced modules, and those without a matrix of their own, pay nothing.
 
 As for layers (:mod:`paci_rt.runtime.split_backward`), autograd keeps what only it can do right: weights that are
-computed or replaced, a computed bias, ``torch.autocast``, ``torch.compile``, and calls that checkpointing will repeat by
-themselves.
+computed or replaced, a computed bias, ``torch.autocast``, ``torch.compile``, and calls that checkpointing will repeat
+by themselves.
 """
 
 from __future__ import annotations

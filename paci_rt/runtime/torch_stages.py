@@ -1,8 +1,8 @@
 """Stages that ``torch.distributed.pipelining`` made, taken over as they are.
 
-A manual ``PipelineStage`` is a module with a place. A traced one, from ``Pipe.build_stage``, also knows the graph of the
-whole model, in which a stage may take values from any stage before it, in any order, and inputs of the model. Ours talk
-to their neighbours alone, so each passes on what later stages need.
+A manual ``PipelineStage`` is a module with a place. A traced one, from ``Pipe.build_stage``, also knows the graph of
+the whole model, in which a stage may take values from any stage before it, in any order, and inputs of the model. Ours
+talk to their neighbours alone, so each passes on what later stages need.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from paci_rt.runtime.stage import PipelineStage
 from paci_rt.schedules.lowering import TiedWeight
 
 Value = tuple[int, int]  # a stage, and which of its outputs
+_FRONTEND = "torch.distributed.pipelining._IR"
 _MINE = "_paci_rt_stage"  # attribute of torch's stage: ours for it
 
 
@@ -55,8 +56,8 @@ class TracedStage(PipelineStage):
         else:
             if len(args) != len(route.arriving):
                 raise StageError(
-                    f"stage {self.stage_index} got {len(args)} tensors and takes {len(route.arriving)}: make all stages "
-                    "with build_stage() of the same pipe"
+                    f"stage {self.stage_index} got {len(args)} tensors and takes {len(route.arriving)}: make all "
+                    "stages with build_stage() of the same pipe"
                 )
             # A stage may write into what it was given; what it passes on must not change.
             kept = set(route.leaving)
@@ -70,7 +71,7 @@ class TracedStage(PipelineStage):
         return tuple(own[at] if stage == self.stage_index else arrived[stage, at] for stage, at in route.leaving)
 
     def _takes_all(self) -> bool:
-        """Whether the module has the model's own signature, which torch gives to a first stage that takes all inputs."""
+        """Whether the module has the model's signature, which torch gives to a first stage that takes all inputs."""
         return len(self._route.arguments) == len(self._route.inputs)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -106,12 +107,13 @@ def adopt(stage: Any, ties: Sequence[TiedWeight] = ()) -> PipelineStage:
         bases = {base.__module__ for base in type(stage).__mro__}
         if not any(base.startswith("torch.distributed.pipelining") for base in bases):
             raise StageError(
-                f"stage is a {type(stage).__name__}: give a paci_rt.PipelineStage, or one of torch.distributed.pipelining"
+                f"stage is a {type(stage).__name__}: give a paci_rt.PipelineStage, or one of "
+                "torch.distributed.pipelining"
             )
     if getattr(stage, "dw_builder", None) is not None:
         raise StageError(
-            f"stage {stage.stage_index} has a dw_builder: weight gradients of linear layers are split here without one; "
-            "leave it out"
+            f"stage {stage.stage_index} has a dw_builder: weight gradients of linear layers are split here without "
+            "one; leave it out"
         )
     mine: PipelineStage | None = stage.__dict__.get(_MINE)
     if mine is not None and mine.submod is stage.submod:
@@ -119,7 +121,8 @@ def adopt(stage: Any, ties: Sequence[TiedWeight] = ()) -> PipelineStage:
     place = (stage.submod, stage.stage_index, stage.num_stages, stage.device)
     if hasattr(stage, "pipe_info"):
         graph = stage.pipe_info.graph
-        check_replicated(graph.owning_module, ties)
+        whole = graph.owning_module  # None where torch has let go of it
+        check_replicated([] if whole is None else list(whole.children()), ties)
         mine = TracedStage(route_of(graph, stage.stage_index), *place, group=stage.group)
     else:
         mine = PipelineStage(*place, group=stage.group)
@@ -144,8 +147,10 @@ def route_of(graph: fx.Graph, stage: int) -> Route:
         if isinstance(node, fx.Node) and node.target is operator.getitem:
             node, at = node.args  # type: ignore[assignment]
         if node not in number:
-            raise StageError(f"the traced model passes {node} between stages, which is neither a tensor of a stage nor "
-                             "an input of the model: cut it elsewhere")
+            raise StageError(
+                f"the traced model passes {node} between stages, which is neither a tensor of a stage nor "
+                "an input of the model: cut it elsewhere"
+            )
         return number[node], at
 
     takes = [tuple(source(arg) for arg in node.args) for node in nodes]
@@ -155,8 +160,8 @@ def route_of(graph: fx.Graph, stage: int) -> Route:
             if isinstance(value, str) or value[0] != len(nodes) - 1:
                 what = f"its input {value!r}" if isinstance(value, str) else f"a value of stage {value[0]}"
                 raise StageError(
-                    f"the traced model returns {what}, and only the last stage, {len(nodes) - 1}, can return something: "
-                    "let the model use it behind the last cut, or return less"
+                    f"the traced model returns {what}, and only the last stage, {len(nodes) - 1}, can return "
+                    "something: let the model use it behind the last cut, or return less"
                 )
 
     def crossing(cut: int) -> tuple[Value, ...]:
@@ -173,19 +178,23 @@ def route_of(graph: fx.Graph, stage: int) -> Route:
     )
 
 
-def check_replicated(split: Any, ties: Sequence[TiedWeight]) -> None:
+def from_one_pipe(modules: Sequence[nn.Module]) -> bool:
+    """Whether the modules are those of the stages that torch's frontend made, by the way in which these are pickled."""
+    return all(getattr(type(one).__reduce__, "__module__", "") == _FRONTEND for one in modules)
+
+
+def check_replicated(modules: Sequence[nn.Module], ties: Sequence[TiedWeight]) -> None:
     """Make sure that every parameter which torch's frontend has copied to several stages is tied.
 
     Args:
-        split: the module of all stages, ``Pipe.split_gm``; None where torch has let go of it.
+        modules: of all stages of one ``Pipe``; their parameters have the names of the whole model.
+        ties: weights that live on two stages.
 
     Raises:
         StageError: the message names the parameter, the stages, and the :class:`~paci_rt.TiedWeight` to give.
     """
-    if not isinstance(split, nn.Module):
-        return
     owners: dict[str, list[tuple[int, nn.Module]]] = {}
-    for at, (_, part) in enumerate(split.named_children()):
+    for at, part in enumerate(modules):
         for name, _ in part.named_parameters(remove_duplicate=False):
             owners.setdefault(name, []).append((at, part))
     tied = {(tie.owner_stage, tie.reader_stage) for tie in ties}
@@ -194,15 +203,15 @@ def check_replicated(split: Any, ties: Sequence[TiedWeight]) -> None:
         if len(stages) < 2 or all((stages[0], at) in tied for at in stages[1:]):
             continue
         remedy = "untie it, or cut the model so that one stage has all its uses"
-        if len(stages) == 2 and stages[1] == len(list(split.children())) - 1:
+        if len(stages) == 2 and stages[1] == len(modules) - 1:
             one, two = (_read_name(part, name) for _, part in found)
             remedy = (
                 f"give tied_weights=[paci_rt.TiedWeight(owner_stage={stages[0]}, owner={one!r}, "
                 f"reader_stage={stages[1]}, reader={two!r})] and optimizer=, or untie it"
             )
         raise StageError(
-            f"parameter {name!r} is read by stages {' and '.join(map(str, stages))}, and torch's frontend has given each "
-            f"a copy of its own, which would part: {remedy}"
+            f"parameter {name!r} is read by stages {' and '.join(map(str, stages))}, and torch's frontend has given "
+            f"each a copy of its own, which would part: {remedy}"
         )
 
 
@@ -223,4 +232,4 @@ def _read_name(part: nn.Module, name: str) -> str:
     return name
 
 
-__all__ = ["Route", "TracedStage", "adopt", "check_replicated", "route_of"]
+__all__ = ["Route", "TracedStage", "adopt", "check_replicated", "from_one_pipe", "route_of"]

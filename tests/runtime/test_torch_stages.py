@@ -130,7 +130,7 @@ def by_both(rank: int, group: Any, name: str, ours: list[str], processes: int) -
     begun = {key: value.clone() for key, value in module.state_dict().items()}
     found = []
     kinds: list[Any] = list(map(paci_rt.get_schedule_class, ours))
-    if name == "kwargs":  # which torch's own schedules refuse: a later stage reads an input of the model
+    if name in ("kwargs", "skips"):  # which torch's own schedules refuse, the second in the backward
         found.append(plain(name, list(module.state_dict())))
     else:
         kinds.insert(0, theirs.Schedule1F1B)
@@ -264,6 +264,13 @@ def test_a_parameter_that_the_frontend_copied_has_to_be_tied(workers: WorkerPool
     workers.run(tied, 2)
 
 
+def test_stage_modules_of_a_tied_model_have_to_be_tied_in_one_process_too() -> None:
+    pipe = tied_pipe()
+    modules = [pipe.get_stage_module(at) for at in range(2)]
+    with pytest.raises(StageError, match=r"'.*' is read by stages 0 and 1, .* TiedWeight\("):
+        paci_rt.LocalPipeline(modules, schedule="1f1b", n_microbatches=PARTS, loss_fn=F.mse_loss)
+
+
 class Early(Chain):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         first = self.layers[0](x)
@@ -271,7 +278,9 @@ class Early(Chain):
 
 
 def test_what_an_inner_stage_would_return_is_refused() -> None:
-    pipe = theirs.pipeline(Early(), mb_args=(torch.randn(2, WIDTH),), split_spec={"layers.1": theirs.SplitPoint.BEGINNING})
+    pipe = theirs.pipeline(
+        Early(), mb_args=(torch.randn(2, WIDTH),), split_spec={"layers.1": theirs.SplitPoint.BEGINNING}
+    )
     with pytest.raises(StageError, match=r"returns a value of stage 0, and only the last stage, 1, can"):
         route_of(pipe.split_gm.graph, 0)
 
