@@ -35,6 +35,7 @@ class Setup:
         lookahead: whether early forwards look ahead; ``lookahead_required``: whether it is an error if they cannot.
         divisor: what the summed gradients of a window are divided by.
         buffers: gradient buffers a stage.
+        loss_fn: of the last stage.
     """
 
     lowering: Lowering
@@ -43,6 +44,7 @@ class Setup:
     lookahead_required: bool
     divisor: int
     buffers: int
+    loss_fn: LossFn | None
 
 
 def make_setup(
@@ -96,6 +98,7 @@ def make_setup(
         lookahead_required=bool(lookahead),
         divisor=accumulation if scale_grads else 1,
         buffers=1 if buffers is None else buffers,
+        loss_fn=loss_fn,
     )
 
 
@@ -159,6 +162,9 @@ def bind(
         bound.unbind()
         raise
     drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
+    recompute = policies.recomputes(policy, family, shape, rank.rank)
+    loss_fn = setup.loss_fn if stage.is_last else None
+    stage.reruns.watch(loss_fn, recompute=recompute, drifts=drift_bound > 0)
     return StageRuntime(
         stage=stage,
         audit=StageAudit(stage=stage.stage_index, rank=rank, drift_bound=drift_bound, delay_bound=delay_bound),
@@ -166,7 +172,7 @@ def bind(
         weights=weights,
         accumulation=shape.accumulation,
         divisor=setup.divisor,
-        recompute=policies.recomputes(policy, family, shape, rank.rank),
+        recompute=recompute,
         ties=ties,
         clock=clock,
     )

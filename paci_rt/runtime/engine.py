@@ -18,7 +18,7 @@ from paci_rt.runtime import microbatch
 from paci_rt.runtime.assemble import Setup, bind, make_setup, ranks_here, unbind
 from paci_rt.runtime.audit import RankAudit
 from paci_rt.runtime.batch import Batch, cut_batch
-from paci_rt.runtime.caller_memory import keep_safe
+from paci_rt.runtime.caller_memory import gradients_set_aside, keep_safe
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.stage import LossFn, PipelineStage
@@ -132,8 +132,6 @@ class Pipeline:
                 audit = audits[setup.lowering.shape.rank_of(stage.stage_index)]
                 runtime = bind(setup, stage, audit, optimizer, self._clocks[stage.device])
                 runtimes.append(runtime)
-                drifts, loss_fn = runtime.audit.drift_bound > 0, self._loss_fn if stage.is_last else None
-                stage.reruns.watch(loss_fn, recompute=runtime.recompute, drifts=drifts)
                 if self._lr_schedulers:
                     runtime.after_update = self._lr_schedulers[at].step
         except BaseException:
@@ -207,9 +205,8 @@ class Pipeline:
         windows = range(self._next_window, self._next_window + self._windows_per_step)
         first = windows.start * accumulation
         self._check_usable()
-        loss_fn = self._bind_loss(loss_kwargs)
         indices = range(first, first + self._n_microbatches)
-        batch = cut_batch(self.stages, args, kwargs, target, losses, loss_fn, indices)
+        batch = cut_batch(self.stages, args, kwargs, target, losses, self._bind_loss(loss_kwargs), indices)
         batch.keep_outputs = return_outputs
         batch.from_gpu |= microbatch.on_gpu(loss_kwargs)
         batch.start_window = start
@@ -360,23 +357,17 @@ class Pipeline:
         for bound in self._optimizers:
             for group in bound.groups:
                 group.check_views()
-        # Gradients that the user left in .grad are none of this batch's: they are set aside, and come back after it.
-        params = [param for stage in self.stages for param in stage.parameters()]
-        kept = [(param, param.grad) for param in params if param.grad is not None]
-        for param, _ in kept:
-            param.grad = None
-        try:
-            with joined(self.stages, behind_caller=self._was_empty or batch.from_gpu):
-                self._executor.run(streams, batch)
-        except BaseException as error:
-            self._failure = error
-            self._executor.transport.fail(error)
-            raise
-        self._was_empty = self._lowering.family.flush or not batch.training
-        if self._was_empty:
-            self._await_updates()
-        for param, grad in kept:
-            param.grad = grad if param.grad is None else grad.add_(param.grad)
+        with gradients_set_aside([param for stage in self.stages for param in stage.parameters()]):
+            try:
+                with joined(self.stages, behind_caller=self._was_empty or batch.from_gpu):
+                    self._executor.run(streams, batch)
+            except BaseException as error:
+                self._failure = error
+                self._executor.transport.fail(error)
+                raise
+            self._was_empty = self._lowering.family.flush or not batch.training
+            if self._was_empty:
+                self._await_updates()
 
     def _await_updates(self) -> None:
         """On a GPU: what the caller does from now on sees all updates."""
