@@ -199,13 +199,12 @@ class Pipeline:
             ActionError, PeerLostError, DriftBoundError: an action failed; the pipeline cannot go on.
         """
         if not torch.is_grad_enabled():
-            under = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
-            raise RuntimeError(f"step() under torch.{under}() cannot train: call eval() instead")
+            mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+            raise RuntimeError(f"step() under torch.{mode}() cannot train: call eval() instead")
         accumulation, start = self._lowering.shape.accumulation, self._start_window
         windows = range(self._next_window, self._next_window + self._windows_per_step)
-        first = windows.start * accumulation
+        indices = range(windows.start * accumulation, windows.stop * accumulation)
         self._check_usable()
-        indices = range(first, first + self._n_microbatches)
         batch = cut_batch(self.stages, args, kwargs, target, losses, self._bind_loss(loss_kwargs), indices)
         batch.keep_outputs = return_outputs
         batch.from_gpu |= microbatch.on_gpu(loss_kwargs)
@@ -213,8 +212,8 @@ class Pipeline:
         streams = {
             rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
         }
-        late = () if self._lowering.family.flush else streams.values()
-        self._executor.copied_input_bytes += keep_safe(batch, self.stages, late)
+        copied_bytes = keep_safe(batch, self.stages, () if self._lowering.family.flush else streams.values())
+        self._executor.copied_input_bytes += copied_bytes
         self._next_window = windows.stop
         self._run(streams, batch)
         return self._results(batch, losses)
