@@ -102,8 +102,7 @@ class Pipeline:
         self._ranks = ranks_here(stages, self._lowering.shape)
         for stage in stages:
             stage.require_free()
-        self._loss_fn = loss_fn
-        self._n_microbatches = n_microbatches
+        self._loss_fn, self._n_microbatches = loss_fn, n_microbatches
         self._windows_per_step = n_microbatches // self._lowering.shape.accumulation
         self._next_window = self._start_window = 0
         self._was_empty = True  # since the caller could change weights
@@ -199,21 +198,21 @@ class Pipeline:
             ActionError, PeerLostError, DriftBoundError: an action failed; the pipeline cannot go on.
         """
         if not torch.is_grad_enabled():
-            mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
-            raise RuntimeError(f"step() under torch.{mode}() cannot train: call eval() instead")
-        accumulation, start = self._lowering.shape.accumulation, self._start_window
+            under = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+            raise RuntimeError(f"step() under torch.{under}() cannot train: call eval() instead")
+        accumulation = self._lowering.shape.accumulation
         windows = range(self._next_window, self._next_window + self._windows_per_step)
         indices = range(windows.start * accumulation, windows.stop * accumulation)
         self._check_usable()
         batch = cut_batch(self.stages, args, kwargs, target, losses, self._bind_loss(loss_kwargs), indices)
         batch.keep_outputs = return_outputs
         batch.from_gpu |= microbatch.on_gpu(loss_kwargs)
-        batch.start_window = start
+        batch.start_window = start = self._start_window
         streams = {
             rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
         }
-        copied_bytes = keep_safe(batch, self.stages, () if self._lowering.family.flush else streams.values())
-        self._executor.copied_input_bytes += copied_bytes
+        owing = () if self._lowering.family.flush else streams.values()
+        self._executor.copied_input_bytes += keep_safe(batch, self.stages, owing)
         self._next_window = windows.stop
         self._run(streams, batch)
         return self._results(batch, losses)
