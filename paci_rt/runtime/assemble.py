@@ -39,6 +39,7 @@ class Setup:
         divisor: what the summed gradients of a window are divided by.
         buffers: gradient buffers a stage.
         forward_only: no backward, and so no gradients and no updates.
+        loss_fn: of the last stage.
     """
 
     lowering: Lowering
@@ -48,6 +49,7 @@ class Setup:
     divisor: int
     buffers: int
     forward_only: bool
+    loss_fn: LossFn | None
 
 
 def make_setup(
@@ -108,6 +110,7 @@ def make_setup(
         divisor=accumulation if scale_grads else 1,
         buffers=1 if buffers is None else buffers,
         forward_only=forward_only,
+        loss_fn=loss_fn,
     )
 
 
@@ -188,6 +191,9 @@ def bind(
         bound.unbind()
         raise
     drift_bound, delay_bound = policies.bounds(policy, family, shape, rank.rank)
+    recompute = policies.recomputes(policy, family, shape, rank.rank)
+    loss_fn = setup.loss_fn if stage.is_last else None
+    stage.reruns.watch(loss_fn, recompute=recompute, drifts=drift_bound > 0)
     return StageRuntime(
         stage=stage,
         audit=StageAudit(stage=stage.stage_index, rank=rank, drift_bound=drift_bound, delay_bound=delay_bound),
@@ -195,7 +201,7 @@ def bind(
         weights=weights,
         accumulation=shape.accumulation,
         divisor=setup.divisor,
-        recompute=policies.recomputes(policy, family, shape, rank.rank),
+        recompute=recompute,
         ties=ties,
         clock=clock,
     )

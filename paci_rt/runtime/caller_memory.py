@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from paci_rt.action import Action, Op
@@ -47,6 +48,17 @@ def in_flight_after(streams: Iterable[Sequence[Action]]) -> set[tuple[int, int]]
             elif action.op is Op.B or action.op is Op.W:
                 late.discard((action.stage, action.index))
     return late
+
+
+@contextmanager
+def gradients_set_aside(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """What the user left in ``.grad`` is none of what is computed within; it comes back, with that added."""
+    kept = [(param, param.grad) for param in params if param.grad is not None]
+    for param, _ in kept:
+        param.grad = None
+    yield
+    for param, grad in kept:
+        param.grad = grad if param.grad is None else grad.add_(param.grad)
 
 
 class _Copies:

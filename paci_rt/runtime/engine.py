@@ -18,10 +18,10 @@ from paci_rt.runtime import trees
 from paci_rt.runtime.assemble import Setup, bind, make_setup, ranks_here, unbind
 from paci_rt.runtime.audit import RankAudit
 from paci_rt.runtime.batch import Batch, batch_results, cut_batch
-from paci_rt.runtime.caller_memory import keep_safe
+from paci_rt.runtime.caller_memory import gradients_set_aside, keep_safe
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
-from paci_rt.runtime.module_watch import ModuleWatch, set_aside
+from paci_rt.runtime.module_watch import ModuleWatch
 from paci_rt.runtime.pipeline_state import PipelineState
 from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.split_merge import ChunkSpecs
@@ -111,8 +111,8 @@ class Pipeline(PipelineState):
         for stage in stages if self._has_backward else ():
             stage.require_free()
             stage.has_backward = True
-        self._loss_fn, self._specs, self.scale_grads = loss_fn, specs, scale_grads
-        self._n_microbatches = n_microbatches
+        self._loss_fn, self._n_microbatches = loss_fn, n_microbatches
+        self._specs, self.scale_grads = specs, scale_grads
         self._windows_per_step = n_microbatches // self._lowering.shape.accumulation
         self._next_window = self._start_window = 0
         self._was_empty = True  # since the caller could change weights
@@ -142,8 +142,6 @@ class Pipeline(PipelineState):
                 audit = audits[setup.lowering.shape.rank_of(stage.stage_index)]
                 runtime = bind(setup, stage, audit, optimizer, self._clocks[stage.device])
                 runtimes.append(runtime)
-                drifts, loss_fn = runtime.audit.drift_bound > 0, self._loss_fn if stage.is_last else None
-                stage.reruns.watch(loss_fn, recompute=runtime.recompute, drifts=drifts)
                 scheduler = self._lr_schedulers[at] if self._lr_schedulers else None
                 runtime.after_update = None if scheduler is None else Follower(scheduler)
         except BaseException:
@@ -229,20 +227,19 @@ class Pipeline(PipelineState):
             raise RuntimeError(f"step() under torch.{under}() cannot train: call eval() instead")
         self._check_usable()
         self._follow_modules()
-        accumulation, start = self._lowering.shape.accumulation, self._start_window
+        accumulation = self._lowering.shape.accumulation
         windows = range(self._next_window, self._next_window + self._windows_per_step)
-        first = windows.start * accumulation
+        indices = range(windows.start * accumulation, windows.stop * accumulation)
         loss_fn = self._bind_loss(loss_kwargs)
-        indices = range(first, first + self._n_microbatches)
         batch = cut_batch(self.stages, args, kwargs, target, losses, loss_fn, indices, specs=self._specs)
         batch.keep_outputs = return_outputs
         batch.from_gpu |= trees.on_gpu(loss_kwargs)
-        batch.start_window = start
+        batch.start_window = start = self._start_window
         streams = {
             rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
         }
-        late = () if self._lowering.family.flush else streams.values()
-        self._executor.copied_input_bytes += keep_safe(batch, self.stages, late)
+        owing = () if self._lowering.family.flush else streams.values()
+        self._executor.copied_input_bytes += keep_safe(batch, self.stages, owing)
         self._next_window = windows.stop
         self._run(streams, batch)
         self._watch.check_after_step()
@@ -369,7 +366,7 @@ class Pipeline(PipelineState):
         for bound in self._optimizers:
             for group in bound.groups:
                 group.check_views()
-        with set_aside(param for stage in self.stages for param in stage.parameters()):
+        with gradients_set_aside([param for stage in self.stages for param in stage.parameters()]):
             try:
                 with joined(self.stages, behind_caller=self._was_empty or batch.from_gpu):
                     self._executor.run(streams, batch)

@@ -7,8 +7,13 @@ kind of the graph: shapes of the inputs, number of nodes, split layers used, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from paci_rt.runtime.trees import tensors
 
 ALWAYS = 32
 """So many walks are made in any case; of more forwards one in ``ONE_IN``."""
@@ -29,9 +34,13 @@ class GraphFacts:
     A kind is measured at its 1st, 2nd, 4th, 8th, ... forward, since sizes may depend on data where nothing else does;
     what counts is the largest measurement. Where new kinds come too often for a walk each, they count as much as the
     largest of all kinds.
+
+    Attributes:
+        overlooked: there was such a kind.
     """
 
     def __init__(self) -> None:
+        self.overlooked = False
         self._kinds: dict[Hashable, _Kind] = {}
         self._forwards = self._walks = self._largest = 0
 
@@ -49,7 +58,10 @@ class GraphFacts:
             if known.seen & (known.seen - 1):  # no power of two
                 return known.saved_bytes
         if self._walks >= ALWAYS + self._forwards // ONE_IN:
-            return self._largest if known is None else known.saved_bytes
+            if known is not None:
+                return known.saved_bytes
+            self.overlooked = True
+            return self._largest
         self._walks += 1
         size = measure()
         self._largest = max(self._largest, size)
@@ -60,3 +72,14 @@ class GraphFacts:
             return size
         known.saved_bytes = max(known.saved_bytes, size)
         return known.saved_bytes
+
+
+def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Shapes and dtypes of what a forward is given."""
+    values = [*args, *(kwargs[name] for name in sorted(kwargs))]
+    return tuple(
+        (tuple(value.shape), value.dtype, value.requires_grad)
+        if isinstance(value, Tensor)
+        else (type(value), *(signature((tensor,), {}) for tensor in tensors(value)))
+        for value in values
+    )

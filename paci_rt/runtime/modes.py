@@ -8,7 +8,7 @@ keeps a reference to its step's; only what runs later, in a step or a drain unde
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -108,7 +108,7 @@ class Mode:
         for module, trains in differ:
             module.training = trains
         try:
-            with self.settings.device:
+            with self.settings.device if self.settings.device != now.settings.device else nullcontext():
                 yield
         finally:
             for module, trains in differ:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
 from paci_rt.errors import StageError
 from paci_rt.runtime.assemble import Setup, bind
@@ -123,14 +123,3 @@ class ModuleWatch:
 
 def _facts_of(runtime: StageRuntime) -> BoundFacts:
     return BoundFacts(runtime.stage.submod, runtime.optimizer.optimizer)
-
-
-@contextmanager
-def set_aside(params: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Gradients that the user left in ``.grad`` are none of this batch's: within it they are gone, and come back."""
-    kept: list[tuple[nn.Parameter, Tensor]] = [(param, param.grad) for param in params if param.grad is not None]
-    for param, _ in kept:
-        param.grad = None
-    yield
-    for param, grad in kept:
-        param.grad = grad if param.grad is None else grad.add_(param.grad)

@@ -217,6 +217,7 @@ class WeightGradients:
         self._order: dict[int, SplitUse] = {}  # of all forwards so far, by id
         self._in_layers: set[int] = set()
         self._elsewhere: set[int] = set()
+        self._unordered = False
         self._uses: Counter[int] = Counter()
         self._defer = False
         self._pending: list[WeightGradient] = []
@@ -328,11 +329,17 @@ class WeightGradients:
                 self._order.setdefault(id(layer), layer)
         self._in_layers |= in_layers
         self._elsewhere |= elsewhere
-        if known == (len(self._order), len(self._elsewhere)):
+        if self._unordered or known == (len(self._order), len(self._elsewhere)):
             return
         alone = self._in_layers - self._elsewhere
         parts = [[param for param in (one.weight, one.bias) if param is not None] for one in self._order.values()]
         self._sink.set_layer_order([params for params in parts if all(id(param) in alone for param in params)])
+
+    def forget_order(self) -> None:
+        """There are forwards that nobody has looked at: from now on each waits for the whole update."""
+        if not self._unordered:
+            self._unordered = True
+            self._sink.set_layer_order(())
 
 
 def find_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import _get_sequence_nr
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from paci_rt.errors import StageError
 from paci_rt.optim.backend import usable
@@ -21,7 +18,8 @@ from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
 from paci_rt.runtime.aliasing import OwnMemory
 from paci_rt.runtime.declared import Declared, Example
-from paci_rt.runtime.graph_facts import GraphFacts
+from paci_rt.runtime.graph_facts import GraphFacts, signature
+from paci_rt.runtime.in_flight import Graph, InFlight, root
 from paci_rt.runtime.modes import Mode, Settings, mode_now, settings_now
 from paci_rt.runtime.module_checks import check_wrappers, has_meta, require_graph
 from paci_rt.runtime.outgoing import forward_message
@@ -33,45 +31,9 @@ from paci_rt.transport.base import Message
 from paci_rt.transport.payload import plain
 from paci_rt.transport.structure import take_apart
 
-# In newer versions of torch a backward can start from a gradient edge, which keeps the graph but not the output's
-# memory. Without the token, which is newer still, an edge does not keep the node of a Python function, such as a split
-# layer's.
-_EDGES_AS_ROOTS = (
-    "GradientEdge" in str(inspect.signature(torch.autograd.backward)) and "ownership_token" in GradientEdge._fields
-)
-
-
 LossFn = Callable[..., Tensor]
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
-
-
-@dataclass(slots=True)
-class _Graph:
-    """Where a backward starts."""
-
-    roots: tuple[Any, ...]
-    which: tuple[int, ...]  # positions of the outputs that the roots belong to
-    used: list[SplitUse]  # linear layers, in the order of their uses
-
-
-@dataclass(slots=True)
-class InFlight:
-    """What one micro-batch leaves behind between its forward and its backward.
-
-    Attributes:
-        kept_bytes, full_bytes: of activations that stay alive until the backward, and in it; see
-            :meth:`PipelineStage.kept_bytes`.
-        shares: of the caller's batch, by storage.
-        mode: that it was begun under.
-    """
-
-    inputs: tuple[Tensor, ...]
-    held: _Graph | Again
-    kept_bytes: int
-    full_bytes: int
-    shares: dict[int, int]
-    mode: Mode
 
 
 class PipelineStage:
@@ -248,9 +210,13 @@ class PipelineStage:
             again = self.reruns.prepare(args, kwargs, loss, self.mode, (self.submod,))
         before = _get_sequence_nr()
         outputs, output, loss_value, used = self._build_graph(args, kwargs, loss)
+        if again is not None:
+            self.reruns.ran(again)
         graph = self._graph(outputs, used)
-        kind = _signature(args, kwargs), _get_sequence_nr() - before, graph.which, tuple(map(id, used))
+        kind = signature(args, kwargs), _get_sequence_nr() - before, graph.which, tuple(map(id, used))
         full_bytes = self._facts.saved_bytes(kind, lambda: self._measure(outputs, inputs, used, shares))
+        if self._facts.overlooked and self._gradients is not None:
+            self._gradients.forget_order()
         if again is not None and not recompute and not self.reruns.wanted(outputs, self.mode, micro_batch):
             again = None
         if again is not None:
@@ -290,9 +256,9 @@ class PipelineStage:
         return () if self.is_last else take_apart(output, self.stage_index)[0]
 
     @staticmethod
-    def _graph(outputs: tuple[Tensor, ...], used: list[SplitUse]) -> _Graph:
+    def _graph(outputs: tuple[Tensor, ...], used: list[SplitUse]) -> Graph:
         which = tuple(at for at, tensor in enumerate(outputs) if tensor.requires_grad)
-        return _Graph(tuple(_root(outputs[at]) for at in which), which, used)
+        return Graph(tuple(root(outputs[at]) for at in which), which, used)
 
     def evaluate(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None = None
@@ -322,14 +288,14 @@ class PipelineStage:
         """
         saved = self.in_flight.pop(micro_batch)
         with _NOTHING if saved.mode is self.mode else saved.mode.resumed(self.mode):
-            if isinstance(saved.held, _Graph):
+            if isinstance(saved.held, Graph):
                 return self._backward(micro_batch, saved, saved.held, gradients, split)
             with saved.held.buffers_back():
                 graph = self._rebuild(saved.held)
                 return self._backward(micro_batch, saved, graph, gradients, split)
 
     def _backward(
-        self, micro_batch: int, saved: InFlight, graph: _Graph, gradients: tuple[Tensor | None, ...], split: bool
+        self, micro_batch: int, saved: InFlight, graph: Graph, gradients: tuple[Tensor | None, ...], split: bool
     ) -> Message:
         if self.mode.settings.autocast or saved.mode.settings.autocast:
             torch.clear_autocast_cache()  # activation checkpointing computes in a backward
@@ -364,7 +330,7 @@ class PipelineStage:
             with _NOTHING if mode is self.mode else mode.resumed(self.mode):
                 self._gradients.compute_left(pending)
 
-    def _rebuild(self, again: Again) -> _Graph:
+    def _rebuild(self, again: Again) -> Graph:
         again.check(self.stage_index)
         with again.random.again(self.device):
             outputs, _, _, used = self._build_graph(again.args, again.kwargs, again.loss)
@@ -425,18 +391,3 @@ class PipelineStage:
         if self.is_last:
             return map_tensors(lambda tensor: self._own.apart(tensor, given), output)
         return map_tensors(Tensor.detach, output)
-
-
-def _root(tensor: Tensor) -> Any:
-    # An edge holds the graph without the output, whose memory is free once it has been sent.
-    return get_gradient_edge(tensor) if _EDGES_AS_ROOTS else tensor
-
-
-def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    values = [*args, *(kwargs[name] for name in sorted(kwargs))]
-    return tuple(
-        (tuple(value.shape), value.dtype, value.requires_grad)
-        if isinstance(value, Tensor)
-        else (type(value), *(_signature((tensor,), {}) for tensor in tensors(value)))
-        for value in values
-    )

@@ -112,10 +112,11 @@ class LookAhead:
         """Put the parameters ahead; positions of those that moved, in each group."""
         before = micro_batches == 0
         divisor = (micro_batches or self._accumulation) * self._share
-        moved = [
-            self._optimizer.ahead(number, divisor, updates, kept, before=before)
-            for number, kept in enumerate(self._true.kept)
-        ]
+        with _without_autocast(self._optimizer.groups[0].device):
+            moved = [
+                self._optimizer.ahead(number, divisor, updates, kept, before=before)
+                for number, kept in enumerate(self._true.kept)
+            ]
         if self._shared and not before:
             self._moved, self._known = moved, micro_batches
             for shared, group in zip(self._shared, self._optimizer.groups, strict=True):
@@ -136,6 +137,12 @@ class LookAhead:
         self._known = 0
         for accumulator in self._optimizer.accumulators:
             accumulator.forget()
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A step looked ahead is one of the optimizer's, which casts nothing."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class AheadWeights(StageWeights):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
-from paci_rt.runtime import stage
+from paci_rt.runtime import in_flight
 from paci_rt.runtime.stage import PipelineStage
 
 
@@ -43,7 +43,7 @@ def test_backwards_start_from_outputs_where_edges_do_not_keep_the_graph(monkeypa
         return torch.cat([param.detach().flatten() for _, param in pipe.named_parameters()])
 
     by_edges = weights()
-    monkeypatch.setattr(stage, "_EDGES_AS_ROOTS", False)
+    monkeypatch.setattr(in_flight, "_EDGES_AS_ROOTS", False)
     assert torch.equal(weights(), by_edges)
 
 
