@@ -36,6 +36,21 @@ class State:
 pytree.register_dataclass(State)
 
 
+class Output(OrderedDict):  # type: ignore[type-arg]
+    """As the outputs of Hugging Face's models: a dict whose absent entries are left out."""
+
+    def __init__(self, **entries: Any) -> None:
+        super().__init__({key: value for key, value in entries.items() if value is not None})
+
+
+pytree.register_pytree_node(
+    Output,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, keys: Output(**dict(zip(keys, values, strict=True))),
+    serialized_type_name="tests.Output",
+)
+
+
 class Kind(enum.Enum):
     DENSE = 1
 
@@ -50,6 +65,7 @@ FORMS: dict[str, Any] = {
     "named tuple": lambda h, m: Pair(h, (m, True)),
     "dataclass": lambda h, m: State(h, [m], 2),
     "nested tuple": lambda h, m: (h, (None, {"mask": m, "kind": Kind.DENSE}), torch.float32, -0.0),
+    "model output": lambda h, m: Output(hidden=h, loss=None, states=(m, m.sum(), 1)),
     "list": lambda h, m: [h, [m]],
     "nothing at the end": lambda h, m: (h, m, None),
 }
@@ -58,7 +74,7 @@ FORMS: dict[str, Any] = {
 def hidden_and_mask(*args: Any) -> tuple[Tensor, Tensor, list[str]]:
     """The float and the bool tensor in what a stage got, and everything else as text."""
     leaves, tree = pytree.tree_flatten(args)
-    tensors = {leaf.dtype.is_floating_point: leaf for leaf in leaves if isinstance(leaf, Tensor)}
+    tensors = {leaf.dtype.is_floating_point: leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() == 2}
     words = [repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
     return tensors[True], tensors[False], [str(tree), *words]
 
@@ -134,14 +150,14 @@ def test_any_form_trains_as_a_plain_loop(form: str) -> None:
         optimizer.zero_grad()
     same(ours["params"], {name: param.detach() for name, param in model.named_parameters()})
     seen = {tuple(words) for words in ours["got"]}
-    h, m = torch.zeros(1), torch.zeros(1, dtype=torch.bool)
+    h, m = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.bool)
     made = FORMS[form](h, m)
     _, _, expected = hidden_and_mask(*(made if type(made) in (tuple, list) else (made,)))
     assert seen == {tuple(expected)}  # the containers and the constants of the sender, in every micro-batch
 
 
 @pytest.mark.parametrize("transport", ["gloo", "shm"])
-@pytest.mark.parametrize("form", ["dict", "dataclass", "nested tuple", "nothing at the end"])
+@pytest.mark.parametrize("form", ["dict", "dataclass", "nested tuple", "model output", "nothing at the end"])
 def test_processes_hand_over_what_one_process_does(workers: WorkerPool, form: str, transport: str) -> None:
     for schedule in ("paci", "1f1b"):
         ranks, expected = workers.run(train, 3, form, transport, schedule), local(form, schedule)
