@@ -8,6 +8,7 @@ Examples in docstrings begin after ``import torch``, ``from torch import nn`` an
 
 from __future__ import annotations
 
+from paci_rt.check import CutReport, check_against
 from paci_rt.errors import (
     AccumulatorStateError,
     ActionError,
@@ -15,6 +16,7 @@ from paci_rt.errors import (
     NativeCoreError,
     OptimizerOwnedError,
     PaciError,
+    ParityError,
     PeerLostError,
     ScheduleError,
     StageError,
@@ -56,6 +58,7 @@ __all__ = [
     "AccumulatorStateError",
     "ActionError",
     "AdamW",
+    "CutReport",
     "DriftBoundError",
     "Lion",
     "LocalPipeline",
@@ -64,6 +67,7 @@ __all__ = [
     "NativeCoreError",
     "OptimizerOwnedError",
     "PaciError",
+    "ParityError",
     "PeerLostError",
     "PipelineStage",
     "Schedule1F1B",
@@ -86,6 +90,7 @@ __all__ = [
     "TransferTimeoutError",
     "TransportError",
     "TritonMissingError",
+    "check_against",
     "get_schedule_class",
     "params_sha256",
     "plan_slack",
