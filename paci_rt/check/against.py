@@ -58,6 +58,7 @@ def check_against(
     *,
     target: Any = None,
     loss_fn: LossFn | None = None,
+    stage_args: Sequence[Any] | None = None,
     stage_kwargs: Sequence[Mapping[str, Any]] | None = None,
     tied_weights: Sequence[TiedWeight] = (),
     names: NameFn | None = None,
@@ -75,8 +76,9 @@ def check_against(
             one that uses all that training uses, such as padding and position ids: what is not used is not compared.
         target, loss_fn: ``loss_fn(output, target)``, as the schedule has it; a pipeline's own by default. Without a
             loss gradients are those of a fixed random combination of the outputs.
+        stage_args: positional arguments of the first stage, where they are not those of the model.
         stage_kwargs: keyword arguments of each stage. By default the first stage gets all of the batch, and later ones
-            those keyword arguments that their ``forward`` names.
+            (with ``stage_args`` all) those keyword arguments that their ``forward`` names.
         tied_weights: those that the schedule gets; a pipeline's own by default.
         names: from a stage's index and the name of a parameter there to its name in ``model``. By default they are
             matched by identity, then by value, then by name.
@@ -109,7 +111,7 @@ def check_against(
     if stage_kwargs is not None and len(stage_kwargs) != len(modules):
         raise ValueError(f"{len(stage_kwargs)} stage_kwargs for {len(modules)} stages: give one mapping per stage")
     with runs.untouched([model, *modules]) as restore, torch.inference_mode(False), torch.enable_grad():
-        both = _Both(model, modules, match(model, modules, names), args, kwargs, stage_kwargs, restore)
+        both = _Both(model, modules, match(model, modules, names), args, kwargs, stage_args, stage_kwargs, restore)
         verdict = Verdict(model, modules, both.names, tied_weights, rtol)
         return _compare(both, verdict, loss_fn, target, rtol)
 
@@ -155,11 +157,12 @@ class _Both:
         names: Names,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        by_stage: Sequence[Mapping[str, Any]] | None,
+        stage_args: Sequence[Any] | None,
+        stage_kwargs: Sequence[Mapping[str, Any]] | None,
         restore: Callable[[], None],
     ) -> None:
         self.model, self.stages, self.names, self.restore = model, stages, names, restore
-        self.args, self.kwargs, self.by_stage = args, kwargs, by_stage
+        self.args, self.kwargs, self.stage_args, self.stage_kwargs = args, kwargs, stage_args, stage_kwargs
 
     def whole(self) -> runs.Run:
         """The uncut model, from the random state at the beginning."""
@@ -177,7 +180,10 @@ class _Both:
 
     def _cut(self) -> tuple[runs.Run, list[runs.Link]]:
         device = next((param.device for param in self.stages[0].parameters()), None)
-        return runs.run_stages(self.stages, runs.copied(self.args, device), self.by_stage or self.kwargs)
+        given = self.args if self.stage_args is None else tuple(self.stage_args)
+        args = runs.copied(given, device)
+        own = self.stage_args is not None
+        return runs.run_stages(self.stages, args, self.stage_kwargs or self.kwargs, all_named=own)
 
     def in_eval_mode(self) -> tuple[runs.Run, runs.Run]:
         """Both once more, without dropout and the like."""

@@ -24,7 +24,13 @@ class Reader:
         self.model_parts = dict(model.named_modules())
         self.stage_parts = [dict(stage.named_modules()) for stage in stages]
         self.names = names
-        leaf = {name for name, part in self.model_parts.items() if part._parameters}
+        # Modules of one kind with the same parameters are one layer, whatever it is called in each place.
+        leaf: dict[str, str] = {}
+        first: dict[tuple[object, ...], str] = {}
+        for name, part in self.model_parts.items():
+            if part._parameters:
+                leaf[name] = first.setdefault((type(part), *map(id, part._parameters.values())), name)
+        self.leaf = leaf
         self.whole = [call for call in whole.calls if call.name in leaf]
         self.cut = [call for call in cut.calls if self.place(call) in leaf]
         self.whole_all, self.cut_all = whole.calls, cut.calls
@@ -33,6 +39,10 @@ class Reader:
         """The name in the model of the module that a stage called."""
         assert call.stage is not None
         return self.names.modules.get((call.stage, call.name))
+
+    def leaf_of(self, call: Call) -> str:
+        """The layer of the model that a stage called."""
+        return self.leaf[self.place(call) or ""]
 
     # --- layers ---
 
@@ -53,7 +63,7 @@ class Reader:
 
     def layers(self) -> str | None:
         """A layer that did not run, ran twice, or ran in another order."""
-        ours, theirs = [self.place(call) or "" for call in self.cut], [call.name for call in self.whole]
+        ours, theirs = [self.leaf_of(call) for call in self.cut], [self.leaf[call.name] for call in self.whole]
         if ours == theirs:
             return None
         idle = [name for name in dict.fromkeys(theirs) if name not in ours]
@@ -67,7 +77,7 @@ class Reader:
             extra = ours.count(name) - theirs.count(name)
             if extra > 0:
                 stages = sorted(
-                    {call.stage for call in self.cut if self.place(call) == name and call.stage is not None}
+                    {call.stage for call in self.cut if self.leaf_of(call) == name and call.stage is not None}
                 )
                 return f"the cut runs {name!r} {extra} times too often (stages {stages}): likely a layer in two stages"
         at = next((at for at, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), len(theirs) - 1)
@@ -77,7 +87,7 @@ class Reader:
     def outermost_idle(self, idle: Sequence[str]) -> str:
         """The largest module of the model none of whose calls happened in the cut."""
         parts, among = idle[0].split("."), set(idle)
-        called = {call.name for call in self.whole}
+        called = {self.leaf[call.name] for call in self.whole}
         for length in range(1, len(parts) + 1):
             prefix = ".".join(parts[:length])
             if all(name in among for name in called if name == prefix or name.startswith(prefix + ".")):
@@ -91,8 +101,8 @@ class Reader:
         theirs = iter(self.whole)
         before = "the input"
         for call in self.cut:
-            name = self.place(call)
-            other = next((one for one in theirs if one.name == name), None)
+            name = self.leaf_of(call)
+            other = next((one for one in theirs if self.leaf[one.name] == name), None)
             if other is None:
                 return None
             given = list(call.inputs.values())[:1], list(other.inputs.values())[:1]
@@ -109,7 +119,7 @@ class Reader:
         around = [one for one in self.cut_all if one.stage == call.stage and _within(call.name, one.name)]
         pairs = [(one, self._counterpart(one)) for one in reversed(around)]
         for one, there in pairs:
-            if there is None or not there.name:
+            if there is None or not self._alike(one, there):
                 continue
             for key, value in there.inputs.items():
                 if key not in one.inputs:
@@ -126,6 +136,11 @@ class Reader:
             if extra:
                 return f"stage {one.stage} gives {there.name!r} {extra[0]!r} and the model does not: leave it out"
         return None
+
+    def _alike(self, call: Call, other: Call) -> bool:
+        """Whether two calls are of modules of one class, so that their arguments can be compared."""
+        assert call.stage is not None
+        return type(self.stage_parts[call.stage][call.name]) is type(self.model_parts[other.name])
 
     def _counterpart(self, call: Call) -> Call | None:
         name = self.place(call)

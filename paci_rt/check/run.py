@@ -207,7 +207,11 @@ class Link:
 
 
 def run_stages(
-    stages: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    stages: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    all_named: bool = False,
 ) -> tuple[Run, list[Link]]:
     """Forward of the cut as a pipeline runs it: what goes from a stage to the next is detached.
 
@@ -215,6 +219,7 @@ def run_stages(
         stages: the modules.
         args: of the first one.
         kwargs: of each of them; or of the model, of which every later stage gets those that it names.
+        all_named: the first stage too.
     """
     run, links = Run(), []
     for at, stage in enumerate(stages):
@@ -223,7 +228,10 @@ def run_stages(
             moved = {id(tensor): _arrived(tensor, device) for tensor in tensors(args)}
             args = _pytree.tree_map(lambda leaf, moved=moved: moved.get(id(leaf), leaf), args)
         inputs = tensors(args) if at else []
-        own = named(stage, len(args), kwargs, first=not at) if isinstance(kwargs, Mapping) else kwargs[at]
+        if isinstance(kwargs, Mapping):
+            own = named(stage, len(args), kwargs) if at or all_named else kwargs
+        else:
+            own = kwargs[at]
         with recorded(stage, at, run.calls):
             try:
                 output = stage(*args, **copied(dict(own), device))
@@ -238,10 +246,8 @@ def run_stages(
     return run, links
 
 
-def named(stage: nn.Module, taken: int, kwargs: Mapping[str, Any], *, first: bool) -> Mapping[str, Any]:
+def named(stage: nn.Module, taken: int, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Those of ``kwargs`` that ``stage`` names and that are not among its ``taken`` positional arguments."""
-    if first:
-        return kwargs
     names = list(inspect.signature(stage.forward).parameters)
     return {key: value for key, value in kwargs.items() if key in names[taken:]}
 
