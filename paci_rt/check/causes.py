@@ -62,7 +62,7 @@ class Reader:
         return f"{module!r} of the model ({many} parameters) is in no stage: likely {kind}; give it to one"
 
     def layers(self) -> str | None:
-        """A layer that did not run, ran twice, or ran in another order."""
+        """A layer that did not run, or ran too often."""
         ours, theirs = [self.leaf_of(call) for call in self.cut], [self.leaf[call.name] for call in self.whole]
         if ours == theirs:
             return None
@@ -80,9 +80,7 @@ class Reader:
                     {call.stage for call in self.cut if self.leaf_of(call) == name and call.stage is not None}
                 )
                 return f"the cut runs {name!r} {extra} times too often (stages {stages}): likely a layer in two stages"
-        at = next((at for at, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), len(theirs) - 1)
-        stage = self.cut[min(at, len(self.cut) - 1)].stage
-        return f"stage {stage} runs {ours[at]!r} where the model runs {theirs[at]!r}: the wrong order; swap them"
+        return None
 
     def outermost_idle(self, idle: Sequence[str]) -> str:
         """The largest module of the model none of whose calls happened in the cut."""
@@ -97,21 +95,36 @@ class Reader:
     # --- what a layer is given, and what it makes of it ---
 
     def values(self) -> str | None:
-        """The first layer whose output differs, and what about it does."""
-        theirs = iter(self.whole)
+        """The first layer that is given or makes something else than in the model, and why."""
         before = "the input"
-        for call in self.cut:
+        used: set[int] = set()
+        for at, call in enumerate(self.cut):
             name = self.leaf_of(call)
-            other = next((one for one in theirs if self.leaf[one.name] == name), None)
-            if other is None:
+            places = [x for x, one in enumerate(self.whole) if self.leaf[one.name] == name and x not in used]
+            if not places:
                 return None
-            given = list(call.inputs.values())[:1], list(other.inputs.values())[:1]
-            if not _apart(*given, call, other) and not _apart(call.outputs, other.outputs, call, other):
+            # A layer that runs several times: the call that was given the same, or else the next one.
+            place = next((x for x in places if not _given_apart(call, self.whole[x])), places[0])
+            used.add(place)
+            other = self.whole[place]
+            if not _given_apart(call, other) and not _apart(call.outputs, other.outputs, call, other):
                 before = repr(name)
                 continue
-            return self._given(call, other) or self._itself(call, other) or self._between(call, other, before)
+            found = self._given(call, other) or self._itself(call, other) or self._order(at, place)
+            return found or self._between(call, other, before)
         return (
             f"the cut agrees up to {before}: what follows it without parameters (scaling, activation, cut-off) differs"
+        )
+
+    def _order(self, at: int, place: int) -> str | None:
+        """A layer that follows another one than in the model."""
+        mine = self.leaf_of(self.cut[at - 1]) if at else "nothing"
+        theirs = self.leaf[self.whole[place - 1].name] if place else "nothing"
+        if mine == theirs:
+            return None
+        call, name = self.cut[at], self.leaf_of(self.cut[at])
+        return (
+            f"stage {call.stage} runs {name!r} after {mine!r}, the model after {theirs!r}: the wrong order; swap them"
         )
 
     def _given(self, call: Call, other: Call) -> str | None:
@@ -211,3 +224,8 @@ def _differ(one: Tensor, other: Tensor, call: Call, there: Call) -> bool:
 
 def _apart(ours: list[Tensor], theirs: list[Tensor], call: Call, there: Call) -> bool:
     return any(_differ(one, other, call, there) for one, other in zip(ours, theirs, strict=False))
+
+
+def _given_apart(call: Call, there: Call) -> bool:
+    """Whether the first arguments differ."""
+    return _apart(list(call.inputs.values())[:1], list(there.inputs.values())[:1], call, there)

@@ -40,12 +40,14 @@ class Names:
         model_params: parameters of the model by their first name.
         aliases: every name of a model's parameter to its first one; tied parameters have several.
         held: the parameters of all stages, in order.
+        kinds: the class of each module, by ``(stage, name)``; those of the model under stage None.
         modules: from ``(stage, name in the stage)`` to the name in the model.
     """
 
     model_params: dict[str, nn.Parameter]
     aliases: dict[str, str]
     held: list[Held]
+    kinds: dict[tuple[int | None, str], type]
     modules: dict[tuple[int, str], str] = field(default_factory=dict)
 
     def holders(self, model_name: str) -> list[Held]:
@@ -71,7 +73,12 @@ def match(model: nn.Module, stages: Sequence[nn.Module], names: NameFn | None = 
         aliases[name] = first.setdefault(id(param), name)
         params.setdefault(aliases[name], param)
     held = [Held(at, name, param) for at, stage in enumerate(stages) for name, param in stage.named_parameters()]
-    found = Names(params, aliases, held)
+    kinds: dict[tuple[int | None, str], type] = {
+        (at, name): type(part)
+        for at, root in [(None, model), *enumerate(stages)]
+        for name, part in root.named_modules()
+    }
+    found = Names(params, aliases, held, kinds)
     if names is not None:
         for one in held:
             given = names(one.stage, one.name)
@@ -162,8 +169,9 @@ def _prefixes(names: Names, stage: int | None = None) -> dict[tuple[int, str], s
             for length in range(1, min(len(here), len(there)) + 1):
                 if here[-length] != there[-length]:
                     break
-                pair = (held.stage, ".".join(here[:-length]))
-                votes.setdefault(pair, Counter())[".".join(there[:-length])] += 1
+                mine, other = (held.stage, ".".join(here[:-length])), ".".join(there[:-length])
+                alike = names.kinds.get(mine) is names.kinds.get((None, other))
+                votes.setdefault(mine, Counter())[other] += 100 if alike else 1
     return {pair: counter.most_common(1)[0][0] for pair, counter in votes.items()}
 
 

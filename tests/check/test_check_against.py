@@ -221,8 +221,8 @@ def crashes(whole: Model) -> list[nn.Module]:
     ("wrong", "what", "why"),
     [
         (lost_layer, "output", r"'blocks\.2' of the model \(4 parameters\) is in no stage: likely a missing layer"),
-        (wrong_order, "output", r"stage 0 runs 'blocks\.2\.\w+' where the model runs 'blocks\.1\.\w+': the wrong"),
-        (wrong_order_in_a_stage, "output", r"stage 0 runs 'blocks\.1\.\w+' where the model .* wrong order"),
+        (wrong_order, "output", r"runs 'blocks\.2\.norm' after 'blocks\.0\.mix', .* 'blocks\.1\.mix': the wrong order"),
+        (wrong_order_in_a_stage, "output", r"runs 'blocks\.1\.norm' after 'wpe', the model after 'blocks\.0\.mix'"),
         (layer_in_two_stages, "output", r"'blocks\.1\.\w+' 1 times too often \(stages \[0, 1\]\)"),
         (no_final_norm, "output", r"'final_norm' of the model \(2 parameters\) is in no stage: likely a final norm"),
         (norm_not_called, "output", r"runs 'final_norm' and the cut does not \(stage 2 has it\): likely a final norm"),
@@ -240,7 +240,7 @@ def crashes(whole: Model) -> list[nn.Module]:
         (frozen, "blocks.2.mix.bias", r"'layers\.0\.mix\.bias' of stage 1 is frozen, and 'blocks\.2"),
         (other_dtype, "stage 1", r"stage 1 cannot run: RuntimeError"),
         (zero_bias_lost, "blocks.2.mix.bias", r"outputs agree, .* parameter 'blocks\.2\.mix\.bias' "),
-        (crashes, "stage 1", r"stage 1 cannot run: RuntimeError: .*'blocks\.2\.mix\.weight' of the model is in no stage"),
+        (crashes, "stage 1", r"stage 1 cannot run: RuntimeError: .*'blocks\.2\.mix\.weight' of the model is in no"),
     ],
 )  # fmt: skip
 def test_a_wrong_cut_is_found(wrong: Callable[[Model], list[nn.Module]], what: str, why: str) -> None:

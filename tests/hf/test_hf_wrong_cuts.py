@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[str, Cut, str]] = {
     "layer-types": ("modernbert", layers_counted_anew, r"stage 1 gives 'model\.layers\.1' another '\w+'"),
     "norm": ("llama", no_last_norm, r"'model\.norm' of the model \(1 parameters\) is in no stage: likely a final norm"),
     "head": ("qwen3", fresh_head, r"parameter 'lm_head\.weight' of stage 2 differs .*initialised anew"),
-    "order": ("mixtral", swapped, r"stage 1 runs 'model\.layers\.2\.\S+' where the model runs 'model\.layers\.1\.\S+'"),
+    "order": ("mixtral", swapped, r"stage 1 runs 'model\.layers\.2\.\S+' after 'model\.layers\.0\.\S+', .*wrong order"),
     "bias": ("t5", bias_forgotten, r"stage 1 gives 'encoder\.block\.1' another 'position_bias' .*\(position"),
     "mean": ("vit", mean_of_patches, r"equal up to 'vit\.layernorm', and the input of 'classifier' in stage 2 is not"),
     "gradient": ("mistral", gradient_stops, r"no gradient comes back from stage 1: likely it detaches its input"),
