@@ -122,7 +122,7 @@ def modules_of(stages: Pipeline | Sequence[Any]) -> list[nn.Module]:
     Raises:
         ValueError: some are missing, or still have work in flight.
     """
-    listed = list(stages.stages) if isinstance(stages, Pipeline) else list(stages)
+    listed: list[Any] = list(stages.stages) if isinstance(stages, Pipeline) else list(stages)
     if not listed:
         raise ValueError("stages is empty: give all stages of the pipeline")
     if all(isinstance(stage, PipelineStage) for stage in listed):

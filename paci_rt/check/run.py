@@ -221,7 +221,8 @@ def run_stages(
         kwargs: of each of them; or of the model, of which every later stage gets those that it names.
         all_named: the first stage too.
     """
-    run, links = Run(), []
+    run = Run()
+    links: list[Link] = []
     for at, stage in enumerate(stages):
         device = next((param.device for param in stage.parameters()), None)
         if at:
@@ -281,7 +282,7 @@ def gradients_of_stages(
             roots, seeds = [out for out, _ in pairs], [grad.to(out.device) for out, grad in pairs]
 
 
-def _grad(roots: list[Tensor], inputs: list[Tensor], seeds: list[Tensor]) -> list[Tensor | None]:
+def _grad(roots: list[Tensor], inputs: Sequence[Tensor], seeds: list[Tensor]) -> list[Tensor | None]:
     live = [(root, seed) for root, seed in zip(roots, seeds, strict=True) if root.requires_grad]
     if not live or not inputs:
         return [None] * len(inputs)

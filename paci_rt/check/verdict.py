@@ -123,13 +123,13 @@ class Verdict:
             loose = [held for held in holders if (held.stage, held.name) not in linked]
             if loose:
                 first, other = holders[0], loose[0]
-                tie = (
+                wanted = (
                     f"TiedWeight(owner_stage={first.stage}, owner={first.name!r}, "
                     f"reader_stage={other.stage}, reader={other.name!r})"
                 )
                 raise ParityError(
                     f"parameter {name!r} of the model is {first} and {other}, which would part in training: give the "
-                    f"schedule tied_weights=[{tie}], or untie them in the model",
+                    f"schedule tied_weights=[{wanted}], or untie them in the model",
                     what=name,
                 )
 

@@ -182,9 +182,10 @@ def stacked(side: Side, kind: str, several: bool, traced: bool, **options: Any) 
         modules = [model.layers[side.rank]]
         inputs = {}
         if options.pop("declared", False):
-            example = x.chunk(count)[0]
-            with torch.no_grad():
-                inputs = {"input_args": (example,), "output_args": (modules[0](example),)}
+            # What travels requires gradients, and torch takes that from the examples.
+            example = x.chunk(count)[0].clone().requires_grad_(side.rank > 0)
+            result = modules[0](example).detach().requires_grad_()
+            inputs = {"input_args": (example,), "output_args": (result,)}
         stage = side.stage(modules[0], side.rank, RANKS, **inputs)
     return side.schedule(kind, stage, count, **options), modules, whole
 
