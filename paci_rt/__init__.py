@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from paci_rt.check import CutReport, check_against
 from paci_rt.errors import (
     AccumulatorStateError,
     ActionError,
@@ -18,6 +19,7 @@ from paci_rt.errors import (
     NativeCoreError,
     OptimizerOwnedError,
     PaciError,
+    ParityError,
     PeerLostError,
     ScheduleError,
     StageError,
@@ -66,6 +68,7 @@ __all__ = [
     "AccumulatorStateError",
     "ActionError",
     "AdamW",
+    "CutReport",
     "DisagreementError",
     "DriftBoundError",
     "Lion",
@@ -75,6 +78,7 @@ __all__ = [
     "NativeCoreError",
     "OptimizerOwnedError",
     "PaciError",
+    "ParityError",
     "PeerLostError",
     "PipelineScheduleMulti",
     "PipelineScheduleSingle",
@@ -103,6 +107,7 @@ __all__ = [
     "TransferTimeoutError",
     "TransportError",
     "TritonMissingError",
+    "check_against",
     "get_schedule_class",
     "params_sha256",
     "plan_slack",

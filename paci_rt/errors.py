@@ -79,6 +79,31 @@ class StageError(PaciError, RuntimeError):
     """
 
 
+class ParityError(PaciError, ValueError):
+    """A model that was cut into stages is not the uncut one; see :func:`paci_rt.check_against`.
+
+    Attributes:
+        what: the first thing that differs: a parameter by its name in the model, ``"output"``, ``"loss"``, a buffer.
+        relative: by how much, ``|x - ref| / |ref|``; infinite where that says nothing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> try:
+        ...     paci_rt.check_against(model, [model[1], model[0]], torch.ones(1, 2))
+        ... except paci_rt.ParityError as error:
+        ...     print(error.what, error.relative > 0.01)
+        output True
+    """
+
+    def __init__(self, message: str, what: str = "", relative: float = float("inf")) -> None:
+        super().__init__(message)
+        self.what = what
+        self.relative = relative
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, float]]:
+        return type(self), (str(self), self.what, self.relative)
+
+
 class AccumulatorStateError(PaciError, RuntimeError):
     """An illegal transition of a gradient accumulator; the message names both states.
 

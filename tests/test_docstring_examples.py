@@ -32,6 +32,7 @@ PUBLIC = (
     "paci_rt.schedules",
     "paci_rt.launch",
     "paci_rt.transport",
+    "paci_rt.check",
     "paci_rt.checkpoint",
     "paci_rt.interop",
     "paci_rt.green",

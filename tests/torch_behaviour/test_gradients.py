@@ -1,0 +1,166 @@
+"""What torch's own tests ask of gradients, asked of torch and of this package."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from support.torch_twin import (
+    RANKS,
+    ROWS,
+    WIDTH,
+    LaterW,
+    Mixed,
+    Side,
+    assert_alike,
+    both,
+    data,
+    grads_of,
+    stacked,
+    summed,
+)
+from support.waiting import several, single, waits
+
+
+def _zero(modules: list[nn.Module]) -> None:
+    for module in modules:
+        module.zero_grad()
+
+
+def _reference(whole: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
+    x, target = data()
+    out = whole(x, *args)
+    loss = summed(out, target)
+    loss.backward()
+    return out.detach(), loss.detach()
+
+
+def trained(side: Side, kind: str, many: bool, traced: bool, declared: bool) -> dict[str, Any]:
+    """Two steps, gradients zeroed before each: outputs, losses and gradients are the uncut model's."""
+    options = {"declared": True} if declared else {}
+    schedule, modules, whole = stacked(side, kind, many, traced, loss_fn=summed, **options)
+    x, target = data()
+    out, losses = None, []
+    for _ in range(2):
+        _zero(modules)
+        out = side.step(schedule, x, target, losses)
+    expected, loss = _reference(whole)
+    if side.last:
+        torch.testing.assert_close(out.detach(), expected)
+        torch.testing.assert_close(sum(losses).detach(), loss)
+    for name, param in _named(side, modules, many, traced):
+        torch.testing.assert_close(param.grad, whole.get_parameter(name).grad, rtol=1e-5, atol=4e-5)
+    result = {"grads": grads_of(modules), "losses": [one.detach() for one in losses]}
+    return {**result, "out": out.detach()} if side.last else result
+
+
+def _named(side: Side, modules: list[nn.Module], many: bool, traced: bool) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of this rank under their names in the uncut model."""
+    if traced:
+        return list(modules[0].named_parameters())
+    indices = [side.rank, side.rank + RANKS] if many else [side.rank]
+    return [
+        (f"layers.{at}.{name}", param)
+        for at, module in zip(indices, modules, strict=True)
+        for name, param in module.named_parameters()
+    ]
+
+
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize(("kind", "many"), single())
+def test_gradients_of_stages_made_by_hand(ranks: Any, kind: str, many: bool, declared: bool) -> None:
+    assert_alike(ranks.run(both, trained, kind, many, False, declared))
+
+
+@pytest.mark.parametrize(("kind", "many"), single("front"))
+def test_gradients_of_traced_stages(ranks: Any, kind: str, many: bool) -> None:
+    assert_alike(ranks.run(both, trained, kind, many, True, False))
+
+
+@pytest.mark.parametrize(("kind", "many"), several())
+def test_gradients_of_several_stages_a_rank(ranks: Any, kind: str, many: bool) -> None:
+    assert_alike(ranks.run(both, trained, kind, many, False, False))
+
+
+def with_keywords(side: Side, kind: str) -> dict[str, Any]:
+    """A keyword argument that the tracer gives to the stage that reads it."""
+    torch.manual_seed(5)
+    model = Mixed()
+    whole = copy.deepcopy(model)
+    x, target = data()
+    y = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(3))
+    stage, module = side.traced(model, (x.chunk(4)[0],), {"y": y.chunk(4)[0]})
+    schedule = side.schedule(kind, stage, 4, summed)
+    losses: list[Tensor] = []
+    if side.rank == 0:
+        schedule.step(x, y=y)
+    elif side.last:
+        out = schedule.step(target=target, losses=losses)
+        expected, loss = _reference(whole, y)
+        torch.testing.assert_close(out.detach(), expected)
+        torch.testing.assert_close(sum(losses).detach(), loss)
+    else:
+        schedule.step()
+    return {"grads": grads_of([module]), "losses": [loss.detach() for loss in losses]}
+
+
+@pytest.mark.parametrize(("kind", "_many"), single("front"))
+def test_keyword_arguments_of_traced_stages(ranks: Any, kind: str, _many: bool) -> None:
+    assert_alike(ranks.run(both, with_keywords, kind))
+
+
+def with_an_idle_keyword(side: Side, kind: str) -> dict[str, Any]:
+    """A keyword argument on the first rank only, one row a micro-batch, that no module uses."""
+    schedule, modules, whole = stacked(side, kind, several=True, traced=False, loss_fn=summed)
+    x, target = data()
+    losses: list[Tensor] = []
+    for _ in range(2):
+        _zero(modules)
+        if side.rank == 0:
+            schedule.step(x, idle=torch.ones(1).expand(2 * RANKS, 1))
+        else:
+            side.step(schedule, x, target, losses)
+    _, loss = _reference(whole)
+    if side.last:
+        torch.testing.assert_close(sum(losses).detach(), loss)
+    return {"grads": grads_of(modules), "losses": [one.detach() for one in losses]}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("ScheduleInterleavedZeroBubble", marks=waits("schedules")), "ScheduleInterleaved1F1B"],
+)
+def test_a_keyword_that_is_not_used(ranks: Any, kind: str) -> None:
+    assert_alike(ranks.run(both, with_an_idle_keyword, kind))
+
+
+def with_own_weight_gradients(side: Side) -> dict[str, Any]:
+    """``dw_builder``: the module computes its weights' gradients when W's turn comes."""
+    torch.manual_seed(9)
+    layers = [LaterW() for _ in range(2 * RANKS)]
+    whole = nn.Sequential(*copy.deepcopy(layers))
+    indices = [side.rank, side.rank + RANKS]
+    modules = [layers[at] for at in indices]
+    for module in modules:
+        module.later = True
+    stages = [
+        side.stage(module, at, 2 * RANKS, dw_builder=module.build) for module, at in zip(modules, indices, strict=True)
+    ]
+    schedule = side.schedule("ScheduleInterleavedZeroBubble", stages, 2 * RANKS, summed)
+    x, target = data()
+    for _ in range(2):
+        _zero(modules)
+        side.step(schedule, x, target, [])
+    _reference(whole)
+    for at, module in zip(indices, modules, strict=True):
+        torch.testing.assert_close(module.weight.grad, whole[at].weight.grad, rtol=1e-4, atol=1e-4)
+    return {"grads": grads_of(modules), "runs": [module.runs for module in modules]}
+
+
+@waits("schedules", "dw_builder, which is refused")
+def test_a_module_with_its_own_weight_gradients(ranks: Any) -> None:
+    assert_alike(ranks.run(both, with_own_weight_gradients))
