@@ -100,13 +100,17 @@ def save(
     gathered = _gather((parts, failure), schedule, group)
     _raise_any([one for _, one in gathered], OSError)
     if first == 0:
-        try:
-            write_index(
-                folder, [file for theirs, _ in gathered for file in theirs], state["windows"], dict(extra or {})
-            )
-        except OSError as error:
-            failure = f"cannot write the checkpoint: {INDEX}: {error}"
+        failure = _finish(folder, [file for theirs, _ in gathered for file in theirs], state["windows"], extra)
     _raise_any(_gather(failure, schedule, group), OSError)  # and nobody returns before the checkpoint is whole
+
+
+def _finish(folder: Path, files: list[dict[str, Any]], windows: int, extra: Mapping[str, Any] | None) -> str:
+    """Write the index, which makes the files a checkpoint; returns what went wrong."""
+    try:
+        write_index(folder, files, windows, dict(extra or {}))
+    except OSError as error:
+        return f"cannot write the checkpoint: {INDEX}: {error}"
+    return ""
 
 
 def _leave_to_one(
@@ -233,9 +237,8 @@ def load(
         The ``extra`` values that were saved with it.
 
     Raises:
-        ValueError: no readable checkpoint, or a parameter or buffer that is missing in it, left over, or of another
-            shape or dtype, or optimizers, parameter groups or schedulers that do not fit, here or on another process;
-            all of them are unchanged then.
+        ValueError: no readable checkpoint, or one that does not fit in its parameters, buffers, optimizers, parameter
+            groups or schedulers, here or on another process; all of them are unchanged then.
 
     Example:
         Saved from one stage, loaded into two:
@@ -263,11 +266,7 @@ def load(
     with _together(schedule, group):
         index = read_index(directory)
         _check_same_model(directory, index, used, source)
-        names = {kind: {source.get(name, name) for name in wanted[kind]} for kind in KINDS}
-        state = read_parts(Path(directory), index, names)
-        state["params"] = {name: state["params"][source.get(name, name)] for name in wanted["params"]}
-        state["optimizer"] = {name: value for name, value in state["optimizer"].items() if name in wanted["params"]}
-        state["windows"] = index["windows"]
+        state = _state_for(Path(directory), index, wanted, source)
         if not optimizer:
             del state["optimizer"]
         _check_tensors(directory, state["params"], dict(schedule.named_parameters()))
@@ -275,6 +274,18 @@ def load(
     assert take is not None
     take()
     return dict(index["extra"])
+
+
+def _state_for(
+    folder: Path, index: Mapping[str, Any], wanted: Mapping[str, list[str]], source: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a process reads: all that it ``wanted``, followers with the values of their ``source``."""
+    names = {kind: {source.get(name, name) for name in wanted[kind]} for kind in KINDS}
+    state = read_parts(folder, index, names)
+    state["params"] = {name: state["params"][source.get(name, name)] for name in wanted["params"]}
+    state["optimizer"] = {name: value for name, value in state["optimizer"].items() if name in wanted["params"]}
+    state["windows"] = index["windows"]
+    return state
 
 
 def _check_same_model(

@@ -80,10 +80,7 @@ class LocalPipeline(Pipeline):
         streams: Sequence[torch.cuda.Stream | None] | None = None,
         update_streams: Sequence[torch.cuda.Stream | None] | None = None,
     ) -> None:
-        if not modules:
-            raise ValueError("modules is empty: give one module per stage")
-        if from_one_pipe(modules):
-            check_replicated(modules, tied_weights)
+        _check_modules(modules, tied_weights)
         stages = _stages(modules, device, streams, update_streams)
         optimizers: list[Any] = [None] * len(stages)
         if callable(optimizer):
@@ -115,6 +112,13 @@ class LocalPipeline(Pipeline):
             scale_grads=scale_grads,
             specs=chunk_specs(args_chunk_spec, kwargs_chunk_spec, output_merge_spec),
         )
+
+
+def _check_modules(modules: Sequence[nn.Module], tied_weights: Sequence[TiedWeight]) -> None:
+    if not modules:
+        raise ValueError("modules is empty: give one module per stage")
+    if from_one_pipe(modules):
+        check_replicated(modules, tied_weights)
 
 
 def _stages(

@@ -88,6 +88,13 @@ class StageRecorder:
         if self._updates in self._due:
             self._leave(self._updates, [param.detach().clone() for param in self._module.parameters()])
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"scheduler": self._scheduler.state_dict(), "updates": self._updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._updates = state["updates"]
+
 
 class Evaluator:
     """Held-back loss of the models that the stages' copies make."""

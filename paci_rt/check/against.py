@@ -86,8 +86,7 @@ def check_against(
             for gradients: 2e-6 and 1.5e-5 in fp32.
 
     Raises:
-        ParityError: the cut is not the model: the message names the first parameter, output or buffer that differs, by
-            how much, and what is likely.
+        ParityError: the cut is not the model: the message names what differs first, by how much, and what is likely.
         ValueError: an argument that cannot be compared.
 
     Example:
@@ -102,11 +101,9 @@ def check_against(
         paci_rt.errors.ParityError: the output differs ...: '2' of the model (2 parameters) is in no stage: ...
     """
     modules = modules_of(stages)
+    loss_fn = _loss_of(stages, loss_fn, target)
     if isinstance(stages, Pipeline):
         tied_weights = tied_weights or stages._lowering.ties
-        loss_fn = loss_fn if loss_fn is not None or target is None else stages._loss_fn
-    if loss_fn is not None and target is None:
-        raise ValueError("loss_fn was given without a target: give target=, or leave loss_fn out")
     args, kwargs = _arguments(batch)
     if stage_kwargs is not None and len(stage_kwargs) != len(modules):
         raise ValueError(f"{len(stage_kwargs)} stage_kwargs for {len(modules)} stages: give one mapping per stage")
@@ -114,6 +111,12 @@ def check_against(
         both = _Both(model, modules, match(model, modules, names), args, kwargs, stage_args, stage_kwargs, restore)
         verdict = Verdict(model, modules, both.names, tied_weights, rtol)
         return _compare(both, verdict, loss_fn, target, rtol)
+
+
+def _loss_of(stages: Pipeline | Sequence[Any], loss_fn: LossFn | None, target: Any) -> LossFn | None:
+    if loss_fn is not None and target is None:
+        raise ValueError("loss_fn was given without a target: give target=, or leave loss_fn out")
+    return stages._loss_fn if loss_fn is None and target is not None and isinstance(stages, Pipeline) else loss_fn
 
 
 def modules_of(stages: Pipeline | Sequence[Any]) -> list[nn.Module]:

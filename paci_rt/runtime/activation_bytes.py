@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 _PLAIN = torch._C._disabled_torch_dispatch_impl
 
@@ -47,7 +50,9 @@ def distinct_bytes(
 def shares_of(pieces: Iterable[Any]) -> dict[int, int]:
     """Bytes of the tensors among ``pieces``, by storage: they are views of a batch of which others have views too."""
     shares: dict[int, int] = {}
-    for piece in _only_tensors(pieces):
+    for piece in pieces:
+        if not has_storage(piece):
+            continue
         at = piece.untyped_storage().data_ptr()
         shares[at] = shares.get(at, 0) + piece.nbytes
     return shares
@@ -55,7 +60,12 @@ def shares_of(pieces: Iterable[Any]) -> dict[int, int]:
 
 def _only_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """Tensors with a storage, which a wrapper such as a quantised weight has not."""
-    return (value for value in values if isinstance(value, Tensor) and type(value).__torch_dispatch__ is _PLAIN)
+    return (value for value in values if has_storage(value))
+
+
+def has_storage(value: Any) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor with memory of its own."""
+    return isinstance(value, Tensor) and type(value).__torch_dispatch__ is _PLAIN
 
 
 def _saved_tensors(outputs: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -7,7 +7,9 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor, nn
 
+from paci_rt.runtime.activation_bytes import has_storage
 from paci_rt.runtime.modes import modules_of
+from paci_rt.transport.payload import plain
 
 
 class OwnMemory:
@@ -41,7 +43,11 @@ class OwnMemory:
             received: so are those in the memory of one of these.
         """
         detached = tensor.detach()
-        if tensor.layout is not torch.strided or tensor.is_meta:
+        if (
+            tensor.layout is not torch.strided
+            or tensor.is_meta
+            or (type(tensor) is not Tensor and not has_storage(tensor))
+        ):
             return detached
         at = tensor.untyped_storage().data_ptr()
         if at in given or self._has(at, tensor.grad_fn is None):
@@ -50,6 +56,10 @@ class OwnMemory:
             if other.untyped_storage().data_ptr() == at:
                 return detached.clone()
         return detached
+
+    def ready(self, tensor: Tensor, given: Container[int] = (), received: Iterable[Tensor] = ()) -> Tensor:
+        """:meth:`apart`, with its elements in a row and nothing put off, so that it can travel."""
+        return plain(self.apart(tensor, given, received))
 
     def _has(self, storage: int, leaf: bool) -> bool:
         at = None if self._first is None else self._first.data_ptr()  # weight versions move all parameters together
@@ -71,5 +81,5 @@ def _storages(kept: Iterable[Iterable[object]]) -> frozenset[int]:
         value.untyped_storage().data_ptr()
         for values in kept
         for value in values
-        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+        if has_storage(value) and value.layout is torch.strided and not value.is_meta
     )

@@ -44,13 +44,17 @@ class GraphFacts:
         self._kinds: dict[Hashable, _Kind] = {}
         self._forwards = self._walks = self._largest = 0
 
-    def saved_bytes(self, kind: Hashable, measure: Callable[[], int]) -> int:
+    def saved_bytes(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], graph: Hashable, measure: Callable[[], int]
+    ) -> int:
         """Bytes that the present forward keeps.
 
         Args:
-            kind: of its graph.
+            args, kwargs: that it was given.
+            graph: what is known of its graph.
             measure: walks over it.
         """
+        kind = signature(args, kwargs), graph
         self._forwards += 1
         known = self._kinds.get(kind)
         if known is not None:

@@ -50,7 +50,12 @@ class InFlight:
     mode: Mode
 
 
-def root(tensor: Tensor) -> Any:
-    """What a backward of ``tensor`` starts from."""
+def graph_of(outputs: tuple[Tensor, ...], used: list[SplitUse]) -> Graph:
+    """Where a backward of the ``outputs`` that take part in autograd starts."""
+    which = tuple([at for at, tensor in enumerate(outputs) if tensor.requires_grad])
+    return Graph(tuple([_root(outputs[at]) for at in which]), which, used)
+
+
+def _root(tensor: Tensor) -> Any:
     # An edge holds the graph without the output, whose memory is free once it has been sent.
     return get_gradient_edge(tensor) if _EDGES_AS_ROOTS else tensor

@@ -60,22 +60,19 @@ class Settings(NamedTuple):
     Attributes:
         values: of the settings above, in their order.
         device: that new tensors are made on where none is named.
+        autocast: whether it is on, on any device that stages run on.
     """
 
     values: tuple[Any, ...]
     device: torch.device
-
-    @property
-    def autocast(self) -> bool:
-        """Whether autocast is on, on any device that stages run on."""
-        return bool(self.values[0] or self.values[2])
+    autocast: bool
 
 
 def settings_now() -> Settings:
     """What torch keeps for this thread, as the caller has set it."""
     values = [setting.get() for setting in _SETTINGS]
     values[_PRIORITY] = tuple(values[_PRIORITY])
-    return Settings(tuple(values), torch.get_default_device())
+    return Settings(tuple(values), torch.get_default_device(), bool(values[0] or values[2]))
 
 
 _PRIORITY = next(at for at, setting in enumerate(_SETTINGS) if setting.get is _C._get_sdp_priority_order)

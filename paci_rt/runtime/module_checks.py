@@ -173,9 +173,13 @@ def require_graph(loss: Tensor, stage_index: int) -> None:
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Kind, name and value of every tensor that a module holds: ``parameter``, ``buffer`` or ``attribute``."""
+    """Kind, name and value of every tensor that a module holds: ``parameter``, ``buffer`` or ``attribute``.
+
+    Not the attributes that a hook sets anew before each forward, as ``torch.nn.utils.spectral_norm`` does.
+    """
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
+        renewed = {getattr(hook, "name", None) for hook in part._forward_pre_hooks.values()}
         held: Iterable[tuple[str, dict[str, Any]]] = (
             ("parameter", part._parameters),
             ("buffer", part._buffers),
@@ -183,5 +187,5 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
         )
         for kind, values in held:
             for name, value in values.items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and not (kind == "attribute" and name in renewed):
                     yield kind, prefix + name, value

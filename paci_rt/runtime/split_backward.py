@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from paci_rt.errors import StageError
 from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.gradient_hooks import GradientHooks
+from paci_rt.runtime.linear_layers import find_layers
 from paci_rt.runtime.readers import readers
 
 
@@ -342,60 +343,6 @@ class WeightGradients:
             self._sink.set_layer_order(())
 
 
-def find_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every linear layer that can be split; see the top of this file for those that cannot."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for _, part in module.named_modules():
-        for role, param in part.named_parameters(recurse=False):
-            owners.setdefault(id(param), []).append((part, role))
-    inside_compiled = compiled_parts(module)
-    candidates = {
-        id(part)
-        for part in module.modules()
-        if _is_linear(part) and id(part) not in inside_compiled and not _has_hooks(part)
-    }
-    while True:  # a layer that drops out may take those with it that share a parameter
-        shared = {
-            at
-            for uses in owners.values()
-            for part, role in uses
-            for at in [id(part)]
-            if at in candidates and any(id(other) not in candidates or other_role != role for other, other_role in uses)
-        }
-        if not shared:
-            break
-        candidates -= shared
-    for name, part in module.named_modules():
-        if id(part) in candidates:
-            yield name, part
-
-
-def _is_linear(part: nn.Module) -> bool:
-    weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
-    if weight is None or weight.dim() != 2 or not weight.requires_grad or "forward" in part.__dict__:
-        return False
-    if isinstance(part, nn.Linear):
-        return type(part).forward is nn.Linear.forward and weight.dtype.is_floating_point
-    is_conv1d = type(part).__name__ == "Conv1D" and getattr(part, "nf", None) == weight.shape[1]
-    return is_conv1d and bias is not None and bias.shape == (weight.shape[1],)
-
-
-def _has_hooks(part: nn.Module) -> bool:
-    """Whether somebody waits for the gradient of a parameter itself, which a split layer would not deliver."""
-    params = [param for param in part._parameters.values() if param is not None]
-    return any(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None) for param in params)
-
-
-def compiled_parts(module: nn.Module) -> set[int]:
-    """``id`` of every module that ``torch.compile`` sees."""
-    compiled = [
-        part
-        for part in module.modules()
-        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
-    ]
-    return {id(part) for outer in compiled for part in outer.modules()}
-
-
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
@@ -407,4 +354,4 @@ def _sum(terms: Iterator[Tensor]) -> Tensor:
     return total
 
 
-__all__ = ["SplitLayer", "SplitUse", "WeightGradient", "WeightGradients", "find_layers"]
+__all__ = ["SplitLayer", "SplitUse", "WeightGradient", "WeightGradients"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +17,17 @@ from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
 from paci_rt.runtime.aliasing import OwnMemory
 from paci_rt.runtime.declared import Declared, Example
-from paci_rt.runtime.graph_facts import GraphFacts, signature
-from paci_rt.runtime.in_flight import Graph, InFlight, root
+from paci_rt.runtime.graph_facts import GraphFacts
+from paci_rt.runtime.in_flight import Graph, InFlight, graph_of
 from paci_rt.runtime.modes import Mode, Settings, mode_now, settings_now
 from paci_rt.runtime.module_checks import check_wrappers, has_meta, require_graph
-from paci_rt.runtime.outgoing import forward_message
 from paci_rt.runtime.recompute import Again, Reruns
 from paci_rt.runtime.split_backward import SplitUse, WeightGradient, WeightGradients
 from paci_rt.runtime.split_calls import SplitCalls
 from paci_rt.runtime.trees import map_tensors, tensors
 from paci_rt.transport.base import Message
 from paci_rt.transport.payload import plain
-from paci_rt.transport.structure import take_apart
+from paci_rt.transport.structure import Structure, forward_only, take_apart
 
 LossFn = Callable[..., Tensor]
 
@@ -203,18 +201,19 @@ class PipelineStage:
         Returns:
             The message for the next stage (None on the last), the module's output detached, and the detached loss.
         """
-        inputs = () if self.is_first else tuple(tensors(args))
-        shares = shares_of(tensors((*(args if self.is_first else ()), *kwargs.values())))
+        given = tensors(args)
+        inputs = () if self.is_first else tuple(given)
+        shares = self._shares(given, kwargs)
         again = None
         if recompute or self.reruns.on or self.reruns.doubtful(self.mode):
             again = self.reruns.prepare(args, kwargs, loss, self.mode, (self.submod,))
         before = _get_sequence_nr()
-        outputs, output, loss_value, used = self._build_graph(args, kwargs, loss)
+        (outputs, structure), output, loss_value, used = self._build_graph(args, kwargs, loss)
         if again is not None:
             self.reruns.ran(again)
-        graph = self._graph(outputs, used)
-        kind = signature(args, kwargs), _get_sequence_nr() - before, graph.which, tuple(map(id, used))
-        full_bytes = self._facts.saved_bytes(kind, lambda: self._measure(outputs, inputs, used, shares))
+        graph = graph_of(outputs, used)
+        kind = _get_sequence_nr() - before, graph.which, tuple(map(id, used))
+        full_bytes = self._facts.saved_bytes(args, kwargs, kind, lambda: self._measure(outputs, inputs, used, shares))
         if self._facts.overlooked and self._gradients is not None:
             self._gradients.forget_order()
         if again is not None and not recompute and not self.reruns.wanted(outputs, self.mode, micro_batch):
@@ -224,8 +223,13 @@ class PipelineStage:
         kept_bytes = full_bytes if again is None else again.kept_bytes(shares)
         held = graph if again is None else again
         self.in_flight[micro_batch] = InFlight(inputs, held, kept_bytes, full_bytes, shares, self.mode)
-        message = None if self.is_last else self._message(output, shares, inputs)
+        message = None if self.is_last else self._message(outputs, structure, shares, inputs)
         return message, self._detached(output, shares), None if loss_value is None else self._own.apart(loss_value)
+
+    def _shares(self, given: list[Tensor], kwargs: Mapping[str, Any]) -> dict[int, int]:
+        """Of the caller's batch, by storage."""
+        callers = given if self.is_first else []
+        return shares_of([*callers, *tensors(list(kwargs.values()))] if kwargs else callers)
 
     def _measure(
         self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], used: list[SplitUse], shares: dict[int, int]
@@ -237,8 +241,8 @@ class PipelineStage:
 
     def _build_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
-    ) -> tuple[tuple[Tensor, ...], Any, Tensor | None, list[SplitUse]]:
-        """A forward with autograd: what gradients start from, output, loss, and the layers that were used."""
+    ) -> tuple[tuple[tuple[Tensor, ...], Structure | None], Any, Tensor | None, list[SplitUse]]:
+        """A forward with autograd: what gradients start from and are part of, output, loss, and the layers used."""
         if self.mode.settings.autocast:
             torch.clear_autocast_cache()  # weights may have changed since they were cast
         counting: AbstractContextManager[list[SplitUse]] = nullcontext([])
@@ -246,19 +250,14 @@ class PipelineStage:
             counting = self._gradients.forward()
         with torch.enable_grad(), counting as used:
             output, loss_value = self._compute(args, kwargs, loss)
-        if loss_value is not None:
+        if loss_value is not None and self._gradients is not None:
             require_graph(loss_value, self.stage_index)
         return self._differentiable(output, loss_value), output, loss_value, used
 
-    def _differentiable(self, output: Any, loss_value: Tensor | None) -> tuple[Tensor, ...]:
-        if loss_value is not None:
-            return (loss_value,)
-        return () if self.is_last else take_apart(output, self.stage_index)[0]
-
-    @staticmethod
-    def _graph(outputs: tuple[Tensor, ...], used: list[SplitUse]) -> Graph:
-        which = tuple(at for at, tensor in enumerate(outputs) if tensor.requires_grad)
-        return Graph(tuple(root(outputs[at]) for at in which), which, used)
+    def _differentiable(self, output: Any, loss_value: Tensor | None) -> tuple[tuple[Tensor, ...], Structure | None]:
+        if self.is_last:
+            return () if loss_value is None else (loss_value,), None
+        return take_apart(output, self.stage_index)
 
     def evaluate(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None = None
@@ -268,8 +267,10 @@ class PipelineStage:
             torch.clear_autocast_cache()
         with torch.no_grad():
             output, loss_value = self._compute(args, kwargs, loss)
-        shares = shares_of(tensors((*(args if self.is_first else ()), *kwargs.values())))
-        message = None if self.is_last else self._message(output, shares, training=False)
+        shares = self._shares(tensors(args), kwargs)
+        message = None
+        if not self.is_last:
+            message = self._message(*take_apart(output, self.stage_index), shares, training=False)
         return message, self._detached(output, shares), None if loss_value is None else self._own.apart(loss_value)
 
     def backward(self, micro_batch: int, gradients: tuple[Tensor | None, ...], *, split: bool = False) -> Message:
@@ -333,8 +334,8 @@ class PipelineStage:
     def _rebuild(self, again: Again) -> Graph:
         again.check(self.stage_index)
         with again.random.again(self.device):
-            outputs, _, _, used = self._build_graph(again.args, again.kwargs, again.loss)
-        graph = self._graph(outputs, used)
+            (outputs, _), _, _, used = self._build_graph(again.args, again.kwargs, again.loss)
+        graph = graph_of(outputs, used)
         again.check(self.stage_index, graph.which)
         return graph
 
@@ -378,16 +379,22 @@ class PipelineStage:
         return output, value
 
     def _message(
-        self, output: Any, given: dict[int, int], received: tuple[Tensor, ...] = (), *, training: bool = True
+        self,
+        outputs: tuple[Tensor, ...],
+        structure: Structure | None,
+        given: dict[int, int],
+        received: tuple[Tensor, ...] = (),
+        *,
+        training: bool = True,
     ) -> Message:
         received = received if self.lent else ()
-        ready = partial(self._ready, given, received)
-        return forward_message(output, self.stage_index, ready, training=training)
-
-    def _ready(self, given: dict[int, int], received: tuple[Tensor, ...], tensor: Tensor) -> Tensor:
-        return plain(self._own.apart(tensor, given, received))
+        return Message(
+            tuple([self._own.ready(tensor, given, received) for tensor in outputs]),
+            tuple([training and tensor.requires_grad for tensor in outputs]),
+            structure if training else forward_only(structure),
+        )
 
     def _detached(self, output: Any, given: dict[int, int]) -> Any:
         if self.is_last:
             return map_tensors(lambda tensor: self._own.apart(tensor, given), output)
-        return map_tensors(Tensor.detach, output)
+        return output.detach() if isinstance(output, Tensor) else map_tensors(Tensor.detach, output)

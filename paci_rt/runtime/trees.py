@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+_FLAT = (Tensor, torch.nn.Parameter, int, float, bool, str, type(None))
 
-def tensors(value: Any) -> Iterator[Tensor]:
+
+def tensors(value: Any) -> list[Tensor]:
     """All tensors in ``value``, in the order in which ``torch.utils._pytree`` lists them."""
     if isinstance(value, Tensor):
-        yield value
-    elif type(value) in (tuple, list):
-        for item in value:
-            yield from tensors(item)
-    elif value is not None:
-        yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+        return [value]
+    if type(value) in (tuple, list) and not any(type(item) not in _FLAT for item in value):
+        return [item for item in value if isinstance(item, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def on_gpu(value: Any) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,11 @@ class Structure:
 
 FORWARD_ONLY = Structure(forward_only=True)
 """Of tensors that are the arguments as they are, from a stage that runs no backward."""
+
+
+def forward_only(structure: Structure | None) -> Structure:
+    """``structure``, from a stage that runs no backward."""
+    return FORWARD_ONLY if structure is None else replace(structure, forward_only=True)
 
 
 def take_apart(output: Any, stage_index: int = 0) -> tuple[tuple[Tensor, ...], Structure | None]:

@@ -203,7 +203,17 @@ def test_facts_travel_with_every_message(workers: WorkerPool, member: Member, tr
 
 def test_a_kind_is_measured_at_powers_of_two_and_counts_as_its_largest() -> None:
     facts, sizes = GraphFacts(), iter([10, 30, 20, 5])
-    assert [facts.saved_bytes("kind", lambda: next(sizes)) for _ in range(9)] == [10, 30, 30, 30, 30, 30, 30, 30, 30]
+    assert [facts.saved_bytes((), {}, "kind", lambda: next(sizes)) for _ in range(9)] == [
+        10,
+        30,
+        30,
+        30,
+        30,
+        30,
+        30,
+        30,
+        30,
+    ]
     assert next(sizes, None) is None
 
 
@@ -215,6 +225,6 @@ def test_ever_new_kinds_are_not_all_measured() -> None:
         return 7
 
     forwards = 40 * ONE_IN
-    assert {facts.saved_bytes(at, measure) for at in range(forwards)} == {7}
+    assert {facts.saved_bytes((), {}, at, measure) for at in range(forwards)} == {7}
     assert ALWAYS < len(measured) <= ALWAYS + forwards // ONE_IN
     assert len(facts._kinds) <= MOST

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import paci_rt
 from paci_rt.errors import StageError
 from paci_rt.optim.stage_optimizer import GradSink
-from paci_rt.runtime.split_backward import find_layers
+from paci_rt.runtime.linear_layers import find_layers
 from support.split_modules import MODULES, WIDTH, batches, loss_fn, modules_of
 
 
