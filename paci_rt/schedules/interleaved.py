@@ -1,8 +1,8 @@
 """Schedules with several chunks of the model on every rank: rank ``r`` of ``P`` runs stages ``r, r + P, r + 2P ...``.
 
 A micro-batch thus passes every rank ``v`` times. ``interleaved-1f1b`` (Narayanan et al., arXiv 2104.04473, section 2.2)
-shrinks 1F1B's bubble to a ``v``-th, for ``v`` times the messages and more activations: micro-batches travel in groups of
-``P``, and a group passes a rank's first chunk, then its second, and backwards in the opposite order. ``interleaved-zb``
+shrinks 1F1B's bubble to a ``v``-th, for ``v`` times the messages and more activations: micro-batches travel in groups
+of ``P``; a group passes a rank's first chunk, then its second, and backwards in the opposite order. ``interleaved-zb``
 splits those backwards into I and W as ``zb-h1`` does (Qi et al., arXiv 2401.10241), which halves the warm-up and fills
 its end with W. ``looped-bfs`` goes breadth first (Lamy-Poirier, arXiv 2211.05953): a chunk's forwards of all
 micro-batches come before the next chunk's, so it keeps all activations of a window, as ``gpipe`` does.
@@ -93,8 +93,8 @@ def _check_split(shape: Shape) -> None:
     if shape.accumulation % rounds:
         below = shape.accumulation - shape.accumulation % rounds
         raise ValueError(
-            f"accumulation is {shape.accumulation}: interleaved-zb moves micro-batches in {rounds} groups, one for each "
-            f"{shape.ranks} of them, so give a multiple of {rounds}, for example {below} or {below + rounds}"
+            f"accumulation is {shape.accumulation}: interleaved-zb moves micro-batches in {rounds} groups, one for "
+            f"each {shape.ranks} of them, so give a multiple of {rounds}, for example {below} or {below + rounds}"
         )
 
 

@@ -23,7 +23,6 @@ from support.pool import WorkerPool
 from support.toy import CLASSES, Run, batch, loss_fn, make_optimizer, module, sha, train_local, train_rank
 
 FLUSH = sorted(name for name, family in FAMILIES.items() if family.flush)
-NEEDS_A_MULTIPLE = "interleaved-1f1b"
 
 DISTRIBUTED = [
     *(Run(schedule=name, stages=3, accumulation=6) for name in FAMILIES),
@@ -200,7 +199,11 @@ def build(schedule: str, modules: int = 4, **options: Any) -> paci_rt.LocalPipel
     [
         ("interleaved-1f1b", {"chunks": 2, "n_microbatches": 3}, r"accumulation is 3: .*multiple of 2"),
         ("interleaved-1f1b", {"chunks": 3}, r"num_stages is 4 and chunks 3"),
-        ("interleaved-zb", {"chunks": 2, "n_microbatches": 5}, r"accumulation is 5: .*multiple of 2, for example 4 or 6"),
+        (
+            "interleaved-zb",
+            {"chunks": 2, "n_microbatches": 5},
+            r"accumulation is 5: .*multiple of 2, for example 4 or 6",
+        ),
         ("looped-bfs", {"policy": "stash"}, r"'stash' under looped-bfs"),
         ("1f1b", {"chunks": 2}, r"chunks is 2: 1f1b takes no chunks"),
         ("pipedream-2bw", {"n_microbatches": 2}, r"accumulation is 2: .*at least 3"),

@@ -129,7 +129,7 @@ def test_breadth_first_is_torchs_but_for_the_order_of_a_stages_backwards(
 
 @pytest.mark.parametrize(("ranks", "chunks", "groups"), [(2, 2, 1), (2, 2, 4), (4, 2, 2), (4, 3, 3), (8, 2, 4)])
 def test_the_split_order_has_a_third_of_the_bubble_and_fewer_activations(ranks: int, chunks: int, groups: int) -> None:
-    """Where F, I and W take equally long, P-1 of them instead of P-1 F and B; breadth first waits as interleaved does."""
+    """Where F, I and W take equally long, P-1 of them instead of P-1 F and B; breadth first waits as 1F1B does."""
     shape = shape_of(ranks, chunks, groups * ranks)
     busy = shape.accumulation * chunks * 3.0
     bubbles = [longest_rank(family, shape, (1, 1, 1)) - busy for family in (FAMILY, SPLIT, BREADTH_FIRST)]

@@ -151,7 +151,7 @@ def test_a_keyword_that_is_not_used(ranks: Any, kind: str) -> None:
 
 
 def with_own_weight_gradients(rank: int, group: Any) -> list[str]:
-    """What is said to a ``dw_builder``: of our stages, and of torch's in a schedule of several and of one stage a rank."""
+    """What is said to a ``dw_builder``: of our stages, and of torch's in schedules of several and one stage a rank."""
 
     def build() -> Any:
         raise AssertionError("a refused stage asked for its weight gradients")
