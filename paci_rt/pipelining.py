@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from paci_rt import schedules
@@ -116,6 +117,63 @@ class ScheduleInterleaved1F1B(PipelineScheduleMulti):
     """
 
     name = "interleaved-1f1b"
+
+
+class ScheduleInterleavedZeroBubble(PipelineScheduleMulti):
+    """Interleaved 1F1B whose backwards come as I and W, which fills bubbles; the first argument is a list of stages.
+
+    Source: Qi et al., arXiv 2401.10241, in torch's order.
+
+    Example:
+        One rank with two stages:
+
+        >>> stages = [paci_rt.PipelineStage(nn.Linear(4, 4), at, num_stages=2) for at in range(2)]
+        >>> schedule = paci_rt.ScheduleInterleavedZeroBubble(
+        ...     stages, 2, nn.MSELoss(), optimizer=[paci_rt.SGD(stage.parameters()) for stage in stages], trace=True
+        ... )
+        >>> _ = schedule.step(torch.ones(8, 4), target=torch.ones(8, 4))
+        >>> " ".join(event.action for event in schedule.events)
+        '0F0 1F0 1I0 1W0 0F1 0I0 0W0 1F1 1I1 1W1 0I1 0W1 1U0 0U0'
+    """
+
+    name = "interleaved-zb"
+
+
+class ScheduleLoopedBFS(PipelineScheduleMulti):
+    """Breadth first over several stages per rank: all micro-batches through one stage, then through the next.
+
+    Source: Lamy-Poirier, arXiv 2211.05953. Each stage's backwards come in the order of its forwards, so that gradients
+    keep a plain loop's bits; torch's come the other way round. The arguments after ``loss_fn`` are by position in
+    torch's order for this class, which has no ``args_chunk_spec`` and ``kwargs_chunk_spec``; give those by keyword.
+
+    Example:
+        One rank with two stages:
+
+        >>> stages = [paci_rt.PipelineStage(nn.Linear(4, 4), at, num_stages=2) for at in range(2)]
+        >>> schedule = paci_rt.ScheduleLoopedBFS(
+        ...     stages, 2, nn.MSELoss(), optimizer=[paci_rt.SGD(stage.parameters()) for stage in stages], trace=True
+        ... )
+        >>> _ = schedule.step(torch.ones(8, 4), target=torch.ones(8, 4))
+        >>> " ".join(event.action for event in schedule.events)
+        '0F0 0F1 1F0 1F1 1B0 1B1 0B0 0B1 1U0 0U0'
+    """
+
+    name = "looped-bfs"
+
+    def __init__(
+        self,
+        stages: Sequence[PipelineStage],
+        n_microbatches: int,
+        loss_fn: LossFn | None = None,
+        output_merge_spec: Any = None,
+        scale_grads: bool = True,
+        backward_requires_autograd: bool = True,
+        defer_pp_recv: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            stages, n_microbatches, loss_fn, output_merge_spec=output_merge_spec, scale_grads=scale_grads, **options
+        )
 
 
 class ScheduleZBH1(PipelineScheduleSingle):
@@ -246,30 +304,6 @@ class _NotThere(PipelineScheduleMulti):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         raise ValueError(self.reason)
-
-
-class ScheduleLoopedBFS(_NotThere):
-    """Torch's breadth-first schedule; refused, since it is not here yet.
-
-    Example:
-        >>> paci_rt.ScheduleLoopedBFS([], 4)
-        Traceback (most recent call last):
-        ValueError: LoopedBFS is not there yet: use 'interleaved-1f1b', which runs several stages a rank too
-    """
-
-    reason = "LoopedBFS is not there yet: use 'interleaved-1f1b', which runs several stages a rank too"
-
-
-class ScheduleInterleavedZeroBubble(_NotThere):
-    """Torch's zero-bubble schedule over several stages a rank; refused, since it is not here yet.
-
-    Example:
-        >>> paci_rt.get_schedule_class("InterleavedZeroBubble")
-        Traceback (most recent call last):
-        ValueError: InterleavedZeroBubble is not there yet: use 'zb-1p' with one stage a rank, or 'interleaved-1f1b'
-    """
-
-    reason = "InterleavedZeroBubble is not there yet: use 'zb-1p' with one stage a rank, or 'interleaved-1f1b'"
 
 
 class ScheduleZBVZeroBubble(_NotThere):

@@ -60,9 +60,13 @@ class Case:
         return " ".join([self.schedule, self.transport, *options])
 
 
+LATER = ("interleaved-zb", "looped-bfs")
+"""Came after the table: tests/schedules/test_every_schedule.py compares them with a plain loop, bit for bit."""
+
+
 def cases() -> Iterator[Case]:
     """The grid."""
-    for schedule in paci_rt.SCHEDULES:
+    for schedule in (name for name in paci_rt.SCHEDULES if name not in LATER):
         chunks = 2 if schedule == "interleaved-1f1b" else 1
         for transport in ("local", "gloo", "shm"):
             yield Case(schedule=schedule, chunks=chunks, transport=transport)

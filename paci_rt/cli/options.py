@@ -148,7 +148,7 @@ def add_pipeline(options: ConfigOptions) -> None:
     from paci_rt.schedules.policies import POLICIES
 
     options.add("stages", int, "P", "pipeline stages, one process each")
-    options.add("chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only, default 2)")
+    options.add("chunks", int, "V", "pieces of the model in each stage (interleaved and looped schedules, default 2)")
     options.add("accumulation", int, "A", "micro-batches per local update (default: 4; async-1f1b: always 1)")
     options.add("slack", slack_argument, "S|S,S,...,0|auto", "extra warm-up forwards: they hide link latency and cost "
                 "memory and drift. One number for all stages but the last, or one per stage, or auto, as many as "

@@ -73,7 +73,7 @@ def add(parser: argparse.ArgumentParser) -> None:
            "the others enough to reach the steady state)")  # fmt: skip
     option(group, "--slack", slack_argument, "S|S,S,...,0|auto", "extra warm-up forwards: one number for all "
            "stages but the last, or one per stage, or auto: as many as hide the latency (default: 0)", 0)  # fmt: skip
-    option(group, "--chunks", int, "V", "pieces of the model in each stage (interleaved-1f1b only, default 2)")
+    option(group, "--chunks", int, "V", "pieces of the model in each stage (interleaved and looped ones, default 2)")
     option(group, "--policy", str, "NAME", f"{', '.join(policies.POLICIES)} (default: the schedule's own)")
     group.add_argument(
         "--lookahead",

@@ -47,7 +47,7 @@ class Pipeline(PipelineState):
             only, under any schedule.
         optimizers: one per stage, or None to leave gradients in ``.grad`` (flush schedules only).
         lr_schedulers: one per stage or None, stepped after each local update; :mod:`paci_rt.runtime.schedulers`.
-        chunks: stages per rank (``interleaved-1f1b``).
+        chunks: stages per rank (``interleaved-1f1b``, ``interleaved-zb``, ``looped-bfs``).
         slack: additional warm-up forwards (asynchronous schedules): one number for every stage but the last, or one a
             stage; :func:`paci_rt.plan_slack` says how many hide the latency of links.
         policy: which weights forwards and backwards use, see :mod:`paci_rt.schedules.policies`; None is the schedule's

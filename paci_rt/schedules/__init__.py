@@ -5,7 +5,7 @@ from __future__ import annotations
 from paci_rt.errors import unknown
 from paci_rt.schedules.base import ScheduleFamily, Shape, StepCosts
 from paci_rt.schedules.flush import GPIPE, ONE_F_ONE_B
-from paci_rt.schedules.interleaved import INTERLEAVED_1F1B
+from paci_rt.schedules.interleaved import INTERLEAVED_1F1B, INTERLEAVED_ZB, LOOPED_BFS
 from paci_rt.schedules.paci import ASYNC_1F1B, PACI, PACI_SPLIT
 from paci_rt.schedules.pipedream import PIPEDREAM, PIPEDREAM_2BW
 from paci_rt.schedules.search import ZB_1P, ZB_2P
@@ -15,7 +15,8 @@ from paci_rt.schedules.zero_bubble import ZB_H1, ZB_H2
 FAMILIES: dict[str, ScheduleFamily] = {
     family.name: family
     for family in (
-        *(PACI, PACI_SPLIT, ONE_F_ONE_B, GPIPE, INTERLEAVED_1F1B, ZB_H1, ZB_H2, ZB_1P, ZB_2P),
+        *(PACI, PACI_SPLIT, ONE_F_ONE_B, GPIPE, INTERLEAVED_1F1B, LOOPED_BFS, ZB_H1, ZB_H2, ZB_1P, ZB_2P),
+        INTERLEAVED_ZB,
         *(ASYNC_1F1B, PIPEDREAM, PIPEDREAM_2BW),
     )
 }

@@ -46,9 +46,12 @@ def play_streams(streams: Sequence[Sequence[Action]], lowering: Lowering, capaci
     stuck = [stream[at] for stream, at in zip(streams, player.cursor, strict=True) if at < len(stream)]
     if stuck:
         blocked = ", ".join(map(str, stuck))
-        full = "" if capacity is None else f" with channels of {capacity} message{'s' if capacity > 1 else ''}"
+        full, remedy = "", ""
+        if capacity is not None:
+            full = f" with channels of {capacity} message{'s' if capacity > 1 else ''}"
+            remedy = "; use fewer micro-batches, or a transport whose channels hold more, such as 'gloo'"
         raise ScheduleError(
-            f"the schedule deadlocks{full}: nothing can run past {blocked}\n"
+            f"the schedule deadlocks{full}: nothing can run past {blocked}{remedy}\n"
             f"{format_grid(streams, stuck[0], player.cursor)}"
         )
     for channel, queue in player.queues.items():

@@ -40,7 +40,7 @@ class TrainConfig:
         slack: as there, or ``"auto"``: as much as hides the latency of messages, by ``profile``, a file that ``paci-rt
             plan --profile`` wrote. It is replaced by the numbers, and ``profile`` by None.
         lookahead: as there; where the schedule does so of its own and the optimizer can.
-        stages: processes of the pipeline. chunks: pieces of the model in each; 1, and 2 for ``interleaved-1f1b``.
+        stages: processes of the pipeline. chunks: pieces of the model in each; 1, or 2 where it takes several.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
         accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
         model: a name in ``paci_rt.train.gpt.MODELS``. partition: its blocks by stage; balanced by cost.

@@ -121,3 +121,40 @@ def same_as_one_shared_parameter(tied: dict[str, Tensor], accumulation: int, win
     # Six Adam steps on fp32 sums in another order; Adam divides by sqrt(v), which keeps relative rounding at its size.
     error = (tied["embedding.weight"] - reference).norm() / reference.norm()
     assert error < 1e-5
+
+
+LOOPED_TIE = paci_rt.TiedWeight(owner_stage=0, owner="embedding.weight", reader_stage=3, reader="head.weight")
+
+
+def looped_modules() -> list[nn.Module]:
+    embedding, body, head = tied_modules()
+    return [embedding, body, nn.Sequential(_Body()), head]
+
+
+def train_looped_rank(rank: int, group: Any, schedule: str, accumulation: int) -> dict[str, Tensor]:
+    modules, ranks = looped_modules(), group.size()
+    stages = [paci_rt.PipelineStage(modules[at], at, 4, "cpu", group=group) for at in range(rank, 4, ranks)]
+    optimizers = [paci_rt.AdamW(stage.parameters(), lr=1e-2) for stage in stages]
+    cls = paci_rt.get_schedule_class(schedule)
+    return train_tied(cls(stages, accumulation, loss_fn, optimizer=optimizers, tied_weights=[LOOPED_TIE]), 4)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 5])
+@pytest.mark.parametrize("schedule", ["interleaved-1f1b", "interleaved-zb", "looped-bfs"])
+def test_weights_tied_between_several_stages_a_rank(workers: WorkerPool, schedule: str, accumulation: int) -> None:
+    """On one rank, on two, and between them: the bits of 1F1B with a rank for each stage."""
+
+    def trained(schedule: str, chunks: int) -> dict[str, Tensor]:
+        pipe = paci_rt.LocalPipeline(
+            looped_modules(), schedule=schedule, n_microbatches=accumulation, loss_fn=loss_fn, chunks=chunks,
+            optimizer=lambda params: paci_rt.AdamW(params, lr=1e-2), tied_weights=[LOOPED_TIE],
+        )  # fmt: skip
+        return train_tied(pipe, 4)
+
+    expected = trained("1f1b", 1)
+    assert torch.equal(expected["embedding.weight"], expected["head.weight"])
+    same(trained(schedule, 4), expected)
+    if accumulation % 2 == 0:
+        same(trained(schedule, 2), expected)
+        ranks = workers.run(train_looped_rank, 2, schedule, accumulation)
+        same({name: p for rank in ranks for name, p in rank.items()}, expected)

@@ -23,7 +23,6 @@ from support.pool import WorkerPool
 from support.toy import CLASSES, Run, batch, loss_fn, make_optimizer, module, sha, train_local, train_rank
 
 FLUSH = sorted(name for name, family in FAMILIES.items() if family.flush)
-NEEDS_A_MULTIPLE = "interleaved-1f1b"
 
 DISTRIBUTED = [
     *(Run(schedule=name, stages=3, accumulation=6) for name in FAMILIES),
@@ -31,6 +30,13 @@ DISTRIBUTED = [
     Run(schedule="interleaved-1f1b", stages=4, accumulation=4, chunks=2),
     Run(schedule="interleaved-1f1b", stages=6, accumulation=4, chunks=3, wide=True, windows=4, eval_every=2),
     Run(schedule="interleaved-1f1b", stages=8, accumulation=8, chunks=2, optimizer="torch-sgd"),
+    Run(schedule="interleaved-zb", stages=4, accumulation=4, chunks=2),
+    Run(schedule="interleaved-zb", stages=6, accumulation=5, chunks=2, batch=10, optimizer="torch-adamw"),
+    Run(schedule="interleaved-zb", stages=6, accumulation=4, chunks=3, wide=True, windows=4, eval_every=2),
+    Run(schedule="interleaved-zb", stages=8, accumulation=2, chunks=2, policy="recompute"),
+    Run(schedule="looped-bfs", stages=4, accumulation=5, chunks=2, batch=10, eval_every=2),
+    Run(schedule="looped-bfs", stages=6, accumulation=4, chunks=3, wide=True, windows=4, eval_every=2),
+    Run(schedule="looped-bfs", stages=4, accumulation=4, chunks=2, policy="recompute", optimizer="torch-sgd"),
     Run(schedule="zb-2p", stages=3, accumulation=5, wide=True, windows=4, eval_every=2),
     Run(schedule="zb-h1", stages=2, accumulation=1),
     Run(schedule="pipedream", stages=3, accumulation=4, wide=True, windows=4, eval_every=2),
@@ -193,6 +199,12 @@ def build(schedule: str, modules: int = 4, **options: Any) -> paci_rt.LocalPipel
     [
         ("interleaved-1f1b", {"chunks": 2, "n_microbatches": 3}, r"accumulation is 3: .*multiple of 2"),
         ("interleaved-1f1b", {"chunks": 3}, r"num_stages is 4 and chunks 3"),
+        (
+            "interleaved-zb",
+            {"chunks": 2, "n_microbatches": 5},
+            r"accumulation is 5: .*multiple of 2, for example 4 or 6",
+        ),
+        ("looped-bfs", {"policy": "stash"}, r"'stash' under looped-bfs"),
         ("1f1b", {"chunks": 2}, r"chunks is 2: 1f1b takes no chunks"),
         ("pipedream-2bw", {"n_microbatches": 2}, r"accumulation is 2: .*at least 3"),
         ("zb-h1", {"slack": 1}, r"slack is 1: zb-h1"),

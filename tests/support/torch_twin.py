@@ -21,6 +21,9 @@ from torch.distributed.pipelining import SplitPoint, pipeline, schedules
 import paci_rt
 
 WIDTH, ROWS, RANKS = 16, 64, 4
+SINGLE = [("ScheduleGPipe", False), ("Schedule1F1B", False)]
+SEVERAL = [(f"Schedule{name}", True) for name in ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")]
+"""Torch's schedules, and whether they have several stages a rank."""
 GIVE_UP_S = 6.0
 """Of a wait for another rank, which may have refused the call that this one took."""
 
@@ -65,42 +68,6 @@ class Mixed(nn.Module):
             if at < RANKS - 1:
                 pipelining.pipe_split()
         return x
-
-
-class LaterW(nn.Module):
-    """A linear layer that computes its weight's gradient only when told to, as ``dw_builder`` wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
-        self.owed: list[tuple[Tensor, Tensor]] = []
-        self.later, self.runs = False, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _LaterW.apply(x, self.weight, self) if self.later else x @ self.weight.t()
-
-    def build(self) -> Callable[[], None]:
-        def run() -> None:
-            x, grad = self.owed.pop(0)
-            part = grad.t() @ x
-            self.weight.grad = part if self.weight.grad is None else self.weight.grad + part
-            self.runs += 1
-
-        return run
-
-
-class _LaterW(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: LaterW) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        ctx.layer.owed.append((x.detach(), grad.detach()))
-        return grad @ weight, None, None
 
 
 @dataclass

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.torch_twin import RANKS, Side, assert_alike, both, data, stacked, summed
-from support.waiting import several, single, waits
+from support.torch_twin import RANKS, SEVERAL, SINGLE, Side, assert_alike, both, data, stacked, summed
 
 
 def rounds(side: Side) -> dict[str, Any]:
@@ -36,7 +35,6 @@ def rounds(side: Side) -> dict[str, Any]:
     return {"out": out.detach()}
 
 
-@waits("calls", "front")
 def test_forward_only(ranks: Any) -> None:
     assert_alike(ranks.run(both, rounds))
 
@@ -61,7 +59,7 @@ def evaluation(side: Side, kind: str, many: bool) -> dict[str, Any]:
     return {"losses": [loss.detach() for loss in losses]}
 
 
-@pytest.mark.parametrize(("kind", "many"), [*single("front"), *several()])
+@pytest.mark.parametrize(("kind", "many"), [*SINGLE, *SEVERAL])
 def test_evaluation_computes_losses_and_no_gradients(ranks: Any, kind: str, many: bool) -> None:
     assert_alike(ranks.run(both, evaluation, kind, many))
 
@@ -79,7 +77,7 @@ def no_outputs(side: Side, kind: str, many: bool) -> dict[str, Any]:
     return {"losses": [loss.detach() for loss in losses]}
 
 
-@pytest.mark.parametrize(("kind", "many"), [*single("calls", "front"), *several("calls")])
+@pytest.mark.parametrize(("kind", "many"), [*SINGLE, *SEVERAL])
 def test_outputs_are_not_returned_where_they_are_not_wanted(ranks: Any, kind: str, many: bool) -> None:
     assert_alike(ranks.run(both, no_outputs, kind, many))
 
@@ -96,6 +94,6 @@ def many_steps(side: Side, kind: str) -> dict[str, Any]:
     return {"losses": history}
 
 
-@pytest.mark.parametrize(("kind", "_many"), single("front"))
+@pytest.mark.parametrize(("kind", "_many"), SINGLE)
 def test_many_steps(ranks: Any, kind: str, _many: bool) -> None:
     assert_alike(ranks.run(both, many_steps, kind))
