@@ -36,6 +36,8 @@ class Op(enum.Enum):
         ('RECV_F', 'U')
     """
 
+    __hash__ = object.__hash__  # members are unique; the executor looks them up some times per action
+
     F = "F"  # forward
     B = "B"  # full backward
     I = "I"  # noqa: E741 - the field's letter for the input-gradient half of a backward

@@ -43,7 +43,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
-    """Four processes with gloo groups of 2, 3 and 4 ranks."""
+    """Four processes, of which each test takes some, in a gloo group of its own."""
     pool = WorkerPool(4)
     yield pool
     pool.close()

@@ -267,7 +267,7 @@ class WeightGradients:
         finally:
             self.active = self.collecting = False
             self.hooks.end()
-        if not defer:
+        if self._pending and not defer:
             self.compute(self._pending)
         self._sink.flush()
 
@@ -281,13 +281,19 @@ class WeightGradients:
         layer = gradient.layer
         once = self._uses[id(layer.weight)] == 1 and (layer.bias is None or self._uses[id(layer.bias)] == 1)
         if once and not self._defer:
-            self.compute([gradient])
+            if torch.is_grad_enabled():  # as it is in no ordinary backward
+                self.compute([gradient])
+            else:
+                self._compute([gradient])
         else:  # autograd sums all uses of a parameter before it adds them to the window's sum, and so do we
             self._pending.append(gradient)
 
     @torch.no_grad()
     def compute(self, gradients: Sequence[WeightGradient]) -> None:
         """Add weight and bias gradients to the window's sums, in the order in which the backward met them."""
+        self._compute(gradients)
+
+    def _compute(self, gradients: Sequence[WeightGradient]) -> None:
         weights: dict[int, list[WeightGradient]] = {}
         biases: dict[int, list[WeightGradient]] = {}
         for gradient in gradients:

@@ -1,7 +1,8 @@
 """Worker processes that live as long as the test session, since importing torch costs seconds.
 
 ``WorkerPool(n).run(fn, size, *args)`` calls ``fn(rank, group, *args)`` on ranks ``0 ... size-1`` at once and returns
-their results; an exception on any rank is raised here.
+their results; an exception on any rank is raised here. The group is made for the call, so nothing that a test left
+behind reaches the next: a message that nobody took, or one pipeline more on one rank than on another.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ def _work(rank: int, size: int, store: str, inbox: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    groups = {count: dist.new_group(list(range(count)), backend="gloo") for count in range(2, size + 1)}
     while True:
         fn, count, args = inbox.recv()
+        group = dist.new_group(list(range(count)), backend="gloo")  # all ranks have to call this
+        if rank >= count:
+            continue
         try:
-            result = (True, fn(rank, groups[count], *args))
+            result = (True, fn(rank, group, *args))
+            dist.destroy_process_group(group)
         except Exception:
             result = (False, traceback.format_exc())
         inbox.send(result)
@@ -36,28 +40,45 @@ def _work(rank: int, size: int, store: str, inbox: Connection) -> None:
 
 class WorkerPool:
     def __init__(self, size: int) -> None:
+        self._size = size
+        self._start()
+
+    def _start(self) -> None:
         context = processes()
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
-        self._pipes, self._processes = [], []
-        for rank in range(size):
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(self._size):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, size, store, there), daemon=True)
+            process = context.Process(target=_work, args=(rank, self._size, store, there), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
 
     def run(self, fn: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-        for pipe in self._pipes[:size]:
+        for pipe in self._pipes:
             pipe.send((fn, size, args))
+        results: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + deadline(300)
-        for rank, pipe in enumerate(self._pipes[:size]):
-            assert pipe.poll(max(0.0, end - time.monotonic())), f"rank {rank} hangs"
-        results = [pipe.recv() for pipe in self._pipes[:size]]
-        for rank, (fine, value) in enumerate(results):
+        while len(results) < size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes[:size]) if rank not in results]
+            ready = wait(waiting, max(0.0, end - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                results[rank] = pipe.recv()  # type: ignore[union-attr]
+                if not results[rank][0]:  # others may wait for this one in vain
+                    end = min(end, time.monotonic() + deadline(5))
+        if len(results) < size:  # they cannot be used any more
+            self.close()
+            self._start()
+        for rank, (fine, value) in sorted(results.items()):
             if not fine:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
-        return [value for _, value in results]
+        assert len(results) == size, f"ranks {sorted(set(range(size)) - results.keys())} hang"
+        return [results[rank][1] for rank in range(size)]
 
     def close(self) -> None:
         for process in self._processes:

@@ -42,7 +42,9 @@ VIEWS: dict[str, Callable[[int], Tensor]] = {
     "transposed": lambda rows: torch.arange(3.0 * rows).view(rows, 3).t(),
     "every second": lambda rows: torch.arange(6.0 * rows)[::2],
     "flipped dimensions": lambda rows: torch.arange(6.0 * rows).view(1, rows, 2, 3).permute(3, 0, 2, 1),
-    "channels last": lambda rows: torch.randn(1, 3, rows, 2).contiguous(memory_format=torch.channels_last),
+    "channels last": lambda rows: (
+        torch.arange(6.0 * rows).view(1, 3, rows, 2).contiguous(memory_format=torch.channels_last)
+    ),
     "expanded": lambda rows: torch.tensor([[1.5], [2.5]]).expand(2, 4 * rows),
     "expanded scalar": lambda rows: torch.tensor(3.5).expand(rows, 2),
     "no elements": lambda rows: torch.empty(rows, 0, 3),
