@@ -15,12 +15,27 @@ std::string number(std::int64_t value) {
 // How payload.py numbers dtypes, with DLPack's codes: 0 int, 1 uint, 2 float, 4 bfloat, 5 complex, 6 bool, 10 to 14
 // float8_e4m3fn and so on.
 constexpr DTypeInfo kDTypes[] = {
-    {"float32", 2, 32}, {"float64", 2, 64}, {"float16", 2, 16},   {"bfloat16", 4, 16},
-    {"int64", 0, 64},   {"int32", 0, 32},   {"int16", 0, 16},     {"int8", 0, 8},
-    {"uint8", 1, 8},    {"bool", 6, 8},     {"complex64", 5, 64}, {"complex128", 5, 128},
-    {"uint16", 1, 16},  {"uint32", 1, 32},  {"uint64", 1, 64},    {"float8_e4m3fn", 10, 8},
-    {"float8_e5m2", 12, 8},     {"float8_e4m3fnuz", 11, 8}, {"float8_e5m2fnuz", 13, 8},
-    {"float8_e8m0fnu", 14, 8},  {"complex32", 5, 32},
+    {"float32", 2, 32},
+    {"float64", 2, 64},
+    {"float16", 2, 16},
+    {"bfloat16", 4, 16},
+    {"int64", 0, 64},
+    {"int32", 0, 32},
+    {"int16", 0, 16},
+    {"int8", 0, 8},
+    {"uint8", 1, 8},
+    {"bool", 6, 8},
+    {"complex64", 5, 64},
+    {"complex128", 5, 128},
+    {"uint16", 1, 16},
+    {"uint32", 1, 32},
+    {"uint64", 1, 64},
+    {"float8_e4m3fn", 10, 8},
+    {"float8_e5m2", 12, 8},
+    {"float8_e4m3fnuz", 11, 8},
+    {"float8_e5m2fnuz", 13, 8},
+    {"float8_e8m0fnu", 14, 8},
+    {"complex32", 5, 32},
 };
 
 }  // namespace
