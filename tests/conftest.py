@@ -25,9 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Whole folders of tests run in two processes, where pytest-xdist is there and ``-n`` says nothing else.
+    """Whole folders of tests run in three processes, where pytest-xdist is there and ``-n`` says nothing else.
 
-    Most tests wait for processes of their own, so two at a time nearly halve the time, and no more fit on two cores.
+    Many tests wait for processes of their own, or for a deadline, so three at a time keep two cores busy.
     """
     option = config.option
     if (
@@ -38,7 +38,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return  # a worker itself, no pytest-xdist, or told otherwise
     folders = all(Path(path.split("::")[0]).is_dir() for path in config.args)
     if folders and not option.usepdb and not option.collectonly and (os.cpu_count() or 1) > 1:
-        option.numprocesses, option.dist = 2, "worksteal"
+        option.numprocesses, option.dist = 3, "worksteal"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in ``slow.txt``, which ``tools/slow_tests.py`` writes from measured times, have the mark ``slow``."""
+    slow = set((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
