@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Whole folders of tests run in two processes, where pytest-xdist is there and ``-n`` says nothing else.
 
-    Many tests wait for processes of their own, or for a deadline. Without the slow ones three at a time fit on two cores.
+    Many tests wait for processes of their own, or for a deadline. Without the slow ones three fit on two cores.
     """
     option = config.option
     if (
