@@ -27,7 +27,7 @@ def test_the_patch_is_small() -> None:
 def runs() -> dict[str, dict[int, dict[str, Any]]]:
     """What each rank told, by schedule."""
     if importlib.util.find_spec("torchtitan") is None:
-        pytest.skip("torchtitan is not installed")
+        pytest.skip("torchtitan, needed here alone, is not installed: see examples/torchtitan/README.md")
     found = {}
     for schedule in ("1f1b", "zb-h1", "paci"):
         done = subprocess.run(

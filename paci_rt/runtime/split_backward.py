@@ -16,6 +16,7 @@ in fp32 and rounded once, where the unsplit backward rounds it to the parameter'
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ class WeightGradient:
             )
 
 
-class SplitUse:
+class SplitUse(ABC):
     """One linear layer as autograd sees it while its stage is attached, whatever computes it.
 
     Attributes:
@@ -89,9 +90,9 @@ class SplitUse:
     waits: bool = True
     gradients: WeightGradients
 
+    @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
         """The layer's output, ``[..., out]``, as without a split."""
-        raise NotImplementedError
 
     def can_run_split(self, x: Tensor) -> bool:
         """False under no_grad, autocast and functorch, and with a frozen weight."""
