@@ -27,8 +27,10 @@ class RankAudit:
     def hold(self, micro_batches: int, more_bytes: int) -> None:
         self.in_flight += micro_batches
         self.held_bytes += more_bytes
-        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
-        self.peak_held_bytes = max(self.peak_held_bytes, self.held_bytes)
+        if self.in_flight > self.peak_in_flight:
+            self.peak_in_flight = self.in_flight
+        if self.held_bytes > self.peak_held_bytes:
+            self.peak_held_bytes = self.held_bytes
 
     def reset(self) -> None:
         self.peak_in_flight, self.peak_held_bytes = self.in_flight, self.held_bytes
@@ -73,9 +75,9 @@ class StageAudit:
     def forward(self, micro_batch: int, version: int, kept_bytes: int, full_bytes: int) -> None:
         """A forward used ``version`` and keeps ``kept_bytes`` until its backward, which needs ``full_bytes``."""
         self.in_flight[micro_batch] = version, kept_bytes, full_bytes
-        self.peak_in_flight = max(self.peak_in_flight, len(self.in_flight))
-        self.rank.hold(1, 0)
-        self._hold(kept_bytes)
+        if len(self.in_flight) > self.peak_in_flight:
+            self.peak_in_flight = len(self.in_flight)
+        self._hold(kept_bytes, 1)
 
     def backward(self, action: Action, version: int, window: int) -> None:
         """Count drift and delay of a micro-batch before its backward.
@@ -98,9 +100,9 @@ class StageAudit:
                     f"action {action}: a {what} of {value} updates, while the bound of stage {self.stage} is {bound}"
                 )
             counts[value] += 1
-        self._hold(full_bytes - kept_bytes)
-        self._hold(-full_bytes)
-        self.rank.hold(-1, 0)
+        if full_bytes != kept_bytes:
+            self._hold(full_bytes - kept_bytes)
+        self._hold(-full_bytes, -1)
         if action.op is Op.B:
             self.micro_batches += 1
 
@@ -114,10 +116,11 @@ class StageAudit:
         self._hold(-self.pending.pop(micro_batch))
         self.micro_batches += 1
 
-    def _hold(self, more_bytes: int) -> None:
+    def _hold(self, more_bytes: int, micro_batches: int = 0) -> None:
         self.activation_bytes += more_bytes
-        self.peak_activation_bytes = max(self.peak_activation_bytes, self.activation_bytes)
-        self.rank.hold(0, more_bytes)
+        if self.activation_bytes > self.peak_activation_bytes:
+            self.peak_activation_bytes = self.activation_bytes
+        self.rank.hold(micro_batches, more_bytes)
 
     def update(self, grad_norm: Any, nonfinite: Any) -> None:
         """An update has been issued. On a GPU both are tensors of one element, which are read when somebody asks."""

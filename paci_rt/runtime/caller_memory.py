@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,14 +41,9 @@ def keep_safe(batch: Batch, stages: Sequence[PipelineStage], streams: Iterable[S
 
 def in_flight_after(streams: Iterable[Sequence[Action]]) -> set[tuple[int, int]]:
     """Stage and number of the micro-batches whose forward is in ``streams``, and the end of whose backward is not."""
-    late = set()
-    for stream in streams:
-        for action in stream:
-            if action.op is Op.F:
-                late.add((action.stage, action.index))
-            elif action.op is Op.B or action.op is Op.W:
-                late.discard((action.stage, action.index))
-    return late
+    actions = list(chain.from_iterable(streams))
+    begun = {(action.stage, action.index) for action in actions if action.op is Op.F}
+    return begun.difference((action.stage, action.index) for action in actions if action.op in (Op.B, Op.W))
 
 
 @contextmanager

@@ -160,23 +160,24 @@ class Executor:
     def _execute(self, action: Action, batch: Batch) -> None:
         runtime = self.runtimes[action.stage]
         stream = runtime.stage.stream
+        if stream is None and not runtime.clock.deferred:
+            begin_s = time.perf_counter()
+            version = self._perform(runtime, action, batch)
+            if batch.training:
+                self._count(runtime, action, version, begin_s, time.perf_counter())
+            return
         with _NOTHING if stream is None else torch.cuda.stream(stream):
-            if not runtime.clock.deferred:
-                begin_s = time.perf_counter()
-                version = self._perform(runtime, action, batch)
-                if batch.training:
-                    self._count(runtime, action, version, begin_s, time.perf_counter())
-                return
             begin = runtime.clock.mark()
             version = self._perform(runtime, action, batch)
             if batch.training:
                 runtime.clock.between(begin, runtime.clock.mark(), partial(self._count, runtime, action, version))
 
     def _perform(self, runtime: StageRuntime, action: Action, batch: Batch) -> int | None:
-        profiled = torch.autograd._profiler_enabled()
         try:
-            with torch.profiler.record_function(str(action)) if profiled else _NOTHING:
-                return self._run_op[action.op](runtime, action, batch)
+            if torch.autograd._profiler_enabled():
+                with torch.profiler.record_function(str(action)):
+                    return self._run_op[action.op](runtime, action, batch)
+            return self._run_op[action.op](runtime, action, batch)
         except PaciError:
             raise
         except Exception as error:
@@ -194,7 +195,8 @@ class Executor:
             runtime.audit.exposed_comm_s += end - start
         if self.first_start_s is None:
             self.first_start_s = start
-        self.last_end_s = max(self.last_end_s, end)
+        if end > self.last_end_s:
+            self.last_end_s = end
 
     def settle(self) -> None:
         """Wait until all that was issued has run and is counted."""

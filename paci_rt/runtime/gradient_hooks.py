@@ -96,6 +96,8 @@ class GradientHooks:
     def begin(self) -> None:
         """A backward begins: hooks find the sums so far in ``.grad``."""
         self.collecting = True
+        if not self._running:
+            return
         for param, grad in list(self._running.items()):
             if self._sum_so_far(param) is None:  # a new window
                 grad = self._running[param] = None

@@ -80,6 +80,9 @@ class GraphFacts:
 
 def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """Shapes and dtypes of what a forward is given."""
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+        (value,) = args
+        return value.shape, value.dtype, value.requires_grad
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
     return tuple(
         (tuple(value.shape), value.dtype, value.requires_grad)

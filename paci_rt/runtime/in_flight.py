@@ -52,6 +52,8 @@ class InFlight:
 
 def graph_of(outputs: tuple[Tensor, ...], used: list[SplitUse]) -> Graph:
     """Where a backward of the ``outputs`` that take part in autograd starts."""
+    if len(outputs) == 1 and outputs[0].requires_grad:
+        return Graph((_root(outputs[0]),), (0,), used)
     which = tuple([at for at, tensor in enumerate(outputs) if tensor.requires_grad])
     return Graph(tuple([_root(outputs[at]) for at in which]), which, used)
 

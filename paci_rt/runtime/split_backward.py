@@ -17,9 +17,7 @@ in fp32 and rounded once, where the unsplit backward rounds it to the parameter'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,7 +218,7 @@ class WeightGradients:
         self._in_layers: set[int] = set()
         self._elsewhere: set[int] = set()
         self._unordered = False
-        self._uses: Counter[int] = Counter()
+        self._uses: dict[int, int] = {}
         self._defer = False
         self._pending: list[WeightGradient] = []
         for name, layer in self._layers:
@@ -242,35 +240,35 @@ class WeightGradients:
         if self.calls is not None:
             self.calls.remove()
 
-    @contextmanager
-    def forward(self) -> Iterator[list[SplitUse]]:
-        """Within it, layers run split; yields the layers in the order of their uses."""
+    def begin_forward(self) -> list[SplitUse]:
+        """Until :attr:`active` is False again, layers run split; they are listed here in the order of their uses."""
         self.active, self.used = True, []
-        try:
-            yield self.used
-        finally:
-            self.active = False
+        return self.used
 
-    @contextmanager
-    def backward(self, used: list[SplitUse], *, defer: bool) -> Iterator[list[WeightGradient]]:
-        """Within it, the layers' backwards are collected; yields those left over for W, none unless ``defer``.
+    def backward(
+        self, used: list[SplitUse], roots: Sequence[Any], grads: Sequence[Any], *, defer: bool
+    ) -> list[WeightGradient]:
+        """Run a backward and collect those of the layers; those left over for W, none unless ``defer``.
 
         Args:
-            used: what :meth:`forward` yielded for the micro-batch.
+            used: what :meth:`begin_forward` listed for the micro-batch.
+            roots, grads: of ``torch.autograd.backward``; nothing runs without roots.
             defer: keep everything for a W of its own.
         """
         self.active = self.collecting = True
-        self._uses = Counter(id(param) for layer in used for param in (layer.weight, layer.bias))
+        self._uses = _uses(used)
         self._defer, self._pending = defer, []
         self.hooks.begin()
         try:
-            yield self._pending
+            if roots:
+                torch.autograd.backward(roots, grads)
         finally:
             self.active = self.collecting = False
             self.hooks.end()
         if self._pending and not defer:
             self.compute(self._pending)
         self._sink.flush()
+        return self._pending
 
     def awaited(self, layer: SplitUse) -> bool:
         """Whether a hook of the user's waits for a gradient of the layer."""
@@ -280,7 +278,8 @@ class WeightGradients:
     def take(self, gradient: WeightGradient) -> None:
         """Called by a layer's backward."""
         layer = gradient.layer
-        once = self._uses[id(layer.weight)] == 1 and (layer.bias is None or self._uses[id(layer.bias)] == 1)
+        uses = self._uses.get  # None for a layer that checkpointing runs again in this backward
+        once = uses(id(layer.weight)) == 1 and (layer.bias is None or uses(id(layer.bias)) == 1)
         if once and not self._defer:
             if torch.is_grad_enabled():  # as it is in no ordinary backward
                 self.compute([gradient])
@@ -348,6 +347,15 @@ class WeightGradients:
         if not self._unordered:
             self._unordered = True
             self._sink.set_layer_order(())
+
+
+def _uses(layers: Iterable[SplitUse]) -> dict[int, int]:
+    """How often each parameter was used, by its id."""
+    count: dict[int, int] = {}
+    for layer in layers:
+        for key in (id(layer.weight), id(layer.bias)):
+            count[key] = count.get(key, 0) + 1
+    return count
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -245,12 +245,15 @@ class PipelineStage:
         """A forward with autograd: what gradients start from and are part of, output, loss, and the layers used."""
         if self.mode.settings.autocast:
             torch.clear_autocast_cache()  # weights may have changed since they were cast
-        counting: AbstractContextManager[list[SplitUse]] = nullcontext([])
-        if self._gradients is not None:
-            counting = self._gradients.forward()
-        with torch.enable_grad(), counting as used:
-            output, loss_value = self._compute(args, kwargs, loss)
-        if loss_value is not None and self._gradients is not None:
+        gradients = self._gradients
+        used = [] if gradients is None else gradients.begin_forward()
+        try:
+            with torch.enable_grad():
+                output, loss_value = self._compute(args, kwargs, loss)
+        finally:
+            if gradients is not None:
+                gradients.active = False
+        if loss_value is not None and gradients is not None:
             require_graph(loss_value, self.stage_index)
         return self._differentiable(output, loss_value), output, loss_value, used
 
@@ -301,20 +304,16 @@ class PipelineStage:
         if self.mode.settings.autocast or saved.mode.settings.autocast:
             torch.clear_autocast_cache()  # activation checkpointing computes in a backward
         if self.is_last:
-            roots, grads = graph.roots, tuple(None for _ in graph.roots)
+            roots, grads = graph.roots, (None,) * len(graph.roots)
         else:
-            pairs = [
-                (root, gradients[at])
-                for root, at in zip(graph.roots, graph.which, strict=True)
-                if gradients[at] is not None
-            ]
-            roots, grads = tuple(root for root, _ in pairs), tuple(grad for _, grad in pairs)  # type: ignore[misc]
-        collecting: AbstractContextManager[list[WeightGradient]] = nullcontext([])
+            given = [at for at, which in enumerate(graph.which) if gradients[which] is not None]
+            roots = tuple([graph.roots[at] for at in given])
+            grads = tuple([gradients[graph.which[at]] for at in given])  # type: ignore[misc]
+        pending: list[WeightGradient] = []
         if self._gradients is not None:
-            collecting = self._gradients.backward(graph.used, defer=split)
-        with collecting as pending:
-            if roots:
-                torch.autograd.backward(roots, grads)
+            pending = self._gradients.backward(graph.used, roots, grads, defer=split)
+        elif roots:
+            torch.autograd.backward(roots, grads)
         if split:
             self._pending[micro_batch] = pending, saved.shares, saved.mode
         if self._gradients is not None and self._gradients.repeated:

@@ -16,6 +16,8 @@ def tensors(value: Any) -> list[Tensor]:
     """All tensors in ``value``, in the order in which ``torch.utils._pytree`` lists them."""
     if isinstance(value, Tensor):
         return [value]
+    if type(value) is tuple and len(value) == 1 and type(value[0]) is Tensor:
+        return [value[0]]
     if type(value) in (tuple, list) and not any(type(item) not in _FLAT for item in value):
         return [item for item in value if isinstance(item, Tensor)]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

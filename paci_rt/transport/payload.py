@@ -43,8 +43,11 @@ def check(channel: Channel, index: int, message: Message) -> None:
 
 def plain(tensor: Tensor) -> Tensor:
     """``tensor``, detached, with its elements in a row and no conjugation or sign put off; itself where that is so."""
-    tensor = tensor.detach()
-    return tensor.resolve_conj().resolve_neg().contiguous() if tensor.layout is torch.strided else tensor
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.layout is not torch.strided or (tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()):
+        return tensor
+    return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 @contextmanager

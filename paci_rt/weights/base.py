@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+_CURRENT = nullcontext()
+
 
 class StageWeights:
     """Policies ``bounded`` and ``recompute``: there is one version, the current one.
@@ -26,11 +28,11 @@ class StageWeights:
             current: updates applied so far.
             start: window before which the pipeline was last empty.
         """
-        return current, nullcontext()
+        return current, _CURRENT
 
     def for_backward(self, at_forward: int, current: int) -> tuple[int, AbstractContextManager[None]]:
         """Version for the backward of a micro-batch whose forward used version ``at_forward``, and its context."""
-        return current, nullcontext()
+        return current, _CURRENT
 
     def begin_update(self, current: int) -> None:
         """Called before the update that makes version ``current + 1``."""
