@@ -252,3 +252,19 @@ def refused(rank: int, group: Any, rows: int) -> list[str]:
 def test_batches_with_too_few_rows_are_refused_on_every_rank_as_in_torch(workers: WorkerPool) -> None:
     for rank in workers.run(refused, 2, 3):
         assert all(rank) and "args[0] has shape (3, 4)" in rank[2] and "args[0] has shape (3, 4)" in rank[3]
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(8, True), (6, False), (7, False), (16, True), (4, True)])
+def test_targets_are_cut_where_the_inputs_are(rows: int, fits: bool) -> None:
+    """6 rows of targets for 8 of inputs would pair other rows, which broadcasting may hide."""
+    pipe = paci_rt.LocalPipeline(
+        [nn.Linear(3, 3), nn.Linear(3, 3)],
+        schedule="1f1b",
+        n_microbatches=4,
+        loss_fn=lambda output, target: output.mean() * target.mean(),
+    )
+    if fits:
+        assert pipe.step(torch.ones(8, 3), target=torch.ones(rows, 3)).shape == (8, 3)
+        return
+    with pytest.raises(ValueError, match=f"inputs have 8 rows and the target {rows}, .* 4 micro-batches at different"):
+        pipe.step(torch.ones(8, 3), target=torch.ones(rows, 3))

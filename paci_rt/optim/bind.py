@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any
 
 import torch
@@ -193,7 +194,18 @@ def bind_optimizer(
     if isinstance(optimizer, FusedOptimizer):
         _check_fused(optimizer, trainable)
         return FusedStageOptimizer(optimizer, grouped, owners, frozen, buffers)
+    _check_step(optimizer)
     return _AnyTorch(optimizer, grouped, frozen, buffers)
+
+
+def _check_step(optimizer: torch.optim.Optimizer) -> None:
+    named = [one for one in signature(type(optimizer).step).parameters.values() if one.kind is not one.VAR_POSITIONAL]
+    needed = [one.name for one in named[1:] if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
+    if needed:
+        raise ValueError(
+            f"{type(optimizer).__name__}.step() needs a {needed[0]}, to compute the loss again, which no stage can do "
+            "by itself: use an optimizer whose step() needs nothing"
+        )
 
 
 def _check_fused(optimizer: FusedOptimizer, trainable: Mapping[str, nn.Parameter]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paci_rt.runtime import trees
-from paci_rt.runtime.split_merge import NO_SPECS, ChunkSpecs, merge, split, split_call
+from paci_rt.runtime.split_merge import NO_SPECS, ChunkSpecs, check_target, merge, split, split_call
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.streams import hand_to_caller
 
@@ -97,6 +97,8 @@ def cut_batch(
         raise ValueError(f"losses were asked for with {missing}: leave losses out, or give what they are computed from")
     args_parts, kwargs_parts = split_call(args, kwargs, count, specs)
     targets = None if target is None else split(target, count, "target")
+    if specs.args is None and specs.kwargs is None:
+        check_target(args, kwargs, target, count)
     batch = Batch(training=training)
     used: list[Any] = [kwargs]
     if first.is_first:

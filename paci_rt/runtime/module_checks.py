@@ -35,6 +35,11 @@ def check_wrappers(module: nn.Module, stage_index: int) -> None:
         StageError: something does; the message names its class and its path in the module.
     """
     for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise StageError(
+                f"{_where(path, stage_index)} is a {type(part).__name__} of TorchScript, whose weights and layers a "
+                "stage cannot take over: give the Python module, or a module of torch.export"
+            )
         found = _wrapper(part)
         if found is not None:
             name, why = found

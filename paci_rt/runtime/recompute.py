@@ -1,85 +1,33 @@
 """What it takes to run a forward once more, as if it were the first time: arguments, random numbers, buffers.
 
-The second run sees the buffers that the first one saw, and what it writes into buffers does not count. Attributes of a
-module that are neither parameters nor buffers are the module's own affair.
+The second run sees the buffers and the plain attributes that the first one saw, and what it writes there does not
+count.
 """
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from paci_rt.errors import StageError
 from paci_rt.runtime.activation_bytes import checkpoints, distinct_bytes
 from paci_rt.runtime.modes import Mode, modules_of
+from paci_rt.runtime.module_attributes import Attributes, Snapshot
+from paci_rt.runtime.random_state import RandomState, generators_of
 from paci_rt.runtime.trees import tensors
 
 COMPARED_BYTES = 1 << 16
 """Larger buffers on the CPU are compared with their last copy before they are copied anew."""
 
-WATCHED = 8
-"""Python's and NumPy's generators are kept for good if one of so many first forwards of a mode draws from them."""
-
 Kept = dict[nn.Module, dict[str, Tensor | None]]
 """Copies of buffers, by module and name."""
-
-
-@dataclass(frozen=True, slots=True)
-class RandomState:
-    """Of the generators that a forward may use: torch's, and Python's and NumPy's where those are kept."""
-
-    cpu: Tensor
-    gpu: Tensor | None
-    others: tuple[Any, Any] | None
-
-    @staticmethod
-    def take(device: torch.device, *, others: bool) -> RandomState:
-        """The state now.
-
-        Args:
-            device: the GPU whose generator counts, or the CPU.
-            others: keep Python's and NumPy's too, which takes some 60 us.
-        """
-        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return RandomState(torch.get_rng_state(), gpu, _others() if others else None)
-
-    @contextmanager
-    def again(self, device: torch.device) -> Iterator[None]:
-        """Within it, random numbers go on from here; those outside of it are not touched."""
-        now = RandomState.take(device, others=self.others is not None)
-        self._put(device)
-        try:
-            yield
-        finally:
-            now._put(device)
-
-    def _put(self, device: torch.device) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu, device)
-        if self.others is not None:
-            random.setstate(self.others[0])
-            np.random.set_state(self.others[1])
-
-
-def _others() -> tuple[Any, Any]:
-    return random.getstate(), np.random.get_state()
-
-
-def _drawn_since(others: tuple[Any, Any]) -> bool:
-    python, (_, keys, at, *gauss) = others
-    now_python, (_, now_keys, now_at, *now_gauss) = _others()
-    same = at == now_at and gauss == now_gauss and np.array_equal(keys, now_keys)
-    return not (same and python == now_python)
 
 
 class KeptBuffers:
@@ -155,6 +103,7 @@ class Again:
         args, kwargs, loss: what it was given.
         versions: of the tensors among them when it ran.
         random: state of the generators before it.
+        attributes: of the modules, before it.
         modules, buffers: what their buffers held before it; buffer_bytes: what keeping that takes.
         roots: positions of the outputs that took part in autograd.
     """
@@ -167,15 +116,18 @@ class Again:
     modules: Sequence[nn.Module]
     buffers: Kept
     buffer_bytes: int
+    attributes: Snapshot
     roots: tuple[int, ...] = ()
 
     def kept_bytes(self, shares: Mapping[int, int]) -> int:
         """Bytes that are kept for it; of storages in ``shares`` no more than their share."""
         return self.buffer_bytes + distinct_bytes(tensors((*self.args, *self.kwargs.values())), shares=shares)
 
-    def buffers_back(self) -> AbstractContextManager[None]:
-        """Within it, buffers hold what they held before the first run."""
-        return buffers_as(self.buffers, self.modules)
+    @contextmanager
+    def modules_back(self) -> Iterator[None]:
+        """Within it, the modules' buffers and attributes hold what they held before the first run."""
+        with buffers_as(self.buffers, self.modules), self.attributes.back():
+            yield
 
     def check(self, stage: int, roots: tuple[int, ...] | None = None) -> None:
         """Make sure that the second run is one of the first.
@@ -225,8 +177,8 @@ class Reruns:
         self._buffers = KeptBuffers()
         self._last: Mode | None = None  # looked for checkpointing under this mode
         self._looked: set[Any] = set()
-        self._watched: Mode | None = None
-        self._watches, self._draws = 0, False
+        self._attributes = Attributes()
+        self._generators: list[Any] | None = None  # of the modules', as this step found them
 
     def watch(self, loss_fn: Any, *, recompute: bool, drifts: bool) -> None:
         """A schedule takes the stage.
@@ -267,22 +219,27 @@ class Reruns:
             kwargs=kwargs,
             loss=loss,
             versions=versions_of(args, kwargs, loss),
-            random=RandomState.take(self._device, others=self._keeps_others(mode)),
+            random=RandomState.take(self._device, self._own_generators(modules)),
             modules=modules,
             buffers=buffers,
             buffer_bytes=buffer_bytes,
+            attributes=self._attributes.take(modules),
         )
 
-    def _keeps_others(self, mode: Mode) -> bool:
-        if mode is not self._watched:
-            self._watched, self._watches = mode, WATCHED
-        return self._draws or self._watches > 0
+    def begin(self) -> None:
+        """A step begins: modules may be others since."""
+        self._generators = None
+        self._attributes.begin()
+
+    def _own_generators(self, modules: Sequence[nn.Module]) -> list[Any]:
+        if self._generators is None:
+            self._generators = generators_of(modules)
+        return self._generators
 
     def ran(self, again: Again) -> None:
-        """The first run is over: see whether it drew from generators that are not torch's."""
-        if again.random.others is not None and not self._draws:
-            self._watches -= 1
-            self._draws = _drawn_since(again.random.others)
+        """The first run is over: see what it has changed."""
+        if self._attributes.after(again.attributes):
+            self._generators = None
 
     def wanted(self, outputs: Iterable[Tensor], mode: Mode, micro_batch: int) -> bool:
         """Whether the forward that has just run, prepared or not, is to be run again."""
@@ -293,7 +250,7 @@ class Reruns:
         return self.on
 
     def seen_in_backward(self, micro_batch: int) -> None:
-        """Layers of the stage have run in the backward of a micro-batch."""
+        """A part of the stage's forward has run in the backward of a micro-batch."""
         if self._drifts and not self.on:
             self._begin(micro_batch + 1)
 

@@ -213,10 +213,29 @@ def _hides_tensors(leaf: Any) -> bool:
     return not isinstance(leaf, torch.nn.Module) and any(isinstance(item, Tensor) for item in held.values())
 
 
+def check_target(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, count: int) -> None:
+    """Make sure that inputs and target are cut at the same places, where both are cut along dimension 0.
+
+    Raises:
+        ValueError: they are not; a micro-batch would get the target of another one's rows.
+    """
+    inputs, targets = _lengths((args, kwargs)), _lengths(target)
+    for rows in targets:
+        if inputs and rows not in inputs and (rows % count or all(other % count for other in inputs)):
+            raise ValueError(
+                f"the inputs have {next(iter(inputs))} rows and the target {rows}, which are cut into {count} "
+                f"micro-batches at different places: give them one length, or lengths that {count} divides"
+            )
+
+
+def _lengths(value: Any) -> dict[int, Tensor]:
+    leaves = pytree.tree_leaves(value, is_leaf=_is_block_mask)
+    return {leaf.shape[0]: leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
+
+
 def _warn_of_lengths(args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> None:
     """torch cuts them all the same; a tensor that is not of the batch is more likely meant for every micro-batch."""
-    leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_block_mask)
-    lengths = {leaf.shape[0]: leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
+    lengths = _lengths((args, kwargs))
     if len(lengths) > 1 and count > 1:
         named = {"args": args, "kwargs": kwargs}
         said = "; ".join(f"{name_of(named, leaf, '')} has {rows}" for rows, leaf in lengths.items())

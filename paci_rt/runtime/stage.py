@@ -158,6 +158,7 @@ class PipelineStage:
         if mode != self.mode:
             self.mode = mode
         self._own.look_again(self.submod)
+        self.reruns.begin()
 
     def attach(self, sink: GradSink) -> None:
         """Hand every parameter's gradient to ``sink`` as soon as a backward has completed it, and split the backward
@@ -294,7 +295,7 @@ class PipelineStage:
         with _NOTHING if saved.mode is self.mode else saved.mode.resumed(self.mode):
             if isinstance(saved.held, Graph):
                 return self._backward(micro_batch, saved, saved.held, gradients, split)
-            with saved.held.buffers_back():
+            with saved.held.modules_back():
                 graph = self._rebuild(saved.held)
                 return self._backward(micro_batch, saved, graph, gradients, split)
 
@@ -310,13 +311,15 @@ class PipelineStage:
             roots = tuple([graph.roots[at] for at in given])
             grads = tuple([gradients[graph.which[at]] for at in given])  # type: ignore[misc]
         pending: list[WeightGradient] = []
+        before = _get_sequence_nr()
         if self._gradients is not None:
             pending = self._gradients.backward(graph.used, roots, grads, defer=split)
         elif roots:
             torch.autograd.backward(roots, grads)
         if split:
             self._pending[micro_batch] = pending, saved.shares, saved.mode
-        if self._gradients is not None and self._gradients.repeated:
+        # A node that is made in a backward belongs to a forward that runs there; a GPU's backward has another thread.
+        if _get_sequence_nr() != before or (self._gradients is not None and self._gradients.repeated):
             self.reruns.seen_in_backward(micro_batch)
         return Message(
             tuple(None if tensor.grad is None else plain(tensor.grad) for tensor in saved.inputs),
@@ -339,11 +342,8 @@ class PipelineStage:
         return graph
 
     def kept_bytes(self, micro_batch: int) -> tuple[int, int]:
-        """Bytes of activations that ``micro_batch`` keeps alive until its backward, and in its backward.
-
-        Both are measured on forwards whose graph is of the same kind (:mod:`paci_rt.runtime.graph_facts`): every
-        distinct storage that autograd saved except parameters, and the stage's inputs. They differ where the forward is
-        run again.
+        """Bytes of activations that ``micro_batch`` keeps alive until its backward, and in its backward, which differ
+        where the forward is run again: every distinct storage that autograd saved except parameters, and the inputs.
         """
         saved = self.in_flight[micro_batch]
         return saved.kept_bytes, saved.full_bytes

@@ -277,3 +277,15 @@ def test_an_optimizer_can_move_to_another_schedule() -> None:
         assert optimizer.state[params[0]]["step"].item() == 2
         with pytest.raises(StageError, match="use only the newest"):
             first.update(1)
+
+
+class NeedsTwo(torch.optim.SGD):
+    def step(self, loss: Any, closure: Any = None) -> Any:  # type: ignore[override]
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("optimizer", "needs"), [(torch.optim.LBFGS, "closure"), (NeedsTwo, "loss")])
+def test_an_optimizer_whose_step_needs_something_is_refused(optimizer: Any, needs: str) -> None:
+    module = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=f"{optimizer.__name__}.step\\(\\) needs a {needs}"):
+        bind_optimizer(optimizer(module.parameters(), lr=0.1), dict(module.named_parameters()))

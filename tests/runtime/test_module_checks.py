@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -389,3 +390,13 @@ def test_frozen_altogether_is_named() -> None:
     x, y = batch(0)
     with pytest.raises(paci_rt.StageError, match="leave some parameter unfrozen"):
         pipe.step(x, target=y)
+
+
+def test_torchscript_is_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        inner = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(
+        paci_rt.StageError, match="is a RecursiveScriptModule of TorchScript"
+    ):
+        paci_rt.PipelineStage(nn.Sequential(nn.Tanh(), inner), 0, 2)

@@ -85,6 +85,52 @@ class Chance(nn.Module):
         return self.drop(self.linear(x)).tanh() * scale if random.random() < 0.7 else x * scale
 
 
+class Late(nn.Module):
+    """Draws from Python's and NumPy's generators only after many forwards, which a counter of its own counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(WIDTH, WIDTH), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        scale = random.random() + np.random.standard_normal() if self.calls > 12 else 1.0
+        return self.linear(x).tanh() * scale if self.calls % 3 else self.linear(2 * x)  # type: ignore[no-any-return]
+
+
+class OwnGenerators(nn.Module):
+    """Has made its generators itself, one of them in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.python, self.numpy = random.Random(3), [np.random.default_rng(4), np.random.RandomState(5)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "torchs"):
+            self.torchs = torch.Generator().manual_seed(6)
+        scale = self.python.random() + self.numpy[0].random() + self.numpy[1].rand()
+        return self.linear(x).tanh() * torch.rand(x.shape, generator=self.torchs) * scale
+
+
+class Remembers(nn.Module):
+    """Each forward depends on what the one before has left in an attribute, and takes another away."""
+
+    last: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.first = nn.Linear(WIDTH, WIDTH), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) + (0.0 if self.last is None else self.last)
+        self.last = y.detach().mean()
+        if "first" in self.__dict__:
+            del self.first
+            y = y * 2
+        return y.tanh()
+
+
 Maker = Callable[[], nn.Module]
 
 
@@ -121,13 +167,14 @@ def stages(maker: Maker, count: int = STAGES) -> list[nn.Module]:
     return [maker() for _ in range(count)]
 
 
-@pytest.mark.parametrize("maker", [Norm, Spectral, Codebook, Made, Chance])
+@pytest.mark.parametrize("maker", [Norm, Spectral, Codebook, Made, Chance, Late, OwnGenerators, Remembers])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
 def test_run_twice_all_is_as_run_once(maker: Maker, schedule: str) -> None:
     """Weights do not change between the two runs here: not a bit differs, buffers included."""
+    steps = 3 if maker is Chance else 8  # or else all three stages drop their layers together
     same(
-        train(stages(maker), schedule=schedule, policy="recompute"),
-        train(stages(maker), schedule=schedule, policy="bounded"),
+        train(stages(maker), schedule=schedule, policy="recompute", steps=steps),
+        train(stages(maker), schedule=schedule, policy="bounded", steps=steps),
     )
 
 
@@ -176,11 +223,11 @@ class ForgetsItsLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.calls = nn.Linear(WIDTH, WIDTH), 0
+        self.linear, self.calls = nn.Linear(WIDTH, WIDTH), [0]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.linear(x) if self.calls < 3 else x.detach()
+        self.calls[0] += 1
+        return self.linear(x) if self.calls[0] < 3 else x.detach()
 
 
 @pytest.mark.parametrize(
@@ -319,3 +366,38 @@ def test_checkpointing_that_is_turned_on_later(told: bool) -> None:
         run("not reentrant", "bounded")
     first = 4 if told else 5
     assert f"from micro-batch {first} on" in str(next(one.message for one in seen if "stage 0" in str(one.message)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_without_a_linear_layer_that_is_turned_on_later(reentrant: bool) -> None:
+    """Nothing of ours runs in that backward, but the nodes that it makes are counted."""
+
+    class Weight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.on = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=reentrant) if self.on else self.inner(x)  # type: ignore[no-any-return]
+
+        def inner(self, x: Tensor) -> Tensor:
+            return (x @ self.weight).tanh()
+
+    modules = [nn.Linear(WIDTH, WIDTH), Weight(), nn.Linear(WIDTH, WIDTH)]
+    pipe = paci_rt.LocalPipeline(
+        modules,
+        n_microbatches=1,
+        loss_fn=nn.functional.mse_loss,
+        lookahead=False,
+        optimizer=lambda params: paci_rt.SGD(params, lr=0.05),
+    )
+    x = torch.randn(4, WIDTH)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*checkpoints activations")
+        for _ in range(4):
+            pipe.step(x, target=x)
+    modules[1].on = True  # type: ignore[assignment]
+    pipe.step(x, target=x)
+    with pytest.warns(UserWarning, match="stage 1 checkpoints activations"):
+        pipe.step(x, target=x)
+    pipe.close()
