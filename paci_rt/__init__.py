@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from paci_rt import hf
 from paci_rt.check import CutReport, check_against
 from paci_rt.errors import (
     AccumulatorStateError,
@@ -109,6 +110,7 @@ __all__ = [
     "TritonMissingError",
     "check_against",
     "get_schedule_class",
+    "hf",
     "params_sha256",
     "plan_slack",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 from paci_rt.optim.backend import usable
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.stage import LossFn, PipelineStage
+from paci_rt.runtime.tied_weights import declared_ties
 from paci_rt.runtime.torch_stages import check_replicated, from_one_pipe
 from paci_rt.schedule_base import chunk_specs, one_each
 from paci_rt.schedules import Slack, StepCosts
@@ -80,6 +81,7 @@ class LocalPipeline(Pipeline):
         streams: Sequence[torch.cuda.Stream | None] | None = None,
         update_streams: Sequence[torch.cuda.Stream | None] | None = None,
     ) -> None:
+        tied_weights = declared_ties(modules, tied_weights)
         _check_modules(modules, tied_weights)
         stages = _stages(modules, device, streams, update_streams)
         optimizers: list[Any] = [None] * len(stages)

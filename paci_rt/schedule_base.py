@@ -12,6 +12,7 @@ from paci_rt.runtime.agreement import among_processes
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.split_merge import NO_SPECS, ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
+from paci_rt.runtime.tied_weights import declared_ties
 from paci_rt.runtime.torch_stages import adopt
 from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules.lowering import TiedWeight
@@ -47,6 +48,7 @@ class _PipelineSchedule(Pipeline):
         if not hasattr(type(self), "name"):
             raise TypeError(f"{type(self).__name__} is a base class: take a schedule of get_schedule_class(name)")
         register_with_torch()
+        tied_weights = declared_ties([stage.submod for stage in stages], tied_weights)
         if not stages:
             raise ValueError("stages is empty: give the stages of this rank")
         super().__init__(

@@ -177,6 +177,7 @@ class Reruns:
         self._buffers = KeptBuffers()
         self._last: Mode | None = None  # looked for checkpointing under this mode
         self._looked: set[Any] = set()
+        self._suspected = self._cleared = False
         self._attributes = Attributes()
         self._generators: list[Any] | None = None  # of the modules', as this step found them
 
@@ -247,12 +248,23 @@ class Reruns:
             self._looked.add((mode.training, mode.checkpointing))
             if checkpoints(outputs):
                 self._begin(micro_batch)
+            elif self._suspected:
+                self._cleared = True
         return self.on
 
     def seen_in_backward(self, micro_batch: int) -> None:
-        """A part of the stage's forward has run in the backward of a micro-batch."""
+        """Layers of the stage have run in the backward of a micro-batch."""
         if self._drifts and not self.on:
             self._begin(micro_batch + 1)
+
+    def nodes_made_in_backward(self) -> None:
+        """Somebody has made autograd nodes in a backward: look at the next forward again.
+
+        It may be a checkpoint, or a function whose backward calls another one. The latter is looked at once.
+        """
+        if self._drifts and not self.on and not self._cleared:
+            self._suspected, self._last = True, None
+            self._looked.clear()
 
     def _begin(self, micro_batch: int) -> None:
         self.on = True

@@ -318,9 +318,10 @@ class PipelineStage:
             torch.autograd.backward(roots, grads)
         if split:
             self._pending[micro_batch] = pending, saved.shares, saved.mode
-        # A node that is made in a backward belongs to a forward that runs there; a GPU's backward has another thread.
-        if _get_sequence_nr() != before or (self._gradients is not None and self._gradients.repeated):
+        if self._gradients is not None and self._gradients.repeated:
             self.reruns.seen_in_backward(micro_batch)
+        elif _get_sequence_nr() != before:  # on a GPU another thread counts
+            self.reruns.nodes_made_in_backward()
         return Message(
             tuple(None if tensor.grad is None else plain(tensor.grad) for tensor in saved.inputs),
             tuple(False for _ in saved.inputs),

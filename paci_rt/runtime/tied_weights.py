@@ -6,7 +6,7 @@ gradients and later takes over the updated weight, at the places that :mod:`paci
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -111,3 +111,14 @@ class TiedExchange(GradSink):
         param = self._read[tie]
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(param):
             param.copy_(weight)
+
+
+def declared_ties(modules: Iterable[object], given: Sequence[TiedWeight]) -> Sequence[TiedWeight]:
+    """What a schedule was given; else what its modules say in an attribute ``tied_weights``."""
+    if given:
+        return given
+    for module in modules:
+        own = getattr(getattr(module, "_orig_mod", module), "tied_weights", None)
+        if isinstance(own, tuple) and own and all(isinstance(one, TiedWeight) for one in own):
+            return own
+    return given

@@ -396,7 +396,5 @@ def test_torchscript_is_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         inner = torch.jit.script(nn.Linear(2, 2))
-    with pytest.raises(
-        paci_rt.StageError, match="is a RecursiveScriptModule of TorchScript"
-    ):
+    with pytest.raises(paci_rt.StageError, match="is a RecursiveScriptModule of TorchScript"):
         paci_rt.PipelineStage(nn.Sequential(nn.Tanh(), inner), 0, 2)
