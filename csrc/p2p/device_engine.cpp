@@ -33,6 +33,7 @@ DeviceEngine::DeviceEngine(std::shared_ptr<DeviceOps> ops, int device, int stage
       stage_(stage),
       options_(std::move(options)),
       stop_(std::make_shared<std::atomic<bool>>(false)) {
+  options_.check();
   ops_->check_device(device_);
   wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   if (wake_fd_ < 0) throw ResourceError(concat("no eventfd: ", std::strerror(errno), "; close some files"));
