@@ -47,7 +47,7 @@ class World:
         values.KEPT.append(self.tensors)
         self.objects: list[Any] = []
         for make in (self._accumulator, self._shm, self._gate, self._twin):
-            if self.rng.random() < 0.6:
+            if self.rng.random() < 0.8:
                 with contextlib.suppress(Exception):
                     make()
 
@@ -183,6 +183,8 @@ class World:
     def next_call(self) -> tuple[str, Any]:
         """Its text, and a function that does it."""
         call = self.rng.choice(CALLS)
+        while self.rng.random() < 0.9 and not self._has_object(call):
+            call = self.rng.choice(CALLS)
         scope = _C if not call.owner or hasattr(_C, call.owner) else _C._testing
         owner = getattr(scope, call.owner) if call.owner else scope
         plain, named = self.arguments(call.params)
@@ -195,6 +197,12 @@ class World:
         if call.static or not call.owner:
             return self._text(call, plain, named), lambda: getattr(owner, call.name)(*plain, **named)
         return self._text(call, plain, named), self._method(call, owner, plain, named)
+
+    def _has_object(self, call: Call) -> bool:
+        if not call.owner or call.static or call.name == "__init__":
+            return True
+        owner = getattr(_C, call.owner, None) or getattr(_C._testing, call.owner)
+        return any(isinstance(one, owner) for one in self.objects)
 
     def _method(self, call: Call, owner: Any, plain: list[Any], named: dict[str, Any]) -> Any:
         found = [one for one in self.objects if isinstance(one, owner)]

@@ -97,7 +97,7 @@ struct pybind11::detail::type_caster<paci_rt::StreamArg> {
     if (hasattr(source, "cuda_stream")) return source.attr("cuda_stream");
     // CuPy's arrays' memory has a ptr too, but nothing waits for events on it.
     if (hasattr(source, "wait_event") && hasattr(source, "ptr")) return source.attr("ptr");
-    throw type_error("an object of type " + std::string(Py_TYPE(source.ptr())->tp_name) +
+    throw type_error(repr(source).cast<std::string>() +
                      " is no stream: pass an integer handle or an object with __cuda_stream__");
   }
 };

@@ -50,6 +50,7 @@ DeviceEngine::~DeviceEngine() {
 // Gives memory back. Slots may be read until the work is done that was issued before their leases went; one that is
 // still leased waits for its lease, which holds the engine, and what never ends keeps its memory.
 void DeviceEngine::drop_lanes() {
+  const std::lock_guard<std::mutex> issuing(issue_mutex_);
   for (const auto& end : outgoing_) end->lane_.reset();
   const std::int64_t limit = now_ns() + ns_of(kLeaveS);
   for (const auto& end : incoming_) {
