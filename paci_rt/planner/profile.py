@@ -35,7 +35,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from paci_rt.schedules import limits
+from paci_rt.simulate.costs import LEAST_BANDWIDTH
+
 FORMAT, VERSION = "paci-rt profile", 1
+MOST_BLOCKS = 4096
 ROLES = ("first", "middle", "last")
 _SECONDS = ("forward_s", "input_grad_s", "weight_grad_s")
 _BYTES = ("parameter_bytes", "activation_bytes", "stash_bytes", "boundary_bytes")
@@ -221,6 +225,8 @@ def parse_profile(data: Any) -> Profile:
     if reader.get("version", "a number", _is_number) != VERSION:
         raise ValueError(f"version is {data['version']!r}, and this program reads version {VERSION}: measure again")
     blocks = reader.get("blocks", "a list with one entry per block", lambda value: isinstance(value, list) and value)
+    if len(blocks) > MOST_BLOCKS:
+        raise ValueError(f"blocks has {len(blocks):,} entries: give at most {MOST_BLOCKS:,}")
     return Profile(
         blocks=tuple(_parse_block(_Reader(block, f"blocks[{at}]")) for at, block in enumerate(blocks)),
         input_bytes=reader.number("input_bytes", whole=True),
@@ -245,8 +251,12 @@ def _parse_block(reader: _Reader) -> BlockProfile:
 
 
 def _bandwidth(reader: _Reader) -> float:
-    what = "a number above 0, or null for no limit"
-    value = reader.get("bandwidth_bytes_per_s", what, lambda value: value is None or (_is_number(value) and value > 0))
+    what = f"a number of at least {LEAST_BANDWIDTH:g}, or null for no limit"
+    value = reader.get(
+        "bandwidth_bytes_per_s",
+        what,
+        lambda value: value is None or (_is_number(value) and LEAST_BANDWIDTH <= value),
+    )
     return math.inf if value is None else float(value)
 
 
@@ -269,7 +279,11 @@ class _Reader:
 
     def number(self, key: str, *, whole: bool = False) -> Any:
         kind = "a whole number" if whole else "a number"
-        value = self.get(key, f"{kind} of at least 0", lambda value: _is_number(value) and value >= 0)
+        most = limits.MOST_SECONDS if key.endswith("_s") else limits.MOST_BYTES
+        if key == "state_bytes_per_parameter_byte":
+            most = limits.MOST_SECONDS
+        wanted = f"{kind} of at least 0 and at most {most:g}"
+        value = self.get(key, wanted, lambda value: _is_number(value) and 0 <= value <= most)
         if whole and value != int(value):
             raise ValueError(f"{self.where + '.' if self.where else ''}{key} is {value}: give {kind}")
         return int(value) if whole else float(value)
