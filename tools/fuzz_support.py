@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from paci_rt.errors import PaciError, ScheduleError
+from paci_rt.errors import ActionError, PaciError, ScheduleError
 
 PACKAGE = Path(__file__).resolve().parents[1] / "paci_rt"
 CASE_LIMIT_S = 20.0
@@ -109,9 +109,11 @@ def why_undocumented(error: BaseException) -> str:
         if dis.opname[frame.f_code.co_code[at]] not in ("RAISE_VARARGS", "RERAISE"):
             return f"a {type(error).__name__} that Python raised in {Path(frame.f_code.co_filename).name}"
     text = str(error)
-    if not isinstance(error, ScheduleError) and ("\n" in text or "\r" in text or "\0" in text):
+    if isinstance(error, (ScheduleError, ActionError)):  # which quote more: a grid, or the error of a module
+        return ""
+    if ("\n" in text or "\r" in text or "\0" in text):
         return "a message of several lines"
-    if not isinstance(error, ScheduleError) and len(text) > LONGEST_LINE:
+    if len(text) > LONGEST_LINE:
         return f"a message of {len(text)} characters"
     return "" if text.strip() else "a message without a word"
 

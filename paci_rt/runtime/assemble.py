@@ -13,6 +13,7 @@ from paci_rt import schedules
 from paci_rt.clock import HostClock
 from paci_rt.optim.bind import bind_optimizer
 from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.runtime.argument_types import check_types
 from paci_rt.runtime.audit import RankAudit, StageAudit
 from paci_rt.runtime.executor import StageRuntime
 from paci_rt.runtime.module_checks import check_parameters, check_wrappers
@@ -73,6 +74,18 @@ def make_setup(
     Raises:
         ValueError, ScheduleError: an argument that cannot work.
     """
+    check_types(
+        schedule=schedule,
+        loss_fn=loss_fn,
+        optimizers=optimizers,
+        chunks=chunks,
+        policy=policy,
+        lookahead=lookahead,
+        costs=costs,
+        buffers=buffers,
+        tied_weights=tied_weights,
+        scale_grads=scale_grads,
+    )
     family = schedules.get(schedule)
     check_memory(stages, tied_weights)
     limits.check_integer("n_microbatches", n_microbatches, 1, limits.MOST_MICRO_BATCHES)
