@@ -10,8 +10,8 @@ _STARTS_RUN = ("RANK", "WORLD_SIZE")
 
 
 def speaks() -> bool:
-    """Whether this process prints errors for all: rank 0 of torchrun, and whoever was started in another way."""
-    return not all(name in os.environ for name in TORCHRUN) or os.environ["RANK"] == "0"
+    """Whether this process prints errors for all: not the ranks of torchrun behind the first."""
+    return not all(name in os.environ for name in TORCHRUN) or not os.environ["RANK"].isdigit() or not int(os.environ["RANK"])
 
 
 def check_torchrun_variables() -> None:

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from paci_rt.errors import shown
 from paci_rt.schedules import limits
 from paci_rt.simulate.costs import LEAST_BANDWIDTH
 
@@ -196,8 +197,8 @@ def load_profile(path: str | Path) -> Profile:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"profile {path} cannot be read ({error.strerror}): name a file of paci-rt plan") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"profile {path} is not JSON ({error}): delete it, and paci-rt plan measures again") from None
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or numbers and nesting beyond any sense
+        raise ValueError(f"profile {path} is not JSON ({str(error)[:200]}): delete it, and paci-rt plan measures again") from None
     try:
         return parse_profile(data)
     except ValueError as error:
@@ -221,9 +222,9 @@ def parse_profile(data: Any) -> Profile:
     """
     reader = _Reader(data, "")
     if reader.get("format", "the words " + repr(FORMAT), lambda value: isinstance(value, str)) != FORMAT:
-        raise ValueError(f"format is {data['format']!r}: give a file that paci-rt plan --profile wrote")
+        raise ValueError(f"format is {shown(data['format'], 40)}: give a file that paci-rt plan --profile wrote")
     if reader.get("version", "a number", _is_number) != VERSION:
-        raise ValueError(f"version is {data['version']!r}, and this program reads version {VERSION}: measure again")
+        raise ValueError(f"version is {shown(data['version'], 40)}, and this program reads version {VERSION}: measure again")
     blocks = reader.get("blocks", "a list with one entry per block", lambda value: isinstance(value, list) and value)
     if len(blocks) > MOST_BLOCKS:
         raise ValueError(f"blocks has {len(blocks):,} entries: give at most {MOST_BLOCKS:,}")
@@ -266,7 +267,7 @@ class _Reader:
     def __init__(self, data: Any, where: str) -> None:
         self.data, self.where = data, where
         if not isinstance(data, dict):
-            raise ValueError(f"{where or 'the file'} is {_shown(data)}: give a JSON object")
+            raise ValueError(f"{where or 'the file'} is {shown(data, 40)}: give a JSON object")
 
     def get(self, key: str, wanted: str, accepts: Callable[[Any], Any]) -> Any:
         name = f"{self.where}.{key}" if self.where else key
@@ -274,7 +275,7 @@ class _Reader:
             raise ValueError(f"{name} is missing: give {wanted}")
         value = self.data[key]
         if not accepts(value):
-            raise ValueError(f"{name} is {_shown(value)}: give {wanted}")
+            raise ValueError(f"{name} is {shown(value, 40)}: give {wanted}")
         return value
 
     def number(self, key: str, *, whole: bool = False) -> Any:
@@ -292,7 +293,3 @@ class _Reader:
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
