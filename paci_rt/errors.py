@@ -34,7 +34,9 @@ def unknown(what: str, word: object, known: Iterable[str]) -> ValueError:
         ValueError("unknown transport 'gluu': did you mean 'gloo'? choose from shm, gloo")
     """
     choices = list(known)
-    return ValueError(f"unknown {what} {shown(word)}: {did_you_mean(str(word)[:40], choices)}choose from {', '.join(choices)}")
+    return ValueError(
+        f"unknown {what} {shown(word)}: {did_you_mean(str(word)[:40], choices)}choose from {', '.join(choices)}"
+    )
 
 
 def shown(value: Any, longest: int = 80) -> str:

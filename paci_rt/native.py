@@ -1,7 +1,7 @@
 """The native core as Python sees it, and the only importer of ``paci_rt._C``.
 
-Tensors cross the border as they are, and the core reads where they lie; devices, dtypes and streams are integers. Importing this
-module never fails for want of the core: the first use does, with one sentence that says how to build it.
+Tensors cross the border as they are, and the core reads where they lie; devices, dtypes and streams are integers.
+Importing this module never fails for want of the core: the first use does, with one sentence that says how to build it.
 """
 
 from __future__ import annotations

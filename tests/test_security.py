@@ -66,7 +66,9 @@ def test_no_input_is_executed(file: Path) -> None:
 def test_the_core_runs_no_code_but_libraries_that_it_is_told_to_load() -> None:
     found = {}
     for file in sorted((ROOT / "csrc").rglob("*.[ch]pp")):
-        for match in re.finditer(r"\b(system|popen|execv\w*|PyRun_\w+|py::eval\w*|py::exec|dlopen)\s*\(", file.read_text()):
+        for match in re.finditer(
+            r"\b(system|popen|execv\w*|PyRun_\w+|py::eval\w*|py::exec|dlopen)\s*\(", file.read_text()
+        ):
             found.setdefault(match[1], set()).add(file.name)
     assert set(found) <= {"dlopen"}, found
     assert found.get("dlopen", set()) <= {"nccl_api.cpp", "cuda_check.cpp"}

@@ -21,16 +21,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import fuzz_api
 import fuzz_cli
 import fuzz_files
 import fuzz_schedules
 import fuzz_support
-import torch
 from fuzz_support import Target
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 TARGETS: list[Target] = [
     *fuzz_schedules.TARGETS,
@@ -76,8 +75,9 @@ def run_target(target: Target, cases: int, number: int) -> tuple[int, BaseExcept
 
 def describe(error: BaseException) -> list[str]:
     """What went wrong, once for each kind."""
-    if isinstance(error, ExceptionGroup):
-        return [line for inner in error.exceptions for line in describe(inner)]
+    several = getattr(error, "exceptions", None)  # of an ExceptionGroup
+    if several is not None:
+        return [line for inner in several for line in describe(inner)]
     case = " ".join(" ".join(getattr(error, "__notes__", [])).split())
     return [f"{type(error).__name__}: {str(error)[:500]} | {case[:1500]}"]
 
@@ -92,7 +92,9 @@ def run(targets: list[Target], *, seconds: float, first_seed: int, cases: int | 
             ran, error = run_target(target, cases or cases_of(target), number)
             counted[target.name] += ran
             for text in describe(error) if error is not None else []:
-                failures.setdefault(f"{target.name}: {text[:120]}", {"target": target.name, "seed": number, "text": text})
+                failures.setdefault(
+                    f"{target.name}: {text[:120]}", {"target": target.name, "seed": number, "text": text}
+                )
             if cases is None and time.monotonic() - begin > seconds:
                 break
         number += 1

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz_support import REFUSED, Target, attempt, floats, holds, huge, often, small, some_of, weird, words
 from hypothesis import strategies as st
 
+from fuzz_support import REFUSED, Target, attempt, floats, holds, huge, often, small, some_of, weird, words
 from paci_rt import schedules
 from paci_rt.planner import BlockProfile, Profile, load_profile, parse_profile, plan
 from paci_rt.schedules import policies
@@ -32,7 +32,8 @@ CONFIG: dict[str, st.SearchStrategy[Any]] = {
     "profile": often(st.none(), words, weird),
     "policy": often(st.sampled_from([None, *policies.POLICIES]), words, weird),
     "lookahead": st.sampled_from([None, True, False]),
-    "step_costs": st.none() | st.builds(schedules.StepCosts, forward=st.lists(floats, max_size=4).map(tuple), hop=floats),
+    "step_costs": st.none()
+    | st.builds(schedules.StepCosts, forward=st.lists(floats, max_size=4).map(tuple), hop=floats),
     "buffers": small(1, 2),
     "model": often(st.sampled_from(list(MODELS)), words, weird),
     "partition": often(st.none(), st.lists(st.integers(-1, 9), max_size=5).map(tuple), weird),
@@ -42,8 +43,12 @@ CONFIG: dict[str, st.SearchStrategy[Any]] = {
     "seq_len": small(1, 128),
     "optimizer": often(st.sampled_from(OPTIMIZERS), words, weird),
     "dtype": often(st.sampled_from(list(DTYPES)), words, weird),
-    "device": often(st.just("cpu"), st.sampled_from(["auto", "cuda", "cuda:0", "cuda:99", "cuda:٣", "tpu"]), words, weird),
-    "transport": often(st.sampled_from(["auto", "gloo", "shm", "local"]), st.sampled_from(list(TRANSPORTS)), words, weird),
+    "device": often(
+        st.just("cpu"), st.sampled_from(["auto", "cuda", "cuda:0", "cuda:99", "cuda:٣", "tpu"]), words, weird
+    ),
+    "transport": often(
+        st.sampled_from(["auto", "gloo", "shm", "local"]), st.sampled_from(list(TRANSPORTS)), words, weird
+    ),
     "out": often(st.none(), words, weird),
     "resume": often(st.none(), words, weird),
     "trace": st.booleans(),
@@ -191,7 +196,25 @@ contents = st.one_of(
 
 TARGETS = [
     Target("config", some_of(CONFIG), check_config, 1),
-    Target("profile", st.tuples(changes(), some_of(PLAN), st.lists(st.sampled_from(["paci", "1f1b", "zb-h1"]), min_size=1, max_size=2)), check_profile, 6),
+    Target(
+        "profile",
+        st.tuples(
+            changes(), some_of(PLAN), st.lists(st.sampled_from(["paci", "1f1b", "zb-h1"]), min_size=1, max_size=2)
+        ),
+        check_profile,
+        6,
+    ),
     Target("profile file", st.tuples(changes(), flips, st.integers(0, 40)), check_profile_file, 1),
-    Target("tokens", st.tuples(st.sampled_from([".bin", ".txt", "", "/"]), contents, often(st.sampled_from([256, 301, 50304]), st.integers(1, 70000)), often(st.integers(1, 16), st.integers(1, 400)), st.sampled_from([1, 1, 40])), check_tokens, 2),
+    Target(
+        "tokens",
+        st.tuples(
+            st.sampled_from([".bin", ".txt", "", "/"]),
+            contents,
+            often(st.sampled_from([256, 301, 50304]), st.integers(1, 70000)),
+            often(st.integers(1, 16), st.integers(1, 400)),
+            st.sampled_from([1, 1, 40]),
+        ),
+        check_tokens,
+        2,
+    ),
 ]

@@ -20,15 +20,12 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import torch
 
 import fuzz_native_values as values
-import torch
 from fuzz_native_values import Call, Param
-
 from paci_rt import _C
 
 PER_CHILD = 50
@@ -244,6 +241,10 @@ def attempt(world: World, run: Any) -> str:
     return "returned"
 
 
+def into(outcomes: list[str], world: World, run: Any) -> None:
+    outcomes.append(attempt(world, run))
+
+
 def child(seed: int, calls: int, log: int) -> None:
     """Runs calls, writing each before it begins; closes what it made at the end."""
     resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))
@@ -257,7 +258,7 @@ def child(seed: int, calls: int, log: int) -> None:
             _, other = world.next_call()
             outcomes: list[str] = []
             threads = [
-                threading.Thread(target=lambda work=work: outcomes.append(attempt(world, work)), daemon=True)
+                threading.Thread(target=into, args=(outcomes, world, work), daemon=True)
                 for work in (run, run if threaded < 0.1 else other)
             ]
             for thread in threads:

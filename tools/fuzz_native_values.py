@@ -18,7 +18,7 @@ from paci_rt.transport import wire
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TESTING = '''
+TESTING = """
 class HostTwin(DeviceOps):
     def __init__(self, max_delay_us: int = 0, seed: int = 0) -> None: ...
     def launch(self, device: int, stream: Any, work: Work) -> None: ...
@@ -48,7 +48,7 @@ class FakeNccl(Nccl):
     def misuse(self) -> str: ...
     @property
     def issuing_threads(self) -> int: ...
-'''
+"""
 LEFT_OUT = {"hold", "lose_waits", "set_background"}
 """Of the tests' own fakes: they exist to make a wait last for ever."""
 TYPED_DICTS = {"_DeviceEnd", "_FlatStep", "_AdamW", "_SGD", "_Lion"}
@@ -153,7 +153,22 @@ class Spoofed:
 INTS = [0, 1, 2, 3, 7, 64, -1, -2, 2**16, 2**31 - 1, 2**31, 2**53, 2**54, 2**63 - 1, 2**63, 2**64, -(2**63), -(2**64)]
 INTS += [10**30, True, np.int64(3), 1 << 40]
 FLOATS = [0.0, 1.0, -1.0, float("nan"), float("inf"), -float("inf"), 1e308, 1e-308, 5e-324, 3, np.float32(0.5)]
-TEXTS = ["", "F", "B", "TW0", "auto", "avx2", "baseline", "nccl", "ipc", "self-copy", "self-nccl", "\0", "F\0B", "a" * 100_000]
+TEXTS = [
+    "",
+    "F",
+    "B",
+    "TW0",
+    "auto",
+    "avx2",
+    "baseline",
+    "nccl",
+    "ipc",
+    "self-copy",
+    "self-nccl",
+    "\0",
+    "F\0B",
+    "a" * 100_000,
+]
 TEXTS += ["é", "\ud800", "x\ny", "libc.so.6", "/", "/dev/null", "%s%n"]
 
 
@@ -179,8 +194,18 @@ def tensors() -> list[Any]:
     """Some that the core can use, some that it cannot."""
     plain = [torch.zeros(size) for size in (0, 1, 4, 16, 64, 1000)] + [_aligned(size) for size in (16, 64, 1000)]
     low = [torch.zeros(64, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int8)]
-    odd = [_freed(), torch.zeros(8, 8).t(), torch.zeros(65)[1:], torch.zeros(4).to_sparse(), torch.empty(64, device="meta")]
-    odd += [torch.zeros(64, requires_grad=True), torch.zeros(4, dtype=torch.complex64).conj(), torch.zeros(1).expand(64)]
+    odd = [
+        _freed(),
+        torch.zeros(8, 8).t(),
+        torch.zeros(65)[1:],
+        torch.zeros(4).to_sparse(),
+        torch.empty(64, device="meta"),
+    ]
+    odd += [
+        torch.zeros(64, requires_grad=True),
+        torch.zeros(4, dtype=torch.complex64).conj(),
+        torch.zeros(1).expand(64),
+    ]
     odd += [torch.nn.Parameter(torch.zeros(64)), torch.tensor(1.0), torch.zeros(64, dtype=torch.bool)]
     odd += [torch.frombuffer(bytearray(257), dtype=torch.uint8)[1:].view(torch.uint8)]
     return plain * 3 + low + odd
@@ -188,7 +213,22 @@ def tensors() -> list[Any]:
 
 def junk() -> list[Any]:
     """What is nothing that any call wants."""
-    return [None, [], {}, (), object(), Odd(), Looped(), Spoofed(), MagicMock(), b"", "text", 3.5, int, _C, lambda: None] + [
+    return [
+        None,
+        [],
+        {},
+        (),
+        object(),
+        Odd(),
+        Looped(),
+        Spoofed(),
+        MagicMock(),
+        b"",
+        "text",
+        3.5,
+        int,
+        _C,
+        lambda: None,
         np.zeros(64, np.float32),
         bytearray(64),
         memoryview(bytes(64)),

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
-from fuzz_support import REFUSED, Target, attempt, floats, holds, huge, often, small, some_of, times, weird, words
 from hypothesis import strategies as st
 
+from fuzz_support import REFUSED, Target, attempt, floats, holds, huge, often, small, some_of, times, weird, words
 from paci_rt import plan_slack, schedules
 from paci_rt.action import OPS, Action, Op, decode_fields
 from paci_rt.schedules import policies, slack
@@ -20,9 +20,7 @@ from paci_rt.simulate import Costs, simulate
 MOST = 4000
 """Actions of a case that is played to its end."""
 
-slacks = often(
-    st.integers(0, 6), st.lists(st.integers(0, 4), max_size=6), st.lists(weird, max_size=3), huge, weird
-)
+slacks = often(st.integers(0, 6), st.lists(st.integers(0, 4), max_size=6), st.lists(weird, max_size=3), huge, weird)
 step_costs = often(
     st.builds(schedules.StepCosts),
     st.builds(schedules.StepCosts, forward=times(), input_grad=times(), weight_grad=times(), hop=floats, stash=floats),
@@ -157,8 +155,18 @@ digits = st.text("0123456789,.:eE+-_ FBIWURSCEVDTG", max_size=24) | words
 texts = st.tuples(st.sampled_from(["slack", "costs", "action"]), digits)
 
 TARGETS = [
-    Target("schedules", st.tuples(names, shapes, st.none() | st.sampled_from(policies.POLICIES) | words, st.integers(1, 3)), check_schedule, 2),
-    Target("simulate", st.tuples(st.sampled_from(list(schedules.FAMILIES)), shapes, costs_of, simulate_options), check_simulation, 2),
+    Target(
+        "schedules",
+        st.tuples(names, shapes, st.none() | st.sampled_from(policies.POLICIES) | words, st.integers(1, 3)),
+        check_schedule,
+        2,
+    ),
+    Target(
+        "simulate",
+        st.tuples(st.sampled_from(list(schedules.FAMILIES)), shapes, costs_of, simulate_options),
+        check_simulation,
+        2,
+    ),
     Target("slack", plans, check_plan, 1),
     Target("texts", texts, check_texts, 0.5),
 ]

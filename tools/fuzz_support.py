@@ -1,7 +1,7 @@
 """What all fuzz targets share: values, and the property that a call works or raises a documented error in time.
 
-A target is a hypothesis strategy and a check. ``tests/fuzz`` runs each for a few examples, ``tools/fuzz.py`` for as long
-as it is told to.
+A target is a hypothesis strategy and a check. ``tests/fuzz`` runs each for a few examples, ``tools/fuzz.py`` for
+as long as it is told to.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def why_undocumented(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, (ScheduleError, ActionError)):  # which quote more: a grid, or the error of a module
         return ""
-    if ("\n" in text or "\r" in text or "\0" in text):
+    if "\n" in text or "\r" in text or "\0" in text:
         return "a message of several lines"
     if len(text) > LONGEST_LINE:
         return f"a message of {len(text)} characters"

@@ -11,7 +11,11 @@ _STARTS_RUN = ("RANK", "WORLD_SIZE")
 
 def speaks() -> bool:
     """Whether this process prints errors for all: not the ranks of torchrun behind the first."""
-    return not all(name in os.environ for name in TORCHRUN) or not os.environ["RANK"].isdigit() or not int(os.environ["RANK"])
+    return (
+        not all(name in os.environ for name in TORCHRUN)
+        or not os.environ["RANK"].isdigit()
+        or not int(os.environ["RANK"])
+    )
 
 
 def check_torchrun_variables() -> None:
@@ -33,15 +37,19 @@ def check_torchrun_variables() -> None:
     for name, least, most in (("WORLD_SIZE", 1, 1 << 17), ("RANK", 0, 1 << 17), ("MASTER_PORT", 0, 65535)):
         text = os.environ[name]
         if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-            raise ValueError(f"{name}={text[:80]!r} is in the environment, which is no number from {least} to {most}: {remedy}")
+            raise ValueError(
+                f"{name}={text[:80]!r} is in the environment, which is no number from {least} to {most}; {remedy}"
+            )
         numbers[name] = int(text)
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
         raise ValueError(
-            f"RANK={numbers['RANK']} and WORLD_SIZE={numbers['WORLD_SIZE']} are in the environment, and ranks end below "
-            f"WORLD_SIZE: {remedy}"
+            f"RANK={numbers['RANK']} and WORLD_SIZE={numbers['WORLD_SIZE']} are in the environment, and ranks "
+            f"end below WORLD_SIZE; {remedy}"
         )
     if not os.environ["MASTER_ADDR"].strip() or not os.environ["MASTER_ADDR"].isprintable():
-        raise ValueError(f"MASTER_ADDR={os.environ['MASTER_ADDR'][:80]!r} is in the environment, which is no host: {remedy}")
+        raise ValueError(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR'][:80]!r} is in the environment, which is no host: {remedy}"
+        )
 
 
 def started_by_hand() -> str:
@@ -51,6 +59,6 @@ def started_by_hand() -> str:
         return ""
     rank, size, host, port = (os.environ[name] for name in TORCHRUN)
     return (
-        f"RANK={rank} and WORLD_SIZE={size} are in the environment: waiting for {size} processes at {host}:{port}; unset "
-        "both to train without torchrun"
+        f"RANK={rank} and WORLD_SIZE={size} are in the environment: waiting for {size} processes at {host}:{port}; "
+        "unset both to train without torchrun"
     )

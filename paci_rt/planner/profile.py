@@ -198,7 +198,9 @@ def load_profile(path: str | Path) -> Profile:
     except OSError as error:
         raise ValueError(f"profile {path} cannot be read ({error.strerror}): name a file of paci-rt plan") from None
     except (ValueError, RecursionError) as error:  # no text, no JSON, or numbers and nesting beyond any sense
-        raise ValueError(f"profile {path} is not JSON ({str(error)[:200]}): delete it, and paci-rt plan measures again") from None
+        raise ValueError(
+            f"profile {path} is not JSON ({str(error)[:200]}): delete it, and paci-rt plan measures again"
+        ) from None
     try:
         return parse_profile(data)
     except ValueError as error:
@@ -224,7 +226,9 @@ def parse_profile(data: Any) -> Profile:
     if reader.get("format", "the words " + repr(FORMAT), lambda value: isinstance(value, str)) != FORMAT:
         raise ValueError(f"format is {shown(data['format'], 40)}: give a file that paci-rt plan --profile wrote")
     if reader.get("version", "a number", _is_number) != VERSION:
-        raise ValueError(f"version is {shown(data['version'], 40)}, and this program reads version {VERSION}: measure again")
+        raise ValueError(
+            f"version is {shown(data['version'], 40)}, and this program reads version {VERSION}: measure again"
+        )
     blocks = reader.get("blocks", "a list with one entry per block", lambda value: isinstance(value, list) and value)
     if len(blocks) > MOST_BLOCKS:
         raise ValueError(f"blocks has {len(blocks):,} entries: give at most {MOST_BLOCKS:,}")
@@ -256,7 +260,7 @@ def _bandwidth(reader: _Reader) -> float:
     value = reader.get(
         "bandwidth_bytes_per_s",
         what,
-        lambda value: value is None or (_is_number(value) and LEAST_BANDWIDTH <= value),
+        lambda value: value is None or (_is_number(value) and value >= LEAST_BANDWIDTH),
     )
     return math.inf if value is None else float(value)
 
@@ -292,4 +296,3 @@ class _Reader:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-

@@ -33,9 +33,7 @@ def check_place(stage_index: Any, num_stages: Any) -> None:
     """Raise ValueError for a stage that no pipeline has."""
     limits.check_integer("num_stages", num_stages, 1, limits.MOST_STAGES)
     if isinstance(stage_index, bool) or not isinstance(stage_index, int) or not 0 <= stage_index < num_stages:
-        raise ValueError(
-            f"stage_index is {shown(stage_index)} of num_stages {num_stages}: give 0 to {num_stages - 1}"
-        )
+        raise ValueError(f"stage_index is {shown(stage_index)} of num_stages {num_stages}: give 0 to {num_stages - 1}")
 
 
 def check_modules(modules: Any) -> None:

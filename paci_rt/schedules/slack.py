@@ -166,7 +166,9 @@ class Loops:
         late = _times("after_send", after_send) if len(after_send) else np.zeros_like(whole)
         self.stages = len(whole)
         if self.stages > limits.MOST_PLANNED:
-            raise ValueError(f"stage_times has {self.stages:,} values: slack is planned for at most {limits.MOST_PLANNED:,}")
+            raise ValueError(
+                f"stage_times has {self.stages:,} values: slack is planned for at most {limits.MOST_PLANNED:,}"
+            )
         if not self.stages:
             raise ValueError("stage_times is empty: give one time per stage")
         if len(links) != self.stages - 1:

@@ -102,8 +102,7 @@ class Costs:
             if not (_is_number(value) and 0 <= value <= most_of(name)):
                 where = f" of stage {at}" if len(values) > 1 and name != "micro_batch_factors" else ""
                 raise ValueError(
-                    f"{name}{where} is {shown(value)}: give a finite number of at least 0 and at most "
-                    f"{most_of(name):g}"
+                    f"{name}{where} is {shown(value)}: give a finite number of at least 0 and at most {most_of(name):g}"
                 )
         object.__setattr__(self, name, tuple(map(float, values)))
 

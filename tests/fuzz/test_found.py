@@ -46,7 +46,7 @@ def test_numbers_that_would_grow_without_end_are_refused(value: int) -> None:
         (lambda: schedules.Shape(num_stages=2, accumulation=value), "accumulation is .*: give at most 1,048,576"),
         (lambda: schedules.Shape(num_stages=value, accumulation=2), "num_stages is .*: give at most"),
         (lambda: schedules.Shape(num_stages=2, accumulation=2, slack=value), "slack is .*: give at most 1,048,576"),
-        (lambda: schedules.Shape(num_stages=2, accumulation=2, slack=(value, 0)), "slack is .*: give at most 1,048,576"),
+        (lambda: schedules.Shape(num_stages=2, accumulation=2, slack=(value, 0)), "slack is .*: give at most"),
         (lambda: local(n_microbatches=value), "n_microbatches is .*: give at most 1,048,576"),
         (lambda: local(slack=value), "slack is .*: give at most 1,048,576"),
         (lambda: TrainConfig(accumulation=value), "--accumulation is .*: give at most"),
@@ -54,7 +54,7 @@ def test_numbers_that_would_grow_without_end_are_refused(value: int) -> None:
         (lambda: TrainConfig(slack=value), "--slack is .*: give at most"),
         (lambda: simulate(schedules.get("1f1b"), schedules.Shape(num_stages=2, accumulation=2), UNIT, windows=value),
          "windows is .*: give at most"),
-        (lambda: plan(Profile(blocks=(BLOCK,) * 4), stages=2, accumulations=[value]), "accumulation is .*: give at most"),
+        (lambda: plan(Profile(blocks=(BLOCK,) * 4), stages=2, accumulations=[value]), "accumulation is .*: give"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             call()
@@ -73,11 +73,11 @@ def test_a_schedule_that_would_take_for_ever_to_check_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [1e308, math.inf, math.nan, -1.0, 1e10])
 def test_times_that_no_sum_can_hold_are_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="forward_s.* is .*: give a finite number"):
+    with pytest.raises(ValueError, match=r"forward_s.* is .*: give a finite number"):
         Costs(forward_s=(value,), input_grad_s=(1.0,), weight_grad_s=(1.0,))
-    with pytest.raises(ValueError, match="costs.hop is .*: give a finite number"):
+    with pytest.raises(ValueError, match=r"costs.hop is .*: give a finite number"):
         schedules.StepCosts(hop=value).per_stage(2)
-    with pytest.raises(ValueError, match="stage_times has .*: give times"):
+    with pytest.raises(ValueError, match=r"stage_times has .*: give times"):
         plan_slack([value, 1.0], [0.0])
 
 
@@ -116,15 +116,19 @@ def test_commands_name_the_limit_in_one_line(
 
 
 @pytest.mark.parametrize("text", ["a\nb", "\0", "x" * 5000, "\ud800", "\x1b[31m"])
-def test_names_with_anything_in_them_are_shown_on_one_short_line(
-    text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for argv in (["train", "--schedule", text], ["train", "--data", text], [f"--{text}"], ["simulate", f"--x{text}"], [text]):
+def test_names_with_anything_in_them_are_shown_on_one_short_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (
+        ["train", "--schedule", text],
+        ["train", "--data", text],
+        [f"--{text}"],
+        ["simulate", f"--x{text}"],
+        [text],
+    ):
         assert cli.main(argv) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and len(err) < 1500 and "\0" not in err and "\x1b" not in err
     for call in (lambda: schedules.get(text), lambda: Action.parse(text), lambda: TrainConfig(model=text)):
-        with pytest.raises(ValueError, match="unknown|is no action") as caught:
+        with pytest.raises(ValueError, match=r"unknown|is no action") as caught:
             call()
         assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
 
@@ -153,7 +157,10 @@ def test_configurations_refuse_what_is_no_name(value: Any) -> None:
         ({"tied_weights": "weight"}, "tied_weights is 'weight'"),
         ({"tied_weights": True}, "tied_weights is True"),
         ({"tied_weights": ["weight"]}, "tied_weights has 'weight'"),
-        ({"tied_weights": [paci_rt.TiedWeight(owner_stage="0", owner="a", reader_stage=1, reader="b")]}, "tied weight with"),
+        (
+            {"tied_weights": [paci_rt.TiedWeight(owner_stage="0", owner="a", reader_stage=1, reader="b")]},
+            "tied weight with",
+        ),
         ({"optimizer": ["adam"]}, "optimizer is 'adam'"),
         ({"optimizer": 3}, "optimizer is 3"),
         ({"loss_fn": "mse"}, "loss_fn is 'mse'"),
@@ -177,7 +184,7 @@ def test_modules_and_stages_are_what_they_should_be() -> None:
     with pytest.raises(paci_rt.PaciError, match=r"modules\[1\] is a bool"):
         local([nn.Linear(3, 3), True])
     for place in ((True, 2), ("0", 2), (0, "2"), (0, 2**40), (0, None), (math.nan, 2)):
-        with pytest.raises(ValueError, match="stage_index|num_stages"):
+        with pytest.raises(ValueError, match=r"stage_index|num_stages"):
             paci_rt.PipelineStage(nn.Linear(3, 3), *place)
 
 
@@ -200,7 +207,13 @@ def test_sparse_inputs_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("forward_s", 1e300), ("forward_s", 10**400), ("parameter_bytes", 1e30), ("forward_s", math.nan), ("forward_s", "1")],
+    [
+        ("forward_s", 1e300),
+        ("forward_s", 10**400),
+        ("parameter_bytes", 1e30),
+        ("forward_s", math.nan),
+        ("forward_s", "1"),
+    ],
 )
 def test_profiles_refuse_numbers_that_no_sum_can_hold(key: str, value: Any) -> None:
     content = Profile(blocks=(BLOCK,)).to_json()

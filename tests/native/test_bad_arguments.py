@@ -32,7 +32,15 @@ def flat(numel: int = 64) -> torch.Tensor:
 def step(name: str, ahead: bool = False, **changed: Any) -> None:
     options, state = STEPS[name]
     buffers = {buffer: torch.zeros(64) for buffer in ("master", "grad_sum", *state)}
-    common = {"weight": None, "dtype": 0, "pieces": [(0, 64, 1)], "divisor": 1.0, "device": -1, "stream": 0, "threads": 1}
+    common = {
+        "weight": None,
+        "dtype": 0,
+        "pieces": [(0, 64, 1)],
+        "divisor": 1.0,
+        "device": -1,
+        "stream": 0,
+        "threads": 1,
+    }
     more = {"known": [True], "repeats": 2, "kept": torch.zeros(64)} if ahead else {}
     getattr(core, f"{name}_{'ahead' if ahead else 'step'}")(**{**options, **buffers, **common, **more, **changed})
 
@@ -81,7 +89,9 @@ def test_memory_is_a_tensor_in_a_row_that_has_some() -> None:
         step("sgd", grad_sum=torch.zeros(64, device="meta"))
     with pytest.raises((ValueError, RuntimeError)):
         step("sgd", grad_sum=torch.zeros(64).to_sparse())
-    spoofed = type("Spoofed", (), {"__dlpack_c_exchange_api__": getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)})
+    spoofed = type(
+        "Spoofed", (), {"__dlpack_c_exchange_api__": getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)}
+    )
     with pytest.raises(TypeError, match="was passed for memory"):
         step("sgd", grad_sum=spoofed())
     raw = torch.zeros(257, dtype=torch.uint8)
