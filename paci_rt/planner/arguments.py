@@ -62,7 +62,7 @@ def memory_limits(given: Any, stages: int) -> tuple[float, ...]:
     if len(values) not in (1, stages):
         raise ValueError(f"{len(values)} memory limits for {stages} stages: give one for all devices, or one for each")
     for value in values:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= limits.MOST_BYTES:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value <= limits.MOST_BYTES:
             size = f"{value:g}" if isinstance(value, float) else shown(value)
-            raise ValueError(f"memory limit is {size} bytes: give more than 0 and at most {limits.MOST_BYTES:g}")
+            raise ValueError(f"memory limit is {size} bytes: give more than 0, from 1 to {limits.MOST_BYTES:g}")
     return tuple(map(float, values * stages if len(values) == 1 else values))

@@ -136,6 +136,7 @@ class TrainConfig:
         self._fill("momentum", MOMENTUM.get(self.optimizer, 0.9))
         self._check_integers()
         self._fill("warmup_steps", self.lr_steps // 20 if self.lr_steps else 0)
+        self._check_floats("lr")
         self._fill("min_lr", self.lr / 10)
         self._fill("eval_interval", max(1, self.steps // 10))
         self._check_floats()
@@ -168,7 +169,7 @@ class TrainConfig:
             there = torch.cuda.is_available() and native.cuda_devices()[0] > 0
             self._fill("device", "cuda" if there else "cpu", always=True)
         if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", self.device):
-            name = self.device if self.device.isprintable() else repr(self.device)
+            name = self.device if self.device.isprintable() and len(self.device) < 40 else shown(self.device)
             raise ValueError(f"--device {name}: give cpu, cuda, cuda:N or auto")
         if self.device == "cpu":
             return
@@ -206,13 +207,13 @@ class TrainConfig:
         not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port")
         for name, least in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name not in ("warmup_steps", "eval_interval"):  # which follow from the others
                 limits.check_integer(_flag(name), value, least, MOST.get(name, 2**53))
         if not (self.buffers is None or (type(self.buffers) is int and self.buffers in (1, 2))):
             raise ValueError(f"--buffers is {shown(self.buffers)}: give 1 or 2")
 
-    def _check_floats(self) -> None:
-        for name in ("lr", "min_lr", "weight_decay", "beta1", "beta2", "momentum"):
+    def _check_floats(self, *names: str) -> None:
+        for name in names or ("lr", "min_lr", "weight_decay", "beta1", "beta2", "momentum"):
             value = getattr(self, name)
             if not limits.is_number(value, MOST_FLOAT):
                 raise ValueError(
@@ -251,6 +252,10 @@ class TrainConfig:
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
         default = default_partition(model, pieces, seq_len=seq_len)
+        if self.partition is not None and not (
+            isinstance(self.partition, (list, tuple)) and all(type(size) is int for size in self.partition)
+        ):
+            raise ValueError(f"--partition is {shown(self.partition)}: give blocks per stage, such as {default}")
         sizes = tuple(self.partition) if self.partition is not None else default
         if len(sizes) != pieces or sum(sizes) != model.layers or min(sizes) < 1:
             raise ValueError(
