@@ -58,7 +58,9 @@ COMPUTE_OPS = frozenset({Op.F, Op.B, Op.I, Op.W, Op.U})
 RECV_OPS = frozenset({Op.RECV_F, Op.RECV_B, Op.RECV_TG, Op.RECV_TW})
 SEND_OPS = frozenset({Op.SEND_F, Op.SEND_B, Op.SEND_TG, Op.SEND_TW})
 
-_PATTERN = re.compile(r"(\d+)(" + "|".join(sorted((op.value for op in Op), key=len, reverse=True)) + r")(\d+)")
+_PATTERN = re.compile(
+    r"([0-9]{1,15})(" + "|".join(sorted((op.value for op in Op), key=len, reverse=True)) + r")([0-9]{1,15})"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,9 @@ class Action:
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
             ops = " ".join(op.value for op in Op)
-            raise ValueError(f"{text!r} is no action: write <stage><op><index>, for example 2F0, with op one of {ops}")
+            raise ValueError(
+                f"{text[:80]!r} is no action: write <stage><op><index>, for example 2F0, with op one of {ops}"
+            )
         return cls(int(match[1]), Op(match[2]), int(match[3]))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -33,7 +34,28 @@ def unknown(what: str, word: object, known: Iterable[str]) -> ValueError:
         ValueError("unknown transport 'gluu': did you mean 'gloo'? choose from shm, gloo")
     """
     choices = list(known)
-    return ValueError(f"unknown {what} {word!r}: {did_you_mean(str(word), choices)}choose from {', '.join(choices)}")
+    return ValueError(
+        f"unknown {what} {shown(word)}: {did_you_mean(str(word)[:40], choices)}choose from {', '.join(choices)}"
+    )
+
+
+def shown(value: Any, longest: int = 80) -> str:
+    """``value`` in an error message, on one line: the middle of what is longer is left out.
+
+    Example:
+        >>> from paci_rt.errors import shown
+        >>> shown("a\\nb"), shown(2**40), shown("x" * 1000, 20)
+        ("'a\\\\nb'", '1,099,511,627,776', "'xxxxxxx ... xxxxxxx'")
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 4 * longest:
+        return f"an integer of {value.bit_length():,} bits"
+    try:
+        text = f"{value:,}" if type(value) is int and abs(value) >= 10**6 else repr(value)
+    except Exception:  # some objects cannot be printed
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    half = longest // 2 - 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 class PaciError(Exception):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from paci_rt.optim.backend import usable
+from paci_rt.runtime.argument_types import as_device, check_modules
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.tied_weights import declared_ties
@@ -117,8 +118,7 @@ class LocalPipeline(Pipeline):
 
 
 def _check_modules(modules: Sequence[nn.Module], tied_weights: Sequence[TiedWeight]) -> None:
-    if not modules:
-        raise ValueError("modules is empty: give one module per stage")
+    check_modules(modules)
     if from_one_pipe(modules):
         check_replicated(modules, tied_weights)
 
@@ -134,13 +134,13 @@ def _stages(
     if device is None:
         devices: list[torch.device | str] = [_device_of(module) for module in modules]
     else:
-        devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
+        devices = list(device) if isinstance(device, (list, tuple)) else [device] * count  # type: ignore[list-item]
     for name, given in (("device", devices), ("streams", streams), ("update_streams", update_streams)):
         if given is not None and len(given) != count:
             raise ValueError(f"{len(given)} of {name} for {count} stages: give one per stage")
     stages = []
     for at, (module, where) in enumerate(zip(modules, devices, strict=True)):
-        place = usable(torch.device(where))
+        place = usable(as_device(where))
         if streams is not None:
             stream = streams[at]
         else:

@@ -1,7 +1,7 @@
 """The native core as Python sees it, and the only importer of ``paci_rt._C``.
 
-Tensors cross the border as addresses, element counts and dtype codes; devices and streams as integers. Importing this
-module never fails for want of the core: the first use does, with one sentence that says how to build it.
+Tensors cross the border as they are, and the core reads where they lie; devices, dtypes and streams are integers.
+Importing this module never fails for want of the core: the first use does, with one sentence that says how to build it.
 """
 
 from __future__ import annotations
@@ -201,10 +201,9 @@ def empty_flat(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def make_accumulator(segments: Sequence[tuple[int, int]], numel: int, buffers: Sequence[Tensor]) -> Accumulator:
-    """A native accumulator over fp32 tensors of ``numel`` elements, which the caller keeps alive."""
+    """A native accumulator over fp32 tensors of ``numel`` elements, which it keeps alive and at their size."""
     device = device_code(buffers[0].device, "the accumulator")
-    addresses = [buffer.data_ptr() for buffer in buffers]
-    accumulator: Accumulator = core().Accumulator(list(segments), numel, addresses, device)
+    accumulator: Accumulator = core().Accumulator(list(segments), numel, list(buffers), device)
     return accumulator
 
 

@@ -3,12 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/memory.hpp"
 #include "bindings/module.hpp"
 
 namespace py = pybind11;
 
 namespace paci_rt {
 namespace {
+
+constexpr const char* kWho = "this accumulator";
 
 using Pairs = std::vector<std::pair<std::int64_t, std::int64_t>>;
 
@@ -19,10 +22,27 @@ std::vector<Segment> segments_of(const Pairs& pairs) {
   return segments;
 }
 
-Accumulator make(const Pairs& segments, std::int64_t numel, const std::vector<std::uintptr_t>& buffers, int device,
+Accumulator make(const Pairs& segments, std::int64_t numel, const std::vector<Memory>& buffers, int device,
                  std::shared_ptr<StreamOps> ops) {
   if (!ops) ops = ops_for(device);
-  return Accumulator(segments_of(segments), numel, buffers, device, std::move(ops));
+  std::vector<std::uintptr_t> addresses;
+  std::vector<std::shared_ptr<void>> kept;
+  for (const Memory& buffer : buffers) {
+    addresses.push_back(ops ? buffer.holding(numel, 4, "a buffer") : buffer.host(numel, 4, "a buffer"));
+    kept.push_back(pinned(buffer));
+  }
+  Accumulator made(segments_of(segments), numel, addresses, device, std::move(ops));
+  made.keep(std::move(kept));
+  return made;
+}
+
+void seal(Accumulator& self, StreamArg stream, const Memory& totals) {
+  check_value(totals.address == 0 || !self.on_cpu(), "totals was passed for sums on the CPU, which are counted there");
+  if (totals.owner) (void)totals.holding(2, 8, "totals");
+  const std::shared_ptr<void> keep = totals.owner ? kept_alive(totals.owner) : nullptr;
+  const py::gil_scoped_release release;
+  const Sole sole(self.users(), kWho);
+  self.seal(stream.on(), totals.address, keep);
 }
 
 }  // namespace
@@ -33,25 +53,37 @@ void bind_accumulator(py::module_& m) {
   const auto on_stream = [on_device](auto method) {
     return [on_device, method](Accumulator& self, StreamArg stream) {
       const MaybeReleaseGil release(on_device(self));
+      const Sole sole(self.users(), kWho);
       return (self.*method)(stream.on());
     };
   };
-  const auto released = [](auto getter) { return py::cpp_function(getter, py::call_guard<py::gil_scoped_release>()); };
+  const auto alone = [](auto getter) {
+    return py::cpp_function(
+        [getter](const Accumulator& self) {
+          const Sole sole(self.users(), kWho);
+          return (self.*getter)();
+        },
+        py::call_guard<py::gil_scoped_release>());
+  };
   py::class_<Accumulator>(m, "Accumulator")
       .def(py::init(&make), py::arg("segments"), py::arg("numel"), py::arg("buffers"), py::arg("device") = kCpu,
            py::arg("ops") = nullptr)
       .def(
           "add",
-          [](Accumulator& self, std::int64_t index, std::uintptr_t grad, int dtype, std::int64_t numel,
-             StreamArg stream, int threads) {
+          [](Accumulator& self, std::int64_t index, const Memory& grad, int dtype, std::int64_t numel, StreamArg stream,
+             int threads) {
+            const DType type = dtype_of(dtype);
+            const std::uintptr_t address = grad.host(numel, size_of(type), "the gradient");
             const MaybeReleaseGil release(numel);
-            self.add(index, grad, dtype_of(dtype), numel, stream.on(), threads);
+            const Sole sole(self.users(), kWho);
+            self.add(index, address, type, numel, stream.on(), threads);
           },
           py::arg("index"), py::arg("grad"), py::arg("dtype"), py::arg("numel"), py::arg("stream"), py::arg("threads"))
       .def(
           "lend",
           [on_device](Accumulator& self, std::int64_t index, StreamArg stream, int threads) {
             const MaybeReleaseGil release(on_device(self));
+            const Sole sole(self.users(), kWho);
             return self.lend(index, stream.on(), threads);
           },
           py::arg("index"), py::arg("stream"), py::arg("threads"))
@@ -59,21 +91,20 @@ void bind_accumulator(py::module_& m) {
           "lend_many",
           [on_device](Accumulator& self, const std::vector<std::int64_t>& indices, StreamArg stream) {
             const MaybeReleaseGil release(on_device(self));
+            const Sole sole(self.users(), kWho);
             return self.lend_many(indices, stream.on());
           },
           py::arg("indices"), py::arg("stream"))
-      .def(
-          "seal", [](Accumulator& self, StreamArg stream, std::uintptr_t totals) { self.seal(stream.on(), totals); },
-          py::arg("stream"), py::arg("totals") = 0, py::call_guard<py::gil_scoped_release>())
+      .def("seal", &seal, py::arg("stream"), py::arg("totals") = py::none())
       .def("consume", on_stream(&Accumulator::consume), py::arg("stream"))
       .def("continue_on", on_stream(&Accumulator::continue_on), py::arg("stream"))
       .def("release", on_stream(&Accumulator::release), py::arg("stream"))
-      .def_property_readonly("states", &Accumulator::states)
-      .def_property_readonly("front", &Accumulator::front)
-      .def_property_readonly("sum_of_squares", released(&Accumulator::sum_of_squares))
-      .def_property_readonly("nonfinite_count", released(&Accumulator::nonfinite_count))
-      .def_property_readonly("front_touched", &Accumulator::front_touched)
-      .def_property_readonly("touched", &Accumulator::touched);
+      .def_property_readonly("states", alone(&Accumulator::states))
+      .def_property_readonly("front", [](const Accumulator& self) { return self.front(); })
+      .def_property_readonly("sum_of_squares", alone(&Accumulator::sum_of_squares))
+      .def_property_readonly("nonfinite_count", alone(&Accumulator::nonfinite_count))
+      .def_property_readonly("front_touched", alone(&Accumulator::front_touched))
+      .def_property_readonly("touched", alone(&Accumulator::touched));
 }
 
 }  // namespace paci_rt

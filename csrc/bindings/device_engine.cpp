@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "bindings/memory.hpp"
 #include "bindings/message.hpp"
 #include "bindings/module.hpp"
 #include "p2p/ipc_lane.hpp"
@@ -73,11 +74,14 @@ struct Taken {
   Arrival arrival;
   std::shared_ptr<DeviceOps> ops;
   Stream stream;
+  std::shared_ptr<std::mutex> mutex = std::make_shared<std::mutex>();
 
-  void unpack(const std::vector<std::uintptr_t>& addresses) {
+  void unpack(const std::vector<Memory>& tensors) {
     const std::vector<TensorMeta>& metas = arrival.layout->tensors;
+    const std::vector<std::uintptr_t> addresses = addresses_for(*arrival.layout, tensors);
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(*mutex);
     check_value(arrival.lease != nullptr, "this message has been unpacked already");
-    check_value(addresses.size() == metas.size(), addresses.size(), " addresses for ", metas.size(), " tensors");
     for (std::size_t i = 0; i < metas.size(); ++i) {
       const auto bytes = static_cast<std::size_t>(metas[i].bytes());
       const void* from = reinterpret_cast<const char*>(arrival.address) + arrival.layout->offsets[i];
@@ -89,8 +93,8 @@ struct Taken {
 
 void bind_nccl(py::module_& m) {
   py::class_<NcclApi, Nccl>(m, "Nccl")
-      .def_property_readonly("path", &NcclApi::path)
-      .def_property_readonly("version", &NcclApi::version)
+      .def_property_readonly("path", method<NcclApi>(&NcclApi::path))
+      .def_property_readonly("version", method<NcclApi>(&NcclApi::version))
       .def_property_readonly("version_text", [](const NcclApi& self) { return nccl_version_text(self.version()); })
       .def_property_readonly("features",
                              [](const NcclApi& self) {
@@ -135,24 +139,26 @@ void bind_ends(py::module_& m) {
   py::class_<DeviceOutgoing, Outgoing, std::shared_ptr<DeviceOutgoing>>(m, "DeviceOutgoing")
       .def(
           "capture",
-          [](DeviceOutgoing& self, std::int64_t index, const py::object& packed,
-             const std::vector<std::uintptr_t>& addresses, int device, StreamArg stream) {
+          [](DeviceOutgoing& self, std::int64_t index, const py::object& packed, const std::vector<Memory>& tensors,
+             int device, StreamArg stream) {
             auto layout = layout_for(packed, self.layout(), self.edge());
+            const auto addresses = addresses_for(*layout, tensors);
             const py::gil_scoped_release release;
             self.capture(index, std::move(layout), addresses, stream.on(device));
           },
-          py::arg("index"), py::arg("packed"), py::arg("addresses"), py::arg("device"), py::arg("stream"))
+          py::arg("index"), py::arg("packed"), py::arg("tensors"), py::arg("device"), py::arg("stream"))
       .def(
           "send_on",
-          [](DeviceOutgoing& self, std::int64_t index, const py::object& packed,
-             const std::vector<std::uintptr_t>& addresses, int device, StreamArg stream) {
+          [](DeviceOutgoing& self, std::int64_t index, const py::object& packed, const std::vector<Memory>& tensors,
+             int device, StreamArg stream) {
             auto layout = layout_for(packed, self.layout(), self.edge());
+            const auto addresses = addresses_for(*layout, tensors);
             const py::gil_scoped_release release;
             return self.send(index, std::move(layout), addresses, stream.on(device));
           },
-          py::arg("index"), py::arg("packed"), py::arg("addresses"), py::arg("device"), py::arg("stream"))
+          py::arg("index"), py::arg("packed"), py::arg("tensors"), py::arg("device"), py::arg("stream"))
       // The engine's threads ask the device with the engine locked.
-      .def("completed", &DeviceOutgoing::completed, Released())
+      .def("completed", method<DeviceOutgoing>(&DeviceOutgoing::completed), Released())
       .def(
           "join_captured",
           [](DeviceOutgoing& self, int device, StreamArg stream) { self.join_captured(stream.on(device)); },
@@ -161,32 +167,34 @@ void bind_ends(py::module_& m) {
       .def_property_readonly("sequence", [](const Taken& self) { return self.arrival.sequence; })
       .def_property_readonly("slot", [](const Taken& self) { return self.arrival.slot; })
       .def_property_readonly("packed", [](const Taken& self) { return py::bytes(self.arrival.layout->packed); })
-      .def("unpack", &Taken::unpack, py::arg("addresses"), Released());
+      .def("unpack", method<Taken>(&Taken::unpack), py::arg("tensors"));
   py::class_<DeviceIncoming, Incoming, std::shared_ptr<DeviceIncoming>>(m, "DeviceIncoming")
       .def(
           "take",
           [](const std::shared_ptr<DeviceIncoming>& self, std::int64_t index, int device, StreamArg stream) {
+            check_value(self != nullptr, "None is no DeviceIncoming");
             const py::gil_scoped_release release;
             return Taken{self->take(index, stream.on(device)), self->ops(), stream.on(device)};
           },
           py::arg("index"), py::arg("device"), py::arg("stream"))
       .def(
           "capture",
-          [](DeviceIncoming& self, std::int64_t index, const std::vector<std::uintptr_t>& addresses, int device,
+          [](DeviceIncoming& self, std::int64_t index, const std::vector<Memory>& tensors, int device,
              StreamArg stream) {
             auto layout = layout_for(py::none(), self.layout(), self.edge());
+            const auto addresses = addresses_for(*layout, tensors);
             const py::gil_scoped_release release;
             self.capture(index, std::move(layout), addresses, stream.on(device));
           },
-          py::arg("index"), py::arg("addresses"), py::arg("device"), py::arg("stream"))
+          py::arg("index"), py::arg("tensors"), py::arg("device"), py::arg("stream"))
       .def_property_readonly("packed",
                              [](const DeviceIncoming& self) -> py::object {
                                const auto layout = self.layout();
                                if (layout == nullptr) return py::none();
                                return py::bytes(layout->packed);
                              })
-      .def("ready", &DeviceIncoming::ready, Released())
-      .def_property_readonly("ring_bytes", &DeviceIncoming::ring_bytes);
+      .def("ready", method<DeviceIncoming>(&DeviceIncoming::ready), Released())
+      .def_property_readonly("ring_bytes", method<DeviceIncoming>(&DeviceIncoming::ring_bytes));
 }
 
 using EngineClass = py::class_<DeviceEngine, Engine>;
@@ -198,6 +206,7 @@ void bind_add(EngineClass& engine, const char* name, const LaneOf& lane_of) {
       name,
       [lane_of](const Engine& self, const std::string& kind, int sender, int receiver, int fd, std::string backend,
                 Nccl nccl, const py::bytes& unique_id, int max_ctas, bool register_buffers, int priority) {
+        check_value(self != nullptr, "None is no DeviceEngine");
         Wanted wanted{std::move(backend), std::move(nccl), {}};
         if (wanted.backend == "nccl" || wanted.backend == "self-nccl") wanted.options.id = id_of(unique_id);
         wanted.options.max_ctas = max_ctas;
@@ -219,13 +228,13 @@ void bind_engine(py::module_& m) {
              py::arg("ops") = nullptr);
   bind_add(engine, "add_outgoing", sender_of);
   bind_add(engine, "add_incoming", receiver_of);
-  engine.def("connect", &DeviceEngine::connect, Released())
-      .def("check", &DeviceEngine::check, Released())
-      .def("fail", &DeviceEngine::give_up, py::arg("origin"), Released())
-      .def("close", &DeviceEngine::close, Released())
-      .def_property_readonly("failed", &DeviceEngine::failed)
-      .def_property_readonly("multiprocessors", &DeviceEngine::multiprocessors)
-      .def("json", &DeviceEngine::json, Released());
+  engine.def("connect", method<DeviceEngine>(&DeviceEngine::connect), Released())
+      .def("check", method<DeviceEngine>(&DeviceEngine::check), Released())
+      .def("fail", method<DeviceEngine>(&DeviceEngine::give_up), py::arg("origin"), Released())
+      .def("close", method<DeviceEngine>(&DeviceEngine::close), Released())
+      .def_property_readonly("failed", method<DeviceEngine>(&DeviceEngine::failed))
+      .def_property_readonly("multiprocessors", method<DeviceEngine>(&DeviceEngine::multiprocessors))
+      .def("json", method<DeviceEngine>(&DeviceEngine::json), Released());
 }
 
 }  // namespace

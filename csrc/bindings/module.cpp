@@ -20,13 +20,18 @@ namespace {
 bool advise_huge_pages(std::uintptr_t address, std::size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = 4096, large_page = std::uintptr_t{2} << 20;
-  if (bytes < large_page) return false;
+  if (bytes < large_page || bytes > ~std::uintptr_t{0} - page - address) return false;
   const std::uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
   return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
 #else
   (void)address, (void)bytes;
   return false;
 #endif
+}
+
+// A slot of its own is what makes Python refuse `Class.__new__(Class)`, as it does for classes of C that inherit one.
+PyObject* new_object(PyTypeObject* type, PyObject* args, PyObject* options) {
+  return reinterpret_cast<PyTypeObject*>(py::detail::get_internals().instance_base)->tp_new(type, args, options);
 }
 
 void set_error(const char* name, const std::exception& error) {
@@ -40,7 +45,15 @@ void set_action_error(const char* name, const TransferError& error, const More&.
   PyErr_SetObject(type.ptr(), type(error.action, error.what(), more...).ptr());
 }
 
+void close_classes(const py::module_& m) {
+  for (const auto& [name, value] : py::dict(m.attr("__dict__")))
+    if (PyType_Check(value.ptr()) != 0) no_bare_new(value);
+}
+
 }  // namespace
+
+void no_bare_new(py::handle type) { reinterpret_cast<PyTypeObject*>(type.ptr())->tp_new = &new_object; }
+
 }  // namespace paci_rt
 
 PYBIND11_MODULE(_C, m) {
@@ -78,4 +91,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("select_isa", &select_isa, py::arg("name"));
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
+  close_classes(m);
+#if defined(PACI_RT_TESTING)
+  close_classes(m.attr("_testing").cast<py::module_>());
+#endif
 }

@@ -33,6 +33,19 @@ void delete_without_gil(T* object) {
   delete object;
 }
 
+// A method that refuses None for its object, which a pointer to a member would take for a null pointer.
+template <typename Class, typename Base, typename Result, typename... Args>
+auto method(Result (Base::*pointer)(Args...)) {
+  return [pointer](Class& self, Args... args) -> Result { return (self.*pointer)(std::forward<Args>(args)...); };
+}
+template <typename Class, typename Base, typename Result, typename... Args>
+auto method(Result (Base::*pointer)(Args...) const) {
+  return [pointer](const Class& self, Args... args) -> Result { return (self.*pointer)(std::forward<Args>(args)...); };
+}
+
+// The only way to an object of a class is to call the class: `__new__` alone would make one without anything in it.
+void no_bare_new(pybind11::handle type);
+
 inline DType dtype_of(int code) {
   check_value(code >= 0 && code <= 2, "dtype code ", code, " is unknown: 0 is fp32, 1 bf16, 2 fp16");
   return static_cast<DType>(code);
@@ -63,20 +76,28 @@ struct pybind11::detail::type_caster<paci_rt::StreamArg> {
   PYBIND11_TYPE_CASTER(paci_rt::StreamArg, const_name("object"));
 
   bool load(handle source, bool) {
-    if (PyLong_Check(source.ptr())) {
-      value.handle = source.cast<std::uintptr_t>();
-      return true;
+    object found = reinterpret_borrow<object>(source);
+    if (!PyLong_Check(source.ptr())) found = of_protocol(source);
+    value.handle = PyLong_AsSize_t(found.ptr());
+    if (PyErr_Occurred() == nullptr) return true;
+    PyErr_Clear();
+    if (PyLong_Check(found.ptr()) == 0)
+      throw type_error("a stream's handle is of type " + std::string(Py_TYPE(found.ptr())->tp_name) +
+                       ": pass an integer, or an object with __cuda_stream__");
+    throw value_error("stream " + str(found).cast<std::string>() + " is no handle: they are 0 to 2**64 - 1");
+  }
+
+ private:
+  static object of_protocol(handle source) {
+    if (hasattr(source, "__cuda_stream__")) {
+      object pair = source.attr("__cuda_stream__");
+      if (PyCallable_Check(pair.ptr())) pair = pair();
+      return pair[int_(1)];
     }
-    if (!hasattr(source, "__cuda_stream__")) {
-      if (hasattr(source, "cuda_stream")) return load(source.attr("cuda_stream"), true);
-      // CuPy's arrays' memory has a ptr too, but nothing waits for events on it.
-      if (hasattr(source, "wait_event") && hasattr(source, "ptr")) return load(source.attr("ptr"), true);
-      throw type_error(repr(source).cast<std::string>() +
-                       " is no stream: pass an integer handle or an object with __cuda_stream__");
-    }
-    object pair = source.attr("__cuda_stream__");
-    if (PyCallable_Check(pair.ptr())) pair = pair();
-    value.handle = pair[int_(1)].cast<std::uintptr_t>();
-    return true;
+    if (hasattr(source, "cuda_stream")) return source.attr("cuda_stream");
+    // CuPy's arrays' memory has a ptr too, but nothing waits for events on it.
+    if (hasattr(source, "wait_event") && hasattr(source, "ptr")) return source.attr("ptr");
+    throw type_error(repr(source).cast<std::string>() +
+                     " is no stream: pass an integer handle or an object with __cuda_stream__");
   }
 };

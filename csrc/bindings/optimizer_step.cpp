@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <tuple>
 
+#include "bindings/memory.hpp"
 #include "bindings/module.hpp"
 
 namespace py = pybind11;
@@ -30,6 +32,37 @@ std::vector<StepSizes> sizes_of(const SizePairs& pairs) {
   return sizes;
 }
 
+// The elements that pieces reach to in the flat buffers.
+std::int64_t end_of(const std::vector<PieceTuple>& tuples) {
+  constexpr std::int64_t most = std::int64_t{1} << 52;
+  std::int64_t end = 0;
+  for (const auto& [offset, numel, step] : tuples) {
+    check_value(offset >= 0 && numel >= 0 && offset <= most && numel <= most, "a piece at offset ", offset, " of ",
+                numel, " elements is not possible: both are 0 to ", most);
+    check_value(step >= 1 && step <= most, "step ", step,
+                " of a parameter is not a step number: they start at 1 and end at ", most);
+    end = std::max(end, offset + numel);
+  }
+  return end;
+}
+
+// Buffers of fp32 elements that a step over `pieces` reads and writes, each as long as the pieces reach.
+struct Buffers {
+  const std::int64_t end;
+
+  explicit Buffers(const std::vector<PieceTuple>& pieces) : end(end_of(pieces)) {}
+  std::uintptr_t need(const Memory& memory, const char* what) const { return memory.host(end, 4, what); }
+  std::uintptr_t need_if_there(const Memory& memory, const char* what) const {
+    return memory.owner ? need(memory, what) : 0;
+  }
+  FlatWeights flat(const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum) const {
+    const DType type = dtype_of(dtype);
+    check_value(!weight.owner || type != DType::f32,
+                "weight was passed for fp32 parameters, which master is: pass None");
+    return {need(master, "master"), weight.owner ? weight.host(end, 2, "weight") : 0, type, need(grad_sum, "grad_sum")};
+  }
+};
+
 std::int64_t elements_of(const std::vector<PieceTuple>& tuples) {
   std::int64_t total = 0;
   for (const auto& tuple : tuples) total += std::get<1>(tuple);
@@ -39,15 +72,16 @@ std::int64_t elements_of(const std::vector<PieceTuple>& tuples) {
 void bind_steps(py::module_& m) {
   m.def(
       "adamw_step",
-      [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum, std::uintptr_t exp_avg,
-         std::uintptr_t exp_avg_sq, const std::vector<PieceTuple>& pieces, double lr, double beta1, double beta2,
-         double eps, double weight_decay, const SizePairs& step_sizes, double divisor, int device,
-         std::uintptr_t stream, int threads) {
-        const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
+      [](const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum, const Memory& exp_avg,
+         const Memory& exp_avg_sq, const std::vector<PieceTuple>& pieces, double lr, double beta1, double beta2,
+         double eps, double weight_decay, const SizePairs& step_sizes, double divisor, int device, StreamArg stream,
+         int threads) {
+        const Buffers buffers(pieces);
+        const FlatWeights flat = buffers.flat(master, weight, dtype, grad_sum);
+        const std::uintptr_t mean = buffers.need(exp_avg, "exp_avg"), square = buffers.need(exp_avg_sq, "exp_avg_sq");
         const MaybeReleaseGil release(elements_of(pieces));
-        adamw_step(flat, exp_avg, exp_avg_sq, pieces_of(pieces),
-                   {lr, beta1, beta2, eps, weight_decay, sizes_of(step_sizes)}, divisor, Stream{device, stream},
-                   threads);
+        adamw_step(flat, mean, square, pieces_of(pieces), {lr, beta1, beta2, eps, weight_decay, sizes_of(step_sizes)},
+                   divisor, stream.on(device), threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
       py::arg("exp_avg_sq"), py::arg("pieces"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
@@ -55,14 +89,15 @@ void bind_steps(py::module_& m) {
       py::arg("threads"));
   m.def(
       "sgd_step",
-      [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum,
-         std::uintptr_t momentum_buffer, const std::vector<PieceTuple>& pieces, double lr, double momentum,
-         double dampening, double weight_decay, bool nesterov, double divisor, int device, std::uintptr_t stream,
-         int threads) {
-        const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
+      [](const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum, const Memory& momentum_buffer,
+         const std::vector<PieceTuple>& pieces, double lr, double momentum, double dampening, double weight_decay,
+         bool nesterov, double divisor, int device, StreamArg stream, int threads) {
+        const Buffers buffers(pieces);
+        const FlatWeights flat = buffers.flat(master, weight, dtype, grad_sum);
+        const std::uintptr_t velocity = buffers.need_if_there(momentum_buffer, "momentum_buffer");
         const MaybeReleaseGil release(elements_of(pieces));
-        sgd_step(flat, momentum_buffer, pieces_of(pieces), {lr, momentum, dampening, weight_decay, nesterov}, divisor,
-                 Stream{device, stream}, threads);
+        sgd_step(flat, velocity, pieces_of(pieces), {lr, momentum, dampening, weight_decay, nesterov}, divisor,
+                 stream.on(device), threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"),
       py::arg("momentum_buffer"), py::arg("pieces"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
@@ -70,13 +105,14 @@ void bind_steps(py::module_& m) {
       py::arg("threads"));
   m.def(
       "lion_step",
-      [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum, std::uintptr_t exp_avg,
+      [](const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum, const Memory& exp_avg,
          const std::vector<PieceTuple>& pieces, double lr, double beta1, double beta2, double weight_decay,
-         double divisor, int device, std::uintptr_t stream, int threads) {
-        const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
+         double divisor, int device, StreamArg stream, int threads) {
+        const Buffers buffers(pieces);
+        const FlatWeights flat = buffers.flat(master, weight, dtype, grad_sum);
+        const std::uintptr_t mean = buffers.need(exp_avg, "exp_avg");
         const MaybeReleaseGil release(elements_of(pieces));
-        lion_step(flat, exp_avg, pieces_of(pieces), {lr, beta1, beta2, weight_decay}, divisor, Stream{device, stream},
-                  threads);
+        lion_step(flat, mean, pieces_of(pieces), {lr, beta1, beta2, weight_decay}, divisor, stream.on(device), threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
       py::arg("pieces"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"), py::arg("divisor"),
@@ -91,16 +127,17 @@ Ahead ahead_of(const std::vector<PieceTuple>& pieces, const std::vector<bool>& k
 void bind_ahead(py::module_& m) {
   m.def(
       "adamw_ahead",
-      [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum, std::uintptr_t exp_avg,
-         std::uintptr_t exp_avg_sq, const std::vector<PieceTuple>& pieces, const std::vector<bool>& known,
-         std::int64_t repeats, std::uintptr_t kept, double lr, double beta1, double beta2, double eps,
-         double weight_decay, const SizePairs& step_sizes, double divisor, int device, std::uintptr_t stream,
-         int threads) {
-        const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
-        const Ahead ahead = ahead_of(pieces, known, repeats, kept);
+      [](const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum, const Memory& exp_avg,
+         const Memory& exp_avg_sq, const std::vector<PieceTuple>& pieces, const std::vector<bool>& known,
+         std::int64_t repeats, const Memory& kept, double lr, double beta1, double beta2, double eps,
+         double weight_decay, const SizePairs& step_sizes, double divisor, int device, StreamArg stream, int threads) {
+        const Buffers buffers(pieces);
+        const FlatWeights flat = buffers.flat(master, weight, dtype, grad_sum);
+        const std::uintptr_t mean = buffers.need(exp_avg, "exp_avg"), square = buffers.need(exp_avg_sq, "exp_avg_sq");
+        const Ahead ahead = ahead_of(pieces, known, repeats, buffers.need_if_there(kept, "kept"));
         const py::gil_scoped_release release;
-        adamw_ahead(flat, exp_avg, exp_avg_sq, ahead, {lr, beta1, beta2, eps, weight_decay, sizes_of(step_sizes)},
-                    divisor, Stream{device, stream}, threads);
+        adamw_ahead(flat, mean, square, ahead, {lr, beta1, beta2, eps, weight_decay, sizes_of(step_sizes)}, divisor,
+                    stream.on(device), threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
       py::arg("exp_avg_sq"), py::arg("pieces"), py::arg("known"), py::arg("repeats"), py::arg("kept"), py::arg("lr"),
@@ -108,15 +145,17 @@ void bind_ahead(py::module_& m) {
       py::arg("divisor"), py::arg("device"), py::arg("stream"), py::arg("threads"));
   m.def(
       "sgd_ahead",
-      [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum,
-         std::uintptr_t momentum_buffer, const std::vector<PieceTuple>& pieces, const std::vector<bool>& known,
-         std::int64_t repeats, std::uintptr_t kept, double lr, double momentum, double dampening, double weight_decay,
-         bool nesterov, double divisor, int device, std::uintptr_t stream, int threads) {
-        const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
-        const Ahead ahead = ahead_of(pieces, known, repeats, kept);
+      [](const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum, const Memory& momentum_buffer,
+         const std::vector<PieceTuple>& pieces, const std::vector<bool>& known, std::int64_t repeats,
+         const Memory& kept, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
+         double divisor, int device, StreamArg stream, int threads) {
+        const Buffers buffers(pieces);
+        const FlatWeights flat = buffers.flat(master, weight, dtype, grad_sum);
+        const std::uintptr_t velocity = buffers.need_if_there(momentum_buffer, "momentum_buffer");
+        const Ahead ahead = ahead_of(pieces, known, repeats, buffers.need_if_there(kept, "kept"));
         const py::gil_scoped_release release;
-        sgd_ahead(flat, momentum_buffer, ahead, {lr, momentum, dampening, weight_decay, nesterov}, divisor,
-                  Stream{device, stream}, threads);
+        sgd_ahead(flat, velocity, ahead, {lr, momentum, dampening, weight_decay, nesterov}, divisor, stream.on(device),
+                  threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"),
       py::arg("momentum_buffer"), py::arg("pieces"), py::arg("known"), py::arg("repeats"), py::arg("kept"),
@@ -124,14 +163,16 @@ void bind_ahead(py::module_& m) {
       py::arg("divisor"), py::arg("device"), py::arg("stream"), py::arg("threads"));
   m.def(
       "lion_ahead",
-      [](std::uintptr_t master, std::uintptr_t weight, int dtype, std::uintptr_t grad_sum, std::uintptr_t exp_avg,
+      [](const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum, const Memory& exp_avg,
          const std::vector<PieceTuple>& pieces, const std::vector<bool>& known, std::int64_t repeats,
-         std::uintptr_t kept, double lr, double beta1, double beta2, double weight_decay, double divisor, int device,
-         std::uintptr_t stream, int threads) {
-        const FlatWeights flat{master, weight, dtype_of(dtype), grad_sum};
-        const Ahead ahead = ahead_of(pieces, known, repeats, kept);
+         const Memory& kept, double lr, double beta1, double beta2, double weight_decay, double divisor, int device,
+         StreamArg stream, int threads) {
+        const Buffers buffers(pieces);
+        const FlatWeights flat = buffers.flat(master, weight, dtype, grad_sum);
+        const std::uintptr_t mean = buffers.need(exp_avg, "exp_avg");
+        const Ahead ahead = ahead_of(pieces, known, repeats, buffers.need_if_there(kept, "kept"));
         const py::gil_scoped_release release;
-        lion_ahead(flat, exp_avg, ahead, {lr, beta1, beta2, weight_decay}, divisor, Stream{device, stream}, threads);
+        lion_ahead(flat, mean, ahead, {lr, beta1, beta2, weight_decay}, divisor, stream.on(device), threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
       py::arg("pieces"), py::arg("known"), py::arg("repeats"), py::arg("kept"), py::arg("lr"), py::arg("beta1"),

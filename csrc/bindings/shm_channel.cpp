@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/dlpack.hpp"
+#include "bindings/memory.hpp"
 #include "bindings/message.hpp"
 #include "bindings/module.hpp"
 #include "p2p/channel.hpp"
@@ -38,6 +39,7 @@ std::pair<py::tuple, py::tuple> receive(Incoming& self, std::int64_t index, Stre
   Arrival arrival;
   {
     const py::gil_scoped_release release;
+    const Sole sole(self.users(), "this end of a channel");
     arrival = self.take(index, stream.on());
   }
   const std::vector<TensorMeta>& metas = arrival.layout->tensors;
@@ -49,51 +51,53 @@ std::pair<py::tuple, py::tuple> receive(Incoming& self, std::int64_t index, Stre
   return {std::move(tensors), std::move(wanted)};
 }
 
-std::int64_t send(Outgoing& self, std::int64_t index, const py::object& packed,
-                  const std::vector<std::uintptr_t>& addresses, StreamArg stream) {
+std::int64_t send(Outgoing& self, std::int64_t index, const py::object& packed, const std::vector<Memory>& tensors,
+                  StreamArg stream) {
   auto layout = layout_for(packed, self.layout(), self.edge());
+  const auto addresses = addresses_for(*layout, tensors);
   const py::gil_scoped_release release;
+  const Sole sole(self.users(), "this end of a channel");
   return self.send(index, std::move(layout), addresses, stream.on());
 }
 
 void bind_endpoints(py::module_& m) {
   py::class_<Endpoint, std::shared_ptr<Endpoint>>(m, "Endpoint")
       .def_property_readonly("edge", [](const Endpoint& self) { return self.edge().name(); })
-      .def_property_readonly("slots", &Endpoint::slots)
-      .def_property_readonly("timeout_s", &Endpoint::timeout_s)
+      .def_property_readonly("slots", method<Endpoint>(&Endpoint::slots))
+      .def_property_readonly("timeout_s", method<Endpoint>(&Endpoint::timeout_s))
       .def_property_readonly("progress",
                              [](const Endpoint& self) {
                                const Progress at = self.progress();
                                return std::make_pair(at.sent, at.taken);
                              })
-      .def("json", &Endpoint::json)
-      .def("close", &Endpoint::close, Released());
+      .def("json", method<Endpoint>(&Endpoint::json))
+      .def("close", method<Endpoint>(&Endpoint::close), Released());
   py::class_<Outgoing, Endpoint, std::shared_ptr<Outgoing>>(m, "Outgoing")
-      .def("send", &send, py::arg("index"), py::arg("packed"), py::arg("addresses"), py::arg("stream") = 0)
-      .def("has_room", &Outgoing::has_room)
-      .def("completed", &Outgoing::completed)
-      .def("flush", &Outgoing::flush, Released());
+      .def("send", &send, py::arg("index"), py::arg("packed"), py::arg("tensors"), py::arg("stream") = 0)
+      .def("has_room", method<Outgoing>(&Outgoing::has_room))
+      .def("completed", method<Outgoing>(&Outgoing::completed))
+      .def("flush", method<Outgoing>(&Outgoing::flush), Released());
   py::class_<Incoming, Endpoint, std::shared_ptr<Incoming>>(m, "Incoming")
-      .def("post", &Incoming::post, Released())
-      .def("ready", &Incoming::ready)
+      .def("post", method<Incoming>(&Incoming::post), Released())
+      .def("ready", method<Incoming>(&Incoming::ready))
       .def("receive", &receive, py::arg("index"), py::arg("stream") = 0)
-      .def_property_readonly("held", &Incoming::held);
+      .def_property_readonly("held", method<Incoming>(&Incoming::held));
 }
 
 void bind_shm(py::module_& m) {
   py::class_<ShmSegment, std::shared_ptr<ShmSegment>>(m, "ShmSegment")
       .def_static("create", &ShmSegment::create, py::arg("reserve_bytes") = ShmSegment::kReserveBytes)
       .def_static("attach", &ShmSegment::attach, py::arg("pid"), py::arg("fd"), py::arg("token"))
-      .def_property_readonly("pid", &ShmSegment::pid)
-      .def_property_readonly("fd", &ShmSegment::fd)
-      .def_property_readonly("token", &ShmSegment::token)
-      .def_property_readonly("allocated_bytes", &ShmSegment::allocated_bytes)
-      .def("fail", &ShmSegment::fail, py::arg("reason"))
-      .def("close", &ShmSegment::close)
-      .def("lost", &ShmSegment::lost, py::arg("who"), py::arg("look") = true);
+      .def_property_readonly("pid", method<ShmSegment>(&ShmSegment::pid))
+      .def_property_readonly("fd", method<ShmSegment>(&ShmSegment::fd))
+      .def_property_readonly("token", method<ShmSegment>(&ShmSegment::token))
+      .def_property_readonly("allocated_bytes", method<ShmSegment>(&ShmSegment::allocated_bytes))
+      .def("fail", method<ShmSegment>(&ShmSegment::fail), py::arg("reason"))
+      .def("close", method<ShmSegment>(&ShmSegment::close))
+      .def("lost", method<ShmSegment>(&ShmSegment::lost), py::arg("who"), py::arg("look") = true);
   py::class_<Copier, std::shared_ptr<Copier>>(m, "Copier")
       .def(py::init<std::int64_t>(), py::arg("from_bytes") = Copier::kFromBytes)
-      .def("wait", &Copier::wait, Released());
+      .def("wait", method<Copier>(&Copier::wait), Released());
   py::class_<ShmOutgoing, Outgoing, std::shared_ptr<ShmOutgoing>>(m, "ShmOutgoing")
       .def(py::init([](const std::string& kind, int sender, int receiver, std::shared_ptr<ShmSegment> own,
                        std::shared_ptr<ShmSegment> peer, std::int64_t slots, std::int64_t held, double timeout_s,
@@ -102,18 +106,19 @@ void bind_shm(py::module_& m) {
                                                   Options{slots, timeout_s, check_signals}, std::move(own),
                                                   std::move(peer), held, std::move(copier));
            }),
-           py::arg("kind"), py::arg("sender"), py::arg("receiver"), py::arg("own"), py::arg("peer"), py::arg("slots"),
-           py::arg("held"), py::arg("timeout_s"), py::arg("copier") = nullptr)
-      .def("wake", &ShmOutgoing::wake);
+           py::arg("kind"), py::arg("sender"), py::arg("receiver"), py::arg("own").none(false),
+           py::arg("peer").none(false), py::arg("slots"), py::arg("held"), py::arg("timeout_s"),
+           py::arg("copier") = nullptr)
+      .def("wake", method<ShmOutgoing>(&ShmOutgoing::wake));
   py::class_<ShmIncoming, Incoming, std::shared_ptr<ShmIncoming>>(m, "ShmIncoming")
       .def(py::init([](const std::string& kind, int sender, int receiver, std::shared_ptr<ShmSegment> peer,
                        std::int64_t slots, double timeout_s) {
              return std::make_shared<ShmIncoming>(Edge{kind, sender, receiver},
                                                   Options{slots, timeout_s, check_signals}, std::move(peer));
            }),
-           py::arg("kind"), py::arg("sender"), py::arg("receiver"), py::arg("peer"), py::arg("slots"),
+           py::arg("kind"), py::arg("sender"), py::arg("receiver"), py::arg("peer").none(false), py::arg("slots"),
            py::arg("timeout_s"))
-      .def("wake", &ShmIncoming::wake);
+      .def("wake", method<ShmIncoming>(&ShmIncoming::wake));
   m.def("shm_memory_limit", [] {
     const MemoryLimit limit = memory_limit();
     return std::make_pair(limit.bytes, limit.name);

@@ -38,8 +38,8 @@ void bind_stream(py::module_& m) {
           py::arg("device"), py::arg("stream"), py::arg("ops") = nullptr)
       .def_property_readonly("device", [](const StreamHandle& self) { return self.get().device; })
       .def_property_readonly("handle", [](const StreamHandle& self) { return self.get().handle; })
-      .def_property_readonly("owned", &StreamHandle::owned)
-      .def("synchronize", &StreamHandle::synchronize, Released())
+      .def_property_readonly("owned", method<StreamHandle>(&StreamHandle::owned))
+      .def("synchronize", method<StreamHandle>(&StreamHandle::synchronize), Released())
       .def("__cuda_stream__", [](const StreamHandle& self) { return std::make_pair(0, self.get().handle); });
 }
 
@@ -53,10 +53,10 @@ void bind_event(py::module_& m) {
             return Event::borrow(need_ops(device, std::move(ops)), device, handle);
           },
           py::arg("device"), py::arg("handle"), py::arg("ops") = nullptr)
-      .def_property_readonly("device", &Event::device)
-      .def_property_readonly("handle", &Event::handle)
-      .def_property_readonly("owned", &Event::owned)
-      .def_property_readonly("done", py::cpp_function(&Event::done, Released()))
+      .def_property_readonly("device", method<Event>(&Event::device))
+      .def_property_readonly("handle", method<Event>(&Event::handle))
+      .def_property_readonly("owned", method<Event>(&Event::owned))
+      .def_property_readonly("done", py::cpp_function(method<Event>(&Event::done), Released()))
       .def(
           "record", [](Event& self, StreamArg stream) { self.record(stream.on(self.device())); }, py::arg("stream"),
           Released())
@@ -66,7 +66,7 @@ void bind_event(py::module_& m) {
             self.block(stream.on(device == kCpu ? self.device() : device));
           },
           py::arg("stream"), py::arg("device") = kCpu, Released())
-      .def("synchronize", &Event::synchronize, Released());
+      .def("synchronize", method<Event>(&Event::synchronize), Released());
 }
 
 void bind_weight_gate(py::module_& m) {
@@ -86,9 +86,9 @@ void bind_weight_gate(py::module_& m) {
       .def(
           "wait_all", [](WeightGate& self, StreamArg stream) { self.wait_all(stream.on()); }, py::arg("stream"),
           Released())
-      .def("synchronize", &WeightGate::synchronize, Released())
-      .def("published", &WeightGate::published, py::arg("bucket"))
-      .def_property_readonly("buckets", &WeightGate::buckets);
+      .def("synchronize", method<WeightGate>(&WeightGate::synchronize), Released())
+      .def("published", method<WeightGate>(&WeightGate::published), py::arg("bucket"))
+      .def_property_readonly("buckets", method<WeightGate>(&WeightGate::buckets));
 }
 
 }  // namespace

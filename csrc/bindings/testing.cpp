@@ -45,14 +45,14 @@ void bind_host_twin(py::module_& testing) {
             self.launch(stream.on(device), std::move(held));
           },
           py::arg("device"), py::arg("stream"), py::arg("work"))
-      .def("lose_waits", &HostTwin::lose_waits, py::arg("every"))
+      .def("lose_waits", method<HostTwin>(&HostTwin::lose_waits), py::arg("every"))
       .def(
           "capture", [](HostTwin& self, int device, StreamArg stream, bool on) { self.capture(stream.on(device), on); },
           py::arg("device"), py::arg("stream"), py::arg("on"))
-      .def_property_readonly("allocated", &HostTwin::allocated)
-      .def_property_readonly("misuse", &HostTwin::misuse)
-      .def_property_readonly("waits", &HostTwin::waits)
-      .def_property_readonly("records", &HostTwin::records);
+      .def_property_readonly("allocated", method<HostTwin>(&HostTwin::allocated))
+      .def_property_readonly("misuse", method<HostTwin>(&HostTwin::misuse))
+      .def_property_readonly("waits", method<HostTwin>(&HostTwin::waits))
+      .def_property_readonly("records", method<HostTwin>(&HostTwin::records));
 }
 
 void bind_fake_nccl(py::module_& testing) {
@@ -60,18 +60,18 @@ void bind_fake_nccl(py::module_& testing) {
       .def(py::init([](std::shared_ptr<HostTwin> twin, int version) {
              return std::make_shared<FakeNccl>(std::move(twin), version);
            }),
-           py::arg("twin"), py::arg("version") = 23203)
-      .def("hold", &FakeNccl::hold, py::arg("on"), Released())
-      .def("break_all", &FakeNccl::break_all, py::arg("result"))
-      .def("set_init_result", &FakeNccl::set_init_result, py::arg("result"))
-      .def("set_eager_bytes", &FakeNccl::set_eager_bytes, py::arg("bytes"))
-      .def("set_background", &FakeNccl::set_background, py::arg("polls"))
-      .def_property_readonly("matched", &FakeNccl::matched)
-      .def_property_readonly("registered", &FakeNccl::registered)
-      .def_property_readonly("alive", &FakeNccl::alive)
-      .def_property_readonly("aborts", &FakeNccl::aborts)
-      .def_property_readonly("misuse", &FakeNccl::misuse)
-      .def_property_readonly("issuing_threads", &FakeNccl::issuing_threads);
+           py::arg("twin").none(false), py::arg("version") = 23203)
+      .def("hold", method<FakeNccl>(&FakeNccl::hold), py::arg("on"), Released())
+      .def("break_all", method<FakeNccl>(&FakeNccl::break_all), py::arg("result"))
+      .def("set_init_result", method<FakeNccl>(&FakeNccl::set_init_result), py::arg("result"))
+      .def("set_eager_bytes", method<FakeNccl>(&FakeNccl::set_eager_bytes), py::arg("bytes"))
+      .def("set_background", method<FakeNccl>(&FakeNccl::set_background), py::arg("polls"))
+      .def_property_readonly("matched", method<FakeNccl>(&FakeNccl::matched))
+      .def_property_readonly("registered", method<FakeNccl>(&FakeNccl::registered))
+      .def_property_readonly("alive", method<FakeNccl>(&FakeNccl::alive))
+      .def_property_readonly("aborts", method<FakeNccl>(&FakeNccl::aborts))
+      .def_property_readonly("misuse", method<FakeNccl>(&FakeNccl::misuse))
+      .def_property_readonly("issuing_threads", method<FakeNccl>(&FakeNccl::issuing_threads));
 }
 
 }  // namespace

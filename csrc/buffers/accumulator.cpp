@@ -9,6 +9,7 @@ namespace {
 
 // An overwrite of a buffer much larger than the last-level cache saves the read that an ordinary store begins with.
 constexpr std::int64_t kStreamFromBytes = std::int64_t{64} << 20;
+constexpr std::int64_t kMostElements = std::int64_t{1} << 52;  // of which no sum overflows
 
 }  // namespace
 
@@ -19,6 +20,8 @@ Accumulator::Accumulator(std::vector<Segment> segments, std::int64_t numel, cons
   for (const Segment& segment : segments_) {
     check_value(segment.numel >= 0 && segment.offset >= end, "segment at offset ", segment.offset, " of ",
                 segment.numel, " elements overlaps the one before it, which ends at ", end);
+    check_value(segment.numel <= kMostElements && segment.offset <= kMostElements, "segment at offset ", segment.offset,
+                " of ", segment.numel, " elements is beyond the most that a buffer can have, ", kMostElements);
     end = segment.offset + segment.numel;
   }
   check_value(end <= numel_, "segments end at ", end, ", beyond the buffer of ", numel_, " elements");
@@ -68,11 +71,13 @@ void Accumulator::add(std::int64_t index, std::uintptr_t grad, DType dtype, std:
   const bool overwrite = !front.touched[index];
   front.touched[index] = 1;
   front.lent[index] = 0;
+  // Stores past the cache need whole lines.
+  const bool past_cache = overwrite && numel_ * 4 >= kStreamFromBytes && segment.offset % 16 == 0;
   front.sums[index] = accumulate_segment(front.data + segment.offset, reinterpret_cast<const void*>(grad), dtype, numel,
-                                         overwrite, overwrite && numel_ * 4 >= kStreamFromBytes, threads);
+                                         overwrite, past_cache, threads);
 }
 
-void Accumulator::seal(Stream stream, std::uintptr_t totals) {
+void Accumulator::seal(Stream stream, std::uintptr_t totals, std::shared_ptr<void> keep) {
   stream = life_.on(stream);
   Buffer& front = buffers_[life_.begin_seal(stream)];
   for (std::size_t i = 0; i < segments_.size(); ++i) {
@@ -86,6 +91,7 @@ void Accumulator::seal(Stream stream, std::uintptr_t totals) {
       life_.ops()->clear(stream, data, bytes);
   }
   front.totals = totals;
+  front.totals_kept = std::move(keep);
   front.fetched.reset();
   life_.seal(stream);
 }

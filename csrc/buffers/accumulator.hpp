@@ -1,6 +1,7 @@
 // The double-buffered gradient accumulator of one flat parameter group.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -52,8 +53,8 @@ class Accumulator {
   std::vector<bool> lend_many(const std::vector<std::int64_t>& indices, Stream stream);
 
   // front: filling -> sealed; segments without a gradient become zero. On a device `totals` is the address of a
-  // DeviceTotals that work on `stream` writes, or 0 where they are not needed.
-  void seal(Stream stream, std::uintptr_t totals);
+  // DeviceTotals that work on `stream` writes, or 0 where they are not needed; `keep` keeps them alive.
+  void seal(Stream stream, std::uintptr_t totals, std::shared_ptr<void> keep = nullptr);
   std::int64_t consume(Stream stream);      // sealed -> consuming; returns the buffer's number
   std::int64_t continue_on(Stream stream);  // consuming goes on on another stream
   void release(Stream stream);              // consuming -> empty
@@ -70,6 +71,10 @@ class Accumulator {
   std::int64_t nonfinite_count() const;
   std::vector<bool> touched() const;
 
+  // What the buffers live in: it goes with this object.
+  void keep(std::vector<std::shared_ptr<void>> kept) { kept_ = std::move(kept); }
+  std::atomic<int>& users() const { return *users_; }  // for `Sole`
+
   bool on_cpu() const { return life_.on_cpu(); }
   std::int64_t segments() const { return static_cast<std::int64_t>(segments_.size()); }
 
@@ -80,6 +85,7 @@ class Accumulator {
     std::vector<SumAndCount> sums;  // CPU: of the present content of each segment that is not in `lent`
     std::vector<std::uint8_t> lent;
     std::uintptr_t totals = 0;                    // device: where they are
+    std::shared_ptr<void> totals_kept;            //
     mutable std::optional<DeviceTotals> fetched;  // and what they are, once asked for
   };
 
@@ -89,6 +95,8 @@ class Accumulator {
 
   std::vector<Segment> segments_;
   std::int64_t numel_;
+  std::vector<std::shared_ptr<void>> kept_;
+  std::unique_ptr<std::atomic<int>> users_ = std::make_unique<std::atomic<int>>(0);
   Lifecycle life_;
   std::vector<Buffer> buffers_;
   int device_;

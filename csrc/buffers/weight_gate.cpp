@@ -6,9 +6,16 @@
 
 namespace paci_rt {
 
+namespace {
+
+constexpr std::int64_t kMostBuckets = std::int64_t{1} << 20;
+
+}  // namespace
+
 WeightGate::WeightGate(std::int64_t buckets, int device, std::shared_ptr<StreamOps> ops)
     : device_(device), ops_(std::move(ops)) {
-  check_value(buckets >= 1, "a gate of ", buckets, " buckets is not possible: at least 1");
+  check_value(buckets >= 1 && buckets <= kMostBuckets, "a gate of ", buckets,
+              " buckets is not possible: at least 1 and at most ", kMostBuckets);
   if (ops_) ops_->check_device(device);
   for (std::int64_t i = 0; i < buckets; ++i) {
     Bucket bucket;

@@ -1,6 +1,7 @@
 // Errors of the native core. Every message names the bad value and the remedy.
 #pragma once
 
+#include <atomic>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -66,5 +67,21 @@ template <typename... Parts>
 void check_value(bool ok, const Parts&... parts) {
   if (!ok) throw std::invalid_argument(concat(parts...));
 }
+
+// Marks an object as in use for a scope, and refuses a second thread that would use it at the same time.
+class Sole {
+ public:
+  Sole(std::atomic<int>& users, const char* who) : users_(users) {
+    if (users_.fetch_add(1, std::memory_order_acquire) == 0) return;
+    users_.fetch_sub(1, std::memory_order_relaxed);
+    throw std::invalid_argument(concat("another thread is using ", who, " at this moment: let one thread drive it"));
+  }
+  ~Sole() { users_.fetch_sub(1, std::memory_order_release); }
+  Sole(const Sole&) = delete;
+  Sole& operator=(const Sole&) = delete;
+
+ private:
+  std::atomic<int>& users_;
+};
 
 }  // namespace paci_rt

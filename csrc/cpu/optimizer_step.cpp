@@ -83,9 +83,12 @@ LionScalars lion_scalars(const LionConfig& config, double divisor) {
           static_cast<float>(1.0 - config.beta2)};
 }
 
+constexpr std::int64_t kMostRepeats = 4096;
+
 void check_ahead(const FlatWeights& flat, const Ahead& ahead, double divisor) {
   check_value(divisor != 0.0, "gradients cannot be divided by 0");
-  check_value(ahead.repeats >= 1, "looking ahead by ", ahead.repeats, " steps is not possible: at least 1");
+  check_value(ahead.repeats >= 1 && ahead.repeats <= kMostRepeats, "looking ahead by ", ahead.repeats,
+              " steps is not possible: at least 1 and at most ", kMostRepeats);
   check_value(flat.weight != 0 || ahead.kept != 0, "fp32 weights need a buffer that keeps them");
   check_value(ahead.known.size() == ahead.pieces.size(), "one flag for each piece is needed");
 }

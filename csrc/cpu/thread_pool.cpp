@@ -13,6 +13,8 @@
 namespace paci_rt {
 namespace {
 
+constexpr int kMostThreads = 1024;
+
 // One parallel_for in progress. Shared with the workers, so that one that wakes late finds it still alive and done.
 struct Job {
   const std::function<void(std::int64_t)>* body;
@@ -111,7 +113,7 @@ Pool& pool() {
 }  // namespace
 
 void parallel_for(std::int64_t tasks, int threads, const std::function<void(std::int64_t)>& body) {
-  const int helpers = static_cast<int>(std::min<std::int64_t>(threads, tasks)) - 1;
+  const int helpers = static_cast<int>(std::min<std::int64_t>(std::min(threads, kMostThreads), tasks)) - 1;
   if (helpers > 0) {
     auto job = std::make_shared<Job>();
     job->body = &body;

@@ -1,6 +1,7 @@
 #include "p2p/channel.hpp"
 
 #include <algorithm>
+#include <cctype>
 #include <cstring>
 #include <limits>
 
@@ -57,9 +58,19 @@ const DTypeInfo& dtype_info(int wire_code) {
 }
 
 std::int64_t TensorMeta::numel() const {
-  std::int64_t count = 1;
-  for (const std::int64_t size : shape) count *= size;
-  return count;
+  std::uint64_t count = 1;  // wraps where a size behind it is 0
+  for (const std::int64_t size : shape) count *= static_cast<std::uint64_t>(size);
+  return static_cast<std::int64_t>(count);
+}
+
+bool TensorMeta::fits(std::int64_t most) const {
+  std::int64_t left = most / (dtype_info(dtype).bits / 8);
+  bool empty = false;
+  for (const std::int64_t size : shape) {
+    empty |= size == 0;
+    if (size > 0) left /= size;
+  }
+  return empty || left > 0;
 }
 
 std::int64_t TensorMeta::bytes() const { return present ? numel() * (dtype_info(dtype).bits / 8) : 0; }
@@ -78,8 +89,9 @@ std::shared_ptr<const Layout> Layout::parse(const std::string& packed) {
   };
   while (at < packed.size()) {
     TensorMeta meta;
-    meta.dtype = static_cast<int>(next());
-    dtype_info(meta.dtype);
+    const std::int64_t code = next();
+    check_value(code >= 0 && code < kDTypeCount, "dtype code ", code, " is unknown: there are ", kDTypeCount);
+    meta.dtype = static_cast<int>(code);
     const std::int64_t flags = next();
     meta.present = (flags & 1) != 0;
     meta.requires_grad = (flags & 2) != 0;
@@ -89,8 +101,12 @@ std::shared_ptr<const Layout> Layout::parse(const std::string& packed) {
       meta.shape.push_back(next());
       check_value(meta.shape.back() >= 0, "a tensor of size ", meta.shape.back(), " is not possible");
     }
+    check_value(meta.fits(kMostBytes), "a tensor of dtype ", dtype_info(meta.dtype).name, " and ", rank,
+                " dimensions is larger than any memory: at most ", kMostBytes, " bytes");
     layout->offsets.push_back(layout->bytes);
     layout->bytes += (meta.bytes() + kAlign - 1) / kAlign * kAlign;
+    check_value(layout->bytes <= kMostBytes, "a message of ", layout->bytes,
+                " bytes is larger than any memory: at most ", kMostBytes);
     layout->tensors.push_back(std::move(meta));
   }
   return layout;
@@ -133,11 +149,21 @@ std::string EventRing::json() const {
   return out + "]";
 }
 
+void Options::check() const {
+  check_value(slots >= 1 && slots <= kMostSlots, "slots is ", slots,
+              ": a channel holds at least 1 message and at most ", kMostSlots);
+  check_value(timeout_s > 0 && timeout_s <= kLongestS, "transfer_timeout_s is ", timeout_s,
+              ": give a number of seconds above 0 and up to ", kLongestS);
+}
+
 Endpoint::Endpoint(Edge edge, Options options)
     : edge_(std::move(edge)), options_(std::move(options)), events_(std::make_shared<EventRing>()) {
-  check_value(options_.slots >= 1, "slots is ", options_.slots, ": a channel holds at least 1 message");
-  check_value(options_.timeout_s > 0, "transfer_timeout_s is ", options_.timeout_s,
-              ": give a number of seconds above 0");
+  const auto plain = [](unsigned char letter) { return std::isalnum(letter) != 0; };
+  check_value(
+      !edge_.kind.empty() && edge_.kind.size() <= 16 && std::all_of(edge_.kind.begin(), edge_.kind.end(), plain),
+      "the kind of a channel has 1 to 16 letters and digits, such as F, and this one has ", edge_.kind.size(),
+      " characters");
+  options_.check();
 }
 
 std::string Endpoint::json() const {

@@ -10,6 +10,7 @@
 // the peer and at `Options::poll` at least every kSliceMs, and ends with TransferTimeout or PeerLost (check.hpp).
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -60,7 +61,8 @@ struct TensorMeta {
   std::vector<std::int64_t> shape;
 
   std::int64_t numel() const;
-  std::int64_t bytes() const;  // 0 where it is absent
+  std::int64_t bytes() const;          // 0 where it is absent
+  bool fits(std::int64_t most) const;  // whether it is of so many bytes at most
 };
 
 // DLPack's description of wire.py's dtype codes.
@@ -75,6 +77,7 @@ const DTypeInfo& dtype_info(int wire_code);  // throws std::invalid_argument
 // All tensors of a message, and where they lie in a slot. Both ends keep the last one, so it travels when it changes.
 struct Layout {
   static constexpr std::int64_t kAlign = 64;
+  static constexpr std::int64_t kMostBytes = std::int64_t{1} << 46;       // times all slots, it is still a number
   static std::shared_ptr<const Layout> parse(const std::string& packed);  // throws std::invalid_argument
 
   std::string packed;
@@ -128,6 +131,10 @@ struct Options {
   std::int64_t slots = 4;      // credits
   double timeout_s = 300.0;    // of every single wait
   std::function<void()> poll;  // called now and then while something blocks; what it throws ends the wait
+
+  static constexpr std::int64_t kMostSlots = 65536;
+  static constexpr double kLongestS = 1e9;  // 30 years
+  void check() const;                       // throws std::invalid_argument
 };
 
 class Endpoint {
@@ -141,6 +148,7 @@ class Endpoint {
   std::int64_t slots() const { return options_.slots; }
   double timeout_s() const { return options_.timeout_s; }
   EventRing& events() { return *events_; }
+  std::atomic<int>& users() { return users_; }  // for `Sole`
   virtual Progress progress() const = 0;
 
   // `{"edge", "side", "slots", "timeout_s", "sent", "taken", "events"}`
@@ -169,6 +177,7 @@ class Endpoint {
   const Edge edge_;
   const Options options_;
   const std::shared_ptr<EventRing> events_;  // leases note their end, maybe after this object's
+  std::atomic<int> users_{0};
 };
 
 class Outgoing : public Endpoint {

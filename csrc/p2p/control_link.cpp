@@ -4,6 +4,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -27,6 +28,8 @@ static_assert(sizeof(Header) == 48, "the wire format");
 
 ControlLink::ControlLink(int fd) : fd_(fd) {
   check_value(fd >= 0, "socket ", fd, " is not a file descriptor");
+  struct stat kind{};
+  check_value(fstat(fd_, &kind) == 0 && S_ISSOCK(kind.st_mode), "file descriptor ", fd, " is not a socket");
   const int flags = fcntl(fd_, F_GETFL, 0);
   check_value(flags >= 0 && fcntl(fd_, F_SETFL, flags | O_NONBLOCK) == 0, "file descriptor ", fd,
               " is not a socket: ", std::strerror(errno));

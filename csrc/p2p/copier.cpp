@@ -5,9 +5,12 @@
 #include <csignal>
 #include <utility>
 
+#include "core/check.hpp"
+
 namespace paci_rt {
 
 Copier::Copier(std::int64_t from_bytes) : from_bytes_(from_bytes) {
+  check_value(from_bytes >= 0, "from_bytes is ", from_bytes, ": messages have at least 0 bytes");
   // Signals are for the threads of Python, which looks at them between two waits.
   sigset_t all, before;
   sigfillset(&all);

@@ -31,6 +31,7 @@ void DeviceEnd<Base, LaneOfBase>::capture(std::int64_t index, std::shared_ptr<co
     if (!blocked.empty()) throw OrderError(concat("edge ", this->edge().name(), ": ", blocked));
   }
   const std::lock_guard<std::mutex> issuing(engine_.issue_mutex_);
+  check_value(lane_ != nullptr, "edge ", this->edge().name(), " is closed: make a new transport");
   lane_->capture({kNone, index, kNone, std::move(layout), addresses}, stream);
 }
 
@@ -218,7 +219,9 @@ void DeviceOutgoing::check_flush(std::int64_t start_ns) {
 }
 
 void DeviceOutgoing::join_captured(Stream stream) {
+  engine_.check();
   const std::lock_guard<std::mutex> issuing(engine_.issue_mutex_);
+  check_value(lane_ != nullptr, "edge ", edge().name(), " is closed: make a new transport");
   lane_->join_captured(stream);
 }
 

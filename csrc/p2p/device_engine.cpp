@@ -33,6 +33,7 @@ DeviceEngine::DeviceEngine(std::shared_ptr<DeviceOps> ops, int device, int stage
       stage_(stage),
       options_(std::move(options)),
       stop_(std::make_shared<std::atomic<bool>>(false)) {
+  options_.check();
   ops_->check_device(device_);
   wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   if (wake_fd_ < 0) throw ResourceError(concat("no eventfd: ", std::strerror(errno), "; close some files"));
@@ -49,6 +50,7 @@ DeviceEngine::~DeviceEngine() {
 // Gives memory back. Slots may be read until the work is done that was issued before their leases went; one that is
 // still leased waits for its lease, which holds the engine, and what never ends keeps its memory.
 void DeviceEngine::drop_lanes() {
+  const std::lock_guard<std::mutex> issuing(issue_mutex_);
   for (const auto& end : outgoing_) end->lane_.reset();
   const std::int64_t limit = now_ns() + ns_of(kLeaveS);
   for (const auto& end : incoming_) {

@@ -24,6 +24,7 @@ namespace {
 
 constexpr std::int64_t kInlineBytes = 4096 + 512;  // 4 KiB and the description of a few tensors
 constexpr std::int64_t kTrimEvery = 256;           // messages
+constexpr std::int64_t kMostHeld = std::int64_t{1} << 20;
 
 constexpr std::int64_t align_up(std::int64_t bytes) {
   return (bytes + Layout::kAlign - 1) / Layout::kAlign * Layout::kAlign;
@@ -107,7 +108,7 @@ ShmOutgoing::ShmOutgoing(Edge edge, Options options, std::shared_ptr<ShmSegment>
       own_(std::move(own)),
       peer_(std::move(peer)),
       copier_(std::move(copier)) {
-  check_value(held >= 0, "held is ", held, ": the receiver keeps 0 buffers or more");
+  check_value(held >= 0 && held <= kMostHeld, "held is ", held, ": the receiver keeps 0 to ", kMostHeld, " buffers");
   const std::int64_t buffers = slots() + held;
   const std::string what = concat("channel ", edge_.name());
   const std::int64_t offset = own_->allocate(ShmChannel::bytes(slots(), buffers), what);

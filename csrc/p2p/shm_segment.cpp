@@ -29,6 +29,7 @@ namespace {
 
 constexpr std::int64_t kPage = 4096, kLargePage = std::int64_t{2} << 20;
 constexpr std::uint64_t kMagic = 0x31706873'69636170;  // "pacishp1"
+constexpr std::int64_t kMostReserve = std::int64_t{1} << 46;
 constexpr std::int64_t kLeastReserve = std::int64_t{1} << 30;
 
 enum : std::uint32_t { kAlive, kFailed, kClosed };
@@ -214,6 +215,8 @@ ShmSegment::ShmSegment(int fd, char* base, std::int64_t reserved, bool mine, pid
     : fd_(fd), base_(base), reserved_(reserved), mine_(mine), peer_(pid, start) {}
 
 std::shared_ptr<ShmSegment> ShmSegment::create(std::int64_t reserve_bytes) {
+  check_value(reserve_bytes >= 0 && reserve_bytes <= kMostReserve, "reserve_bytes is ", reserve_bytes, ": 0 to ",
+              kMostReserve);
   const int fd = make_file();
   if (fd < 0)
     refuse("make shared memory by memfd_create", errno,

@@ -104,7 +104,8 @@ class HostTwin::Worker {
 };
 
 HostTwin::HostTwin(std::int64_t max_delay_us, std::uint64_t seed) : max_delay_us_(max_delay_us), seed_(seed) {
-  check_value(max_delay_us >= 0, "max_delay_us=", max_delay_us, ": a delay is at least 0 microseconds");
+  check_value(max_delay_us >= 0 && max_delay_us <= 10'000'000, "max_delay_us=", max_delay_us,
+              ": a delay is at least 0 microseconds and at most 10 seconds");
 }
 
 HostTwin::~HostTwin() {

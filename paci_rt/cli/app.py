@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from paci_rt.errors import PaciError, StageFailed, did_you_mean, unknown
+from paci_rt.cli import environment
+from paci_rt.errors import PaciError, ScheduleError, StageFailed, did_you_mean, unknown
 
 BAD_VALUE, FAILED, INTERRUPTED = 2, 1, 130
+LONGEST = 1200
+"""Characters of an error: the middle of what is longer is left out."""
 
 DESCRIPTION = """\
 Pipeline-parallel training without bubbles, on stock PyTorch.
@@ -51,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         return int(args.run(args))
     except ValueError as error:  # also the typed ones, which are about what was asked for
-        if os.environ.get("RANK", "0") == "0":  # one of the processes under torchrun speaks for all
-            print(f"paci-rt: error: {error}", file=sys.stderr)
+        if environment.speaks():  # one of the processes under torchrun for all
+            _complain(error)
         return BAD_VALUE
     except KeyboardInterrupt:
         print("paci-rt: interrupted", file=sys.stderr)
@@ -62,8 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error.remote_traceback, end="", file=sys.stderr)
         elif error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
-        print(f"paci-rt: error: {error}", file=sys.stderr)
+        _complain(error)
         return FAILED
+
+
+def _complain(error: Exception) -> None:
+    """One line, whatever the value that it names; the picture of a schedule that cannot run has more."""
+    text = str(error)
+    if not isinstance(error, ScheduleError):
+        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    print(f"paci-rt: error: {text}", file=sys.stderr)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

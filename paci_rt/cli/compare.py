@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from paci_rt.cli import outputs
+from paci_rt.cli import environment, outputs
 from paci_rt.cli.options import ConfigOptions, add_pipeline, add_training, config_options, names, target_loss
 
 DESCRIPTION = """\
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from paci_rt.train.results import RunResult
     from paci_rt.train.run import execute
 
+    environment.check_torchrun_variables()
     if launch.under_torchrun():
         raise ValueError("compare starts the stages of every run itself: start it without torchrun")
     folder = args.out

@@ -14,9 +14,10 @@ from paci_rt.cli import outputs
 from paci_rt.cli.options import MS, integers, number, numbers, slack_argument
 from paci_rt.cli.simulate_report import PRICE, report_text, to_json
 from paci_rt.planner import auto_slack
-from paci_rt.schedules import AUTO, ScheduleFamily, Shape, Slack, StepCosts, policies
+from paci_rt.schedules import AUTO, ScheduleFamily, Shape, Slack, StepCosts, limits, policies
 from paci_rt.schedules.base import check_shape, check_takes
 from paci_rt.simulate import Costs, Simulation, simulate
+from paci_rt.simulate.costs import LEAST_BANDWIDTH, most_of
 
 DESCRIPTION = """\
 Predict what a schedule does: bubbles, throughput, memory, drift and weight versions, from what each action costs.
@@ -54,7 +55,7 @@ _COSTS: tuple[tuple[str, str, float, bool, str, str, str], ...] = (
 )
 _SINGLE = ("hop_s", "bandwidth_bytes_per_s")
 
-MOST_ACTIONS, MOST_SHOWN, MOST_DRAWN, MOST_ROWS = 10**8, 2 * 10**6, 50_000, 128
+MOST_SHOWN, MOST_DRAWN, MOST_ROWS = 2 * 10**6, 50_000, 128
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -139,11 +140,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_integers(args: argparse.Namespace) -> None:
-    bounds = (("stages", 1), ("micro_batches", 1), ("windows", 1), ("chunks", 1), ("seed", 0))
-    for name, least in bounds:
+    bounds = (
+        ("stages", 1, limits.MOST_STAGES),
+        ("micro_batches", 1, limits.MOST_MICRO_BATCHES),
+        ("windows", 1, limits.MOST_WINDOWS),
+        ("chunks", 1, limits.MOST_STAGES),
+        ("seed", 0, 2**63 - 1),
+    )
+    for name, least, most in bounds:
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: give an integer of at least {least}")
+        if value is not None:
+            limits.check_integer(f"--{name.replace('_', '-')}", value, least, most)
+    if (args.stages or 1) * (args.chunks or 1) > limits.MOST_STAGES:
+        raise ValueError(
+            f"--stages {args.stages} of --chunks {args.chunks} are more than {limits.MOST_STAGES:,} pieces: give fewer"
+        )
 
 
 def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
@@ -179,26 +190,33 @@ def _costs(args: argparse.Namespace, shape: Shape) -> tuple[Costs, tuple[int, ..
         base, partition = Costs(**values), None
     else:
         base, partition = _profiled(args, shape)
-    given: dict[str, Any] = {"noise": _at_least_0("--noise", args.noise), "seed": args.seed}
+    given: dict[str, Any] = {"noise": _in_range("--noise", args.noise, "noise"), "seed": args.seed}
     for flag, field, unit, shared, *_ in _COSTS:
         value = getattr(args, flag[2:].replace("-", "_"))
         if value is None:
             continue
         if field in _SINGLE:
-            if field == "bandwidth_bytes_per_s" and not value > 0:
-                raise ValueError(f"{flag} is {value:g}: give a number above 0, or leave it out for no limit")
-            given[field] = value if value == math.inf else _at_least_0(flag, value) * unit
+            if field == "bandwidth_bytes_per_s" and not value >= LEAST_BANDWIDTH:
+                raise ValueError(
+                    f"{flag} is {value:g}: give a number above 0, at least {LEAST_BANDWIDTH:g}, or leave it out for no "
+                    "limit"
+                )
+            given[field] = value if value == math.inf else _in_range(flag, value, field, unit) * unit
         else:
-            given[field] = _per_stage(flag, [_at_least_0(flag, one) * unit for one in value], shape, shared=shared)
+            times = [_in_range(flag, one, field, unit) * unit for one in value]
+            given[field] = _per_stage(flag, times, shape, shared=shared)
     if args.micro_batch_factors is not None:
-        given["micro_batch_factors"] = tuple(_at_least_0("--micro-batch-factors", x) for x in args.micro_batch_factors)
+        given["micro_batch_factors"] = tuple(
+            _in_range("--micro-batch-factors", x, "micro_batch_factors") for x in args.micro_batch_factors
+        )
     fields = {name: getattr(base, name) for name in Costs.__dataclass_fields__}
     return Costs(**(fields | given)), partition
 
 
-def _at_least_0(flag: str, value: float) -> float:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{flag} is {value:g}: give a finite number of at least 0")
+def _in_range(flag: str, value: float, field: str, unit: float = 1.0) -> float:
+    most = most_of(field) / unit
+    if not 0 <= value <= most:
+        raise ValueError(f"{flag} is {value:g}: give a finite number of at least 0 and at most {most:g}")
     return value
 
 
@@ -277,7 +295,7 @@ def _check_size(args: argparse.Namespace, family: ScheduleFamily, shape: Shape, 
     """Raise ValueError for a simulation that would take too much time or memory."""
     count = shape.num_stages * windows * (shape.accumulation * (3 if family.split else 2) + 1)
     for what, asked, most in (
-        ("paci-rt simulate plays", True, MOST_ACTIONS),
+        ("paci-rt simulate plays", True, limits.MOST_ACTIONS),
         ("--trace writes", args.trace is not None, MOST_SHOWN),
         ("--grid shows", args.grid, MOST_SHOWN),
         ("--plot draws", args.plot is not None, MOST_DRAWN),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from typing import TYPE_CHECKING
 
-from paci_rt.cli import outputs
+from paci_rt.cli import environment, outputs
 from paci_rt.cli.options import ConfigOptions, add_pipeline, add_training, config_options
 from paci_rt.report import text
 
@@ -57,12 +58,15 @@ def run(args: argparse.Namespace) -> int:
     from paci_rt.train.config import TrainConfig
     from paci_rt.train.run import check_torchrun, execute
 
+    environment.check_torchrun_variables()
     options = {**config_options(args), "trace": args.save_trace is not None}
     if launch.under_torchrun():
         options.setdefault("stages", int(os.environ["WORLD_SIZE"]))
     config = TrainConfig(**options)
     if launch.under_torchrun():
         check_torchrun(config)
+        if waits := environment.started_by_hand():
+            print(f"paci-rt: {waits}", file=sys.stderr)
     outputs.check_file("--json", args.json)
     outputs.check_file("--save-trace", args.save_trace)
     outputs.check_folder("--out", config.out)

@@ -134,7 +134,7 @@ class GradAccumulator:
         """
         grad = self._checked(index, grad)
         code = native.DTYPE_CODES[grad.dtype]
-        self._native.add(index, grad.data_ptr(), code, grad.numel(), 0, native.get_num_threads())
+        self._native.add(index, grad, code, grad.numel(), 0, native.get_num_threads())
 
     def add_product(
         self, index: int, left: Tensor, right: Tensor, bias: tuple[GradAccumulator, int] | None = None
@@ -271,7 +271,7 @@ class GradAccumulator:
         """
         if totals is not None:
             self._check_totals(totals)
-        self._native.seal(self._on(stream), 0 if totals is None else totals.data_ptr())
+        self._native.seal(self._on(stream), totals)
         self._totals = totals  # kept alive until the next seal
 
     def _check_totals(self, totals: Tensor) -> None:

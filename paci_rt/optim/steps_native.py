@@ -112,7 +112,7 @@ def lion_step(**step: Unpack[LionStep]) -> None:
 
 
 def _take(optimizer: str, step: Mapping[str, Any]) -> None:
-    """Let the core take a step, or look ahead: tensors cross as addresses, None as 0."""
+    """Let the core take a step, or look ahead: the core reads where tensors lie and how long they are."""
     master, weight, ahead = step["master"], step["weight"], step.get("ahead")
     arguments = {"stream": 0, **step, **({} if ahead is None else ahead._asdict())}
     arguments.pop("ahead", None)
@@ -120,14 +120,8 @@ def _take(optimizer: str, step: Mapping[str, Any]) -> None:
         arguments["beta1"], arguments["beta2"] = arguments.pop("betas")
     run = getattr(native.core(), f"{optimizer}_step" if ahead is None else f"{optimizer}_ahead")
     run(
-        **{name: _bare(value) for name, value in arguments.items()},
+        **arguments,
         dtype=native.DTYPE_CODES[master.dtype if weight is None else weight.dtype],
         device=native.device_code(master.device, "the parameter group"),
         threads=native.get_num_threads(),
     )
-
-
-def _bare(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return 0 if value is None else value

@@ -14,12 +14,13 @@ Searched schedules (``zb-1p``, ``zb-2p``) are fitted to the stages of the partit
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from paci_rt import schedules as families
+from paci_rt.errors import shown
+from paci_rt.planner.arguments import check_choices, check_limit, memory_limits, need_list
 from paci_rt.planner.candidate import MEMORY, Candidate, Limits, mib
 from paci_rt.planner.evaluate import Evaluator
 from paci_rt.planner.profile import Profile
@@ -131,14 +132,16 @@ def plan(
         >>> found.chosen.schedule, found.chosen.partition, found.chosen.predicted.utilization
         ('paci', (2, 2), 1.0)
     """
-    _check_choices(profile, stages, accumulations, chunks)
-    given = None if slack == families.AUTO else check_slack(slack, stages)
+    check_choices(profile, stages, accumulations, chunks)
+    for name, given_names in (("schedules", schedules), ("policies", policies)):
+        if given_names is not None:
+            need_list(name, given_names, str)
+    given = None if isinstance(slack, str) and slack == families.AUTO else check_slack(slack, stages)
     delay_limits = _delay_limits(delay_limit)
-    if drift_limit is not None and drift_limit < 0:
-        raise ValueError(f"drift limit is {drift_limit}: give a number of updates, at least 0")
+    check_limit("drift limit", drift_limit)
     speeds = device_speeds_of(device_speeds, stages)
     limits = Limits(
-        memory_bytes=_memory_limits(memory_limit_bytes, stages),
+        memory_bytes=memory_limits(memory_limit_bytes, stages),
         drift=drift_limit,
         delay=delay_limits[True],
         bare_delay=delay_limits[False],
@@ -172,43 +175,12 @@ def _choose(groups: Iterable[list[Candidate]], evaluator: Evaluator, *, choose_s
 
 def _delay_limits(limit: int | str | None) -> dict[bool, int | None]:
     """With look-ahead and without."""
-    if limit == MEASURED:
+    if isinstance(limit, str) and limit == MEASURED:
         return dict(MEASURED_DELAY_LIMITS)
-    if isinstance(limit, str) or (limit is not None and limit < 0):
-        raise ValueError(f"delay limit is {limit!r}: give a number of updates, at least 0, or {MEASURED!r}")
+    if isinstance(limit, str):
+        raise ValueError(f"delay limit is {shown(limit)}: give a number of updates, at least 0, or {MEASURED!r}")
+    check_limit("delay limit", limit)
     return {True: limit, False: limit}
-
-
-def _check_choices(profile: Profile, stages: int, accumulations: Sequence[int], chunks: Sequence[int]) -> None:
-    for name, values, least in (
-        ("stages", (stages,), 1),
-        ("accumulation", accumulations, 1),
-        ("chunks", chunks, 1),
-    ):
-        if not values:
-            raise ValueError(f"no {name} to choose from: give at least one")
-        for value in values:
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}: give an integer of at least {least}")
-    if stages > profile.middle:
-        raise ValueError(
-            f"{stages} stages, but there are only {profile.middle} blocks to cut between; ask for at most "
-            f"{profile.middle} stages"
-        )
-    if not any(block.compute_s for block in profile.blocks):
-        raise ValueError("no block of the profile takes any time, so there is nothing to plan for: measure again")
-
-
-def _memory_limits(limits: float | Sequence[float] | None, stages: int) -> tuple[float, ...]:
-    if limits is None:
-        return (math.inf,) * stages
-    values = tuple(map(float, limits)) if isinstance(limits, Sequence) else (float(limits),)
-    if len(values) not in (1, stages):
-        raise ValueError(f"{len(values)} memory limits for {stages} stages: give one for all devices, or one for each")
-    for value in values:
-        if not value > 0:
-            raise ValueError(f"memory limit is {value:g} bytes: give more than 0")
-    return values * stages if len(values) == 1 else values
 
 
 def _groups(

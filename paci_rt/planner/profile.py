@@ -35,7 +35,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from paci_rt.errors import shown
+from paci_rt.schedules import limits
+from paci_rt.simulate.costs import LEAST_BANDWIDTH
+
 FORMAT, VERSION = "paci-rt profile", 1
+MOST_BLOCKS = 4096
 ROLES = ("first", "middle", "last")
 _SECONDS = ("forward_s", "input_grad_s", "weight_grad_s")
 _BYTES = ("parameter_bytes", "activation_bytes", "stash_bytes", "boundary_bytes")
@@ -192,8 +197,10 @@ def load_profile(path: str | Path) -> Profile:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"profile {path} cannot be read ({error.strerror}): name a file of paci-rt plan") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"profile {path} is not JSON ({error}): delete it, and paci-rt plan measures again") from None
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or numbers and nesting beyond any sense
+        raise ValueError(
+            f"profile {path} is not JSON ({str(error)[:200]}): delete it, and paci-rt plan measures again"
+        ) from None
     try:
         return parse_profile(data)
     except ValueError as error:
@@ -217,10 +224,14 @@ def parse_profile(data: Any) -> Profile:
     """
     reader = _Reader(data, "")
     if reader.get("format", "the words " + repr(FORMAT), lambda value: isinstance(value, str)) != FORMAT:
-        raise ValueError(f"format is {data['format']!r}: give a file that paci-rt plan --profile wrote")
+        raise ValueError(f"format is {shown(data['format'], 40)}: give a file that paci-rt plan --profile wrote")
     if reader.get("version", "a number", _is_number) != VERSION:
-        raise ValueError(f"version is {data['version']!r}, and this program reads version {VERSION}: measure again")
+        raise ValueError(
+            f"version is {shown(data['version'], 40)}, and this program reads version {VERSION}: measure again"
+        )
     blocks = reader.get("blocks", "a list with one entry per block", lambda value: isinstance(value, list) and value)
+    if len(blocks) > MOST_BLOCKS:
+        raise ValueError(f"blocks has {len(blocks):,} entries: give at most {MOST_BLOCKS:,}")
     return Profile(
         blocks=tuple(_parse_block(_Reader(block, f"blocks[{at}]")) for at, block in enumerate(blocks)),
         input_bytes=reader.number("input_bytes", whole=True),
@@ -237,7 +248,7 @@ def _parse_block(reader: _Reader) -> BlockProfile:
     known = {one.name for one in fields(BlockProfile)}
     unknown = sorted(set(reader.data) - known)
     if unknown:
-        raise ValueError(f"{reader.where}.{unknown[0]} is unknown: a block has {', '.join(sorted(known))}")
+        raise ValueError(f"{reader.where} has {shown(unknown[0], 40)}, which is unknown: a block has {', '.join(sorted(known))}")
     name = reader.get("name", "a word", lambda value: isinstance(value, str) and value)
     numbers = {key: reader.number(key) for key in _SECONDS} | {key: reader.number(key, whole=True) for key in _BYTES}
     role = reader.get("role", "one of " + ", ".join(ROLES), lambda value: value in ROLES)
@@ -245,8 +256,12 @@ def _parse_block(reader: _Reader) -> BlockProfile:
 
 
 def _bandwidth(reader: _Reader) -> float:
-    what = "a number above 0, or null for no limit"
-    value = reader.get("bandwidth_bytes_per_s", what, lambda value: value is None or (_is_number(value) and value > 0))
+    what = f"a number of at least {LEAST_BANDWIDTH:g}, or null for no limit"
+    value = reader.get(
+        "bandwidth_bytes_per_s",
+        what,
+        lambda value: value is None or (_is_number(value) and value >= LEAST_BANDWIDTH),
+    )
     return math.inf if value is None else float(value)
 
 
@@ -256,7 +271,7 @@ class _Reader:
     def __init__(self, data: Any, where: str) -> None:
         self.data, self.where = data, where
         if not isinstance(data, dict):
-            raise ValueError(f"{where or 'the file'} is {_shown(data)}: give a JSON object")
+            raise ValueError(f"{where or 'the file'} is {shown(data, 40)}: give a JSON object")
 
     def get(self, key: str, wanted: str, accepts: Callable[[Any], Any]) -> Any:
         name = f"{self.where}.{key}" if self.where else key
@@ -264,12 +279,16 @@ class _Reader:
             raise ValueError(f"{name} is missing: give {wanted}")
         value = self.data[key]
         if not accepts(value):
-            raise ValueError(f"{name} is {_shown(value)}: give {wanted}")
+            raise ValueError(f"{name} is {shown(value, 40)}: give {wanted}")
         return value
 
     def number(self, key: str, *, whole: bool = False) -> Any:
         kind = "a whole number" if whole else "a number"
-        value = self.get(key, f"{kind} of at least 0", lambda value: _is_number(value) and value >= 0)
+        most = limits.MOST_SECONDS if key.endswith("_s") else limits.MOST_BYTES
+        if key == "state_bytes_per_parameter_byte":
+            most = limits.MOST_SECONDS
+        wanted = f"{kind} of at least 0 and at most {most:g}"
+        value = self.get(key, wanted, lambda value: _is_number(value) and 0 <= value <= most)
         if whole and value != int(value):
             raise ValueError(f"{self.where + '.' if self.where else ''}{key} is {value}: give {kind}")
         return int(value) if whole else float(value)
@@ -277,8 +296,3 @@ class _Reader:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

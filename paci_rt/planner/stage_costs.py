@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from paci_rt.errors import shown
 from paci_rt.planner.profile import Profile
 from paci_rt.schedules import StepCosts
 from paci_rt.schedules.slack import Loops
@@ -27,9 +27,14 @@ def device_speeds_of(speeds: Sequence[float] | None, ranks: int) -> tuple[float,
     """
     if speeds is None:
         return (1.0,) * ranks
+    if not isinstance(speeds, Sequence) or isinstance(speeds, (str, bytes)):
+        raise ValueError(f"device speeds are {shown(speeds)}: give a list of numbers")
     for speed in speeds:
-        if not 0 < speed < math.inf:
-            raise ValueError(f"device speed {speed:g}: give numbers above 0, 1 being the device that was profiled")
+        if not isinstance(speed, (int, float)) or isinstance(speed, bool) or not 1e-6 <= speed <= 1e6:
+            size = f"{speed:g}" if isinstance(speed, float) else shown(speed)
+            raise ValueError(
+                f"device speed {size}: give numbers above 0, 1 being the device that was profiled, from 1e-6 to 1e6"
+            )
     if len(speeds) != ranks:
         raise ValueError(f"{len(speeds)} device speeds for {ranks} stages: give one for each device, in order")
     return tuple(map(float, speeds))

@@ -13,13 +13,14 @@ from paci_rt import schedules
 from paci_rt.clock import HostClock
 from paci_rt.optim.bind import bind_optimizer
 from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.runtime.argument_types import check_types
 from paci_rt.runtime.audit import RankAudit, StageAudit
 from paci_rt.runtime.executor import StageRuntime
 from paci_rt.runtime.module_checks import check_parameters, check_wrappers
 from paci_rt.runtime.shared_memory import check_memory
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
-from paci_rt.schedules import ScheduleFamily, Shape, Slack, StepCosts, policies
+from paci_rt.schedules import ScheduleFamily, Shape, Slack, StepCosts, limits, policies
 from paci_rt.schedules.base import check_takes
 from paci_rt.schedules.lowering import Lowering, TiedWeight
 from paci_rt.weights.base import StageWeights
@@ -73,10 +74,21 @@ def make_setup(
     Raises:
         ValueError, ScheduleError: an argument that cannot work.
     """
+    check_types(
+        schedule=schedule,
+        loss_fn=loss_fn,
+        optimizers=optimizers,
+        chunks=chunks,
+        policy=policy,
+        lookahead=lookahead,
+        costs=costs,
+        buffers=buffers,
+        tied_weights=tied_weights,
+        scale_grads=scale_grads,
+    )
     family = schedules.get(schedule)
     check_memory(stages, tied_weights)
-    if not isinstance(n_microbatches, int) or n_microbatches < 1:
-        raise ValueError(f"n_microbatches is {n_microbatches!r}: give an integer of at least 1")
+    limits.check_integer("n_microbatches", n_microbatches, 1, limits.MOST_MICRO_BATCHES)
     check_takes(family, chunks=chunks)
     accumulation = 1 if family.one_micro_batch_windows else n_microbatches
     shape = Shape(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paci_rt.errors import shown
 from paci_rt.runtime import trees
 from paci_rt.runtime.split_merge import NO_SPECS, ChunkSpecs, check_target, merge, split, split_call
 from paci_rt.runtime.stage import LossFn, PipelineStage
@@ -55,6 +57,19 @@ class Batch:
     from_gpu: bool = False
     outputs: dict[int, Any] = field(default_factory=dict)
     loss_values: dict[int, Tensor] = field(default_factory=dict)
+
+
+def bind_loss(loss_fn: LossFn | None, loss_kwargs: dict[str, Any] | None) -> LossFn | None:
+    """``loss_fn`` with the keyword arguments of one call.
+
+    Raises:
+        TypeError: they are no dictionary with names for keys.
+    """
+    if loss_kwargs is not None and (
+        not isinstance(loss_kwargs, Mapping) or not all(isinstance(name, str) for name in loss_kwargs)
+    ):
+        raise TypeError(f"loss_kwargs is {shown(loss_kwargs)}: give a dictionary of keyword arguments for loss_fn")
+    return None if loss_fn is None else partial(loss_fn, **(loss_kwargs or {}))
 
 
 def cut_batch(

@@ -76,5 +76,5 @@ class _Copies:
         if id(tensor) not in self._made:
             copy = tensor.clone() if tensor.requires_grad else tensor.detach().clone()
             self._made[id(tensor)] = tensor, copy
-            self.copied_bytes += tensor.nbytes
+            self.copied_bytes += tensor.numel() * tensor.element_size()
         return self._made[id(tensor)][1]

@@ -17,7 +17,7 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime import trees
 from paci_rt.runtime.assemble import Setup, bind, make_setup, ranks_here, unbind
 from paci_rt.runtime.audit import RankAudit
-from paci_rt.runtime.batch import Batch, batch_results, cut_batch
+from paci_rt.runtime.batch import Batch, batch_results, bind_loss, cut_batch
 from paci_rt.runtime.caller_memory import gradients_set_aside, keep_safe
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
@@ -359,7 +359,7 @@ class Pipeline(PipelineState):
     # --- inside ---
 
     def _bind_loss(self, loss_kwargs: dict[str, Any] | None) -> LossFn | None:
-        return None if self._loss_fn is None else partial(self._loss_fn, **(loss_kwargs or {}))
+        return bind_loss(self._loss_fn, loss_kwargs)
 
     def _run(self, streams: dict[int, list[Action]], batch: Batch) -> None:
         self._check_usable()

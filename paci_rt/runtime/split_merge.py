@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from paci_rt.errors import shown
 from paci_rt.runtime.trees import name_of
 
 
@@ -155,7 +156,7 @@ def _split_leaf(leaf: Any, count: int, spec: Any, value: Any, what: str) -> Sequ
         return [leaf] * count
     if spec is not None and not isinstance(spec, _torchs().TensorChunkSpec):
         raise ValueError(
-            f"{what}_chunk_spec has {spec!r}: give TensorChunkSpec(dim) or _Replicate() of "
+            f"{what}_chunk_spec has {shown(spec)}: give TensorChunkSpec(dim) or _Replicate() of "
             "torch.distributed.pipelining.microbatch"
         )
     dim = 0 if spec is None else int(spec.split_dim)
@@ -168,6 +169,11 @@ def _split_leaf(leaf: Any, count: int, spec: Any, value: Any, what: str) -> Sequ
             raise ValueError(
                 f"{name} has shape {shape}: dimension {dim} cannot be cut into {count} micro-batches; give a larger "
                 f"batch{whole}"
+            )
+        if str(leaf.layout).startswith("torch.sparse"):
+            raise ValueError(
+                f"{name_of(value, leaf, what)} is a tensor of layout {leaf.layout}, which cannot be cut into "
+                "micro-batches: give tensor.to_dense()"
             )
         return leaf.tensor_split(count, dim)
     if _is_block_mask(leaf):

@@ -16,6 +16,7 @@ from paci_rt.optim.backend import usable
 from paci_rt.optim.stage_optimizer import GradSink
 from paci_rt.runtime.activation_bytes import distinct_bytes, saved_bytes, shares_of
 from paci_rt.runtime.aliasing import OwnMemory
+from paci_rt.runtime.argument_types import as_device, check_place
 from paci_rt.runtime.declared import Declared, Example
 from paci_rt.runtime.graph_facts import GraphFacts
 from paci_rt.runtime.in_flight import Graph, InFlight, graph_of
@@ -90,9 +91,8 @@ class PipelineStage:
     ) -> None:
         if not isinstance(submodule, nn.Module):
             raise StageError(f"submodule is a {type(submodule).__name__}: give a torch.nn.Module")
-        if not 0 <= stage_index < num_stages:
-            raise ValueError(f"stage_index is {stage_index} of num_stages {num_stages}: give 0 to {num_stages - 1}")
-        self.device = usable(torch.device(device))
+        check_place(stage_index, num_stages)
+        self.device = usable(as_device(device))
         for name, given in (("stream", stream), ("update_stream", update_stream), ("wgrad", wgrad)):
             if given is not None and self.device.type == "cpu":
                 raise ValueError(f"{name} was given for a stage on the CPU, where it means nothing: leave it out")

@@ -61,7 +61,8 @@ def name_of(value: Any, leaf: Any, what: str) -> str:
     try:
         for path, found in pytree.tree_flatten_with_path(value, is_leaf=lambda node: node is leaf)[0]:
             if found is leaf:
-                return what + str(pytree.keystr(path))
+                where = str(pytree.keystr(path))
+                return what + (where if len(where) <= 200 else f"{where[:100]} ... {where[-100:]}")
     except ValueError:  # a container that cannot name its parts
         pass
     return what

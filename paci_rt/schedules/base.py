@@ -6,7 +6,6 @@ on many micro-batches), :func:`weave` (columns row by row) and :func:`join` (one
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paci_rt.action import OPS, Codes, Op, decode_fields, encode
+from paci_rt.errors import shown
+from paci_rt.schedules import limits
 from paci_rt.schedules.slack import Slack, check_slack, slack_text
 
 
@@ -75,11 +76,11 @@ class StepCosts(NamedTuple):
         except ValueError:
             values = []
         single = all(len(one) == 1 for one in values[3:])
-        fine = all(0 <= one < math.inf for each in values for one in each)
+        fine = all(0 <= one <= limits.MOST_SECONDS for each in values for one in each)
         if len(values) not in (3, 4, 5) or not single or not fine:
             raise ValueError(
-                f"{text!r} is not FORWARD,I,W[,HOP[,STASH]]: give times that are not negative, the first three for all "
-                "stages or as a:b:c one per stage, such as 10,10,5:5:7,0.5"
+                f"{shown(text)} is not FORWARD,I,W[,HOP[,STASH]]: give times from 0 to {limits.MOST_SECONDS:g}, the "
+                "first three for all stages or as a:b:c one per stage, such as 10,10,5:5:7,0.5"
             )
         forward, input_grad, weight_grad = values[:3]
         rest = {name: one[0] for name, one in zip(("hop", "stash"), values[3:], strict=False)}
@@ -98,17 +99,23 @@ class StepCosts(NamedTuple):
         """
 
         def spread(name: str, values: Iterable[float]) -> tuple[float, ...]:
-            values = tuple(float(value) for value in values)
-            if len(values) not in (1, num_stages) or not all(0 <= value < math.inf for value in values):
+            try:
+                values = tuple(float(value) for value in values)
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"costs.{name} is {shown(values)}: give a tuple of times") from None
+            if len(values) not in (1, num_stages) or not all(0 <= value <= limits.MOST_SECONDS for value in values):
                 raise ValueError(
-                    f"costs.{name} is {values!r}: give one time that is at least 0 for all stages, or one for each of "
-                    f"the {num_stages}"
+                    f"costs.{name} is {shown(values)}: give one time from 0 to {limits.MOST_SECONDS:g} for all "
+                    f"stages, or one for each of the {num_stages}"
                 )
             return values * num_stages if len(values) == 1 else values
 
         for name in ("hop", "stash"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"costs.{name} is {getattr(self, name)!r}: give a finite number that is at least 0")
+            value = getattr(self, name)
+            if not limits.is_number(value, limits.MOST_SECONDS):
+                raise ValueError(
+                    f"costs.{name} is {shown(value)}: give a finite number from 0 to {limits.MOST_SECONDS:g}"
+                )
         times = {name: spread(name, getattr(self, name)) for name in ("forward", "input_grad", "weight_grad")}
         return self._replace(**times, hop=float(self.hop), stash=float(self.stash))
 
@@ -146,10 +153,12 @@ class Shape:
     costs: StepCosts = field(default_factory=StepCosts)
 
     def __post_init__(self) -> None:
-        for name, least in (("num_stages", 1), ("accumulation", 1), ("chunks", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}: give an integer of at least {least}")
+        for name, most in (
+            ("num_stages", limits.MOST_STAGES),
+            ("accumulation", limits.MOST_MICRO_BATCHES),
+            ("chunks", limits.MOST_STAGES),
+        ):
+            limits.check_integer(name, getattr(self, name), 1, most)
         if self.num_stages % self.chunks:
             raise ValueError(
                 f"num_stages is {self.num_stages} and chunks {self.chunks}: every rank holds as many stages, so give "

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from paci_rt.action import OPS, Codes, Op, decode_fields, encode
+from paci_rt.schedules import limits
 from paci_rt.schedules.base import ScheduleFamily, Shape, StepCosts, flush_family
 from paci_rt.schedules.zero_bubble import hand_written
 
@@ -223,6 +224,13 @@ def _order(shape: Shape, stage: int, *, held: int) -> Codes:
 
 
 def _check(shape: Shape) -> None:
+    size = shape.num_stages * shape.accumulation
+    limits.check_actions(
+        size,
+        "a searched schedule is computed for",
+        limits.MOST_SEARCHED,
+        "stages or micro-batches, or use zb-h1",
+    )
     shape.costs.per_stage(shape.num_stages)
 
 

@@ -37,6 +37,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from paci_rt.errors import shown
+from paci_rt.schedules import limits
+
 Slack = int | tuple[int, ...]
 """One number for all stages but the last, or one for each, the last of them 0."""
 
@@ -57,9 +60,15 @@ def check_slack(slack: Any, num_stages: int) -> Slack:
         return one_if_uniform(_check_each(tuple(slack), num_stages))
     if not _is_count(slack):
         raise ValueError(
-            f"slack is {slack!r}: give an integer of at least 0, or one for each stage with 0 for the last"
+            f"slack is {shown(slack)}: give an integer of at least 0, or one for each stage with 0 for the last"
         )
+    _check_most(slack)
     return slack  # type: ignore[no-any-return]
+
+
+def _check_most(slack: int) -> None:
+    if slack > limits.MOST_MICRO_BATCHES:
+        raise ValueError(f"slack is {shown(slack)}: give at most {limits.MOST_MICRO_BATCHES:,}")
 
 
 def _is_count(value: Any) -> bool:
@@ -67,20 +76,21 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_each(slack: tuple[Any, ...], num_stages: int) -> tuple[int, ...]:
-    shown = ",".join(map(str, slack))
+    text = ",".join(map(shown, slack[:20])) + (", ..." if len(slack) > 20 else "")
     if not all(map(_is_count, slack)):
-        raise ValueError(f"slack is {shown}: give integers of at least 0, one for each stage")
+        raise ValueError(f"slack is {text}: give integers of at least 0, one for each stage")
     if len(slack) != num_stages:
         raise ValueError(
-            f"slack is {shown}, which is for {len(slack)} stages, and there are {num_stages}: give one number for all "
+            f"slack is {text}, which is for {len(slack)} stages, and there are {num_stages}: give one number for all "
             "stages but the last, or one for each"
         )
+    _check_most(max(slack))
     if slack[-1]:
-        raise ValueError(f"slack is {shown}: the last stage waits for no gradient, so end with 0")
+        raise ValueError(f"slack is {text}: the last stage waits for no gradient, so end with 0")
     for stage, (here, after) in enumerate(itertools.pairwise(slack)):
         if after > here + 1:
             raise ValueError(
-                f"slack is {shown}: stage {stage + 1} would run {num_stages - 2 - stage + after} forwards ahead, and "
+                f"slack is {text}: stage {stage + 1} would run {num_stages - 2 - stage + after} forwards ahead, and "
                 f"stage {stage} before it only {num_stages - 1 - stage + here}, so it would wait for ever; give stage "
                 f"{stage} at least {after - 1}"
             )
@@ -114,7 +124,7 @@ def parse_slack(text: str) -> Slack | str:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"{text!r} is not a slack: write 2, or one number per stage such as 3,2,1,0, or auto"
+            f"{shown(text)} is not a slack: write 2, or one number per stage such as 3,2,1,0, or auto"
         ) from None
     return values if len(values) > 1 else values[0]
 
@@ -155,6 +165,10 @@ class Loops:
         whole, links = _times("stage_times", stage_times), _times("hops", hops)
         late = _times("after_send", after_send) if len(after_send) else np.zeros_like(whole)
         self.stages = len(whole)
+        if self.stages > limits.MOST_PLANNED:
+            raise ValueError(
+                f"stage_times has {self.stages:,} values: slack is planned for at most {limits.MOST_PLANNED:,}"
+            )
         if not self.stages:
             raise ValueError("stage_times is empty: give one time per stage")
         if len(links) != self.stages - 1:
@@ -191,6 +205,11 @@ class Loops:
             warm_up[stage] = last - stage
             for end in range(stage + 1, self.stages):
                 rounds = float(self._times[stage, end]) / period if period else 0.0
+                if rounds > limits.MOST_MICRO_BATCHES:
+                    raise ValueError(
+                        f"the links between stages {stage} and {end} take {rounds:.3g} times as long as a micro-batch: "
+                        f"no slack hides that, at most {limits.MOST_MICRO_BATCHES:,} can be planned"
+                    )
                 warm_up[stage] = max(warm_up[stage], warm_up[end] + max(0, math.ceil(rounds * (1 - _ROUNDING)) - 1))
         return tuple(count - (last - stage) for stage, count in enumerate(warm_up))
 
@@ -212,7 +231,10 @@ class Loops:
         """
         found: list[Slack] = [0]
         while (period := self.period(found[-1])) > self.shortest_period * (1 + _ROUNDING):
-            found.append(one_if_uniform(self.least_slack(period * (1 - step))))
+            try:
+                found.append(one_if_uniform(self.least_slack(period * (1 - step))))
+            except ValueError:  # more than can be planned
+                break
         return found
 
 
@@ -288,6 +310,8 @@ def _times(name: str, values: Sequence[float]) -> npt.NDArray[np.float64]:
 
 def _time(name: str, value: Any) -> float:
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf:
-        raise ValueError(f"{name} has {value!r}: give times that are at least 0 and finite")
+    if not number or not 0 <= value <= limits.MOST_SECONDS:
+        raise ValueError(
+            f"{name} has {shown(value)}: give times that are at least 0 and finite, up to {limits.MOST_SECONDS:g}"
+        )
     return float(value)

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from paci_rt.action import COMPUTE_OPS, RECV_OPS, Action, Op, dependencies
 from paci_rt.errors import ScheduleError
+from paci_rt.schedules import limits
 from paci_rt.schedules.channel import Channel
 from paci_rt.schedules.lowering import Lowering, format_grid, stage_channels
 
@@ -31,6 +32,10 @@ def validate(lowering: Lowering, *, windows: int | None = None, capacity: int | 
     if windows is None:
         ahead = 0 if lowering.family.flush else 2 * (1 + shape.most_ahead)
         windows = 2 + -(-ahead // shape.accumulation)
+    size = shape.num_stages * shape.accumulation * windows * (3 if lowering.family.split else 2)
+    limits.check_actions(
+        size, "a schedule is checked over", limits.MOST_CHECKED, "micro-batches, stages or forwards of slack"
+    )
     play_streams([lowering.stream(rank, windows) for rank in range(shape.ranks)], lowering, capacity)
 
 

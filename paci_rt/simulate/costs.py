@@ -10,7 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from paci_rt.errors import shown
+from paci_rt.schedules import limits
+
 Floats = npt.NDArray[np.float64]
+LEAST_BANDWIDTH = 1e-3
+MOST_NOISE = 10.0
+MOST_FACTOR = 1e6
+
+
+def most_of(name: str) -> float:
+    """The largest value of a field: sums of it over any timeline are finite."""
+    if name in ("noise", "micro_batch_factors"):
+        return MOST_NOISE if name == "noise" else MOST_FACTOR
+    return limits.MOST_SECONDS if name.endswith("_s") and "bytes" not in name else limits.MOST_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +76,34 @@ class Costs:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "seed":
-                if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                    raise ValueError(f"seed is {value!r}: give an integer of at least 0")
+                limits.check_integer("seed", value, 0, 2**63 - 1)
             elif isinstance(field.default, (int, float)):
                 self._check_number(field.name, value)
             else:
                 self._check_list(field.name, value)
-        if not self.bandwidth_bytes_per_s > 0:
+        if not self.bandwidth_bytes_per_s >= LEAST_BANDWIDTH:
             raise ValueError(
-                f"bandwidth_bytes_per_s is {self.bandwidth_bytes_per_s!r}: give a number above 0, or math.inf for "
-                "messages that take no longer than their latency"
+                f"bandwidth_bytes_per_s is {self.bandwidth_bytes_per_s!r}: give a number above 0, at least "
+                f"{LEAST_BANDWIDTH:g}, or math.inf for messages that take no longer than their latency"
             )
 
     @staticmethod
     def _check_number(name: str, value: Any) -> None:
         endless = name == "bandwidth_bytes_per_s" and value == math.inf
-        if not (_is_number(value) and (endless or 0 <= value < math.inf)):
-            raise ValueError(f"{name} is {value!r}: give a finite number of at least 0")
+        if not (_is_number(value) and (endless or 0 <= value <= most_of(name))):
+            raise ValueError(
+                f"{name} is {shown(value)}: give a finite number of at least 0 and at most {most_of(name):g}"
+            )
 
     def _check_list(self, name: str, values: Any) -> None:
         if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
-            raise ValueError(f"{name} is {values!r}: give a tuple of one number for all stages, or one for each")
+            raise ValueError(f"{name} is {shown(values)}: give a tuple of one number for all stages, or one for each")
         for at, value in enumerate(values):
-            if not (_is_number(value) and 0 <= value < math.inf):
+            if not (_is_number(value) and 0 <= value <= most_of(name)):
                 where = f" of stage {at}" if len(values) > 1 and name != "micro_batch_factors" else ""
-                raise ValueError(f"{name}{where} is {value!r}: give a finite number of at least 0")
+                raise ValueError(
+                    f"{name}{where} is {shown(value)}: give a finite number of at least 0 and at most {most_of(name):g}"
+                )
         object.__setattr__(self, name, tuple(map(float, values)))
 
     def per_stage(self, name: str, num_stages: int) -> Floats:

@@ -17,7 +17,7 @@ from dataclasses import fields
 
 from paci_rt.action import decode
 from paci_rt.errors import ScheduleError
-from paci_rt.schedules import policies
+from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import ScheduleFamily, Shape, check_shape
 from paci_rt.simulate.costs import Costs
 from paci_rt.simulate.metrics import Simulation, measure
@@ -68,9 +68,10 @@ def simulate(
         >>> result.steady_utilization, result.max_drift
         (1.0, 1)
     """
-    if not isinstance(windows, int) or isinstance(windows, bool) or windows < 1:
-        raise ValueError(f"windows is {windows!r}: give an integer of at least 1")
+    limits.check_integer("windows", windows, 1, limits.MOST_WINDOWS)
     check_shape(family, shape)
+    size = shape.num_stages * windows * (shape.accumulation * (3 if family.split else 2) + 1)
+    limits.check_actions(size, "simulate plays", limits.MOST_ACTIONS, "windows, micro-batches or stages")
     policy = policies.resolve(family, shape, policy)
     ahead = policies.looks_ahead(family, policy, lookahead)
     for field in fields(costs):

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from paci_rt import native, schedules
-from paci_rt.errors import TritonMissingError, unknown
+from paci_rt.errors import TritonMissingError, shown, unknown
 from paci_rt.optim.backend import usable
 from paci_rt.planner import auto_slack
-from paci_rt.schedules import policies
+from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
@@ -26,6 +26,21 @@ MOMENTUM = {"muon": 0.95}
 """Defaults of optimizers that differ from the others'."""
 CPU_TRANSPORTS = ("gloo", "shm")
 """Transports whose messages lie in the CPU's memory."""
+MOST = {
+    "stages": limits.MOST_STAGES,
+    "chunks": limits.MOST_STAGES,
+    "accumulation": limits.MOST_MICRO_BATCHES,
+    "batch_size": limits.MOST_MICRO_BATCHES,
+    "seq_len": 1 << 24,
+    "eval_batches": limits.MOST_MICRO_BATCHES,
+    "threads": 4096,
+    "seed": 2**63 - 1,
+    "port": 65535,
+}
+"""Of integers; the others end at 2**53."""
+MOST_FLOAT = 1e30
+"""Of rates and coefficients: it is a number in fp32 as well."""
+MOST_TIMEOUT_S = 1e9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AUTO: Any = None
 """Default of options that are derived from the others."""
@@ -121,6 +136,7 @@ class TrainConfig:
         self._fill("momentum", MOMENTUM.get(self.optimizer, 0.9))
         self._check_integers()
         self._fill("warmup_steps", self.lr_steps // 20 if self.lr_steps else 0)
+        self._check_floats("lr")
         self._fill("min_lr", self.lr / 10)
         self._fill("eval_interval", max(1, self.steps // 10))
         self._check_floats()
@@ -131,6 +147,11 @@ class TrainConfig:
             object.__setattr__(self, name, default)
 
     def _check_names(self) -> None:
+        for name in ("schedule", "model", "optimizer", "dtype", "transport", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{_flag(name)} is {shown(getattr(self, name))}: give a name")
+        for name in ("profile", "policy", "data", "out", "resume"):
+            _check_text(_flag(name), getattr(self, name))
         _known("--model", self.model, MODELS)
         _known("--optimizer", self.optimizer, OPTIMIZERS)
         _known("--dtype", self.dtype, DTYPES)
@@ -147,8 +168,9 @@ class TrainConfig:
         if self.device == "auto":
             there = torch.cuda.is_available() and native.cuda_devices()[0] > 0
             self._fill("device", "cuda" if there else "cpu", always=True)
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device {self.device}: give cpu, cuda, cuda:N or auto")
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", self.device):
+            name = self.device if self.device.isprintable() and len(self.device) < 40 else shown(self.device)
+            raise ValueError(f"--device {name}: give cpu, cuda, cuda:N or auto")
         if self.device == "cpu":
             return
         try:
@@ -183,26 +205,28 @@ class TrainConfig:
             "threads",
         )
         not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port")
-        for name, bound in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
+        for name, least in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < bound):
-                raise ValueError(f"{_flag(name)} is {value!r}: give an integer of at least {bound}")
-        for name, most in (("seed", 2**63 - 1), ("port", 65535)):
-            if getattr(self, name) > most:
-                raise ValueError(f"{_flag(name)} is {getattr(self, name)}: give at most {most}")
-        if self.buffers not in (None, 1, 2):
-            raise ValueError(f"--buffers is {self.buffers!r}: give 1 or 2")
+            if value is not None or name not in ("warmup_steps", "eval_interval"):  # which follow from the others
+                limits.check_integer(_flag(name), value, least, MOST.get(name, 2**53))
+        if not (self.buffers is None or (type(self.buffers) is int and self.buffers in (1, 2))):
+            raise ValueError(f"--buffers is {shown(self.buffers)}: give 1 or 2")
 
-    def _check_floats(self) -> None:
-        for name in ("lr", "min_lr", "weight_decay", "beta1", "beta2", "momentum"):
+    def _check_floats(self, *names: str) -> None:
+        for name in names or ("lr", "min_lr", "weight_decay", "beta1", "beta2", "momentum"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{_flag(name)} is {value!r}: give a number of at least 0")
+            if not limits.is_number(value, MOST_FLOAT):
+                raise ValueError(
+                    f"{_flag(name)} is {shown(value)}: give a number of at least 0 and at most {MOST_FLOAT:g}"
+                )
             if name in ("beta1", "beta2", "momentum") and value >= 1:
                 raise ValueError(f"{_flag(name)} is {value!r}: give a number below 1")
 
-        if not isinstance(self.transfer_timeout, (int, float)) or not 0 < self.transfer_timeout < math.inf:
-            raise ValueError(f"--transfer-timeout is {self.transfer_timeout!r}: give a number of seconds above 0")
+        if not limits.is_number(self.transfer_timeout, MOST_TIMEOUT_S) or not self.transfer_timeout:
+            raise ValueError(
+                f"--transfer-timeout is {shown(self.transfer_timeout)}: give a number of seconds above 0 and up to "
+                f"{MOST_TIMEOUT_S:g}"
+            )
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
         accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt
@@ -228,6 +252,10 @@ class TrainConfig:
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
         default = default_partition(model, pieces, seq_len=seq_len)
+        if self.partition is not None and not (
+            isinstance(self.partition, (list, tuple)) and all(type(size) is int for size in self.partition)
+        ):
+            raise ValueError(f"--partition is {shown(self.partition)}: give blocks per stage, such as {default}")
         sizes = tuple(self.partition) if self.partition is not None else default
         if len(sizes) != pieces or sum(sizes) != model.layers or min(sizes) < 1:
             raise ValueError(
@@ -295,6 +323,17 @@ class TrainConfig:
 def _known(flag: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise unknown(flag, value, choices)
+
+
+def _check_text(flag: str, value: Any) -> None:
+    """Raise ValueError for what is neither None nor a name or path that the system can have."""
+    if value is None:
+        return
+    if not isinstance(value, (str, os.PathLike)) or isinstance(value, bytes):
+        raise ValueError(f"{flag} is {shown(value)}: give a name")
+    text = os.fspath(value)
+    if "\0" in text or not text:
+        raise ValueError(f"{flag} is {shown(text)}: a name has characters, and no zero bytes")
 
 
 def _flag(name: str) -> str:

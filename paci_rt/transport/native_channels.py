@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -15,11 +14,6 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport import payload, wire
 from paci_rt.transport.base import Message, WaitingTransport
 from paci_rt.transport.diagnosis import dump_events
-
-
-def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where tensors lie; 0 for an absent one."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 @dataclass(slots=True)
@@ -69,14 +63,12 @@ class NativeTransport(WaitingTransport):
         """Raise StageError unless ``tensor`` lies where this transport can read it."""
         raise NotImplementedError
 
-    def _unpack(
-        self, channel: Channel, index: int, message: Message
-    ) -> tuple[wire.Meta, list[Tensor | None], list[int]]:
-        """What ``message`` looks like, its tensors as bytes in a row, and their addresses."""
+    def _unpack(self, channel: Channel, index: int, message: Message) -> tuple[wire.Meta, list[Tensor | None]]:
+        """What ``message`` looks like, and its tensors as bytes in a row."""
         payload.check(channel, index, message)
         metas = wire.describe(message)
         tensors = [None if tensor is None else self._contiguous(tensor) for tensor in message.tensors]
-        return metas, tensors, addresses_of(tensors)
+        return metas, tensors
 
     def _contiguous(self, tensor: Tensor) -> Tensor:
         """``tensor`` as bytes in a row; itself, but for rare exceptions."""

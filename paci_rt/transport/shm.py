@@ -119,9 +119,9 @@ class ShmTransport(NativeTransport):
 
     def send(self, channel: Channel, index: int, message: Message) -> None:
         outgoing = self._outgoing.get(channel) or self._sender(channel)
-        metas, tensors, addresses = self._unpack(channel, index, self._structures.pack(channel, message))
+        metas, tensors = self._unpack(channel, index, self._structures.pack(channel, message))
         try:
-            sequence = outgoing.end.send(index, outgoing.changed(metas), addresses)
+            sequence = outgoing.end.send(index, outgoing.changed(metas), tensors)
         except (TransferTimeoutError, PeerLostError) as error:
             self._report(error)
         outgoing.hold(sequence, metas, tensors)

@@ -236,20 +236,28 @@ def test_cpu_refuses_other_devices_and_streams() -> None:
 
 def test_core_checks_its_arguments() -> None:
     accumulator = native.core().Accumulator
+    flat = native.empty_flat(32, torch.float32, torch.device("cpu"))
+    four = torch.zeros(4)
     with pytest.raises(ValueError, match="1 or 2 buffers, got 3"):
-        accumulator([(0, 4)], 16, [64, 128, 192])
+        accumulator([(0, 4)], 16, [flat, flat, flat])
     with pytest.raises(ValueError, match="not aligned to 64 bytes"):
-        accumulator([(0, 4)], 16, [65])
+        accumulator([(0, 4)], 16, [flat[1:]])
     with pytest.raises(ValueError, match="overlaps"):
-        accumulator([(0, 4), (3, 4)], 16, [64])
+        accumulator([(0, 4), (3, 4)], 16, [flat])
     with pytest.raises(ValueError, match="beyond the buffer of 16"):
-        accumulator([(0, 4), (16, 4)], 16, [64])
+        accumulator([(0, 4), (16, 4)], 16, [flat])
+    with pytest.raises(ValueError, match="a buffer has 64 bytes, and 32 elements of 4"):
+        accumulator([(0, 4)], 32, [flat[:16]])
     with pytest.raises(ValueError, match="dtype code 5"):
-        accumulator([(0, 4)], 16, [64]).add(0, 0, 5, 4, 0, 1)
+        accumulator([(0, 4)], 16, [flat]).add(0, four, 5, 4, 0, 1)
     with pytest.raises(ValueError, match="segment 1 does not exist"):
-        accumulator([(0, 4)], 16, [64]).add(1, 0, 0, 4, 0, 1)
+        accumulator([(0, 4)], 16, [flat]).add(1, four, 0, 4, 0, 1)
     with pytest.raises(ValueError, match="3 elements was given for segment 0 of 4"):
-        accumulator([(0, 4)], 16, [64]).add(0, 0, 0, 3, 0, 1)
+        accumulator([(0, 4)], 16, [flat]).add(0, four, 0, 3, 0, 1)
+    with pytest.raises(ValueError, match="the gradient has 12 bytes, and 4 elements of 4"):
+        accumulator([(0, 4)], 16, [flat]).add(0, torch.zeros(3), 0, 4, 0, 1)
+    with pytest.raises(TypeError, match="of type int was passed for memory"):
+        accumulator([(0, 4)], 16, [flat]).add(0, flat.data_ptr(), 0, 4, 0, 1)
 
 
 def test_flat_memory_is_zeroed_and_aligned() -> None:

@@ -32,8 +32,7 @@ class Rig:
     def __init__(self, buffers: int = 2, max_delay_us: int = 0) -> None:
         self.twin = twin(max_delay_us)
         self.memory = [torch.full((NUMEL,), torch.nan) for _ in range(buffers)]
-        addresses = [memory.data_ptr() for memory in self.memory]
-        self.accumulator = core.Accumulator(SEGMENTS, NUMEL, addresses, 0, self.twin)
+        self.accumulator = core.Accumulator(SEGMENTS, NUMEL, self.memory, 0, self.twin)
         self.compute, self.update, self.side = (core.Stream(0, ops=self.twin) for _ in range(3))
 
     def on(self, stream: Any, work: Callable[[], object]) -> None:
@@ -200,7 +199,7 @@ def test_statistics_stay_where_they_are_until_asked_for() -> None:
     totals = torch.zeros(2, dtype=torch.float64)
     rig.add(3.0)
     rig.on(rig.compute, lambda: totals.copy_(torch.tensor([144.0, 2.0], dtype=torch.float64)))
-    rig.accumulator.seal(rig.compute, totals.data_ptr())
+    rig.accumulator.seal(rig.compute, totals)
     later = hold(rig, rig.compute)
     assert rig.accumulator.sum_of_squares == 144.0  # waits for the window, not for what came after
     totals.fill_(7.0)

@@ -172,7 +172,8 @@ def out_of_memory(inbox: Any) -> None:
         segment = native.make_shm_segment()
         peer = native.attach_shm_segment(segment.pid, segment.fd, segment.token)
         end = native.make_shm_outgoing(DOWN, segment, peer, slots=1, held=0, timeout_s=1.0)
-        end.send(0, paci_rt.transport.wire.pack_metas(paci_rt.transport.wire.describe(of(torch.empty(1 << 26)))), [1])
+        large = torch.empty(1 << 26)
+        end.send(0, paci_rt.transport.wire.pack_metas(paci_rt.transport.wire.describe(of(large))), [large])
         inbox.send("no error")
     except Exception as error:
         inbox.send(f"{type(error).__name__}: {error}")

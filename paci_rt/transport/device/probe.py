@@ -24,7 +24,7 @@ def send_probe(candidate: Candidate, end: Any, hardware: Hardware) -> Measured:
         for count in (WARM_UP, MESSAGES):
             start = time.perf_counter()
             for _ in range(count):
-                end.send_on(index, packed, [tensor.data_ptr()], hardware.index, hardware.stream())
+                end.send_on(index, packed, [tensor], hardware.index, hardware.stream())
                 index += 1
             end.flush()
             took_us = (time.perf_counter() - start) / count * 1e6
@@ -38,7 +38,7 @@ def receive_probe(candidate: Candidate, end: Any, hardware: Hardware) -> Measure
     for size in (SMALL_BYTES, LARGE_BYTES):
         tensor = hardware.empty(_meta(size))
         for _ in range(WARM_UP + MESSAGES):
-            end.take(index, hardware.index, hardware.stream()).unpack([tensor.data_ptr()])
+            end.take(index, hardware.index, hardware.stream()).unpack([tensor])
             index += 1
     return Measured(candidate.name, None, None)
 

@@ -23,7 +23,7 @@ from paci_rt.transport.device.backends import Candidate, Measured
 from paci_rt.transport.device.hardware import Gathering, Hardware
 from paci_rt.transport.device.pairing import DeviceOptions, Pairing
 from paci_rt.transport.diagnosis import origin_of
-from paci_rt.transport.native_channels import NativeTransport, Outgoing, addresses_of
+from paci_rt.transport.native_channels import NativeTransport, Outgoing
 from paci_rt.transport.packing import unpacked
 from paci_rt.transport.structure import Structure
 
@@ -110,21 +110,17 @@ class DeviceTransport(NativeTransport):
         The tensors are kept until they have left. A message that finds no free slot waits in the transport.
         """
         outgoing = self._sender(channel)
-        metas, tensors, addresses = self._unpack(channel, index, message)
+        metas, tensors = self._unpack(channel, index, message)
         if message.structure is not None:  # in the description, which the host reads and which travels when it changes
             more = wire.metas_of_bytes(message.structure.packed())
-            metas, tensors, addresses = (
-                (*metas, *more),
-                [*tensors, *(None for _ in more)],
-                [*addresses, *(0 for _ in more)],
-            )
+            metas, tensors = (*metas, *more), [*tensors, *(None for _ in more)]
         where = self._hardware.index, self._hardware.stream()
         try:
             if self._hardware.capturing():
-                outgoing.end.capture(index, wire.pack_metas(metas), addresses, *where)
+                outgoing.end.capture(index, wire.pack_metas(metas), tensors, *where)
                 outgoing.captured.append(tensors)  # or the graph's allocator would give their memory away
                 return
-            outgoing.hold(outgoing.end.send_on(index, outgoing.changed(metas), addresses, *where), metas, tensors)
+            outgoing.hold(outgoing.end.send_on(index, outgoing.changed(metas), tensors, *where), metas, tensors)
             if channel in self._sent:
                 self._sent[channel] += 1
             outgoing.let_go()
@@ -143,7 +139,7 @@ class DeviceTransport(NativeTransport):
                 return self._capture_recv(channel, incoming, index, where)
             arrived = incoming.take(index, *where)
             arriving = self._empty(arrived.packed)
-            arrived.unpack(addresses_of(arriving.tensors))
+            arrived.unpack(list(arriving.tensors))
             if channel in self._sent:
                 self._sent[channel] -= 1
             self._let_go()
@@ -159,7 +155,7 @@ class DeviceTransport(NativeTransport):
                 "not known: run a step or two before recording"
             )
         arriving = self._empty(incoming.packed)
-        incoming.capture(index, addresses_of(arriving.tensors), *where)
+        incoming.capture(index, list(arriving.tensors), *where)
         return _structured(arriving, incoming.packed)
 
     def _empty(self, packed: bytes) -> Message:
