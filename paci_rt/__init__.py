@@ -14,6 +14,7 @@ from paci_rt.check import CutReport, check_against
 from paci_rt.errors import (
     AccumulatorStateError,
     ActionError,
+    CheckpointError,
     DisagreementError,
     DriftBoundError,
     NativeCoreError,
@@ -68,6 +69,7 @@ __all__ = [
     "AccumulatorStateError",
     "ActionError",
     "AdamW",
+    "CheckpointError",
     "CutReport",
     "DisagreementError",
     "DriftBoundError",
