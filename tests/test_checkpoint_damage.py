@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ def everything(pipe: Any) -> Any:
     return flat(pipe.state_dict()), torch.get_rng_state().tolist(), random.getstate()
 
 
+def refusal(folder: Path, target: Any) -> str | None:
+    """What loading says, or None if it works; any other error goes through."""
+    try:
+        checkpoint.load(folder, target)
+    except paci_rt.CheckpointError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize(
     ("block", "optimizer"), [("batch-norm", adamw), ("batch-norm", torch_adamw), ("extra-state", adamw)]
 )
@@ -50,12 +59,11 @@ def test_any_damage_is_one_line_and_changes_nothing(tmp_path: Path, block: str, 
     for seed in SEEDS:
         shutil.copytree(good, bad)
         what = spoil(bad, random.Random(f"{block} {optimizer.__name__} {seed}"))
-        try:
-            checkpoint.load(bad, target)
-        except paci_rt.CheckpointError as error:
+        said = refusal(bad, target)
+        if said is not None:
             refused += 1
-            assert "\n" not in str(error), (seed, what)
-            assert everything(target) == before, (seed, what, str(error))
+            assert said and "\n" not in said, (seed, what)
+            assert everything(target) == before, (seed, what, said)
         else:
             taken.append(what)  # another value of the right kind
             target = make()
@@ -129,7 +137,7 @@ FIELDS: list[tuple[str, Callable[[Any, Any], None], Any, str]] = [
     ("a bool", field("windows"), True, r"windows is True, not an integer"),
     ("no files", field("files"), [], r"files is \[\], not a list of files"),
     ("no names", field("files", 0, "params"), "abc", r"files\[0\]\.params is 'abc', not a list of names"),
-    ("no hash", field("files", 0, "sha256"), "0" * 63, r"files\[0\]\.sha256 is '0+', not 64 hexadecimal digits"),
+    ("no hash", field("files", 0, "sha256"), "0" * 40, r"files\[0\]\.sha256 is '0+', not 64 hexadecimal digits"),
     ("another version", field("version"), "4", r"has version '4'; this version of paci_rt reads 1, 2, 4"),
     ("a version to come", field("version"), 5, r"has version 5; this version of paci_rt reads 1, 2, 4"),
     ("no extra", field("extra"), [], r"extra is \[\], not an object"),
@@ -215,14 +223,14 @@ def test_only_plain_files_are_read(saved: Path, put: Callable[[Path], None], wor
 
 
 @pytest.fixture
-def several(tmp_path: Path) -> Iterator[tuple[Path, list[Any]]]:
+def several(tmp_path: Path) -> tuple[Path, list[Any]]:
     """A folder with the checkpoints after 1, 2 and 3 updates, and the states that they are of."""
     pipe, states = pipeline(sizes=[1, 2], lr_scheduler=step_lr), []
     for window in range(4):
         train(pipe, range(window, window + 1))
         checkpoint.save(tmp_path / "a", pipe, keep=3)
         states.append(flat(pipe.state_dict()))
-    yield tmp_path / "a", states
+    return tmp_path / "a", states
 
 
 def test_the_last_ones_are_kept_and_each_can_be_loaded(several: tuple[Path, list[Any]]) -> None:
