@@ -17,7 +17,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,11 @@ def hold(directory: PathLike, schedule: Pipeline, *, group: dist.ProcessGroup | 
     folder = Path(directory)
     lock: FolderLock | None = None
     probe: Probe | None = None
+    new = False
     try:
         with together(schedule, group):
             try:
+                new = not folder.exists()
                 folder.mkdir(parents=True, exist_ok=True)
                 if schedule.stages[0].stage_index == 0:
                     lock = FolderLock(folder)
@@ -156,6 +158,9 @@ def hold(directory: PathLike, schedule: Pipeline, *, group: dist.ProcessGroup | 
             probe.remove()
         if lock is not None:
             lock.release()
+        if new:
+            with suppress(OSError):  # other processes' files, or what was saved
+                folder.rmdir()
 
 
 def read_index(directory: PathLike) -> dict[str, Any]:
