@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from paci_rt.optim.fused import FusedOptimizer
 
-OF_THIS_PLACE = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-"""What says where and how an optimizer computes: a state never changes it."""
+OF_THIS_PLACE = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
+"""What says where and how an optimizer computes, and of which parameters: a state never changes it."""
 
 Place = tuple[int, int]
 """A group by the number of its record, and its number there."""
@@ -145,7 +145,7 @@ def _merged(
         return {}
     first = saved[0]
     for other in saved[1:]:
-        for key in sorted(first["options"].keys() | other["options"].keys()):
+        for key in sorted((first["options"].keys() | other["options"].keys()) - OF_THIS_PLACE):
             one, two = first["options"].get(key), other["options"].get(key)
             if not same(one, two):
                 names = [next(name for name in group["params"] if name in members.all) for group in (first, other)]
