@@ -20,6 +20,7 @@ import torch
 import paci_rt
 from paci_rt import checkpoint
 from paci_rt.runtime import folder_lock
+from paci_rt.runtime.checkpoint_index import digest_of
 from support.deadlines import deadline
 from support.stateful import cut, flat, pipeline, train
 
@@ -385,3 +386,38 @@ def stamp(folder: Path) -> Any:
         return (folder / "index.json").stat().st_mtime_ns
     except FileNotFoundError:
         return 0
+
+
+def test_train_refuses_a_damaged_checkpoint_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from paci_rt import cli
+
+    text, folder = tmp_path / "text.txt", tmp_path / "a"
+    text.write_text("To be, or not to be, that is the question. " * 200)
+    argv = ["train", "--batch-size", "2", "--accumulation", "2", "--seq-len", "16", "--data", str(text)]
+    argv += ["--eval-batches", "1", "--eval-interval", "0"]
+    assert cli.main([*argv, "--steps", "3", "--transport", "local", "--out", str(folder), "--save-interval", "1"]) == 0
+    names = ["index-00000002.json", "index-00000003.json", "index.json"]
+    assert sorted(path.name for path in folder.glob("*.json")) == names
+    part = folder / checkpoint.read_index(folder)["files"][1]["file"]
+    raw = bytearray(part.read_bytes())
+    raw[len(raw) // 3] ^= 32
+    part.write_bytes(raw)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    for transport in ("local", "auto"):
+        command = [*argv, "--steps", "5", "--transport", transport, "--resume", str(folder), "--out", str(folder)]
+        assert cli.main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{part} is damaged: its bytes do not have the hash that the index says" in line
+        assert f"the checkpoint after 2 updates in {folder / 'index-00000002.json'} is whole" in line
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    older = str(folder / "index-00000002.json")
+    assert cli.main([*argv, "--steps", "5", "--transport", "local", "--resume", older, "--out", str(folder)]) == 0
+    assert checkpoint.verify(folder)["windows"] == 5
+    index = json.loads((folder / "index.json").read_text())
+    for saved in (None, [], {}, {"model": 3}, {"model": "gpt-tiny"}):
+        index["extra"] = {"config": saved}
+        index["sha256"] = digest_of(index)
+        (folder / "index.json").write_text(json.dumps(index))
+        assert cli.main([*argv, "--steps", "9", "--resume", str(folder)]) == 2
+        assert "this checkpoint was not written by paci-rt train" in capsys.readouterr().err
