@@ -26,6 +26,7 @@ import torch.distributed as dist
 from paci_rt.errors import CheckpointError
 from paci_rt.files import reason
 from paci_rt.runtime import checkpoint_files as files_of
+from paci_rt.runtime.checkpoint_collect import collect
 from paci_rt.runtime.checkpoint_files import beside, check_savable, part_of
 from paci_rt.runtime.checkpoint_index import KINDS, digest_of, index_file, names_in, warn_of_age
 from paci_rt.runtime.checkpoint_load import check_same_model, check_tensors, in_one_line, some, state_for
@@ -47,6 +48,7 @@ def save(
     tied_weights: Sequence[TiedWeight] = (),
     group: dist.ProcessGroup | None = None,
     keep: int = 1,
+    gathered: bool = False,
 ) -> None:
     """Drain ``schedule`` and write its state; every process of the pipeline calls this.
 
@@ -58,6 +60,8 @@ def save(
         group: for the exchange between processes; None is the default group.
         keep: how many checkpoints the folder holds, this one included. With more than one, each has an index of its
             own beside ``index.json``, such as ``index-00000200.json`` after 200 updates, that :func:`load` takes too.
+        gathered: the first process, that of stage 0, writes all files; the others send it theirs over ``group``, which
+            must be of gloo. For hosts without a common file system: copy the folder to all of them before :func:`load`.
 
     Raises:
         ValueError: two stages have a parameter of the same name; nothing is written then.
@@ -90,24 +94,39 @@ def save(
         state = schedule.state_dict()
         check_savable(state)
     leave_to_one(names, state, schedule, group)
+    first, new = schedule.stages[0].stage_index == 0, not folder.exists()
     lock, parts, failure = write_parts(folder, schedule, state, names)
     try:
-        gathered = gather((parts, failure), schedule, group)
-        failures = [one for _, one in gathered]
-        if schedule.stages[0].stage_index == 0 and not any(one != FINE for one in failures):
-            entries = [file for theirs, _ in gathered for file in theirs]
+        everyone = gather((parts, failure), schedule, group)
+        entries, fine = [file for theirs, _ in everyone for file in theirs], all(one == FINE for _, one in everyone)
+        travel = gathered and fine and not alone(schedule)
+        if travel:
+            entries, failure = collect(folder, [theirs for theirs, _ in everyone], group)
+        if first and fine and failure == FINE:
             failure = finish(folder, entries, state["windows"], extra, keep)
-        failures = gather(failure, schedule, group)  # and nobody returns before the checkpoint is whole
-        if any(one != FINE for one in failures):
-            files_of.remove_parts(folder, [part["file"] for part in parts])
+        # And nobody returns before the checkpoint is whole.
+        failures = gather(failure, schedule, group)
+        if any(one != FINE for one in failures) or (travel and not first):
+            mine = [*parts, *entries] if first else parts
+            files_of.remove_parts(folder, [part["file"] for part in mine])
         raise_any(failures)
     finally:
-        if lock is not None:
-            lock.release()
+        _leave(folder, lock, new)
+
+
+def _leave(folder: Path, lock: FolderLock | None, new: bool) -> None:
+    """Let others into a folder, and remove it if it is ``new`` and nothing is in it."""
+    if lock is not None:
+        lock.release()
+    if new:
+        with suppress(OSError):  # other processes' files, or what was saved
+            folder.rmdir()
 
 
 @contextmanager
-def hold(directory: PathLike, schedule: Pipeline, *, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def hold(
+    directory: PathLike, schedule: Pipeline, *, group: dist.ProcessGroup | None = None, gathered: bool = False
+) -> Iterator[None]:
     """Have a folder to this run alone, and make sure at its start that all processes mean the same one.
 
     Every process of the pipeline enters this before its first step. :func:`save` locks the folder too, but only while
@@ -117,6 +136,7 @@ def hold(directory: PathLike, schedule: Pipeline, *, group: dist.ProcessGroup | 
         directory: made if it does not exist.
         schedule: a schedule or a ``LocalPipeline``.
         group: for the exchange between processes; None is the default group.
+        gathered: as for :func:`save`; the folder is that of the first process alone then.
 
     Raises:
         CheckpointError: another process holds the folder, it cannot be written, or the first process does not see
@@ -138,11 +158,13 @@ def hold(directory: PathLike, schedule: Pipeline, *, group: dist.ProcessGroup | 
     try:
         with together(schedule, group):
             try:
-                new = not folder.exists()
-                folder.mkdir(parents=True, exist_ok=True)
-                if schedule.stages[0].stage_index == 0:
+                first = schedule.stages[0].stage_index == 0
+                new = not folder.exists() and (first or not gathered)
+                if first or not gathered:
+                    folder.mkdir(parents=True, exist_ok=True)
+                if first:
                     lock = FolderLock(folder)
-                if not alone(schedule):
+                if not alone(schedule) and not gathered:
                     probe = Probe(folder)
             except OSError as error:
                 raise CheckpointError(f"{folder} cannot be written: {reason(error)}: give another folder") from error
@@ -156,11 +178,7 @@ def hold(directory: PathLike, schedule: Pipeline, *, group: dist.ProcessGroup | 
     finally:
         if probe is not None:
             probe.remove()
-        if lock is not None:
-            lock.release()
-        if new:
-            with suppress(OSError):  # other processes' files, or what was saved
-                folder.rmdir()
+        _leave(folder, lock, new)
 
 
 def read_index(directory: PathLike) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import socket
 import stat
 import subprocess
@@ -266,7 +267,7 @@ def own_disks(rank: int, pipe: Any, group: Any, folder: str) -> None:
     assert not Path(place).exists()
     with pytest.raises(OSError, match=r"was written by another process and cannot be seen here: choose a folder on a"):
         checkpoint.save(place, pipe, group=group)  # without hold
-    assert list(Path(place).iterdir()) == []
+    assert not Path(place).exists()
     # Copies of different checkpoints are noticed too.
     local = pipeline(sizes=[1, 1, 1])
     train(local, range(1 + rank))
@@ -421,3 +422,56 @@ def test_train_refuses_a_damaged_checkpoint_in_one_line(tmp_path: Path, capsys: 
         (folder / "index.json").write_text(json.dumps(index))
         assert cli.main([*argv, "--steps", "9", "--resume", str(folder)]) == 2
         assert "this checkpoint was not written by paci-rt train" in capsys.readouterr().err
+
+
+def gathered_on_rank(rank: int, pipe: Any, group: Any, folder: str) -> None:
+    from paci_rt.runtime import checkpoint_collect
+
+    checkpoint_collect.CHUNK_BYTES = 1000
+    place = Path(f"{folder}/{rank}/a")
+    with checkpoint.hold(place, pipe, group=group, gathered=True):
+        checkpoint.save(place, pipe, group=group, gathered=True, keep=2)
+        train(pipe, range(1, 2))
+        checkpoint.save(place, pipe, group=group, gathered=True, keep=2)
+        torch.distributed.barrier(group)
+        assert place.exists() == (rank == 0)
+        if rank == 0:
+            assert checkpoint.verify(place)["windows"] == 2
+            assert checkpoint.verify(place / "index-00000001.json")["windows"] == 1
+            before = sorted(path.name for path in place.iterdir())
+            size = max(path.stat().st_size for path in place.glob("*-of-3-*.pt")) - 100
+            # The disk is full once its own part is written.
+            write = checkpoint_collect.replacing
+
+            def full(path: Path) -> Any:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, -1))
+                return write(path)
+
+            checkpoint_collect.replacing = full
+        try:
+            with pytest.raises(OSError, match=r"stage file of rank 1: .*File too large: make room.* is intact"):
+                checkpoint.save(place, pipe, group=group, gathered=True, keep=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        torch.distributed.barrier(group)
+        assert place.exists() == (rank == 0)
+        if rank == 0:
+            checkpoint_collect.replacing = write
+            assert sorted(path.name for path in place.iterdir()) == before
+    torch.distributed.barrier(group)
+    if rank:  # the copy that a user makes
+        shutil.copytree(f"{folder}/0/a", place)
+    torch.distributed.barrier(group)
+    state = flat(pipe.state_dict())
+    train(pipe, range(2, 3))
+    checkpoint.load(place, pipe, group=group)
+    assert flat(pipe.state_dict()) == state
+
+
+def test_without_a_common_file_system_the_first_process_writes_all(tmp_path: Path, workers: Any) -> None:
+    workers.run(on_rank, 3, gathered_on_rank, str(tmp_path))
+    alone = pipeline(sizes=[3])
+    train(alone, range(2))
+    other = pipeline(sizes=[3])
+    checkpoint.load(tmp_path / "0" / "a", other)
+    assert sorted(other.state_dict()["params"]) == sorted(alone.state_dict()["params"])

@@ -41,6 +41,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     options.add("out", str, "DIR", "save a checkpoint in this folder at the end")
     options.add("save_interval", int, "N", "save a checkpoint also every N local updates; 0: only at the end")
     options.add("keep_checkpoints", int, "N", "how many checkpoints stay in that folder, the last ones")
+    options.switch(
+        "gather_checkpoints",
+        "rank 0 writes the files of all stages, for hosts without a common file system; copy the folder to all of them "
+        "before --resume",
+    )
     options.add(
         "resume",
         str,

@@ -61,6 +61,7 @@ class TrainConfig:
         eval_batches: batches of batch_size sequences that make the held-back set.
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
         keep_checkpoints: how many of them stay in it, the last ones.
+        gather_checkpoints: rank 0 writes the files of all, so that ``out`` is a folder of its host alone.
         resume: such a folder to continue from, or an index in it, with any number of stages and any schedule.
         transport: a name of ``paci_rt.transport.TRANSPORTS``; ``local`` runs all stages in one process.
         transfer_timeout: seconds that a stage waits for another one before the run ends with an error.
@@ -104,6 +105,7 @@ class TrainConfig:
     out: str | None = None
     save_interval: int = 0
     keep_checkpoints: int = 2
+    gather_checkpoints: bool = False
     resume: str | None = None
     transport: str = "auto"
     transfer_timeout: float = DEFAULT_TIMEOUT_S

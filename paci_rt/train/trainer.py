@@ -65,7 +65,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     group = None if ctx.local else dist.new_group(backend="gloo")
     ties = tied_weights(config.gpt, config.stages * config.chunks)
     if config.out is not None:
-        held.enter_context(checkpoint.hold(config.out, pipeline, group=group))
+        gathered = config.gather_checkpoints
+        held.enter_context(checkpoint.hold(config.out, pipeline, group=group, gathered=gathered))
     if config.resume is not None:
         given = own_options(lr_schedulers)
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
@@ -84,8 +85,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
             log.evaluated(step, evaluate(pipeline, *held_back, config.batch_size))
         if save and config.out is not None:
             extra = {"config": config.to_json()}
-            keep = config.keep_checkpoints
-            checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group, keep=keep)
+            how: dict[str, Any] = {"keep": config.keep_checkpoints, "gathered": config.gather_checkpoints}
+            checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group, **how)
 
     clock.start()
     for step in range(first_step, config.steps):

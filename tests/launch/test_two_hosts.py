@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -75,6 +76,29 @@ def test_two_hosts_give_the_bits_of_one(hosts: Hosts, tmp_path: Path) -> None:
     assert checkpoint.verify(tmp_path / "saved")["windows"] == 4
     tracks = {one["tid"] for one in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert tracks == {0, 1}
+
+
+def test_hosts_with_disks_of_their_own(hosts: Hosts, tmp_path: Path) -> None:
+    options = ["--eval-interval", "0", "--lr-steps", "4", "--out", "own/a"]
+    both = start(hosts, *train("--steps", "1000000", *options))
+    (_, err), (_, other_err) = ended(both, deadline(150))
+    assert all(process.returncode not in (0, None) for process in both)
+    said = "rank 0 on host host-a does not see what rank 1 on host host-b writes to own/a: give a folder"
+    assert said in err + other_err
+    assert "step 1/" not in err
+    both = start(hosts, *train("--steps", "2", *options, "--gather-checkpoints"))
+    (_, err), (_, other_err) = ended(both, deadline(150))
+    assert [process.returncode for process in both] == [0, 0], err + other_err
+    assert checkpoint.verify(tmp_path / "own-host-a" / "a")["windows"] == 2
+    assert list((tmp_path / "own-host-b").iterdir()) == []
+    shutil.copytree(tmp_path / "own-host-a" / "a", tmp_path / "own-host-b" / "a")
+    both = start(
+        hosts, *train("--steps", "4", *options, "--gather-checkpoints", "--resume", "own/a", "--json", "r.json")
+    )
+    (_, err), (_, other_err) = ended(both, deadline(150))
+    assert [process.returncode for process in both] == [0, 0], err + other_err
+    straight = locally(tmp_path, "--steps", "4", *options[:-2], "--out", str(tmp_path / "b"), "--save-interval", "2")
+    assert json.loads((tmp_path / "r.json").read_text())["params_sha256"] == straight["params_sha256"]
 
 
 def wait_for_line(process: subprocess.Popen[str], words: str) -> None:

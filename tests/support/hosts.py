@@ -19,6 +19,8 @@ class Refused(Exception):
 class Hosts:
     """``host-a`` and ``host-b``. As on many distributions, each one's own name is 127.0.1.1 on itself.
 
+    Files in ``folder`` are common to both, but for those in ``own``, which are ``own-host-a`` and ``own-host-b``.
+
     Args:
         folder: for their files.
 
@@ -51,7 +53,9 @@ class Hosts:
         except Refused:
             self.close()
             raise
+        (folder / "own").mkdir()
         for at, name in enumerate(self.NAMES):
+            (folder / f"own-{name}").mkdir()
             lines = [f"{'127.0.1.1' if other == at else self.addresses[other]} {self.NAMES[other]}" for other in (0, 1)]
             (folder / f"hosts-{name}").write_text("127.0.0.1 localhost\n" + "\n".join(lines) + "\n")
 
@@ -64,7 +68,9 @@ class Hosts:
     def command(self, at: int, command: Sequence[str]) -> list[str]:
         """``command`` on one of the hosts; it and all that it starts ends when the outer process is killed."""
         name = self.NAMES[at]
-        script = f'hostname {name} && mount --bind "{self._folder}/hosts-{name}" /etc/hosts && exec "$@"'
+        binds = {f"{self._folder}/hosts-{name}": "/etc/hosts", f"{self._folder}/own-{name}": f"{self._folder}/own"}
+        mounts = "".join(f'mount --bind "{there}" "{here}" && ' for there, here in binds.items())
+        script = f'hostname {name} && {mounts} exec "$@"'
         own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         return ["ip", "netns", "exec", self._spaces[at], *own, "bash", "-c", script, "bash", *command]
 
