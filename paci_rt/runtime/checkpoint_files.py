@@ -107,7 +107,7 @@ def finish(folder: Path, index: dict[str, Any], keep: int) -> None:
                 "file system that all hosts share"
             )
     kept = set(write_index(folder, index, keep))
-    for pattern in ("step-*-stage-*.pt", ".step-*.part", ".index*.part"):  # replaced, or cut off while saving
+    for pattern in ("step-*-stage-*.pt", ".step-*.part", ".index*.part", ".probe-*"):  # replaced, or cut off
         for path in folder.glob(pattern):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
