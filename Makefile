@@ -29,7 +29,7 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python
 DEMO_OUT ?= runs/demo
 DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --steps 400 --eval-interval 20
 
-.PHONY: help venv test demo bench gpu docs lint format imports tsan asan clean
+.PHONY: help venv test demo bench gpu docs sdist lint format imports tsan asan clean
 
 help:
 	@echo "make demo    train a GPT on real text with 1F1B-flush and with PACI, and compare (about 5 minutes)"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench   measure the native kernels and the pipelines"
 	@echo "make gpu     build, test and measure on a GPU, offline, with the Python that has torch (GPU_ARGS=--dry-run: the plan)"
 	@echo "make docs    build the documentation into build/site; a broken link or anchor fails the build"
+	@echo "make sdist   build the source distribution, a wheel from it, install that elsewhere and train a step (minutes)"
 	@echo "make lint    ruff, clang-format and mypy;  make format rewrites what they would refuse"
 	@echo "make tsan    streams, events and channels under ThreadSanitizer, without a GPU"
 	@echo "make asan    channels under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -76,6 +77,9 @@ docs: $(DOCS_STAMP)
 $(DOCS_STAMP): pyproject.toml constraints.txt | $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[docs]"
 	@touch $@
+
+sdist: venv
+	$(BIN)/python tools/check_sdist.py
 
 lint: venv
 	$(BIN)/ruff check $(PY_DIRS)

@@ -15,6 +15,7 @@ from paci_rt.check import CutReport, check_against
 from paci_rt.errors import (
     AccumulatorStateError,
     ActionError,
+    CheckpointError,
     DisagreementError,
     DriftBoundError,
     NativeCoreError,
@@ -69,6 +70,7 @@ __all__ = [
     "AccumulatorStateError",
     "ActionError",
     "AdamW",
+    "CheckpointError",
     "CutReport",
     "DisagreementError",
     "DriftBoundError",

@@ -8,36 +8,33 @@ Saving drains the pipeline first: what is written is a state in which all stages
 run that goes on from it repeats, bit for bit, what the run that wrote it does next.
 
 The index is replaced last and in one piece, so the folder always holds a whole checkpoint: the old one or the new one.
+It has a hash of each file and of itself, and all of them are compared before anything in a pipeline is overwritten.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
-from collections import Counter
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from paci_rt.runtime.checkpoint_files import (
-    FORMAT,
-    INDEX,
-    KINDS,
-    READABLE,
-    beside,
-    check_savable,
-    part_of,
-    read_parts,
-    write_index,
-    write_part,
-)
+from paci_rt.errors import CheckpointError
+from paci_rt.files import reason
+from paci_rt.runtime import checkpoint_files as files_of
+from paci_rt.runtime.checkpoint_collect import collect
+from paci_rt.runtime.checkpoint_files import beside, check_savable, part_of
+from paci_rt.runtime.checkpoint_index import KINDS, digest_of, index_file, names_in, warn_of_age
+from paci_rt.runtime.checkpoint_load import check_same_model, check_tensors, in_one_line, some, state_for
+from paci_rt.runtime.checkpoint_save import check_seen, finish, index_of, leave_to_one, write_parts
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.folder_lock import FolderLock, Probe
+from paci_rt.runtime.generators import check_generators
+from paci_rt.runtime.together import FINE, alone, gather, raise_any, together
 from paci_rt.schedules.lowering import TiedWeight
 
 PathLike = str | os.PathLike[str]
@@ -50,19 +47,27 @@ def save(
     extra: Mapping[str, Any] | None = None,
     tied_weights: Sequence[TiedWeight] = (),
     group: dist.ProcessGroup | None = None,
+    keep: int = 1,
+    gathered: bool = False,
 ) -> None:
     """Drain ``schedule`` and write its state; every process of the pipeline calls this.
 
     Args:
-        directory: made if it does not exist; a checkpoint in it is replaced.
+        directory: made if it does not exist; a checkpoint in it is replaced, or kept beside the new one.
         schedule: a schedule or a ``LocalPipeline``.
         extra: JSON-ready values to keep with it, for example the trainer's options.
         tied_weights: those of the schedule.
         group: for the exchange between processes; None is the default group.
+        keep: how many checkpoints the folder holds, this one included. With more than one, each has an index of its
+            own beside ``index.json``, such as ``index-00000200.json`` after 200 updates, that :func:`load` takes too.
+        gathered: the first process, that of stage 0, writes all files; the others send it theirs over ``group``, which
+            must be of gloo. For hosts without a common file system: copy the folder to all of them before :func:`load`.
 
     Raises:
         ValueError: two stages have a parameter of the same name; nothing is written then.
-        OSError: a file could not be written, by this process or another. A checkpoint that was there is intact.
+        CheckpointError: another run has the folder.
+        OSError: a file could not be written, by this process or another. What was saved before is intact, and nothing
+            of the new one is left.
 
     Example:
         >>> import tempfile
@@ -76,113 +81,117 @@ def save(
         ...     checkpoint.read_index(folder)["windows"]
         1
     """
+    if type(keep) is not int or keep < 1:
+        raise ValueError(f"keep is {keep!r}: give an integer of at least 1")
     folder = Path(directory)
     names = schedule.state_names()
     readers = {tie.reader for tie in tied_weights}
     names["params"] = [[name for name in ours if name not in readers] for ours in names["params"]]
     schedule.drain()
     state: dict[str, Any] = {}
-    with _together(schedule, group):
+    with together(schedule, group):
         json.dumps(dict(extra or {}))
         state = schedule.state_dict()
         check_savable(state)
-    _leave_to_one(names, state, schedule, group)
-    first, num_stages = schedule.stages[0].stage_index, schedule.stages[0].num_stages
-    parts, failure = [], ""
+    leave_to_one(names, state, schedule, group)
+    first, new = schedule.stages[0].stage_index == 0, not folder.exists()
+    lock, parts, failure = write_parts(folder, schedule, state, names)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for place, stage in enumerate(schedule.stages):
-            records = [record for record in state["optimizers"] if record["stage"] == stage.stage_index]
-            content = part_of(state, {kind: names[kind][place] for kind in KINDS}, records)
-            parts.append(write_part(folder, content, state["windows"], stage.stage_index, num_stages))
-    except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
-        failure = f"cannot write the checkpoint: stage {first}: {error}"
-    gathered = _gather((parts, failure), schedule, group)
-    _raise_any([one for _, one in gathered], OSError)
-    if first == 0:
-        failure = _finish(folder, [file for theirs, _ in gathered for file in theirs], state["windows"], extra)
-    _raise_any(_gather(failure, schedule, group), OSError)  # and nobody returns before the checkpoint is whole
+        everyone = gather((parts, failure), schedule, group)
+        entries, fine = [file for theirs, _ in everyone for file in theirs], all(one == FINE for _, one in everyone)
+        travel = gathered and fine and not alone(schedule)
+        if travel:
+            entries, failure = collect(folder, [theirs for theirs, _ in everyone], group)
+        if first and fine and failure == FINE:
+            failure = finish(folder, entries, state["windows"], extra, keep)
+        # And nobody returns before the checkpoint is whole.
+        failures = gather(failure, schedule, group)
+        if any(one != FINE for one in failures) or (travel and not first):
+            mine = [*parts, *entries] if first else parts
+            files_of.remove_parts(folder, [part["file"] for part in mine])
+        raise_any(failures)
+    finally:
+        _leave(folder, lock, new)
 
 
-def _finish(folder: Path, files: list[dict[str, Any]], windows: int, extra: Mapping[str, Any] | None) -> str:
-    """Write the index, which makes the files a checkpoint; returns what went wrong."""
-    try:
-        write_index(folder, files, windows, dict(extra or {}))
-    except OSError as error:
-        return f"cannot write the checkpoint: {INDEX}: {error}"
-    return ""
-
-
-def _leave_to_one(
-    names: dict[str, list[list[str]]], state: Mapping[str, Any], schedule: Pipeline, group: dist.ProcessGroup | None
-) -> None:
-    """Take out of ``names`` what a process before this one writes: buffers and extra state that several processes have.
-
-    Raises:
-        ValueError: they differ in the value, or two stages have a parameter of the same name.
-    """
-    ours = {kind: [name for stage in names[kind] for name in stage] for kind in KINDS}
-    everyone = _gather(ours, schedule, group)
-    seen = {kind: Counter(name for theirs in everyone for name in theirs[kind]) for kind in KINDS}
-    twice = [name for name, count in seen["params"].items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"two stages have a parameter named {twice[0]!r}: name them as in the uncut model, where each is one, "
-            "or give tied_weights if it is the same weight"
-        )
-    shared = [(kind, name) for kind in KINDS[1:] for name, count in seen[kind].items() if count > 1]
-    if not shared:
-        return
-    digests = _gather({at: _digest(state[at[0]].get(at[1])) for at in shared if at[1] in ours[at[0]]}, schedule, group)
-    here = dist.get_rank(group)
-    for kind, name in shared:
-        values = [theirs[kind, name] for theirs in digests if (kind, name) in theirs]
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"two stages have state named {name!r} with different values: name modules as in the uncut model, "
-                "where each is one"
-            )
-        if any((kind, name) in theirs for theirs in digests[:here]):
-            names[kind] = [[one for one in stage if one != name] for stage in names[kind]]
-
-
-def _digest(value: Any) -> str:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return hashlib.sha256(stream.getvalue()).hexdigest()
+def _leave(folder: Path, lock: FolderLock | None, new: bool) -> None:
+    """Let others into a folder, and remove it if it is ``new`` and nothing is in it."""
+    if lock is not None:
+        lock.release()
+    if new:
+        with suppress(OSError):  # other processes' files, or what was saved
+            folder.rmdir()
 
 
 @contextmanager
-def _together(schedule: Pipeline, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """What fails in here on one process ends in an error on all of them.
+def hold(
+    directory: PathLike, schedule: Pipeline, *, group: dist.ProcessGroup | None = None, gathered: bool = False
+) -> Iterator[None]:
+    """Have a folder to this run alone, and make sure at its start that all processes mean the same one.
+
+    Every process of the pipeline enters this before its first step. :func:`save` locks the folder too, but only while
+    it writes, and finds out only then that the files of another host are elsewhere.
+
+    Args:
+        directory: made if it does not exist.
+        schedule: a schedule or a ``LocalPipeline``.
+        group: for the exchange between processes; None is the default group.
+        gathered: as for :func:`save`; the folder is that of the first process alone then.
 
     Raises:
-        ValueError: it failed on another one.
+        CheckpointError: another process holds the folder, it cannot be written, or the first process does not see
+            what another one writes there.
+
+    Example:
+        >>> import tempfile
+        >>> from paci_rt import checkpoint
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(4, 2)], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder, checkpoint.hold(folder, pipeline):
+        ...     checkpoint.save(folder, pipeline)
     """
-    own: Exception | None = None
+    folder = Path(directory)
+    lock: FolderLock | None = None
+    probe: Probe | None = None
+    new = False
     try:
+        with together(schedule, group):
+            try:
+                first = schedule.stages[0].stage_index == 0
+                new = not folder.exists() and (first or not gathered)
+                if first or not gathered:
+                    folder.mkdir(parents=True, exist_ok=True)
+                if first:
+                    lock = FolderLock(folder)
+                if not alone(schedule) and not gathered:
+                    probe = Probe(folder)
+            except OSError as error:
+                raise CheckpointError(f"{folder} cannot be written: {reason(error)}: give another folder") from error
+        if probe is not None:
+            marks = gather((probe.mark, socket.gethostname()), schedule, group)
+            with together(schedule, group):
+                if schedule.stages[0].stage_index == 0:
+                    check_seen(folder, marks)
+            probe.remove()
         yield
-    except Exception as error:
-        own = error
-    failures = _gather("" if own is None else f"{own}", schedule, group)
-    if own is not None:
-        raise own
-    _raise_any(failures, ValueError)
-
-
-def _raise_any(failures: Sequence[str], kind: type[Exception]) -> None:
-    if any(failures):
-        raise kind("; ".join(dict.fromkeys(one for one in failures if one)))
+    finally:
+        if probe is not None:
+            probe.remove()
+        _leave(folder, lock, new)
 
 
 def read_index(directory: PathLike) -> dict[str, Any]:
     """The index of a checkpoint: ``windows`` (local updates so far), ``extra``, and ``files`` with their parameters.
 
+    All files must be there with their sizes; :func:`verify` also reads them.
+
     Args:
-        directory: of the checkpoint.
+        directory: of the checkpoint, or the path of an index in it.
 
     Raises:
-        ValueError: no checkpoint there, or one that this version cannot read.
+        CheckpointError: no checkpoint there, or one that this version cannot read; where an older one in the folder is
+            whole, the message says so.
 
     Example:
         >>> import tempfile
@@ -196,23 +205,36 @@ def read_index(directory: PathLike) -> dict[str, Any]:
         >>> index["extra"], [file["params"] for file in index["files"]]
         ({'seed': 1}, [['weight', 'bias']])
     """
-    path = Path(directory) / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{directory} holds no checkpoint: it has no {INDEX}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{path} is not the index of a {FORMAT}")
-    if index["version"] not in READABLE:
-        known = " and ".join(map(str, READABLE))
-        raise ValueError(f"{path} has version {index['version']}; this version of paci_rt reads {known}")
-    for file in index["files"]:
-        part = path.with_name(file["file"])
-        if not part.is_file() or part.stat().st_size != file["bytes"]:
-            raise ValueError(f"{part} is missing or incomplete: the checkpoint cannot be used")
-    return index
+    with files_of.offering_older(directory):
+        return files_of.checked_index(index_file(directory))
+
+
+def verify(directory: PathLike) -> dict[str, Any]:
+    """Read a whole checkpoint and compare every byte with the hashes in its index, at about 1 GB/s; the index.
+
+    Args:
+        directory: of the checkpoint, or the path of an index in it.
+
+    Raises:
+        CheckpointError: as :func:`read_index`, or something is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from paci_rt import checkpoint
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(4, 2)], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(folder, pipeline)
+        ...     part = Path(folder, checkpoint.verify(folder)["files"][0]["file"])
+        ...     _ = part.write_bytes(part.read_bytes().replace(b"weight", b"Weight"))
+        ...     checkpoint.verify(folder)
+        Traceback (most recent call last):
+        paci_rt.errors.CheckpointError: ... is damaged: its bytes do not have the hash that the index says
+    """
+    with files_of.offering_older(directory):
+        return files_of.whole_index(index_file(directory))
 
 
 def load(
@@ -226,19 +248,21 @@ def load(
     """Put a checkpoint's state into ``schedule``, however it was cut when it was saved; every process calls this.
 
     Args:
-        directory: of the checkpoint.
+        directory: of the checkpoint, or the path of an index in it, such as ``runs/a/index-00000200.json``.
         schedule: a schedule or a ``LocalPipeline`` of the same model.
         tied_weights: those of the schedule.
         group: for the exchange between processes; None is the default group.
         optimizer: False takes parameters, buffers and extra state alone; optimizers, schedulers and the count of
-            updates stay as they are.
+            updates stay as they are, and so do random generators.
 
     Returns:
         The ``extra`` values that were saved with it.
 
     Raises:
-        ValueError: no readable checkpoint, or one that does not fit in its parameters, buffers, optimizers, parameter
-            groups or schedulers, here or on another process; all of them are unchanged then.
+        CheckpointError: no readable checkpoint, a damaged one, or one that does not fit in its parameters, buffers,
+            optimizers, parameter groups or schedulers, here or on another process; all of them are unchanged then. A
+            class of yours whose ``set_extra_state`` or ``load_state_dict`` refuses does so once the other processes
+            have taken their part.
 
     Example:
         Saved from one stage, loaded into two:
@@ -259,64 +283,42 @@ def load(
     """
     source = {tie.reader: tie.owner for tie in tied_weights}
     wanted = {kind: [name for stage in names for name in stage] for kind, names in schedule.state_names().items()}
-    everyone = _gather(wanted, schedule, group)
-    used = {kind: {name for theirs in everyone for name in theirs[kind]} for kind in KINDS}
     index: dict[str, Any] = {}
-    take = None
-    with _together(schedule, group):
+    with together(schedule, group):
         index = read_index(directory)
-        _check_same_model(directory, index, used, source)
-        state = _state_for(Path(directory), index, wanted, source)
+    everyone = gather((wanted, digest_of(index)), schedule, group)
+    used = {kind: {name for theirs, _ in everyone for name in theirs[kind]} for kind in KINDS}
+    takes = []
+    with together(schedule, group), in_one_line(directory):
+        if len({digest for _, digest in everyone}) > 1:
+            raise CheckpointError(
+                f"the processes see different checkpoints in {directory}: give a folder that all hosts share, into "
+                "which no other run saves"
+            )
+        warn_of_age(directory, index)
+        check_same_model(directory, index, used, source)
+        folder = index_file(directory).parent
+        with files_of.offering_older(directory):
+            stages = [stage.stage_index for stage in schedule.stages]
+            state = state_for(folder, index, wanted, source, stages)
+        generators = state.pop("generators")
         if not optimizer:
             del state["optimizer"]
-        _check_tensors(directory, state["params"], dict(schedule.named_parameters()))
-        take = schedule.check_state_dict(state)
-    assert take is not None
-    take()
+        elif generators is not None:
+            takes.append(check_generators(generators, schedule.stages))
+        check_tensors(directory, state["params"], dict(schedule.named_parameters()))
+        takes.insert(0, schedule.check_state_dict(state))
+    with together(schedule, group), in_one_line(directory):  # methods of users' classes may refuse
+        for take in takes:
+            take()
     return dict(index["extra"])
-
-
-def _state_for(
-    folder: Path, index: Mapping[str, Any], wanted: Mapping[str, list[str]], source: Mapping[str, str]
-) -> dict[str, Any]:
-    """What a process reads: all that it ``wanted``, followers with the values of their ``source``."""
-    names = {kind: {source.get(name, name) for name in wanted[kind]} for kind in KINDS}
-    state = read_parts(folder, index, names)
-    state["params"] = {name: state["params"][source.get(name, name)] for name in wanted["params"]}
-    state["optimizer"] = {name: value for name, value in state["optimizer"].items() if name in wanted["params"]}
-    state["windows"] = index["windows"]
-    return state
-
-
-def _check_same_model(
-    directory: PathLike, index: Mapping[str, Any], used: Mapping[str, set[str]], source: Mapping[str, str]
-) -> None:
-    for kind in KINDS if index["version"] > 1 else KINDS[:1]:
-        stored = {name for file in index["files"] for name in file[kind]}
-        needed = {source.get(name, name) for name in used[kind]} if kind == "params" else used[kind]
-        missing, unexpected = sorted(needed - stored), sorted(stored - used[kind])
-        if missing or unexpected:
-            raise ValueError(
-                f"the checkpoint in {directory} is of another model: "
-                f"missing {_some(missing)}, left over {_some(unexpected)}"
-            )
-
-
-def _check_tensors(
-    directory: PathLike, saved: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.nn.Parameter]
-) -> None:
-    for name, parameter in wanted.items():
-        if saved[name].dtype != parameter.dtype or saved[name].shape != parameter.shape:
-            raise ValueError(
-                f"the checkpoint in {directory} has {name} as {saved[name].dtype} {tuple(saved[name].shape)}, "
-                f"the model as {parameter.dtype} {tuple(parameter.shape)}"
-            )
 
 
 def reshard(source: PathLike, target: PathLike, layout: Sequence[Iterable[str]]) -> None:
     """Rewrite a checkpoint with one file for each group of parameter names; :func:`load` itself needs no such help.
 
-    Buffers and extra state go where the parameters are that are nearest to them in the model.
+    Buffers and extra state go where the parameters are that are nearest to them in the model. The state of random
+    generators, which is that of processes, is left out.
 
     Args:
         source: folder of the checkpoint.
@@ -324,7 +326,8 @@ def reshard(source: PathLike, target: PathLike, layout: Sequence[Iterable[str]])
         layout: parameter names, file by file.
 
     Raises:
-        ValueError: no readable checkpoint, or a layout that does not name each of its parameters exactly once.
+        CheckpointError: no readable checkpoint, or another run has the folder of the new one.
+        ValueError: a layout that does not name each of its parameters exactly once.
 
     Example:
         >>> import tempfile
@@ -339,34 +342,25 @@ def reshard(source: PathLike, target: PathLike, layout: Sequence[Iterable[str]])
     """
     index = read_index(source)
     groups = [list(names) for names in layout]
-    stored = sorted(name for file in index["files"] for name in file["params"])
+    stored = sorted(names_in(index, "params"))
     asked = sorted(name for names in groups for name in names)
     if stored != asked:
         wrong = sorted(set(stored) ^ set(asked)) or sorted({name for name in asked if asked.count(name) > 1})
-        raise ValueError(f"the layout must name each parameter of {source} exactly once; wrong: {_some(wrong)}")
+        raise ValueError(f"the layout must name each parameter of {source} exactly once; wrong: {some(wrong)}")
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {kind: [name for file in index["files"] for name in file.get(kind, ())] for kind in KINDS[1:]}
+    kept = {kind: list(names_in(index, kind)) for kind in KINDS[1:]}
     placed = {"params": groups, **{kind: beside(names, groups) for kind, names in kept.items()}}
-    files = []
-    for at in range(len(groups)):
-        names = {kind: set(placed[kind][at]) for kind in KINDS}
-        state = read_parts(Path(source), index, names)
-        content = part_of(state, {kind: placed[kind][at] for kind in KINDS}, state.get("optimizers", ()))
-        files.append(write_part(folder, content, index["windows"], at, len(groups)))
-    write_index(folder, files, index["windows"], index["extra"], index["version"])
-
-
-def _gather(value: Any, schedule: Pipeline, group: dist.ProcessGroup | None) -> list[Any]:
-    """``value`` of every process of the pipeline, in the order of the stages."""
-    if len(schedule.stages) == schedule.stages[0].num_stages:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _some(names: Sequence[str]) -> str:
-    if not names:
-        return "nothing"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    lock, parts = FolderLock(folder), []
+    try:
+        for at in range(len(groups)):
+            names = {kind: set(placed[kind][at]) for kind in KINDS}
+            state = files_of.read_parts(index_file(source).parent, index, names)
+            content = part_of(state, {kind: placed[kind][at] for kind in KINDS}, state.get("optimizers", ()))
+            parts.append(files_of.write_part(folder, content, index["windows"], at, len(groups)))
+        files_of.finish(folder, index_of(parts, index["windows"], index["extra"], index["version"]), keep=1)
+    except BaseException:
+        files_of.remove_parts(folder, [part["file"] for part in parts])
+        raise
+    finally:
+        lock.release()

@@ -266,6 +266,20 @@ class TransportError(PaciError, RuntimeError):
     """
 
 
+class CheckpointError(PaciError, ValueError):
+    """A checkpoint that cannot be used: missing, damaged, of another model or format, or its folder is in use; one line
+    that names the file or the field, and the remedy.
+
+    Raised before anything is overwritten, on all processes.
+
+    Example:
+        >>> from paci_rt import checkpoint
+        >>> checkpoint.read_index("no/such/folder")
+        Traceback (most recent call last):
+        paci_rt.errors.CheckpointError: no/such/folder holds no checkpoint: it has no index.json
+    """
+
+
 class DisagreementError(PaciError, ValueError):
     """The processes of a run were asked for different things; the message names what differs, the values and the ranks.
 

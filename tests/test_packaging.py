@@ -21,6 +21,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import check_sdist
 import paci_rt
 from paci_rt import native
 from paci_rt.errors import NativeCoreError
@@ -317,13 +318,17 @@ def build(kind: str, folder: Path, out: Path) -> Path:
     return archive
 
 
-def imported_from(folder: Path, path: Path | None = None) -> Path:
-    """Where ``paci_rt.kernels`` is found by a program that runs in ``folder``, with ``path`` as PYTHONPATH."""
+def imported_from(folder: Path, python: Path | None = None) -> Path:
+    """Where ``paci_rt.kernels`` is found by a program that runs in ``folder``, under ``python``."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {} if path is None else {"PYTHONPATH": str(path)}
     program = "import paci_rt.kernels.device.adamw; print(paci_rt.kernels.__file__)"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [str(python or sys.executable), "-c", program],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip()).parent
@@ -331,7 +336,8 @@ def imported_from(folder: Path, path: Path | None = None) -> Path:
 
 @pytest.mark.slow
 def test_archives_hold_the_whole_package(tmp_path: Path) -> None:
-    """From a checkout a source distribution and a wheel, and from the source distribution the same wheel."""
+    """From a checkout a source distribution and a wheel; from the former the same wheel, which trains a step where it
+    is installed."""
     pytest.importorskip("triton")
     pytest.importorskip("pybind11")
     checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
@@ -358,9 +364,11 @@ def test_archives_hold_the_whole_package(tmp_path: Path) -> None:
     again = build("wheel", unpacked, tmp_path / "wheel_of_sdist")
     assert set(zipfile.ZipFile(again).namelist()) == names
 
-    site = tmp_path / "site"
-    zipfile.ZipFile(again).extractall(site)
-    assert imported_from(elsewhere, site) == site / "paci_rt" / "kernels"
+    python = check_sdist.install(again, tmp_path)
+    assert "trained a step with" in check_sdist.trains(python, tmp_path)
+    kernels_there = imported_from(elsewhere, python=python)
+    assert kernels_there.parts[-3:] == ("site-packages", "paci_rt", "kernels")
+    assert tmp_path in kernels_there.parents
 
 
 def configures(source: Path, folder: Path) -> None:

@@ -141,3 +141,26 @@ def test_frozen_parameters_and_their_group_options_survive(tmp_path: Path) -> No
     checkpoint.load(tmp_path, resumed)
     train(resumed, range(2, 4))
     assert flat(resumed.state_dict()["params"]) == flat(straight.state_dict()["params"])
+
+
+def test_optimizers_made_of_named_parameters_go_on_with_another_cut(tmp_path: Path) -> None:
+    """Torch notes the names in the groups; they are of the stage, not of the state."""
+
+    def make(sizes: list[int]) -> paci_rt.LocalPipeline:
+        return paci_rt.LocalPipeline(
+            cut("batch-norm", sizes),
+            n_microbatches=2,
+            schedule="1f1b",
+            loss_fn=loss_fn,
+            optimizer=lambda named: paci_rt.AdamW(named, lr=1e-2),
+        )
+
+    straight, saved = make([3]), make([1, 2])
+    train(straight, range(4))
+    train(saved, range(2))
+    checkpoint.save(tmp_path, saved)
+    for sizes in ([3], [2, 1], [1, 1, 1]):
+        resumed = make(sizes)
+        checkpoint.load(tmp_path, resumed)
+        train(resumed, range(2, 4))
+        assert flat(resumed.state_dict()["params"]) == flat(straight.state_dict()["params"])

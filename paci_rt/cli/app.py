@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from paci_rt.cli import environment
-from paci_rt.errors import PaciError, ScheduleError, StageFailed, did_you_mean, unknown
+from paci_rt.errors import CheckpointError, PaciError, ScheduleError, StageFailed, did_you_mean, unknown
 
 BAD_VALUE, FAILED, INTERRUPTED = 2, 1, 130
 LONGEST = 1200
@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("paci-rt: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (PaciError, OSError) as error:
+        if isinstance(error, StageFailed) and error.cause == CheckpointError.__name__:
+            print(f"paci-rt: error: {error}", file=sys.stderr)  # about what was asked for, though a stage found it
+            return BAD_VALUE
         if isinstance(error, StageFailed):
             print(error.remote_traceback, end="", file=sys.stderr)
         elif error.__cause__ is not None:

@@ -132,7 +132,7 @@ class ConfigOptions:
     def switch(self, name: str, text: str) -> None:
         """``--name`` and ``--no-name``."""
         action = argparse.BooleanOptionalAction
-        self._group.add_argument(f"--{name}", action=action, default=argparse.SUPPRESS, help=text)
+        self._group.add_argument("--" + name.replace("_", "-"), action=action, default=argparse.SUPPRESS, help=text)
 
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:

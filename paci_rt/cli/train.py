@@ -41,11 +41,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     options.group("results")
     options.add("out", str, "DIR", "save a checkpoint in this folder at the end")
     options.add("save_interval", int, "N", "save a checkpoint also every N local updates; 0: only at the end")
+    options.add("keep_checkpoints", int, "N", "how many checkpoints stay in that folder, the last ones")
+    options.switch(
+        "gather_checkpoints",
+        "rank 0 writes the files of all stages, for hosts without a common file system; copy the folder to all of them "
+        "before --resume",
+    )
     options.add(
         "resume",
         str,
         "DIR",
-        "continue from a checkpoint in this folder; stages and schedule may differ from the run that saved it",
+        "continue from the checkpoint in this folder, or from an older one in it (DIR/index-00000200.json); stages and "
+        "schedule may differ from the run that saved it",
     )
     parser.add_argument("--save-trace", metavar="FILE", help="write all executed actions, to open at ui.perfetto.dev")
 

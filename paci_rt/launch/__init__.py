@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from paci_rt.launch.child import Context
+from paci_rt.launch.interface import init_gloo
 from paci_rt.launch.parent import run, run_under_torchrun, under_torchrun
 
-__all__ = ["Context", "run", "run_under_torchrun", "under_torchrun"]
+__all__ = ["Context", "init_gloo", "run", "run_under_torchrun", "under_torchrun"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import faulthandler
 import gc
@@ -67,6 +68,12 @@ class Context:
         """Hand ``obj`` (picklable) to the ``on_report`` of the launching process, where it has one."""
         if self._on_report is not None:
             self._on_report(obj)
+
+    def with_reports_to(self, on_report: Callable[[dict[str, Any]], None]) -> Context:
+        """The same context, with another receiver of its reports."""
+        other = copy.copy(self)
+        other._on_report = on_report
+        return other
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 from paci_rt.errors import StageFailed
 from paci_rt.launch.child import LOOPBACK, Context, Failure, Job, child_main
+from paci_rt.launch.interface import init_gloo
 
 __all__ = ["Context", "run", "run_under_torchrun", "under_torchrun"]
 
@@ -150,7 +151,7 @@ def run_under_torchrun(
         [1]
     """
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo")
+    init_gloo()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     result = fn(Context(rank, world_size, on_report=on_report), *args)
     results: list[Any] | None = [None] * world_size if rank == 0 else None

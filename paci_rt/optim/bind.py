@@ -14,7 +14,7 @@ from paci_rt.errors import OptimizerOwnedError
 from paci_rt.optim.accumulator import Window
 from paci_rt.optim.adam import AdamW, NAdam
 from paci_rt.optim.flat import PLAIN_DTYPES
-from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer, FusedStageOptimizer
+from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer, FusedStageOptimizer, check_state_value
 from paci_rt.optim.lion import Lion
 from paci_rt.optim.muon import Muon
 from paci_rt.optim.sgd import SGD
@@ -105,6 +105,23 @@ class _AnyTorch(StageOptimizer):
     def _state_of(self, number: int, position: int) -> dict[str, Any]:
         return dict(self.optimizer.state.get(self.groups[number].params[position], {}))
 
+    def check_state_by_name(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        super().check_state_by_name(states)
+        if not type(self.optimizer).__module__.startswith("torch."):
+            return
+        # What torch's optimizers keep depends on a parameter's group and on whether it is a matrix.
+        seen: dict[tuple[int, int], tuple[str, set[tuple[str, int]]]] = {}
+        for number, group in enumerate(self.groups):
+            for name, param in zip(group.names, group.params, strict=True):
+                entry = states[name].items()
+                kinds = {(str(key), value.dim() if isinstance(value, Tensor) else -1) for key, value in entry}
+                first, others = seen.setdefault((number, param.dim()), (name, kinds)) if kinds else (name, kinds)
+                if kinds != others:
+                    raise ValueError(
+                        f"optimizer state of {name!r} and {first!r}, which are in one parameter group, is not alike: "
+                        f"{min(kinds ^ others)[0]!r} differs in kind"
+                    )
+
     def _check_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
         name, param = self.groups[number].names[position], self.groups[number].params[position]
         if "master" in entry:
@@ -115,6 +132,17 @@ class _AnyTorch(StageOptimizer):
         if not type(self.optimizer).__module__.startswith("torch."):
             return  # others keep what they like
         for key, value in entry.items():
+            if value is None or type(value) is bool:
+                continue
+            check_state_value(key, name, value)
+            if not isinstance(value, Tensor) and key != "step":
+                raise ValueError(f"optimizer state {key!r} of {name!r} is {value!r:.40}, not a tensor")
+            if isinstance(value, Tensor) and value.dim() and value.dtype not in (param.dtype, torch.float32):
+                real = param.is_complex() and value.dtype == param.real.dtype
+                if not real:
+                    raise ValueError(
+                        f"optimizer state {key!r} of {name!r} is of {value.dtype}, and the parameter of {param.dtype}"
+                    )
             if isinstance(value, Tensor) and value.dim() and not _reducible(value.shape, param.shape):
                 raise ValueError(
                     f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)}, which does not fit the "
@@ -135,6 +163,8 @@ class _AnyTorch(StageOptimizer):
 
 def _reducible(shape: Sequence[int], full: Sequence[int]) -> bool:
     """Whether ``shape`` is ``full``, or that with some dimensions of 1, as Adafactor keeps it."""
+    if len(full) < 2:
+        return tuple(shape) == tuple(full)
     return len(shape) == len(full) and all(one in (1, whole) for one, whole in zip(shape, full, strict=True))
 
 

@@ -96,6 +96,7 @@ class FusedState:
                 f"{sorted(views)}: it was saved by another optimizer"
             )
         for key, value in given.items():
+            check_state_value(key, name, value)
             shape = torch.as_tensor(value).shape
             if key in views and shape != views[key].shape:
                 raise ValueError(
@@ -374,6 +375,25 @@ class FusedStageOptimizer(StageOptimizer):
 
     def unbind(self) -> None:
         self.optimizer.fused_states = []
+
+
+def check_state_value(key: str, name: str, value: Any) -> None:
+    """Make sure that one entry of a parameter's state is something to compute with.
+
+    Raises:
+        ValueError: it is neither a tensor nor a number; a moment that is no floating-point or complex tensor; a count
+            of steps that is no number of at least 0.
+    """
+    if isinstance(value, Tensor) and value.dim():
+        fine, wanted = value.is_floating_point() or value.is_complex(), "floating-point numbers"
+    else:
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        fine, wanted = type(number) in (int, float, complex), "a number"
+        if fine and key == "step":
+            fine, wanted = type(number) is not complex and 0 <= number < 2**53, "a count of steps"
+    if not fine:
+        said = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.40}"
+        raise ValueError(f"optimizer state {key!r} of {name!r} is {said}, not {wanted}")
 
 
 def check_option(ok: bool, text: str) -> None:

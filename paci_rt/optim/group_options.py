@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from paci_rt.optim.fused import FusedOptimizer
 
-OF_THIS_PLACE = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-"""What says where and how an optimizer computes: a state never changes it."""
+OF_THIS_PLACE = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
+"""What says where and how an optimizer computes, and of which parameters: a state never changes it."""
 
 Place = tuple[int, int]
 """A group by the number of its record, and its number there."""
@@ -145,7 +145,7 @@ def _merged(
         return {}
     first = saved[0]
     for other in saved[1:]:
-        for key in sorted(first["options"].keys() | other["options"].keys()):
+        for key in sorted((first["options"].keys() | other["options"].keys()) - OF_THIS_PLACE):
             one, two = first["options"].get(key), other["options"].get(key)
             if not same(one, two):
                 names = [next(name for name in group["params"] if name in members.all) for group in (first, other)]
@@ -154,9 +154,42 @@ def _merged(
                     f"{one!r} and {two!r} when the state was saved: put them in different groups"
                 )
     options = {key: value for key, value in first["options"].items() if key not in OF_THIS_PLACE}
+    for key, value in options.items():
+        check_alike(f"the option {key} of a parameter group", own.get(key), value)
     if isinstance(optimizer, FusedOptimizer):
         options = {key: value for key, value in optimizer.merge_options(own, options).items() if key != "params"}
     return options
+
+
+def check_alike(what: str, own: Any, saved: Any) -> None:
+    """Make sure that a saved value can stand where ``own`` stands: a number for a number, a list for a list.
+
+    Raises:
+        ValueError: it cannot; ``what`` says where.
+    """
+    if own is None:
+        return
+    if isinstance(own, Mapping):
+        fine, wanted = isinstance(saved, Mapping), "a dict"
+    elif isinstance(own, (list, tuple)):
+        fine, wanted = isinstance(saved, (list, tuple)), "a list"
+        if fine and isinstance(own, tuple):
+            fine, wanted = len(saved) == len(own), f"a list of {len(own)}"
+        if fine and own:
+            for at, value in enumerate(saved):
+                check_alike(f"{what}[{at}]", own[min(at, len(own) - 1)], value)
+    elif isinstance(own, (bool, str)):
+        fine, wanted = isinstance(saved, type(own)), "a bool" if isinstance(own, bool) else "text"
+    elif isinstance(own, Tensor) and own.dim():
+        fine, wanted = isinstance(saved, Tensor) and saved.shape == own.shape, f"a tensor of shape {tuple(own.shape)}"
+    elif isinstance(own, (int, float, Tensor)):
+        number = saved.item() if isinstance(saved, Tensor) and saved.numel() == 1 else saved
+        fine, wanted = type(number) in (int, float) and number == number, "a number"
+    else:
+        return
+    if not fine:
+        said = " ".join(f"{saved!r:.40}".split())
+        raise ValueError(f"{what} is {said} in the state, and {wanted} here")
 
 
 def apply_options(group: dict[str, Any], options: Mapping[str, Any]) -> None:

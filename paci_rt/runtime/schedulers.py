@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from paci_rt.errors import OptimizerOwnedError
-from paci_rt.optim.group_options import Place, copied, same
+from paci_rt.optim.group_options import Place, check_alike, copied, same
 
 _BY_GROUP = frozenset({"base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums"})
 """Entries of the state of torch's schedulers that have one value for each parameter group."""
@@ -216,8 +216,25 @@ def joined_state(
         )
     places = [[(involved.index(at), number) for at, number in at_all] for at_all in found]
     joining = _Joining(own or "", places, [groups[at] for at in involved])
-    state: dict[str, Any] = joining.join([one["state"] for one in saved if one], "", copied(scheduler.state_dict()))
+    mine = copied(scheduler.state_dict())
+    state: dict[str, Any] = joining.join([one["state"] for one in saved if one], "", mine)
+    if type(scheduler).__module__.startswith("torch."):
+        _check_entries(own or "", mine, state)
     return state
+
+
+def _check_entries(kind: str, own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise ValueError where the state of one of torch's schedulers lacks an entry, or has another kind of value."""
+    missing = sorted(own.keys() - state.keys() - _INSIDE)
+    if missing:
+        raise ValueError(
+            f"the state of {kind} has no {missing[0]}: it was saved by another version of torch, or damaged"
+        )
+    for key in own.keys() & state.keys():
+        check_alike(f"{key} of {kind}", own[key], state[key])
+    for key in _BY_GROUP & own.keys():
+        if isinstance(own[key], (list, tuple)) and len(own[key]) != len(state[key]):
+            raise ValueError(f"the state of {kind} has {len(state[key])} {key}, and this stage {len(own[key])}")
 
 
 class _Joining:

@@ -75,7 +75,9 @@ class TrainConfig:
         eval_interval: windows between validations, 0 for one at the end only; a tenth of steps.
         eval_batches: batches of batch_size sequences that make the held-back set.
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
-        resume: such a folder to continue from, with any number of stages and any schedule.
+        keep_checkpoints: how many of them stay in it, the last ones.
+        gather_checkpoints: rank 0 writes the files of all, so that ``out`` is a folder of its host alone.
+        resume: such a folder to continue from, or an index in it, with any number of stages and any schedule.
         transport: a name of ``paci_rt.transport.TRANSPORTS``; ``local`` runs all stages in one process.
         transfer_timeout: seconds that a stage waits for another one before the run ends with an error.
         threads, port: how the launcher starts the stages.
@@ -117,6 +119,8 @@ class TrainConfig:
     eval_batches: int = 4
     out: str | None = None
     save_interval: int = 0
+    keep_checkpoints: int = 2
+    gather_checkpoints: bool = False
     resume: str | None = None
     transport: str = "auto"
     transfer_timeout: float = DEFAULT_TIMEOUT_S
@@ -202,6 +206,7 @@ class TrainConfig:
             "seq_len",
             "lr_steps",
             "eval_batches",
+            "keep_checkpoints",
             "threads",
         )
         not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port")

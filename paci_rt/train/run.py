@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from paci_rt import launch
+from paci_rt.launch.reports import at_rank_0
+from paci_rt.train.clocks import offset_to_first, shifted
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.results import RunResult, StageResult, merge
 from paci_rt.train.trainer import preflight, train
@@ -32,7 +35,9 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
     preflight(config)
     if launch.under_torchrun():
         check_torchrun(config)
-        results = launch.run_under_torchrun(_stage, (config,), threads=config.threads, on_report=on_report)
+        results = launch.run_under_torchrun(
+            _stage_under_torchrun, (config,), threads=config.threads, on_report=on_report
+        )
     elif config.transport == "local" or (config.transport == "auto" and config.stages == 1):
         torch.set_num_threads(config.threads)
         results = [train(config, launch.Context(local=True, on_report=on_report))]
@@ -45,6 +50,15 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
 
 def _stage(ctx: launch.Context, config: TrainConfig) -> StageResult:
     return train(config, ctx)
+
+
+def _stage_under_torchrun(ctx: launch.Context, config: TrainConfig) -> StageResult:
+    """One stage: reports go to rank 0, where the result is, and events are on its clock."""
+    with at_rank_0(ctx) as told:
+        result = _stage(told, config)
+    if not config.trace:
+        return result
+    return replace(result, events=shifted(result.events, offset_to_first(config.transfer_timeout)))
 
 
 def check_torchrun(config: TrainConfig) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import paci_rt
 from paci_rt import checkpoint
+from paci_rt.errors import CheckpointError
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.train.agree import agree_on_run
 from paci_rt.train.config import TrainConfig
@@ -45,10 +47,16 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
     The process of the last stage reports each window (``kind="step"``) and each validation (``kind="eval"``).
 
     Raises:
-        ValueError: unusable data, or a checkpoint that does not fit.
+        ValueError: unusable data.
+        CheckpointError: the one to resume from is damaged or does not fit, or ``out`` is in use or cannot be used.
         DisagreementError: another process was given other options, data or code.
         ActionError, PeerLostError, TransferTimeoutError, DriftBoundError: the pipeline failed.
     """
+    with ExitStack() as held:
+        return _train(config, ctx, held)
+
+
+def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     corpus, first_step = preflight(config)
     if not ctx.local:
         agree_on_run(config, corpus, first_step)
@@ -56,6 +64,9 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
     # A group of our own, because the default one carries the pipeline's messages.
     group = None if ctx.local else dist.new_group(backend="gloo")
     ties = tied_weights(config.gpt, config.stages * config.chunks)
+    if config.out is not None:
+        gathered = config.gather_checkpoints
+        held.enter_context(checkpoint.hold(config.out, pipeline, group=group, gathered=gathered))
     if config.resume is not None:
         given = own_options(lr_schedulers)
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
@@ -74,7 +85,8 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
             log.evaluated(step, evaluate(pipeline, *held_back, config.batch_size))
         if save and config.out is not None:
             extra = {"config": config.to_json()}
-            checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group)
+            how: dict[str, Any] = {"keep": config.keep_checkpoints, "gathered": config.gather_checkpoints}
+            checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group, **how)
 
     clock.start()
     for step in range(first_step, config.steps):
@@ -109,23 +121,24 @@ def preflight(config: TrainConfig) -> tuple[Corpus, int]:
         The corpus, and the local updates that the checkpoint has behind it (0 without one).
 
     Raises:
-        ValueError: data or checkpoint cannot be used with these options.
+        ValueError: the data cannot be used. CheckpointError: nor the checkpoint, with these options.
     """
     corpus = load_corpus(config.data, vocab_size=config.gpt.vocab_size, seq_len=config.seq_len)
     if config.resume is None:
         return corpus, 0
     index = checkpoint.read_index(config.resume)
     saved = index["extra"].get("config")
-    if saved is None:
-        raise ValueError(f"--resume {config.resume}: this checkpoint was not written by paci-rt train")
-    for name in ("model", "dtype", "optimizer"):
+    names = ("model", "dtype", "optimizer")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), str) for name in names):
+        raise CheckpointError(f"--resume {config.resume}: this checkpoint was not written by paci-rt train")
+    for name in names:
         if saved[name] != getattr(config, name):
-            raise ValueError(
+            raise CheckpointError(
                 f"--resume {config.resume} was trained with --{name} {saved[name]}, not {getattr(config, name)}; "
                 f"use --{name} {saved[name]}"
             )
     if config.steps <= index["windows"]:
-        raise ValueError(
+        raise CheckpointError(
             f"--resume {config.resume} has {index['windows']} steps behind it and --steps {config.steps} counts them; "
             "ask for more"
         )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paci_rt.errors import PeerLostError
+from paci_rt.files import create, unguessable
 from paci_rt.schedules.channel import Channel
 
 
@@ -31,6 +32,9 @@ def dump_events(
         channels: the channels' objects as JSON.
         folder: where the file goes; it is made if need be. None is the system's folder for temporary files.
 
+    The file is new, under a name that cannot be guessed, and in the system's folder for temporary files it is for the
+    user alone.
+
     Returns:
         The file's path, or why it could not be written: no second error may hide the first.
     """
@@ -43,10 +47,12 @@ def dump_events(
         "unix_s": time.time(),
     }
     text = json.dumps(head)[:-1] + ', "channels": [\n' + ",\n".join(channels) + "\n]}\n"
-    target = Path(tempfile.gettempdir() if folder is None else folder) / f"paci_rt_events_rank{rank}_{os.getpid()}.json"
+    name = unguessable(f"paci_rt_events_rank{rank}_{os.getpid()}.json")
+    target = Path(tempfile.gettempdir() if folder is None else folder) / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        with create(target, private=folder is None) as stream:
+            stream.write(text.encode())
     except OSError as refusal:
         return f"{target} could not be written ({refusal.strerror})"
     return str(target)

@@ -1,0 +1,117 @@
+"""What a process writes of a checkpoint, and how processes agree on who writes what."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from paci_rt.errors import CheckpointError
+from paci_rt.files import reason
+from paci_rt.runtime import checkpoint_files as files_of
+from paci_rt.runtime.checkpoint_files import part_of
+from paci_rt.runtime.checkpoint_index import FORMAT, INDEX, KINDS, VERSION
+from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.folder_lock import FolderLock, sees
+from paci_rt.runtime.generators import collect_generators
+from paci_rt.runtime.together import FINE, Failure, failure_of, gather
+
+
+def write_parts(
+    folder: Path, schedule: Pipeline, state: Mapping[str, Any], names: Mapping[str, list[list[str]]]
+) -> tuple[FolderLock | None, list[dict[str, Any]], Failure]:
+    """Write the files of this process's stages: the lock where this process locks, their entries, what went wrong."""
+    stages = [stage.stage_index for stage in schedule.stages]
+    lock: FolderLock | None = None
+    parts: list[dict[str, Any]] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder) if stages[0] == 0 else None
+        for place, at in enumerate(stages):
+            records = [record for record in state["optimizers"] if record["stage"] == at]
+            content = part_of(state, {kind: names[kind][place] for kind in KINDS}, records)
+            if place == 0:
+                content["generators"] = collect_generators(schedule.stages)
+            ours = stages if place == 0 else None
+            parts.append(
+                files_of.write_part(folder, content, state["windows"], at, schedule.stages[0].num_stages, ours)
+            )
+    except CheckpointError as error:
+        return lock, parts, failure_of(error)
+    except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
+        why = f"stage {stages[0]}: {folder}: {reason(error)}"
+        text = f"cannot write the checkpoint: {why}; what was saved before is intact"
+        return lock, parts, ("OSError", text)
+    return lock, parts, FINE
+
+
+def finish(
+    folder: Path, files: list[dict[str, Any]], windows: int, extra: Mapping[str, Any] | None, keep: int
+) -> Failure:
+    """Write the index, which makes the files a checkpoint; returns what went wrong."""
+    try:
+        files_of.finish(folder, index_of(files, windows, dict(extra or {})), keep)
+    except OSError as error:
+        text = f"cannot write the checkpoint: {INDEX}: {reason(error)}; what was saved before is intact"
+        return "OSError", text
+    return FINE
+
+
+def index_of(
+    files: list[dict[str, Any]], windows: int, extra: dict[str, Any], version: int = VERSION
+) -> dict[str, Any]:
+    return {"format": FORMAT, "version": version, "windows": windows, "extra": extra, "files": files}
+
+
+def leave_to_one(
+    names: dict[str, list[list[str]]], state: Mapping[str, Any], schedule: Pipeline, group: dist.ProcessGroup | None
+) -> None:
+    """Take out of ``names`` what a process before this one writes: buffers and extra state that several processes have.
+
+    Raises:
+        ValueError: they differ in the value, or two stages have a parameter of the same name.
+    """
+    ours = {kind: [name for stage in names[kind] for name in stage] for kind in KINDS}
+    everyone = gather(ours, schedule, group)
+    seen = {kind: Counter(name for theirs in everyone for name in theirs[kind]) for kind in KINDS}
+    twice = [name for name, count in seen["params"].items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"two stages have a parameter named {twice[0]!r}: name them as in the uncut model, where each is one, "
+            "or give tied_weights if it is the same weight"
+        )
+    shared = [(kind, name) for kind in KINDS[1:] for name, count in seen[kind].items() if count > 1]
+    if not shared:
+        return
+    digests = gather({at: _digest(state[at[0]].get(at[1])) for at in shared if at[1] in ours[at[0]]}, schedule, group)
+    here = dist.get_rank(group)
+    for kind, name in shared:
+        values = [theirs[kind, name] for theirs in digests if (kind, name) in theirs]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"two stages have state named {name!r} with different values: name modules as in the uncut model, "
+                "where each is one"
+            )
+        if any((kind, name) in theirs for theirs in digests[:here]):
+            names[kind] = [[one for one in stage if one != name] for stage in names[kind]]
+
+
+def _digest(value: Any) -> str:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return hashlib.sha256(stream.getvalue()).hexdigest()
+
+
+def check_seen(folder: Path, marks: Sequence[tuple[tuple[str, str], str]]) -> None:
+    for rank, (mark, host) in enumerate(marks):
+        if not sees(folder, mark):
+            raise CheckpointError(
+                f"rank 0 on host {marks[0][1]} does not see what rank {rank} on host {host} writes to {folder}: give a "
+                "folder on a file system that all hosts share"
+            )
