@@ -39,6 +39,7 @@ from paci_rt.runtime.checkpoint_files import (
 )
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.schedules.lowering import TiedWeight
+from paci_rt.transport.collective import gather
 
 PathLike = str | os.PathLike[str]
 
@@ -361,9 +362,8 @@ def _gather(value: Any, schedule: Pipeline, group: dist.ProcessGroup | None) -> 
     """``value`` of every process of the pipeline, in the order of the stages."""
     if len(schedule.stages) == schedule.stages[0].num_stages:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+    what = "have not come to this point of saving or loading a checkpoint"
+    return gather(value, group, schedule.transfer_timeout_s, kind="checkpoint", what=what)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from paci_rt.launch.child import Context
-from paci_rt.launch.parent import run, run_under_torchrun, under_torchrun
+from paci_rt.launch.parent import run
+from paci_rt.launch.torchrun import run_under_torchrun, under_torchrun
 
 __all__ = ["Context", "run", "run_under_torchrun", "under_torchrun"]

@@ -6,11 +6,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from paci_rt import status
+from paci_rt.action import Action
 from paci_rt.errors import PeerLostError
 from paci_rt.schedules.channel import Channel
+from paci_rt.transport.patience import describe
 
 
 def dump_events(
@@ -43,13 +46,16 @@ def dump_events(
         "unix_s": time.time(),
     }
     text = json.dumps(head)[:-1] + ', "channels": [\n' + ",\n".join(channels) + "\n]}\n"
-    target = Path(tempfile.gettempdir() if folder is None else folder) / f"paci_rt_events_rank{rank}_{os.getpid()}.json"
+    place = Path(tempfile.gettempdir() if folder is None else folder)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        place.mkdir(parents=True, exist_ok=True)
+        # A new file of an unpredictable name that only its user can read.
+        file, target = tempfile.mkstemp(prefix=f"paci_rt_events_rank{rank}_{os.getpid()}_", suffix=".json", dir=place)
+        with os.fdopen(file, "w", encoding="utf-8") as stream:
+            stream.write(text)
     except OSError as refusal:
-        return f"{target} could not be written ({refusal.strerror})"
-    return str(target)
+        return f"{place} could not be written to ({refusal.strerror})"
+    return target
 
 
 def origin_of(error: BaseException, rank: int) -> str:
@@ -91,3 +97,19 @@ def timeout_text(channel: Channel, index: int, doing: str, where: str, timeout_s
         f"for what holds stage {peer} up, or, if it may take that long, raise transfer_timeout_s "
         f"(--transfer-timeout), which is {timeout_s:g}"
     )
+
+
+def both_sides(action: str, rank_of: Callable[[int], int]) -> str:
+    """What this process and the one that an action waits for did last, as a sentence for an error's end.
+
+    Args:
+        action: the action's string, which is a message.
+        rank_of: the rank, in the default group, of a stage's process.
+    """
+    own = status.board().read()
+    last = f"last completed action here: {own.completed or 'none'}"
+    doing = Action.parse(action)
+    peer = status.Standing(action=action).awaited_stage()
+    if peer is None or doing.stage == peer:
+        return last
+    return f"{last}; {describe(rank_of(peer))}"

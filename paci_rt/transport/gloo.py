@@ -28,7 +28,7 @@ from paci_rt.errors import PaciError, PeerLostError, ScheduleError, StageError, 
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport import payload, wire
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, WaitingTransport, check_timeout
-from paci_rt.transport.diagnosis import action_of, standing, timeout_text
+from paci_rt.transport.diagnosis import action_of, both_sides, standing, timeout_text
 from paci_rt.transport.packing import Structures
 from paci_rt.transport.rendezvous import check_group
 
@@ -267,7 +267,7 @@ class GlooTransport(WaitingTransport):
             raise ValueError(f"the process group's backend is {backend!r}: the gloo transport needs a gloo group")
         check_timeout(timeout_s)
         self._group, self._ranks, self._chunks = group, num_stages // chunks, chunks
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout, self.timeout_s = timedelta(seconds=timeout_s), timeout_s
         # All processes make their pipelines in the same order, so they agree on the number without talking.
         members = dist.group.WORLD if group is None else group
         assert members is not None
@@ -351,8 +351,9 @@ class GlooTransport(WaitingTransport):
             sending = isinstance(end, _Outgoing)
             action, peer = action_of(channel, index, sending=sending), channel.receiver if sending else channel.sender
             if "timed out" in reason.lower():
-                timeout_s = self._timeout.total_seconds()
-                text = timeout_text(channel, index, reason, end.standing(), timeout_s, sending=sending)
-                raise TransferTimeoutError(action, text) from error
-            message = f"action {action} lost the connection to stage {peer}, which failed or was ended: {reason}"
-            raise PeerLostError(action, message) from error
+                text = timeout_text(channel, index, reason, end.standing(), self.timeout_s, sending=sending)
+                raise TransferTimeoutError(action, f"{text}; {both_sides(action, self._rank)}") from error
+            message = (
+                f"action {action} lost the connection to stage {peer} on edge {channel.name}, {end.standing()}: {reason}"
+            )
+            raise PeerLostError(action, f"{message}; {both_sides(action, self._rank)}") from error
