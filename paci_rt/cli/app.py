@@ -9,9 +9,9 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from paci_rt.errors import PaciError, StageFailed, did_you_mean, unknown
+from paci_rt.errors import PaciError, RunStopped, StageFailed, did_you_mean, unknown
 
-BAD_VALUE, FAILED, INTERRUPTED = 2, 1, 130
+BAD_VALUE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
 DESCRIPTION = """\
 Pipeline-parallel training without bubbles, on stock PyTorch.
@@ -46,14 +46,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 1 failed, 2 a bad value, 130 interrupted."""
+    """Run one command; returns its exit code: 0, 1 failed, 2 a bad value, 130 interrupted, 143 ended by SIGTERM."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         return int(args.run(args))
     except ValueError as error:  # also the typed ones, which are about what was asked for
-        if os.environ.get("RANK", "0") == "0":  # one of the processes under torchrun speaks for all
-            print(f"paci-rt: error: {error}", file=sys.stderr)
+        say_once(f"paci-rt: error: {error}")
         return BAD_VALUE
+    except RunStopped as error:
+        say_once(f"paci-rt: {error}")
+        return TERMINATED
     except KeyboardInterrupt:
         print("paci-rt: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -62,8 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error.remote_traceback, end="", file=sys.stderr)
         elif error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
-        print(f"paci-rt: error: {error}", file=sys.stderr)
+        print(f"paci-rt: error: {_who()}{error}", file=sys.stderr)
         return FAILED
+
+
+def say_once(line: str) -> None:
+    """Print ``line`` on standard error; of the processes that torchrun has started, the first that has it does."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from paci_rt.launch.torchrun import first_to_say
+
+        if not first_to_say(line):
+            return
+    print(line, file=sys.stderr)
+
+
+def _who() -> str:
+    """Under torchrun, whose lines are mixed, the rank."""
+    return f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ else ""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import signal
@@ -28,6 +29,7 @@ from paci_rt.transport.collective import barrier, gather
 from paci_rt.transport.patience import BoundedStore, siblings
 
 OnReport = Callable[[dict[str, Any]], None]
+SAY_S = 2.0
 
 
 def under_torchrun() -> bool:
@@ -167,3 +169,19 @@ def _last_words(rank: int, error: BaseException, dumps: str | os.PathLike[str] |
             print(f"paci-rt: ending stage {other} (process {pid}), which is stopped", file=sys.stderr, flush=True)
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def first_to_say(line: str) -> bool:
+    """Whether no other process that torchrun has started has said ``line``; True where that cannot be known."""
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=SAY_S),
+        )
+        key = f"paci_rt/said/{_restarts()}/{hashlib.sha256(line.encode()).hexdigest()}"
+        return BoundedStore(store, SAY_S).first(key, os.environ["RANK"]) == os.environ["RANK"]
+    except (KeyError, ValueError, RuntimeError):
+        return True

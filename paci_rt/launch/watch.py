@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -191,3 +192,36 @@ def stop_at(step: int, *, leader: bool) -> bool:
         own.words[status.STOP_AT] = wanted
         return True
     return False
+
+
+def stopped_before() -> int | None:
+    """The step before which this process ended in order because of a SIGTERM; None where it did not.
+
+    Example:
+        >>> from paci_rt import launch
+        >>> launch.stopped_before() is None
+        True
+    """
+    wanted = status.board().words[status.STOP_AT]
+    return int(wanted) - 1 if wanted else None
+
+
+@contextmanager
+def alone(grace_s: float | None = None) -> Iterator[None]:
+    """Hear SIGTERM and SIGUSR1 in a process that has all stages, as :func:`paci_rt.launch.run` does for several.
+
+    Args:
+        grace_s: seconds from a SIGTERM to the end of the process; None leaves SIGTERM alone.
+
+    Example:
+        >>> from paci_rt import launch
+        >>> with launch.alone(grace_s=10):
+        ...     launch.Context(local=True).should_stop(0)
+        False
+    """
+    watcher = Watcher(grace_s=grace_s)
+    watcher.start()
+    try:
+        yield
+    finally:
+        watcher.stop()

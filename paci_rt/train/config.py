@@ -64,6 +64,8 @@ class TrainConfig:
         transport: a name of ``paci_rt.transport.TRANSPORTS``; ``local`` runs all stages in one process.
         transfer_timeout: seconds that a stage waits for another one before the run ends with an error.
         threads, port: how the launcher starts the stages.
+        max_restarts: how often the launcher starts all stages again after a failure, from the last checkpoint in out.
+        grace_s: seconds that SIGTERM leaves to drain, save and end.
         trace: record every action, for a Perfetto file or a timeline.
 
     Raises:
@@ -107,6 +109,8 @@ class TrainConfig:
     transfer_timeout: float = DEFAULT_TIMEOUT_S
     threads: int = 1
     port: int = 0
+    max_restarts: int = 0
+    grace_s: float = 30.0
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -182,7 +186,7 @@ class TrainConfig:
             "eval_batches",
             "threads",
         )
-        not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port")
+        not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port", "max_restarts")
         for name, bound in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < bound):
@@ -203,6 +207,8 @@ class TrainConfig:
 
         if not isinstance(self.transfer_timeout, (int, float)) or not 0 < self.transfer_timeout < math.inf:
             raise ValueError(f"--transfer-timeout is {self.transfer_timeout!r}: give a number of seconds above 0")
+        if not isinstance(self.grace_s, (int, float)) or not 0 < self.grace_s < math.inf:
+            raise ValueError(f"--grace-s is {self.grace_s!r}: give a number of seconds above 0")
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
         accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt

@@ -7,10 +7,14 @@ waits, and cannot tell a slow disk from a stopped process.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from paci_rt.errors import MeetingError
+from paci_rt.transport.patience import describe
 from paci_rt.transport.rendezvous import Meeting
 
 _TOPIC = "value"
@@ -40,6 +44,27 @@ def gather(value: Any, group: dist.ProcessGroup | None, timeout_s: float, *, kin
         _before[at].forget(_TOPIC)
     _before[at] = meeting
     return [pickle.loads(one) for one in told]
+
+
+def new_group(timeout_s: float) -> dist.ProcessGroup:
+    """A gloo group of all processes, whose waits have ``timeout_s`` seconds; all of them call this.
+
+    Raises:
+        MeetingError: some processes did not come in time.
+    """
+    barrier(None, timeout_s, kind="group", what="have not come to make a group")
+    try:
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise lost(error, "making a group", [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()])
+
+
+def lost(error: BaseException, doing: str, ranks: Sequence[int]) -> MeetingError:
+    """The typed error for what torch.distributed says about ``ranks`` of the default group."""
+    about = "; ".join(describe(rank) for rank in ranks)
+    failure = MeetingError(f"{doing} failed: {str(error).splitlines()[0]}; {about}", ranks=tuple(ranks))
+    failure.__cause__ = error
+    return failure
 
 
 def barrier(group: dist.ProcessGroup | None, timeout_s: float, *, kind: str, what: str) -> None:

@@ -16,8 +16,10 @@ from paci_rt.errors import TransportError
 from paci_rt.transport.patience import Boards, BoundedStore, Patience
 
 POLL_S = 0.002
-"""How often a process looks for what is missing, at first; the pause doubles up to ``MAX_POLL_S``."""
+"""How often a process looks for what is missing, at first; the pause grows with the wait, up to ``MAX_POLL_S``."""
 MAX_POLL_S = 0.05
+LOOK_AFTER_S = 0.1
+"""A wait so long makes a process look at those that are missing."""
 
 
 def check_group(group: dist.ProcessGroup | None, num_stages: int, chunks: int, transport: str) -> None:
@@ -121,14 +123,14 @@ class Meeting:
             MeetingError: some processes did not come in time.
         """
         keys = [f"{topic}/{rank}" for rank in range(self.size)]
-        patience, pause_s = None, POLL_S
+        patience, begin = None, time.monotonic()
         while not self._store.check(keys):
+            waited_s = time.monotonic() - begin
             if patience is None:
                 patience = Patience(self._timeout_s, self._boards, self._what)
-            elif pause_s >= MAX_POLL_S:
+            elif waited_s > LOOK_AFTER_S:
                 patience.check([self._global[at] for at, key in enumerate(keys) if not self._store.check([key])])
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, MAX_POLL_S)
+            time.sleep(min(MAX_POLL_S, max(POLL_S, waited_s / 100)))
         if patience is not None:
             patience.over()
         self._boards.learn(self._global)
