@@ -116,7 +116,7 @@ def play(case: Case, keep: bool = False) -> Case:
         judge(case, mark, ended_s)
         leftovers(case, marker, shm_before, place / "tmp")
         checkpoint(case, place / "out")
-        if case.problems and keep:
+        if keep:
             print(case.said, file=sys.stderr)
     return case
 
@@ -167,6 +167,10 @@ def named(case: Case) -> bool:
         "exit": rf"{stage}[^;\n]*(?:exit code 3|is gone)",
         "cut": stage,
     }
+    if case.launcher == "torchrun" and case.kind in ("kill", "exit"):  # which torchrun itself may be the first to see
+        cause = re.search(r"Root Cause.*?rank\s*: (\d+)", case.said, re.DOTALL)
+        if cause is not None and int(cause[1]) == case.rank:
+            return True
     return re.search(words[case.kind], lines) is not None
 
 

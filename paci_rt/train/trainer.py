@@ -221,7 +221,7 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         num_stages=pieces,
         chunks=config.chunks,
         timeout_s=config.transfer_timeout,
-        events_dir=None if config.out is None else Path(config.out) / DUMPS,
+        events_dir="" if config.out is None else Path(config.out) / DUMPS,
         device=device,
     )
     return paci_rt.get_schedule_class(config.schedule)(stages, **options), lr_schedulers

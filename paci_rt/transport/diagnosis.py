@@ -16,6 +16,9 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport.patience import describe
 
 
+_WRITTEN = ". Last events of this process's channels:"
+
+
 def dump_events(
     transport: str,
     rank: int,
@@ -32,11 +35,15 @@ def dump_events(
 
     Args:
         channels: the channels' objects as JSON.
-        folder: where the file goes; it is made if need be. None is the system's folder for temporary files.
+        folder: where the file goes; it is made if need be. None is the system's folder for temporary files; empty
+            writes none.
 
     Returns:
-        The file's path, or why it could not be written: no second error may hide the first.
+        What an error says at its end: the file's path, or why it could not be written, since no second error may hide
+        the first; empty where ``folder`` is.
     """
+    if folder == "":
+        return ""
     head = {
         "transport": transport,
         "rank": rank,
@@ -54,8 +61,8 @@ def dump_events(
         with os.fdopen(file, "w", encoding="utf-8") as stream:
             stream.write(text)
     except OSError as refusal:
-        return f"{place} could not be written to ({refusal.strerror})"
-    return target
+        return f"{_WRITTEN} {place} could not be written to ({refusal.strerror})"
+    return f"{_WRITTEN} {target}"
 
 
 def origin_of(error: BaseException, rank: int) -> str:

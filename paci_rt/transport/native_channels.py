@@ -97,7 +97,7 @@ class NativeTransport(WaitingTransport):
     def _report(self, error: TransferTimeoutError | PeerLostError) -> NoReturn:
         """Raise ``error`` again, with the file that has the last events of every channel."""
         written = dump_events(self.name, self._rank, error, [end.json() for end in self._ends()], self._events_dir)
-        text = f"{error}; {both_sides(error.action, self._global_rank)}. Last events of this process's channels: {written}"
+        text = f"{error}; {both_sides(error.action, self._global_rank)}{written}"
         if isinstance(error, PeerLostError):
             raise PeerLostError(error.action, text, error.origin) from None
         raise TransferTimeoutError(error.action, text) from None
