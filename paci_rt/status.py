@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +32,12 @@ PHASES = (
     "saving the checkpoint",
     "the final gather",
     "done",
-    "failed",
 )
 """What a process can be at, beyond its actions; in the order of their codes."""
 _SIZE, _TEXT, _MOST_TEXT = 4096, 512, 2048
 _MAGIC = 0x7061636972743031
 # Words of the page.
-(_MAGIC_AT, PID, RANK, PHASE, PHASE_NS, CURRENT, LAST, STEP, BEAT_NS, SIGNS, STOP, STOP_AT, DUMP_NS, FAILED_NS, STACKS_FD) = (
+(_MAGIC_AT, PID, RANK, PHASE, PHASE_NS, CURRENT, LAST, STEP, BEAT_NS, SIGNS, STOP, STOP_AT, ASKED, FAILED_NS, STACKS_FD) = (
     range(15)
 )
 _TEXT_LENGTH = 15
@@ -122,6 +122,8 @@ class Board:
     def __init__(self, memory: Any = None, fd: int | None = None) -> None:
         self._memory = bytearray(_SIZE) if memory is None else memory
         self.fd = fd
+        self.listener: Callable[[], None] | None = None
+        """Called in this process whenever a phase begins."""
         self.words = memoryview(self._memory).cast("q")
         if memory is None:
             self.claim()
@@ -143,9 +145,9 @@ class Board:
             words[RANK] = rank
         if step is not None:
             words[STEP] = step
-        if phase == "failed":
-            words[FAILED_NS] = words[PHASE_NS]
         self.say(detail)
+        if self.listener is not None:
+            self.listener()
 
     def say(self, detail: str) -> None:
         """Write what the process waits for, in words; empty: for nothing."""
@@ -280,9 +282,9 @@ def condition(standing: Standing) -> str:
     state = process_state(standing.pid)
     if state in STOPPED:
         return "stopped"
-    if state in ("", "Z", "X"):
-        return "gone"
-    return "failed" if standing.failed_s else ""
+    if standing.failed_s:
+        return "failed"
+    return "gone" if state in ("", "Z", "X") else ""
 
 
 def waits_by_action(standing: Standing) -> bool:

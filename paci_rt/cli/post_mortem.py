@@ -93,18 +93,20 @@ def _read(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-    keys = {"message": str, "stages": dict, "unix_s": (int, float)}
+    keys = {"message": str, "stages": dict, "unix_s": (int, float), "guilty": (int, type(None))}
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{file} is not a {FORMAT}")
-    if "guilty" not in content or not all(isinstance(content.get(key), kind) for key, kind in keys.items()):
-        raise ValueError(f"{file} is damaged: it lacks one of {', '.join(keys)}, guilty")
+    if not all(isinstance(content.get(key), kind) for key, kind in keys.items()):
+        raise ValueError(f"{file} is damaged: it lacks one of {', '.join(keys)}")
     return content
 
 
 def _seen(stage: dict[str, Any]) -> Seen:
-    known = {field.name for field in fields(status.Standing)}
-    standing = status.Standing(**{key: value for key, value in stage.items() if key in known})
-    return Seen(standing=standing, condition=str(stage["condition"]))
+    known = {field.name: type(field.default) for field in fields(status.Standing)}
+    values = {key: known[key](value) for key, value in stage.items() if key in known}
+    if values.get("action"):
+        status.Action.parse(values["action"])
+    return Seen(standing=status.Standing(**values), condition=str(stage["condition"]))
 
 
 def _events(place: Path) -> list[str]:

@@ -171,6 +171,7 @@ def _work(job: Job, tell: Callable[[str, Any], None]) -> None:
         if name in ("lo", "lo0"):  # gloo would listen on the interface of the host's name
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     Watcher(grace_s=job.grace_s).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     timeout = timedelta(seconds=job.timeout_s)
     store = dist.TCPStore(LOOPBACK, job.port, is_master=False, wait_for_workers=False, timeout=timeout)
     gather_at_start(store, job.rank, job.world_size, job.timeout_s)

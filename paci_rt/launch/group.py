@@ -101,7 +101,8 @@ class Group:
         # Children inherit the blocked SIGINT, so that a Ctrl-C which the terminal sends to all of us cannot hit one
         # while it starts. The tracker comes first because starting it unblocks SIGINT.
         resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # SIGUSR1 too, which would end one that does not hear it yet.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
         try:
             for rank, board in enumerate(boards):
                 ours, theirs = spawn.Pipe()

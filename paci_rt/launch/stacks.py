@@ -20,10 +20,9 @@ from paci_rt.launch.blame import Seen, sentence, waited_for
 
 ANSWER_S = 1.0
 """How long a stage has to write its stack."""
-AGAIN_S = 2.0
-"""A stage that was asked by another one within this time does not ask the others in turn."""
 
 _file = -1
+_answered = 0
 
 
 def listen() -> None:
@@ -39,9 +38,12 @@ def listen() -> None:
         status.board().words[status.STACKS_FD] = _file + 1
 
 
-def asked_by_another(own: status.Board) -> bool:
-    """Whether another process asked this one a moment ago, for a report that it writes itself."""
-    return time.monotonic_ns() - own.words[status.DUMP_NS] < AGAIN_S * 1e9
+def wanted(own: status.Board, signals: int) -> bool:
+    """Whether one of ``signals`` that came is a person's: those of other processes, which write a report themselves, are
+    counted on the board."""
+    global _answered
+    others, _answered = own.words[status.ASKED] - _answered, own.words[status.ASKED]
+    return signals > others
 
 
 def report(boards: Mapping[int, status.Board]) -> str:
@@ -66,7 +68,7 @@ def ask(boards: Mapping[int, status.Board]) -> dict[int, str]:
             if pid > 0 and file >= 0 and status.process_state(pid) not in ("", "Z", *status.STOPPED):
                 asked[rank] = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
                 os.ftruncate(asked[rank], 0)
-                board.words[status.DUMP_NS] = time.monotonic_ns()
+                board.words[status.ASKED] += 1
                 os.kill(pid, signal.SIGUSR1)
     end, texts = time.monotonic() + ANSWER_S, dict.fromkeys(boards, "(no stack: the process is stopped or gone)")
     while time.monotonic() < end:

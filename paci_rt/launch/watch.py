@@ -119,7 +119,7 @@ class Watcher:
             if _remote is not None:
                 with suppress(PaciError):  # the others see that no beat comes any more
                     _remote.beat(own)
-            if signal.SIGUSR1 in heard and not stacks.asked_by_another(own):
+            if signal.SIGUSR1 in heard and stacks.wanted(own, heard.count(signal.SIGUSR1)):
                 sys.stderr.write(stacks.report({own.read().rank: own, **status.peers()}))
                 sys.stderr.flush()
             if signal.SIGTERM in heard and self._grace_s is not None:

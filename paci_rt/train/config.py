@@ -66,6 +66,7 @@ class TrainConfig:
         threads, port: how the launcher starts the stages.
         max_restarts: how often the launcher starts all stages again after a failure, from the last checkpoint in out.
         grace_s: seconds that SIGTERM leaves to drain, save and end.
+        log: folder for structured logs, a file of JSON lines per process; None writes none.
         trace: record every action, for a Perfetto file or a timeline.
 
     Raises:
@@ -111,6 +112,7 @@ class TrainConfig:
     port: int = 0
     max_restarts: int = 0
     grace_s: float = 30.0
+    log: str | None = None
     trace: bool = False
 
     def __post_init__(self) -> None:

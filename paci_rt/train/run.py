@@ -14,6 +14,7 @@ import torch
 from paci_rt import launch
 from paci_rt.errors import RunStopped
 from paci_rt.train.config import TrainConfig
+from paci_rt.train.logs import logged
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge, with_earlier
 from paci_rt.train.trainer import DUMPS, preflight, train
 
@@ -55,7 +56,7 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
     elif config.transport == "local" or (config.transport == "auto" and config.stages == 1):
         torch.set_num_threads(config.threads)
         with launch.alone(config.grace_s):
-            results = [train(config, launch.Context(local=True, on_report=hear))]
+            results = [_stage(launch.Context(local=True, on_report=hear), config)]
     else:
         more = {"port": config.port, "max_restarts": config.max_restarts}
         results = launch.run(_stage, config.stages, (config,), **common, **more)
@@ -89,7 +90,10 @@ def remove_dumps(folder: Path) -> None:
 
 
 def _stage(ctx: launch.Context, config: TrainConfig) -> StageResult:
-    return train(config, ctx)
+    pieces = config.stages * config.chunks
+    here = list(range(pieces)) if ctx.local else list(range(ctx.rank, pieces, config.stages))
+    with logged(config.log, ctx, here) as told:
+        return train(config, told)
 
 
 def check_torchrun(config: TrainConfig) -> None:
