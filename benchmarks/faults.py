@@ -3,8 +3,8 @@
     python benchmarks/faults.py --runs 60 --seed 1 --json FILE
 
 A row a run. Each draws a launcher (``paci-rt train`` or torchrun), a transport, a schedule, a phase of the run (start,
-warm-up, training, validation, save, end), a stage and a fault: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``term`` (SIGTERM
-to the launcher), ``raise`` and ``memory`` (exceptions), ``exit``, and ``cut`` (all its connections, over gloo).
+warm-up, training, validation, save, end), a stage and a fault: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``term``
+(SIGTERM to the launcher), ``raise`` and ``memory`` (exceptions), ``exit``, ``cut`` (all its connections, over gloo).
 
 A run passes if
 - it ends within the deadline (``--transfer-timeout``) and 5 s more after the fault, with the right exit code;
@@ -240,7 +240,10 @@ def main() -> int:
         done.append(play(case, keep=args.only is not None))
         how = "ok" if not case.problems else "; ".join(case.problems)
         where = f"{case.launcher:8} {case.transport:4} {case.schedule:13} {case.stages}"
-        print(f"{case.number:3}  {where}  {case.phase:10} {case.kind:6} stage {case.rank}  {case.took_s} s  {how}", flush=True)
+        print(
+            f"{case.number:3}  {where}  {case.phase:10} {case.kind:6} stage {case.rank}  {case.took_s} s  {how}",
+            flush=True,
+        )
         if args.json:
             write(args, done)
     failed = [case for case in done if case.problems]
@@ -255,7 +258,9 @@ def write(args: argparse.Namespace, done: list[Case]) -> None:
         row = asdict(case)
         row["said"] = case.said[-2000:] if case.problems else ""
         rows.append(row)
-    counts = {name: Counter(getattr(case, name) for case in done) for name in ("kind", "phase", "launcher", "transport")}
+    counts = {
+        name: Counter(getattr(case, name) for case in done) for name in ("kind", "phase", "launcher", "transport")
+    }
     good = sum(not case.problems for case in done)
     times = [case.took_s for case in done if case.took_s is not None]
     head = {"seed": args.seed, "runs": len(done), "ended_well": good, "longest_s": max(times, default=None)}

@@ -37,9 +37,23 @@ PHASES = (
 _SIZE, _TEXT, _MOST_TEXT = 4096, 512, 2048
 _MAGIC = 0x7061636972743031
 # Words of the page.
-(_MAGIC_AT, PID, RANK, PHASE, PHASE_NS, CURRENT, LAST, STEP, BEAT_NS, SIGNS, STOP, STOP_AT, ASKED, FAILED_NS, STACKS_FD) = (
-    range(15)
-)
+(
+    _MAGIC_AT,
+    PID,
+    RANK,
+    PHASE,
+    PHASE_NS,
+    CURRENT,
+    LAST,
+    STEP,
+    BEAT_NS,
+    SIGNS,
+    STOP,
+    STOP_AT,
+    ASKED,
+    FAILED_NS,
+    STACKS_FD,
+) = range(15)
 _TEXT_LENGTH = 15
 OP_CODES = {op: (code << 40) + 1 for code, op in enumerate(OPS)}
 """What an action's stage (shifted by 44) and index are added to, to make its number on the board; 0 is no action."""
@@ -259,9 +273,8 @@ def process_state(pid: int) -> str:
         >>> process_state(os.getpid())
         'R'
     """
-    with suppress(OSError, IndexError):
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0]
+    with suppress(OSError, IndexError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()[0]
     return ""
 
 
@@ -278,7 +291,7 @@ STOPPED = ("T", "t")
 
 
 def condition(standing: Standing) -> str:
-    """What holds a process of this host up, as far as the system knows: ``stopped``, ``gone``, ``failed``, or nothing."""
+    """What holds a process of this host up, as far as the system knows: ``stopped``, ``failed``, ``gone`` or empty."""
     state = process_state(standing.pid)
     if state in STOPPED:
         return "stopped"

@@ -10,11 +10,14 @@ DESCRIPTION = """\
 Show what was built and found on this machine, what is usable, and how to fix what is not. The exit code is 0 if this
 machine can train, else 1. No GPU is started.
 
-With --run DIR: read what a run that failed left in its --out, and say what happened: which stage went first, what it was
-doing, who waited for it on which edge, and what to do.
+With --run DIR: read what a run that failed left in its --out, and say what happened: which stage went first, what it
+was doing, who waited for it on which edge, and what to do.
 """
 
-JSON_HELP = "write the findings (with --run: folder message guilty stages waits remedy events): native torch gloo shm cuda nccl triton gpus cores memory_bytes advice usable ..."
+JSON_HELP = (
+    "write the findings (with --run: folder message guilty stages waits remedy events): "
+    "native torch gloo shm cuda nccl triton gpus cores memory_bytes advice usable ..."
+)
 CANNOT_TRAIN = 1
 """Exit code on a machine that is not ready."""
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from paci_rt import status
-from paci_rt.launch.blame import Seen, guilty, sentence, waited_for
+from paci_rt.launch.blame import HELD, Seen, guilty, sentence, waited_for
 from paci_rt.launch.dumps import FORMAT
 
 DUMPS = "dumps"
 REMEDIES = {
-    "stopped": "Send it SIGCONT before the deadline if somebody stopped it on purpose; look for a debugger, a suspended "
-    "container or a batch system that suspends jobs.",
+    "stopped": "Send it SIGCONT before the deadline if somebody stopped it on purpose; look for a debugger, a "
+    "suspended container or a batch system that suspends jobs.",
     "gone": "Nothing of its own was said, so it was killed from outside: look into the system's log for the killer of "
     "processes when memory runs out (dmesg), and at the limits of the batch system.",
     "failed": "Its own error is the one to solve; those of the other stages follow from it.",
-    "": "It was there and did not answer: look for what it computes or waits for; a longer --transfer-timeout helps if it "
-    "may take that long. If both sides of an edge wait for each other, the link between them is cut.",
+    "": "It was there and did not answer: look for what it computes or waits for; a longer --transfer-timeout helps if "
+    "it may take that long. If both sides of an edge wait for each other, the link between them is cut.",
 }
 
 
@@ -37,8 +37,8 @@ def examine(folder: str) -> dict[str, Any]:
     files = sorted(place.glob("failure*.json")) if place.is_dir() else []
     if not files:
         raise ValueError(
-            f"--run {folder} holds no failure.json: give the --out of a run that failed; one that ended well, or that had "
-            "no --out, leaves nothing"
+            f"--run {folder} holds no failure.json: give the --out of a run that failed; one that ended well, or that "
+            "had no --out, leaves nothing"
         )
     told = [_read(file) for file in files]
     first = min(told, key=lambda one: one["unix_s"])
@@ -93,7 +93,7 @@ def _read(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-    keys = {"message": str, "stages": dict, "unix_s": (int, float), "guilty": (int, type(None))}
+    keys: dict[str, Any] = {"message": str, "stages": dict, "unix_s": (int, float), "guilty": (int, type(None))}
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{file} is not a {FORMAT}")
     if not all(isinstance(content.get(key), kind) for key, kind in keys.items()):
@@ -102,10 +102,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _seen(stage: dict[str, Any]) -> Seen:
-    known = {field.name: type(field.default) for field in fields(status.Standing)}
+    known: dict[str, Any] = {field.name: type(field.default) for field in fields(status.Standing)}
     values = {key: known[key](value) for key, value in stage.items() if key in known}
     if values.get("action"):
         status.Action.parse(values["action"])
+    if stage["condition"] not in HELD:
+        raise ValueError(f"condition {stage['condition']!r}")
     return Seen(standing=status.Standing(**values), condition=str(stage["condition"]))
 
 
@@ -121,8 +123,8 @@ def _events(place: Path) -> list[str]:
                     ago = (content["monotonic_ns"] - last["time_ns"]) / 1e9
                     at = f" of message {last['index']}" if "index" in last else ""
                     lines.append(
-                        f"rank {content['rank']}, edge {end['edge']}, {end['side']}: {last['event']}{at}, {ago:.1f} s before "
-                        f"its error; {len(end['events'])} events in {file.name}"
+                        f"rank {content['rank']}, edge {end['edge']}, {end['side']}: {last['event']}{at}, {ago:.1f} s "
+                        f"before its error; {len(end['events'])} events in {file.name}"
                     )
         except (OSError, ValueError, KeyError, TypeError) as error:
             lines.append(f"{file.name} cannot be read: {error}")

@@ -46,9 +46,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "DIR",
         "continue from a checkpoint in this folder; stages and schedule may differ from the run that saved it",
     )
-    options.add("log", str, "DIR", "structured logs: a file of JSON lines per process, with rank, stages, phase and action")
-    options.add("max_restarts", int, "N", "start all stages again after a failure, at most so often, from the last "
-                "checkpoint that this run has saved into --out")
+    options.add(
+        "log", str, "DIR", "structured logs: a file of JSON lines per process, with rank, stages, phase and action"
+    )
+    options.add(
+        "max_restarts",
+        int,
+        "N",
+        "start all stages again after a failure, at most so often, from the last "
+        "checkpoint that this run has saved into --out",
+    )
     parser.add_argument("--save-trace", metavar="FILE", help="write all executed actions, to open at ui.perfetto.dev")
 
 

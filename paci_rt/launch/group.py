@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 import signal
 import socket
@@ -240,7 +239,9 @@ class Group:
         stopped = [rank for rank, one in seen.items() if one.condition == "stopped" and rank not in told]
         if stopped:
             child = self.children[stopped[0]]
-            return replace(_stopped(child, time.monotonic() - (child.stopped_since or first.time_s)), time_s=first.time_s)
+            return replace(
+                _stopped(child, time.monotonic() - (child.stopped_since or first.time_s)), time_s=first.time_s
+            )
         rank = end_of_waits(seen)
         if rank is None or rank in told:
             return first

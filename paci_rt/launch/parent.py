@@ -140,8 +140,8 @@ def _run_once(
             return group.supervise(on_report, timeout_s, job.timeout_s)
     except GraceOver:
         raise RunStopped(
-            f"the run did not end within the {job.grace_s:g} s of grace that SIGTERM leaves (--grace-s), and was ended; "
-            "what it has not saved is lost"
+            f"the run did not end within the {job.grace_s:g} s of grace that SIGTERM leaves (--grace-s), and was "
+            "ended; what it has not saved is lost"
         ) from None
     finally:
         group.end()
@@ -164,7 +164,9 @@ def _heard(group: Group, grace_s: float | None) -> Iterator[None]:
         assert grace_s is not None
         if group.grace_until is None:
             group.grace_until = time.monotonic() + grace_s
-            print(f"paci-rt: SIGTERM: the stages drain, save and end, within {grace_s:g} s", file=sys.stderr, flush=True)
+            print(
+                f"paci-rt: SIGTERM: the stages drain, save and end, within {grace_s:g} s", file=sys.stderr, flush=True
+            )
         group.ask_for_stop(number)
 
     before = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, lambda *_: group.report_stacks())}

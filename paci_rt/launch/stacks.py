@@ -39,8 +39,8 @@ def listen() -> None:
 
 
 def wanted(own: status.Board, signals: int) -> bool:
-    """Whether one of ``signals`` that came is a person's: those of other processes, which write a report themselves, are
-    counted on the board."""
+    """Whether one of ``signals`` that came is a person's: other processes, which write a report themselves, count
+    theirs on the board."""
     global _answered
     others, _answered = own.words[status.ASKED] - _answered, own.words[status.ASKED]
     return signals > others

@@ -124,7 +124,8 @@ def _store(timeout_s: float) -> tuple[Any, int, int]:
     """The store where the processes of this run meet, and this one's rank among how many."""
     least = timedelta(seconds=max(timeout_s, 1.0))
     try:
-        return next(iter(dist.rendezvous("env://", timeout=least)))
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=least)))
+        return store, rank, size
     except (RuntimeError, OSError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TransportError(

@@ -1,7 +1,7 @@
 """Structured logs: one JSON object a line, one file a process, for programs that follow a run.
 
-Each line has ``unix_s rank stages event phase step action completed``; ``event`` is ``phase`` (another one began), ``step``
-and ``eval`` (with the numbers of the report), ``error`` (with ``error`` and ``message``) or ``end``.
+Each line has ``unix_s rank stages event phase step action completed``; ``event`` is ``phase`` (another one began),
+``step`` and ``eval`` (with the numbers of the report), ``error`` (with ``error`` and ``message``) or ``end``.
 """
 
 from __future__ import annotations

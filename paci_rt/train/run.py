@@ -58,7 +58,7 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
         with launch.alone(config.grace_s):
             results = [_stage(launch.Context(local=True, on_report=hear), config)]
     else:
-        more = {"port": config.port, "max_restarts": config.max_restarts}
+        more: dict[str, Any] = {"port": config.port, "max_restarts": config.max_restarts}
         results = launch.run(_stage, config.stages, (config,), **common, **more)
     stopped = launch.stopped_before() if results is None else results[0].stopped
     if stopped is not None:
@@ -75,9 +75,10 @@ def stop_text(config: TrainConfig, step: int) -> str:
 
 def remember(report: dict[str, Any], steps: list[StepPoint], evals: list[EvalPoint]) -> None:
     """Keep a point of the curve that a stage reported, in case that it is the last word of its start."""
-    for kind, points, cls in (("step", steps, StepPoint), ("eval", evals, EvalPoint)):
-        if report["kind"] == kind:
-            points.append(cls(**{field.name: report[field.name] for field in fields(cls)}))
+    if report["kind"] == "step":
+        steps.append(StepPoint(**{field.name: report[field.name] for field in fields(StepPoint)}))
+    elif report["kind"] == "eval":
+        evals.append(EvalPoint(**{field.name: report[field.name] for field in fields(EvalPoint)}))
 
 
 def remove_dumps(folder: Path) -> None:

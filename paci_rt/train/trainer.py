@@ -32,7 +32,6 @@ from paci_rt.train.results import EvalPoint, StageResult, StepPoint
 from paci_rt.transport import make_transport
 from paci_rt.transport.collective import barrier, new_group
 
-
 DUMPS = "dumps"
 """Folder in --out for what the stages of a failed run did last."""
 

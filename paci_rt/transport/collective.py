@@ -54,17 +54,17 @@ def new_group(timeout_s: float) -> dist.ProcessGroup:
     """
     barrier(None, timeout_s, kind="group", what="have not come to make a group")
     try:
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        return group
     except RuntimeError as error:
-        raise lost(error, "making a group", [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()])
+        others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+        raise lost(error, "making a group", others) from error
 
 
 def lost(error: BaseException, doing: str, ranks: Sequence[int]) -> MeetingError:
     """The typed error for what torch.distributed says about ``ranks`` of the default group."""
     about = "; ".join(describe(rank) for rank in ranks)
-    failure = MeetingError(f"{doing} failed: {str(error).splitlines()[0]}; {about}", ranks=tuple(ranks))
-    failure.__cause__ = error
-    return failure
+    return MeetingError(f"{doing} failed: {str(error).splitlines()[0]}; {about}", ranks=tuple(ranks))
 
 
 def barrier(group: dist.ProcessGroup | None, timeout_s: float, *, kind: str, what: str) -> None:

@@ -15,7 +15,6 @@ from paci_rt.errors import PeerLostError
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport.patience import describe
 
-
 _WRITTEN = ". Last events of this process's channels:"
 
 

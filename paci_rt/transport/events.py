@@ -29,7 +29,7 @@ class EventRing:
         self._events.append((time.monotonic_ns(), event, sequence, index, size))
 
     def json(self, sent: int | None, taken: int | None) -> str:
-        """The object of this end in a dump; ``sent`` and ``taken`` are the last sequence numbers, None where unknown."""
+        """The object of this end in a dump; ``sent`` and ``taken`` are sequence numbers, None where unknown."""
         events = []
         for at, event, sequence, index, size in self._events:
             fields = {"time_ns": at, "event": event, "sequence": sequence, "index": index, "bytes": size}

@@ -377,14 +377,13 @@ class GlooTransport(WaitingTransport):
                 text = timeout_text(channel, index, reason, end.standing(), self.timeout_s, sending=sending)
                 raise TransferTimeoutError(action, self._explained(action, text)) from error
             end.events.note("fail", index=index)
-            message = (
-                f"action {action} lost the connection to stage {peer} on edge {channel.name}, {end.standing()}: {reason}"
-            )
+            where = f"on edge {channel.name}, {end.standing()}"
+            message = f"action {action} lost the connection to stage {peer} {where}: {reason}"
             raise PeerLostError(action, self._explained(action, message)) from error
 
     def _explained(self, action: str, text: str) -> str:
         """``text`` with what both sides did last, and the file with the last events of every channel."""
         text = f"{text}; {both_sides(action, self._rank)}"
-        ends = [end.json() for end in (*self._outgoing.values(), *self._incoming.values())]
+        ends = [end.json() for end in self._outgoing.values()] + [end.json() for end in self._incoming.values()]
         written = dump_events(self.name, dist.get_rank(self._group), RuntimeError(text), ends, self._events_dir)
         return text + written

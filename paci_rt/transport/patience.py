@@ -45,7 +45,7 @@ class BoundedStore:
         self._bounded(lambda: self._store.set(key, value))
 
     def check(self, keys: Sequence[str]) -> bool:
-        return self._bounded(lambda: self._store.check(list(keys)))
+        return self._bounded(lambda: bool(self._store.check(list(keys))))
 
     def get(self, key: str) -> bytes:
         """The value of a key that is there."""

@@ -1,4 +1,4 @@
-"""Faults in whole runs: each ends in time, names the stage at fault, and leaves nothing. The rest: benchmarks/faults.py."""
+"""Faults in whole runs: each ends in time, names the stage at fault, and leaves nothing. More: benchmarks/faults.py."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 
+import faults
 from paci_rt.checkpoint import read_index
 from support.deadlines import deadline, factor, wait_until
 
@@ -109,7 +109,9 @@ def faulty(tmp_path: Path, kind: str, phase: str, at: int) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "phase", "at"), [("paci", "training", 50), ("1f1b", "save", 2), ("paci", "end", 1)])
+@pytest.mark.parametrize(
+    ("schedule", "phase", "at"), [("paci", "training", 50), ("1f1b", "save", 2), ("paci", "end", 1)]
+)
 def test_a_run_that_was_started_again_ends_with_the_bits_of_one_that_was_not(
     tmp_path: Path, schedule: str, phase: str, at: int
 ) -> None:
@@ -244,7 +246,9 @@ def test_doctor_explains_a_run_that_failed(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(60), env=environment())
     assert done.returncode == 0, done.stderr
     assert "First was stage 1. Send it SIGCONT" in done.stdout
-    assert re.search(r"stage 0 waited for stage 1, in 0(RECV|SEND)_[FB]\d+: micro-batch \d+ on the edge from", done.stdout)
+    assert re.search(
+        r"stage 0 waited for stage 1, in 0(RECV|SEND)_[FB]\d+: micro-batch \d+ on the edge from", done.stdout
+    )
     assert "rank 0, edge B 1->0, receiver: " in done.stdout
     told = json.loads((tmp_path / "told.json").read_text())
     assert (told["guilty"], told["condition"]) == (1, "stopped")

@@ -30,10 +30,13 @@ def test_an_action_on_a_board_is_the_same_action(text: str) -> None:
 
 def test_others_read_a_board_also_when_its_process_is_dead() -> None:
     code = (
-        "import os, sys; from paci_rt import status; board = status.board(); board.enter('validation', rank=3, step=9)\n"
+        "import os, sys; from paci_rt import status; board = status.board()\n"
+        "board.enter('validation', rank=3, step=9)\n"
         "print(os.getpid(), board.fd, flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as one:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    ) as one:
         assert one.stdout is not None
         pid, fd = map(int, one.stdout.readline().split())
         board = status.open_board(pid, fd)
@@ -56,10 +59,10 @@ def test_texts_of_any_length_fit_on_a_board() -> None:
     assert waited_for(0, board.read(), 3) == {1, 2}
 
 
-def seen(action: str = "", condition: str = "", failed_s: float = 0.0, phase: str = "training", detail: str = "") -> Seen:
-    return Seen(
-        standing=Standing(phase=phase, action=action, failed_s=failed_s, detail=detail), condition=condition
-    )
+def seen(
+    action: str = "", condition: str = "", failed_s: float = 0.0, phase: str = "training", detail: str = ""
+) -> Seen:
+    return Seen(standing=Standing(phase=phase, action=action, failed_s=failed_s, detail=detail), condition=condition)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,14 @@ def seen(action: str = "", condition: str = "", failed_s: float = 0.0, phase: st
         ([seen("0RECV_B3"), seen("1RECV_B3"), seen("2B3")], 2),
         ([seen("0RECV_B3"), seen("1RECV_F4")], None),  # both wait: a link
         ([seen(phase="done", condition="gone"), seen(phase="the final gather", condition="stopped")], 1),
-        ([seen("0F9"), seen(detail="waits for rank 0, which have not saved"), seen(detail="waits for rank 0, which")], 0),
+        (
+            [
+                seen("0F9"),
+                seen(detail="waits for rank 0, which have not saved"),
+                seen(detail="waits for rank 0, which"),
+            ],
+            0,
+        ),
     ],
 )
 def test_who_went_first(stages: list[Seen], first: int | None) -> None:
