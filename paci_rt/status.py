@@ -147,6 +147,15 @@ class Board:
         words = self.words
         words[PID], words[RANK], words[_MAGIC_AT] = os.getpid(), rank, _MAGIC
 
+    def close(self) -> None:
+        """Give the memory and the file back; the board cannot be used afterwards."""
+        self.words.release()
+        if isinstance(self._memory, mmap.mmap):
+            self._memory.close()
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
     @property
     def valid(self) -> bool:
         return self.words[_MAGIC_AT] == _MAGIC
@@ -225,18 +234,22 @@ def new_board(rank: int = -1) -> Board:
     return board
 
 
-def open_board(pid: int, fd: int, *, writable: bool = True) -> Board | None:
+def open_board(pid: int, fd: int) -> Board | None:
     """The board behind descriptor ``fd`` of process ``pid`` on this host; None where it cannot be opened."""
     try:
         file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        board = Board(mmap.mmap(file, _SIZE), file)
+        board = Board(mmap.mmap(file, _SIZE))
     except (OSError, ValueError):
-        os.close(file)
         return None
-    return board if board.valid else None
+    finally:
+        os.close(file)  # the mapping stays
+    if board.valid:
+        return board
+    board.close()
+    return None
 
 
 _own: Board | None = None

@@ -79,6 +79,7 @@ class Child:
     ended: bool = False
     result: Any = None
     stopped_since: float | None = None
+    ticks: int = 0
 
 
 @dataclass
@@ -180,7 +181,10 @@ class Group:
                 child.stopped_since = None
         self.polled_at = now
         for child in self.children:
-            if child.ended or status.process_state(child.process.pid or 0) not in status.STOPPED:
+            pid, before = child.process.pid or 0, child.ticks
+            child.ticks = status.cpu_ticks(pid)
+            # Who has run since the last look was not stopped all the time.
+            if child.ended or child.ticks != before or status.process_state(pid) not in status.STOPPED:
                 child.stopped_since = None
                 continue
             child.stopped_since = child.stopped_since or now
@@ -280,6 +284,7 @@ class Group:
                 child.process.close()
             for child in self.children:
                 child.conn.close()
+                child.board.close()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -182,7 +182,7 @@ class Patience:
             if state in ("", "Z", "X"):
                 return "gone", 0.0
             if state in status.STOPPED:
-                return "stopped", 0.0
+                return ("stopped", status.cpu_ticks(standing.pid)), 0.0
             ticks = 0 if status.waits_by_action(standing) or standing.detail else status.cpu_ticks(standing.pid)
             # Before its first phase a process runs a script of the user, who may let it wait for other things.
             return (standing.life(), ticks), 0.0 if standing.phase else LEAST_TIMEOUT_S
@@ -195,8 +195,7 @@ class Patience:
         pid = self._sibling(rank)
         if pid is None:
             return "unseen", UNSEEN_S
-        state = status.process_state(pid)
-        return (state if state in status.STOPPED else status.cpu_ticks(pid)), 0.0
+        return status.cpu_ticks(pid), 0.0
 
     def _sibling(self, rank: int) -> int | None:
         """The process that torchrun has started beside this one as ``rank``, before it says anything itself."""
