@@ -27,6 +27,7 @@ from paci_rt.errors import ActionError, MeetingError, PeerLostError, TransferTim
 from paci_rt.launch.child_death import die_with
 from paci_rt.launch.watch import Watcher, stop_at
 from paci_rt.transport import DEFAULT_TIMEOUT_S
+from paci_rt.transport.collective import lost
 from paci_rt.transport.patience import Boards, BoundedStore, Patience
 
 LOOPBACK = "127.0.0.1"
@@ -174,8 +175,7 @@ def _work(job: Job, tell: Callable[[str, Any], None]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     timeout = timedelta(seconds=job.timeout_s)
     store = dist.TCPStore(LOOPBACK, job.port, is_master=False, wait_for_workers=False, timeout=timeout)
-    gather_at_start(store, job.rank, job.world_size, job.timeout_s)
-    dist.init_process_group("gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=timeout)
+    join_run(store, job.rank, job.world_size, job.timeout_s)
     status.board().enter("")
     # What torch's import left behind never becomes garbage; looking through it would stall a stage for milliseconds.
     gc.collect()
@@ -204,8 +204,8 @@ def _share_boards(job: Job) -> None:
     status.board().enter("start", rank=job.rank)
 
 
-def gather_at_start(store: Any, rank: int, size: int, timeout_s: float) -> None:
-    """Wait until all processes of a run are there, before torch.distributed waits for them without a word.
+def join_run(store: Any, rank: int, size: int, timeout_s: float) -> None:
+    """Wait until all processes of a run are there, and make the default group, whose waits have ``timeout_s`` seconds.
 
     Raises:
         MeetingError: some did not come in time.
@@ -221,6 +221,11 @@ def gather_at_start(store: Any, rank: int, size: int, timeout_s: float) -> None:
         time.sleep(START_POLL_S)
     patience.over()
     boards.learn(range(size))
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    except RuntimeError as error:
+        raise lost(error, "making the process group", [other for other in range(size) if other != rank]) from error
 
 
 def describe(rank: int, error: BaseException) -> Failure:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from paci_rt import status
 from paci_rt.errors import PaciError, TransportError
 from paci_rt.launch.blame import Seen
-from paci_rt.launch.child import Context, describe, gather_at_start
+from paci_rt.launch.child import Context, describe, join_run
 from paci_rt.launch.child_death import die_with
 from paci_rt.launch.dumps import write_dump
 from paci_rt.launch.watch import Remote, Watcher
@@ -99,9 +99,7 @@ def run_under_torchrun(
         remote = Remote(BoundedStore(store.clone(), transfer_timeout_s), rank) if _several_hosts(size) else None
         watcher = Watcher(grace_s=grace_s, remote=remote)
         watcher.start()
-        gather_at_start(store, rank, size, transfer_timeout_s)
-        timeout = timedelta(seconds=transfer_timeout_s)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        join_run(store, rank, size, transfer_timeout_s)
         own.enter("")
         context = Context(rank, size, restarts=_restarts(), run_id=_run_id(store), on_report=on_report)
         result = fn(context, *args)

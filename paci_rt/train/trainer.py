@@ -99,7 +99,8 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
         if should_stop(step):
             rest(step, validate=False, save=True)
             return ended(log.result(None, stopped=step), pipeline, group)
-        validate = config.eval_interval > 0 and (step % config.eval_interval == 0 or step == first_step)
+        first = step == first_step and not restarts(ctx)
+        validate = config.eval_interval > 0 and (step % config.eval_interval == 0 or first)
         save = config.save_interval > 0 and step % config.save_interval == 0 and step > first_step
         if validate or save:
             rest(step, validate=validate, save=save)
