@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py --seconds 120 --seed 1 --json FILE
 
-Rounds of ``paci-rt train --max-restarts`` until the time is over. Beside each, at random moments, a stage is stopped for a
-moment (a delay) or killed. What must hold at the end of every round:
+Rounds of ``paci-rt train --max-restarts`` until the time is over. Beside each, at random moments, a stage is stopped for
+a moment (a delay) or killed. What must hold at the end of every round:
 - losses, validations and parameters equal those of an undisturbed run at the same cadence of checkpoints, bit for bit;
 - descriptors and memory of the launcher, which lives through all restarts, stay flat;
 - no process, no shared memory and no temporary file is left.
@@ -154,7 +154,8 @@ def main() -> int:
             one = Round(number=len(rounds), schedule=schedule, transport=transport)
             rounds.append(play(one, rng, args.steps, Path(folder)))
         how = "ok" if not one.problems else "; ".join(one.problems)
-        print(f"{one.number:3}  {schedule:6} {transport:4}  {one.delays} delays, {one.kills} kills, {one.wall_s} s  {how}")
+        done = f"{one.delays} delays, {one.kills} kills, {one.wall_s} s"
+        print(f"{one.number:3}  {schedule:6} {transport:4}  {done}  {how}", flush=True)
         if args.json:
             Path(args.json).write_text(
                 json.dumps({"seed": args.seed, "rounds": [asdict(each) for each in rounds]}, indent=1) + "\n"

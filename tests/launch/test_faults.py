@@ -65,7 +65,7 @@ def test_a_fault_ends_the_run_in_time(one: faults.Case, monkeypatch: pytest.Monk
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(faults.ROOT), **more}
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def curve(path: Path) -> dict[str, Any]:
 
 def faulty(tmp_path: Path, kind: str, phase: str, at: int) -> dict[str, str]:
     fault = {"kind": kind, "rank": 1, "phase": phase, "at": at, "mark": str(tmp_path / "mark")}
-    return environment(FAULT=json.dumps(fault), PYTHONPATH=str(faults.ROOT))
+    return environment(FAULT=json.dumps(fault))
 
 
 @pytest.mark.slow
