@@ -53,6 +53,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt cmake/cuda.cmak
 test: venv
 	$(BIN)/python -m pytest -m "not gpu and not multigpu" $(PYTEST_ARGS)
 
+soak: venv
+	PYTHONPATH=. $(BIN)/python benchmarks/soak.py --seconds 120
+
 demo: venv
 	$(BIN)/paci-rt compare --schedules 1f1b,paci --stages 2 --out $(DEMO_OUT) $(DEMO_ARGS)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py --seconds 120 --seed 1 --json FILE
 
-Rounds of ``paci-rt train --max-restarts`` until the time is over. Beside each, at random moments, a stage is stopped for
-a moment (a delay) or killed. What must hold at the end of every round:
+Rounds of ``paci-rt train --max-restarts`` until the time is over. Beside each, at random moments, a stage is stopped
+for a moment (a delay) or killed. What must hold at the end of every round:
 - losses, validations and parameters equal those of an undisturbed run at the same cadence of checkpoints, bit for bit;
 - descriptors and memory of the launcher, which lives through all restarts, stay flat;
 - no process, no shared memory and no temporary file is left.
