@@ -29,11 +29,12 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python
 DEMO_OUT ?= runs/demo
 DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --steps 400 --eval-interval 20
 
-.PHONY: help venv test demo bench gpu docs lint format imports tsan asan clean
+.PHONY: help venv test soak demo bench gpu docs lint format imports tsan asan clean
 
 help:
 	@echo "make demo    train a GPT on real text with 1F1B-flush and with PACI, and compare (about 5 minutes)"
 	@echo "make test    run the tests"
+	@echo "make soak    two minutes of delays, kills and restarts"
 	@echo "make bench   measure the native kernels and the pipelines"
 	@echo "make gpu     build, test and measure on a GPU, offline, with the Python that has torch (GPU_ARGS=--dry-run: the plan)"
 	@echo "make docs    build the documentation into build/site; a broken link or anchor fails the build"
