@@ -2,8 +2,8 @@
 
     python benchmarks/faults.py --runs 60 --seed 1 --json FILE
 
-One row per run. Each run draws a launcher (``paci-rt train`` or torchrun), a transport, a schedule, a phase of the run (start,
-warm-up, training, validation, save, end), a stage and a fault: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``term``
+One row per run. Each run draws a launcher (``paci-rt train`` or torchrun), a transport, a schedule, a phase of the run
+(start, warm-up, training, validation, save, end), a stage and a fault: ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``term``
 (SIGTERM to the launcher), ``raise`` and ``memory`` (exceptions), ``exit``, ``cut`` (all its connections, over gloo).
 
 A run passes if
