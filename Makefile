@@ -29,11 +29,12 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python
 DEMO_OUT ?= runs/demo
 DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --steps 400 --eval-interval 20
 
-.PHONY: help venv test demo bench gpu docs sdist lint format imports tsan asan clean
+.PHONY: help venv test soak demo bench gpu docs sdist lint format imports tsan asan clean
 
 help:
 	@echo "make demo    train a GPT on real text with 1F1B-flush and with PACI, and compare (about 5 minutes)"
 	@echo "make test    run the tests"
+	@echo "make soak    two minutes of delays, kills and restarts"
 	@echo "make bench   measure the native kernels and the pipelines"
 	@echo "make gpu     build, test and measure on a GPU, offline, with the Python that has torch (GPU_ARGS=--dry-run: the plan)"
 	@echo "make docs    build the documentation into build/site; a broken link or anchor fails the build"
@@ -53,6 +54,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt cmake/cuda.cmak
 
 test: venv
 	$(BIN)/python -m pytest -m "not gpu and not multigpu" $(PYTEST_ARGS)
+
+soak: venv
+	PYTHONPATH=. $(BIN)/python benchmarks/soak.py --seconds 120
 
 demo: venv
 	$(BIN)/paci-rt compare --schedules 1f1b,paci --stages 2 --out $(DEMO_OUT) $(DEMO_ARGS)

@@ -280,6 +280,28 @@ class CheckpointError(PaciError, ValueError):
     """
 
 
+class MeetingError(TransportError):
+    """Some processes of a run did not come to a meeting: a start, a validation, a checkpoint, the end.
+
+    Attributes:
+        ranks: those that did not come.
+
+    Example:
+        >>> try:
+        ...     raise paci_rt.errors.MeetingError("the processes of rank 1 did not come", ranks=(1,))
+        ... except paci_rt.TransportError as error:
+        ...     print(error.ranks, error)
+        (1,) the processes of rank 1 did not come
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
 class DisagreementError(PaciError, ValueError):
     """The processes of a run were asked for different things; the message names what differs, the values and the ranks.
 
@@ -346,3 +368,25 @@ class StageFailed(PaciError, RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[int, str, str, str]]:
         return type(self), (self.rank, self.cause, str(self), self.remote_traceback)
+
+
+class RunStopped(PaciError, RuntimeError):
+    """SIGTERM ended a run, in order or because its grace was over; the message says what was saved.
+
+    Attributes:
+        step: local updates that are behind it; -1 where it did not end in order.
+
+    Example:
+        >>> try:
+        ...     raise paci_rt.errors.RunStopped("stopped by SIGTERM after step 40", step=40)
+        ... except paci_rt.PaciError as error:
+        ...     print(error.step)
+        40
+    """
+
+    def __init__(self, message: str, step: int = -1) -> None:
+        super().__init__(message)
+        self.step = step
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.step)

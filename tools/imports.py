@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
 
 LEVELS = (
-    ("action", "errors", "clock", "trace", "files"),
+    ("action", "errors", "clock", "trace", "files", "status"),
     ("schedules",),
     ("simulate", "native", "kernels"),
     ("planner", "transport", "optim"),
@@ -36,6 +36,7 @@ MEANING = {
     "clock": "when an action began and ended",
     "trace": "events, for Perfetto and the terminal",
     "files": "files that are whole, private, no links",
+    "status": "what a process does now",
     "schedules": "integers to action streams, policies",
     "simulate": "costs to a timeline to numbers",
     "native": "the only importer of the C++ core",
@@ -60,7 +61,7 @@ MEANING = {
     "cli": "the commands",
     "__main__": "python -m paci_rt",
 }
-TORCH_FREE = ("action", "errors", "clock", "trace", "files", "schedules", "simulate", "planner")
+TORCH_FREE = ("action", "errors", "clock", "trace", "files", "status", "schedules", "simulate", "planner")
 """Work without torch, directly and through all that they import."""
 CONCRETE = {
     "schedules": ("flush", "interleaved", "paci", "pipedream", "search", "zero_bubble"),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from paci_rt.cli import environment
-from paci_rt.errors import CheckpointError, PaciError, ScheduleError, StageFailed, did_you_mean, unknown
+from paci_rt.errors import CheckpointError, PaciError, RunStopped, ScheduleError, StageFailed, did_you_mean, unknown
 
-BAD_VALUE, FAILED, INTERRUPTED = 2, 1, 130
+BAD_VALUE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 LONGEST = 1200
 """Characters of an error: the middle of what is longer is left out."""
 
@@ -48,14 +49,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 1 failed, 2 a bad value, 130 interrupted."""
+    """Run one command; returns its exit code: 0, 1 failed, 2 a bad value, 130 interrupted, 143 ended by SIGTERM."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         return int(args.run(args))
     except ValueError as error:  # also the typed ones, which are about what was asked for
         if environment.speaks():  # one of the processes under torchrun for all
-            _complain(error)
+            say_once(f"paci-rt: error: {_in_one_line(error)}")
         return BAD_VALUE
+    except RunStopped as error:
+        say_once(f"paci-rt: {error}")
+        return TERMINATED
     except KeyboardInterrupt:
         print("paci-rt: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -67,18 +71,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error.remote_traceback, end="", file=sys.stderr)
         elif error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
-        _complain(error)
+        print(f"paci-rt: error: {_who()}{_in_one_line(error)}", file=sys.stderr)
         return FAILED
 
 
-def _complain(error: Exception) -> None:
-    """One line, whatever the value that it names; the picture of a schedule that cannot run has more."""
+def say_once(line: str) -> None:
+    """Print ``line`` on standard error; of the processes that torchrun has started, the first that has it does."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from paci_rt.launch.torchrun import first_to_say
+
+        if not first_to_say(line):
+            return
+    print(line, file=sys.stderr)
+
+
+def _who() -> str:
+    """Under torchrun, whose lines are mixed, the rank."""
+    return f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ else ""
+
+
+def _in_one_line(error: Exception) -> str:
+    """Whatever the value that it names; the picture of a schedule that cannot run has more lines."""
     text = str(error)
     if not isinstance(error, ScheduleError):
         text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
         if len(text) > LONGEST:
             text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    print(f"paci-rt: error: {text}", file=sys.stderr)
+    return text
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -203,5 +203,6 @@ def add_training(options: ConfigOptions) -> None:
                 "on one host, else gloo")
     options.add("transfer_timeout", float, "SECONDS", "longest wait of a stage for another one; after it the run ends "
                 "with an error")
+    options.add("grace_s", float, "SECONDS", "what SIGTERM leaves to drain, save into --out and end")
     options.add("threads", int, "N", "compute threads per stage")
     options.add("port", int, "N", "port on 127.0.0.1 where the stages meet; 0: any free port")

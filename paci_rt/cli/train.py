@@ -54,6 +54,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "continue from the checkpoint in this folder, or from an older one in it (DIR/index-00000200.json); stages and "
         "schedule may differ from the run that saved it",
     )
+    options.add(
+        "log", str, "DIR", "structured logs: a file of JSON lines per process, with rank, stages, phase and action"
+    )
+    options.add(
+        "max_restarts",
+        int,
+        "N",
+        "start all stages again after a failure, at most so often, from the last "
+        "checkpoint that this run has saved into --out",
+    )
     parser.add_argument("--save-trace", metavar="FILE", help="write all executed actions, to open at ui.perfetto.dev")
 
 
@@ -77,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     outputs.check_file("--json", args.json)
     outputs.check_file("--save-trace", args.save_trace)
     outputs.check_folder("--out", config.out)
+    outputs.check_folder("--log", config.log)
     with Progress(config.schedule) as progress:
         result = execute(config, on_report=progress)
     if result is None:

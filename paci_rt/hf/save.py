@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from paci_rt.hf.load import INDEX, WHOLE
 from paci_rt.hf.stage_module import StageOfModel
+from paci_rt.transport.collective import gather
 
 _WRAPPERS = ("_orig_mod.",)
 
@@ -64,12 +64,16 @@ def save_pretrained(schedule: Any, folder: str | os.PathLike[str]) -> None:
     mine: tuple[str, list[str], int] = (name, sorted(tensors), sum(one.nbytes for one in tensors.values()))
     everyone: list[Any] = [mine]
     if count > 1:
-        everyone = [None] * count
-        dist.all_gather_object(everyone, mine, group=schedule.stages[0].group)
+        everyone = _gather(mine, schedule)
     if count == 1 or rank == 0:
         _write_rest(stages[0], target, everyone)
     if count > 1:
-        dist.barrier(group=schedule.stages[0].group)
+        _gather(None, schedule)
+
+
+def _gather(value: Any, schedule: Any) -> list[Any]:
+    what = "have not come to this point of save_pretrained()"
+    return gather(value, schedule.stages[0].group, schedule.transfer_timeout_s, kind="pretrained", what=what)
 
 
 def _stage_of(module: Any) -> StageOfModel:

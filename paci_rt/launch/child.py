@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import faulthandler
 import gc
-import multiprocessing
 import os
 import pickle
 import re
@@ -25,11 +23,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from paci_rt.errors import ActionError, PeerLostError
+from paci_rt import status
+from paci_rt.errors import ActionError, MeetingError, PeerLostError, TransferTimeoutError
+from paci_rt.launch.child_death import die_with
+from paci_rt.launch.watch import Watcher, stop_at
+from paci_rt.transport import DEFAULT_TIMEOUT_S
+from paci_rt.transport.collective import lost
+from paci_rt.transport.patience import Boards, BoundedStore, Patience
 
 LOOPBACK = "127.0.0.1"
-MEETING_TIMEOUT = timedelta(minutes=30)
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+START_POLL_S = 0.02
 
 LOST_PEER_WORDS = re.compile(
     r"connection (was )?(likely )?(closed|reset|refused|aborted)|broken pipe|closed by peer|remote peer", re.IGNORECASE
@@ -43,6 +46,8 @@ class Context:
         rank: 0 … world_size−1; in a pipeline, the stage.
         world_size: number of processes.
         local: True where one process holds all stages; no ``torch.distributed`` then.
+        restarts: how often the run has been started again before this time.
+        run_id: of the run, the same before and after a restart; empty where nothing can start it again.
 
     Example:
         >>> from paci_rt.launch import Context
@@ -57,11 +62,15 @@ class Context:
         world_size: int = 1,
         *,
         local: bool = False,
+        restarts: int = 0,
+        run_id: str = "",
         on_report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.local = local
+        self.restarts = restarts
+        self.run_id = run_id
         self._on_report = on_report
 
     def report(self, obj: dict[str, Any]) -> None:
@@ -75,10 +84,25 @@ class Context:
         other._on_report = on_report
         return other
 
+    def should_stop(self, step: int) -> bool:
+        """Whether the run is to end in order before ``step``, because of a SIGTERM: drain, save and return then.
+
+        Every process asks before each of its steps, and all get the same answer.
+        """
+        return stop_at(step, leader=self.local or self.rank == 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a child is told; ``payload`` is the pickled ``(fn, args)``, ``parent`` the launcher's process id."""
+    """What a child is told.
+
+    Attributes:
+        payload: the pickled ``(fn, args)``.
+        parent: the launcher's process id.
+        boards: descriptors, there, of the boards of all processes; empty where the system has none.
+        timeout_s: deadline of the waits at the start.
+        grace_s: how long SIGTERM leaves; None where it ends the process at once.
+    """
 
     rank: int
     world_size: int
@@ -86,6 +110,11 @@ class Job:
     port: int
     parent: int
     payload: bytes
+    boards: tuple[int, ...] = ()
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    grace_s: float | None = None
+    restarts: int = 0
+    run_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +137,14 @@ class Failure:
     secondary: bool = False
     died: bool = False
     action: str = ""
+    stopped: bool = False
+    """It did not fail by itself: the launcher found it stopped."""
 
 
 def child_main(job: Job, conn: Connection) -> None:
     """Entry point of a child: work, tell the result, wait for leave to go."""
-    _die_with(job.parent)
+    die_with(job.parent)
+    _share_boards(job)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what a Ctrl-C means
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     faulthandler.enable()
@@ -126,10 +158,13 @@ def child_main(job: Job, conn: Connection) -> None:
     try:
         _work(job, tell)
     except BaseException as error:
-        tell("failed", describe(job.rank, error))
+        failure = describe(job.rank, error)
+        status.board().fail(failure.message)
+        tell("failed", failure)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # tidying up could wait for processes that are about to be ended
+    status.board().enter("done")
     try:
         conn.recv_bytes()
     except (EOFError, OSError):
@@ -143,29 +178,61 @@ def _work(job: Job, tell: Callable[[str, Any], None]) -> None:
     for _, name in socket.if_nameindex():
         if name in ("lo", "lo0"):  # gloo would listen on the interface of the host's name
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    store = dist.TCPStore(LOOPBACK, job.port, is_master=False, wait_for_workers=False, timeout=MEETING_TIMEOUT)
-    dist.init_process_group("gloo", store=store, rank=job.rank, world_size=job.world_size)
+    Watcher(grace_s=job.grace_s).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    timeout = timedelta(seconds=job.timeout_s)
+    store = dist.TCPStore(LOOPBACK, job.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    join_run(store, job.rank, job.world_size, job.timeout_s)
+    status.board().enter("")
     # What torch's import left behind never becomes garbage; looking through it would stall a stage for milliseconds.
     gc.collect()
     gc.freeze()
-    context = Context(job.rank, job.world_size, on_report=lambda obj: tell("report", obj))
+    context = Context(
+        job.rank,
+        job.world_size,
+        restarts=job.restarts,
+        run_id=job.run_id,
+        on_report=lambda obj: tell("report", obj),
+    )
     tell("done", fn(context, *args))
 
 
-def _die_with(parent: int) -> None:
-    """End this process when the launcher ends, whatever this process is doing then."""
+def _share_boards(job: Job) -> None:
+    """Take the board that the launcher made for this process, and open those of the others."""
+    for rank, file in enumerate(job.boards):
+        found = status.open_board(job.parent, file)
+        if found is None:
+            continue
+        if rank == job.rank:
+            found.claim(rank)
+            status.use(found)
+        else:
+            status.peers()[rank] = found
+    status.board().enter("start", rank=job.rank)
 
-    def watch() -> None:
-        launcher = multiprocessing.parent_process()
-        assert launcher is not None
-        launcher.join()
-        os._exit(1)
 
-    if sys.platform == "linux":  # also ends a child that holds the interpreter lock in a long call
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True, name="paci-rt watch").start()
+def join_run(store: Any, rank: int, size: int, timeout_s: float) -> None:
+    """Wait until all processes of a run are there, and make the default group, whose waits have ``timeout_s`` seconds.
+
+    Raises:
+        MeetingError: some did not come in time.
+    """
+    bounded = BoundedStore(dist.PrefixStore("paci_rt/start", store), timeout_s)
+    boards = Boards(bounded, rank)
+    bounded.set(f"here/{rank}", "1")
+    keys = {other: f"here/{other}" for other in range(size)}
+    patience, own = Patience(timeout_s, boards, "have not started"), status.board()
+    own.enter("meeting the other stages", rank=rank)
+    while not bounded.check(list(keys.values())):
+        patience.check([other for other, key in keys.items() if not bounded.check([key])])
+        time.sleep(START_POLL_S)
+    patience.over()
+    boards.learn(range(size))
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    except RuntimeError as error:
+        raise lost(error, "making the process group", [other for other in range(size) if other != rank]) from error
 
 
 def describe(rank: int, error: BaseException) -> Failure:
@@ -175,7 +242,7 @@ def describe(rank: int, error: BaseException) -> Failure:
     cause = type(error).__name__
     if isinstance(error, ActionError):
         origin = error.__cause__ or error
-        cause = type(error if isinstance(error, PeerLostError) else origin).__name__
+        cause = type(error if isinstance(error, PeerLostError | TransferTimeoutError) else origin).__name__
         text = str(error)
     elif isinstance(error, SystemExit):
         text = f"sys.exit({error.code!r}) was called"
@@ -202,6 +269,6 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _is_consequence(error: BaseException) -> bool:
-    if isinstance(error, PeerLostError | ConnectionError):
+    if isinstance(error, PeerLostError | TransferTimeoutError | MeetingError | ConnectionError):
         return True
     return isinstance(error, RuntimeError) and LOST_PEER_WORDS.search(str(error)) is not None

@@ -32,7 +32,7 @@ from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules.lowering import TiedWeight
 from paci_rt.schedules.validate import validate
 from paci_rt.trace import Event
-from paci_rt.transport import Transport
+from paci_rt.transport import DEFAULT_TIMEOUT_S, Transport
 
 
 class Pipeline(PipelineState):
@@ -170,6 +170,11 @@ class Pipeline(PipelineState):
     def ranks(self) -> list[int]:
         """The ranks that this process runs: its own, or all of them."""
         return list(self._ranks)
+
+    @property
+    def transfer_timeout_s(self) -> float:
+        """Deadline of a wait for another stage, in seconds."""
+        return float(getattr(self._executor.transport, "timeout_s", DEFAULT_TIMEOUT_S))
 
     @property
     def has_first(self) -> bool:

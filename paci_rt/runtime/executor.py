@@ -26,6 +26,7 @@ from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
 from paci_rt.runtime.trees import on_device
 from paci_rt.schedules.lowering import TiedWeight, stage_channels
+from paci_rt.status import CURRENT, LAST, OP_CODES, board
 from paci_rt.trace import Event
 from paci_rt.transport.base import Message, Transport
 from paci_rt.weights.base import StageWeights
@@ -89,6 +90,8 @@ class Executor:
         self.first_start_s: float | None = None
         self.last_end_s = 0.0
         self.copied_input_bytes = 0
+        self._board = board().words
+        self._codes = {at: {op: code + (at << 44) for op, code in OP_CODES.items()} for at in self.runtimes}
         self._explain = explain
         self._trace = trace
         self._channels = {at: stage_channels(at, one.stage.num_stages, ties) for at, one in self.runtimes.items()}
@@ -158,7 +161,12 @@ class Executor:
         return all(map(possible, self._channels[action.stage][action.op]))
 
     def _execute(self, action: Action, batch: Batch) -> None:
-        runtime = self.runtimes[action.stage]
+        words = self._board  # others read there what this process does, also when it is stopped or dead
+        words[CURRENT] = number = self._codes[action.stage][action.op] + action.index
+        self._time(self.runtimes[action.stage], action, batch)
+        words[LAST] = number
+
+    def _time(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
         stream = runtime.stage.stream
         if stream is None and not runtime.clock.deferred:
             begin_s = time.perf_counter()

@@ -28,6 +28,11 @@ class PipelineState(ABC):
 
     @property
     @abstractmethod
+    def transfer_timeout_s(self) -> float:
+        """Deadline of a wait for another stage, in seconds."""
+
+    @property
+    @abstractmethod
     def _optimizers(self) -> list[StageOptimizer]: ...
 
     @abstractmethod

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from paci_rt.errors import CheckpointError
 from paci_rt.runtime.pipeline_state import PipelineState
+from paci_rt.transport import collective
 
 
 def alone(schedule: PipelineState) -> bool:
@@ -21,9 +22,8 @@ def gather(value: Any, schedule: PipelineState, group: dist.ProcessGroup | None)
     """``value`` of every process of the pipeline, in the order of the stages."""
     if alone(schedule):
         return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+    what = "have not come to this point of saving or loading a checkpoint"
+    return collective.gather(value, group, schedule.transfer_timeout_s, kind="checkpoint", what=what)
 
 
 @contextmanager

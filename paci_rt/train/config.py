@@ -81,6 +81,9 @@ class TrainConfig:
         transport: a name of ``paci_rt.transport.TRANSPORTS``; ``local`` runs all stages in one process.
         transfer_timeout: seconds that a stage waits for another one before the run ends with an error.
         threads, port: how the launcher starts the stages.
+        max_restarts: how often the launcher starts all stages again after a failure, from the last checkpoint in out.
+        grace_s: seconds that SIGTERM leaves to drain, save and end.
+        log: folder for structured logs, a file of JSON lines per process; None writes none.
         trace: record every action, for a Perfetto file or a timeline.
 
     Raises:
@@ -126,6 +129,9 @@ class TrainConfig:
     transfer_timeout: float = DEFAULT_TIMEOUT_S
     threads: int = 1
     port: int = 0
+    max_restarts: int = 0
+    grace_s: float = 30.0
+    log: str | None = None
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -209,7 +215,7 @@ class TrainConfig:
             "keep_checkpoints",
             "threads",
         )
-        not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port")
+        not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port", "max_restarts")
         for name, least in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
             value = getattr(self, name)
             if value is not None or name not in ("warmup_steps", "eval_interval"):  # which follow from the others
@@ -227,11 +233,12 @@ class TrainConfig:
             if name in ("beta1", "beta2", "momentum") and value >= 1:
                 raise ValueError(f"{_flag(name)} is {value!r}: give a number below 1")
 
-        if not limits.is_number(self.transfer_timeout, MOST_TIMEOUT_S) or not self.transfer_timeout:
-            raise ValueError(
-                f"--transfer-timeout is {shown(self.transfer_timeout)}: give a number of seconds above 0 and up to "
-                f"{MOST_TIMEOUT_S:g}"
-            )
+        for name in ("transfer_timeout", "grace_s"):
+            value = getattr(self, name)
+            if not limits.is_number(value, MOST_TIMEOUT_S) or not value:
+                raise ValueError(
+                    f"{_flag(name)} is {shown(value)}: give a number of seconds above 0 and up to {MOST_TIMEOUT_S:g}"
+                )
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
         accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt

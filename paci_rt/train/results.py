@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from paci_rt.trace import Event
@@ -44,6 +44,7 @@ class StageResult:
         steps, evals: what the last stage saw; empty elsewhere.
         params_sha256: of the whole model; on the first process, None elsewhere.
         events: executed actions, if they were recorded.
+        stopped: the step before which SIGTERM ended it in order; None where nothing did.
     """
 
     stats: dict[str, Any]
@@ -54,6 +55,7 @@ class StageResult:
     evals: tuple[EvalPoint, ...] = ()
     params_sha256: str | None = None
     events: tuple[Event, ...] = ()
+    stopped: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,6 @@ class RunResult:
 def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
     """One result from those of all processes, in the order of their ranks."""
     last = results[-1]  # sees the losses, and the end of the first window everywhere
-    assert last.steps
     assert last.evals
     assert results[0].params_sha256 is not None
     stats = [result.stats for result in results]
@@ -126,8 +127,8 @@ def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
         seconds, counted = last.steady_s, windows - 1
         utilization = sum(result.steady_compute_s / result.steady_s for result in results) / config.stages
     else:
-        seconds, counted = wall_s, windows
-        utilization = sum(one["compute_s"] for one in stats) / (wall_s * config.stages)
+        seconds, counted = max(wall_s, 1e-9), windows  # no window where a restart found everything done
+        utilization = sum(one["compute_s"] for one in stats) / (seconds * config.stages)
     recent = [point.loss for point in last.steps[-TRAIN_LOSS_WINDOWS:]]
     memory = _by_stage(stats, "memory")
     return RunResult(
@@ -136,7 +137,7 @@ def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
         accumulation=config.accumulation,
         steps=config.steps,
         tokens=config.steps * config.tokens_per_window,
-        train_loss=sum(recent) / len(recent),
+        train_loss=sum(recent) / len(recent) if recent else math.nan,
         val_loss=last.evals[-1].val_loss,
         wall_s=wall_s,
         tokens_per_s=counted * config.tokens_per_window / seconds,
@@ -161,6 +162,27 @@ def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
         evals=last.evals,
         config=config.to_json(),
         events=tuple(event for result in results for event in result.events),
+    )
+
+
+def with_earlier(result: RunResult, steps: Sequence[StepPoint], evals: Sequence[EvalPoint]) -> RunResult:
+    """``result`` of a run that was started again, with the points that its earlier starts reported in front.
+
+    Windows that were lost and trained again count once, as the last start saw them.
+    """
+    first = result.curve[0].step if result.curve else result.steps + 1
+    before: dict[int, StepPoint] = {point.step: point for point in steps if point.step < first}
+    at_s = max((point.elapsed_s for point in before.values()), default=0.0)
+    later = tuple(replace(point, elapsed_s=at_s + point.elapsed_s) for point in result.curve)
+    curve = (*(before[step] for step in sorted(before)), *later)
+    seen = {point.step: point for point in evals if not result.evals or point.step < result.evals[0].step}
+    late_evals = tuple(replace(point, elapsed_s=at_s + point.elapsed_s) for point in result.evals)
+    recent = [point.loss for point in curve[-TRAIN_LOSS_WINDOWS:]]
+    return replace(
+        result,
+        curve=curve,
+        evals=(*(seen[step] for step in sorted(seen)), *late_evals),
+        train_loss=sum(recent) / len(recent) if recent else result.train_loss,
     )
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from paci_rt import launch
+from paci_rt.errors import RunStopped
 from paci_rt.launch.reports import at_rank_0
 from paci_rt.train.clocks import offset_to_first, shifted
 from paci_rt.train.config import TrainConfig
-from paci_rt.train.results import RunResult, StageResult, merge
-from paci_rt.train.trainer import preflight, train
+from paci_rt.train.logs import logged
+from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge, with_earlier
+from paci_rt.train.trainer import DUMPS, preflight, train
 
 MEMORY_PARTS = ("weights", "masters", "optimizer", "accumulators", "versions", "activations", "total")
 
@@ -30,26 +34,69 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
 
     Raises:
         ValueError: options or data that cannot work; nothing has been started or written then.
+        RunStopped: SIGTERM ended it; what was trained has been saved into ``out``, if there is one.
         PaciError: the run failed.
     """
     preflight(config)
+    steps: list[StepPoint] = []
+    evals: list[EvalPoint] = []
+    dumps = None if config.out is None else Path(config.out) / DUMPS
+    if dumps is not None and os.environ.get("RANK", "0") == "0":
+        remove_dumps(dumps)
+
+    def hear(report: dict[str, Any]) -> None:
+        if config.max_restarts:
+            remember(report, steps, evals)
+        if on_report is not None:
+            on_report(report)
+
+    common: dict[str, Any] = {"threads": config.threads, "on_report": hear, "grace_s": config.grace_s}
+    common |= {"transfer_timeout_s": config.transfer_timeout, "dumps": dumps}
     if launch.under_torchrun():
         check_torchrun(config)
-        results = launch.run_under_torchrun(
-            _stage_under_torchrun, (config,), threads=config.threads, on_report=on_report
-        )
+        results = launch.run_under_torchrun(_stage_under_torchrun, (config,), **common)
     elif config.transport == "local" or (config.transport == "auto" and config.stages == 1):
         torch.set_num_threads(config.threads)
-        results = [train(config, launch.Context(local=True, on_report=on_report))]
+        with launch.alone(config.grace_s):
+            results = [_stage(launch.Context(local=True, on_report=hear), config)]
     else:
-        results = launch.run(
-            _stage, config.stages, (config,), threads=config.threads, port=config.port, on_report=on_report
-        )
-    return None if results is None else merge(config, results)
+        more: dict[str, Any] = {"port": config.port, "max_restarts": config.max_restarts}
+        results = launch.run(_stage, config.stages, (config,), **common, **more)
+    stopped = launch.stopped_before() if results is None else results[0].stopped
+    if stopped is not None:
+        raise RunStopped(stop_text(config, stopped), stopped)
+    return None if results is None else with_earlier(merge(config, results), steps, evals)
+
+
+def stop_text(config: TrainConfig, step: int) -> str:
+    """What a run says that SIGTERM has ended in order."""
+    if config.out is None:
+        return f"stopped by SIGTERM after step {step}; nothing was saved: give --out DIR to keep what was trained"
+    return f"stopped by SIGTERM after step {step} and saved in {config.out}: go on with --resume {config.out}"
+
+
+def remember(report: dict[str, Any], steps: list[StepPoint], evals: list[EvalPoint]) -> None:
+    """Keep a point of the curve that a stage reported, in case that it is the last word of its start."""
+    if report["kind"] == "step":
+        steps.append(StepPoint(**{field.name: report[field.name] for field in fields(StepPoint)}))
+    elif report["kind"] == "eval":
+        evals.append(EvalPoint(**{field.name: report[field.name] for field in fields(EvalPoint)}))
+
+
+def remove_dumps(folder: Path) -> None:
+    """Remove what an earlier run left in its folder of dumps; those of other programs stay."""
+    for file in [*folder.glob("failure*.json"), *folder.glob("paci_rt_events_rank*.json")]:
+        with suppress(OSError):
+            file.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _stage(ctx: launch.Context, config: TrainConfig) -> StageResult:
-    return train(config, ctx)
+    pieces = config.stages * config.chunks
+    here = list(range(pieces)) if ctx.local else list(range(ctx.rank, pieces, config.stages))
+    with logged(config.log, ctx, here) as told:
+        return train(config, told)
 
 
 def _stage_under_torchrun(ctx: launch.Context, config: TrainConfig) -> StageResult:

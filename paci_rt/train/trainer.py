@@ -10,9 +10,10 @@ Gradients are not clipped by norm: each stage updates on its own, and none ever 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,19 +22,27 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import paci_rt
-from paci_rt import checkpoint
+from paci_rt import checkpoint, status
 from paci_rt.errors import CheckpointError
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.train.agree import agree_on_run
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
+from paci_rt.train.gather import gathered_sha256
 from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
 from paci_rt.transport import make_transport
+from paci_rt.transport.collective import barrier, new_group
+
+DUMPS = "dumps"
+"""Folder in --out for what the stages of a failed run did last."""
 
 
 class Context(Protocol):
-    """Where this process stands in the run; ``paci_rt.launch.Context`` is one."""
+    """Where this process stands in the run; ``paci_rt.launch.Context`` is one.
+
+    It may also have ``restarts``, ``run_id`` and ``should_stop(step)``.
+    """
 
     rank: int
     local: bool
@@ -53,25 +62,28 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
         ActionError, PeerLostError, TransferTimeoutError, DriftBoundError: the pipeline failed.
     """
     with ExitStack() as held:
-        return _train(config, ctx, held)
+        return _train(after_restart(config, ctx), ctx, held)
 
 
 def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
-    corpus, first_step = preflight(config)
+    corpus, first_step = preflight(config, after_restart=config.resume is not None and restarts(ctx) > 0)
+    board, timeout_s = status.board(), config.transfer_timeout
+    board.enter("meeting the other stages")
     if not ctx.local:
         agree_on_run(config, corpus, first_step)
     pipeline, lr_schedulers = build_pipeline(config, ctx)
     # A group of our own, because the default one carries the pipeline's messages.
-    group = None if ctx.local else dist.new_group(backend="gloo")
+    group = None if ctx.local else new_group(timeout_s)
     ties = tied_weights(config.gpt, config.stages * config.chunks)
     if config.out is not None:
         gathered = config.gather_checkpoints
         held.enter_context(checkpoint.hold(config.out, pipeline, group=group, gathered=gathered))
     if config.resume is not None:
+        board.enter("loading the checkpoint")
         given = own_options(lr_schedulers)
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
         set_options(lr_schedulers, given, config, first_step)
-    clock = TrainingClock(barrier=lambda: None if group is None else dist.barrier(group))
+    clock = TrainingClock(barrier=lambda: None if group is None else meet(group, timeout_s))
     log = Log(config, ctx, pipeline, clock)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
 
@@ -82,19 +94,29 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         pipeline.synchronize()
         clock.stop()
         if validate:
+            board.enter("validation", step=step)
             log.evaluated(step, evaluate(pipeline, *held_back, config.batch_size))
         if save and config.out is not None:
-            extra = {"config": config.to_json()}
+            board.enter("saving the checkpoint", step=step)
+            extra = {"config": config.to_json(), "run": run_id(ctx)}
             how: dict[str, Any] = {"keep": config.keep_checkpoints, "gathered": config.gather_checkpoints}
             checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group, **how)
 
     clock.start()
+    board.enter("training")
+    should_stop = getattr(ctx, "should_stop", lambda _: False)
     for step in range(first_step, config.steps):
-        validate = config.eval_interval > 0 and (step % config.eval_interval == 0 or step == first_step)
+        board.words[status.STEP] = step
+        if should_stop(step):
+            rest(step, validate=False, save=True)
+            return ended(log.result(None, stopped=step), pipeline, group)
+        first = step == first_step and not restarts(ctx)
+        validate = config.eval_interval > 0 and (step % config.eval_interval == 0 or first)
         save = config.save_interval > 0 and step % config.save_interval == 0 and step > first_step
         if validate or save:
             rest(step, validate=validate, save=save)
             clock.start()
+            board.enter("training", step=step)
         x, y = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
         x, y = pinned(pipeline, x, y)
         losses: list[Tensor] = []
@@ -104,15 +126,46 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         log.stepped(step + 1, losses)
     rest(config.steps, validate=True, save=True)
 
+    board.enter("the final gather", step=config.steps)
     digest = params_sha256(config, pipeline, ctx, group)
-    result = log.result(digest)
+    return ended(log.result(digest), pipeline, group)
+
+
+def ended(result: StageResult, pipeline: Pipeline, group: dist.ProcessGroup | None) -> StageResult:
+    """Give back what a run took."""
     pipeline.close()
     if group is not None:
         dist.destroy_process_group(group)
     return result
 
 
-def preflight(config: TrainConfig) -> tuple[Corpus, int]:
+def meet(group: dist.ProcessGroup, timeout_s: float) -> None:
+    """Wait for all stages, for as long as they show signs of life."""
+    barrier(group, timeout_s, kind="clock", what="have not come to this barrier beside training")
+
+
+def after_restart(config: TrainConfig, ctx: Context) -> TrainConfig:
+    """The options with which a run goes on that was started again: from its own last checkpoint, where it has one."""
+    if not restarts(ctx) or config.out is None or not run_id(ctx):
+        return config
+    try:
+        index = checkpoint.read_index(config.out)
+    except ValueError:
+        return config  # nothing was saved yet
+    return replace(config, resume=config.out) if index["extra"].get("run") == run_id(ctx) else config
+
+
+def restarts(ctx: Context) -> int:
+    """How often the run was started again before."""
+    return int(getattr(ctx, "restarts", 0))
+
+
+def run_id(ctx: Context) -> str:
+    """What tells the run from others; empty where nothing starts it again."""
+    return str(getattr(ctx, "run_id", ""))
+
+
+def preflight(config: TrainConfig, *, after_restart: bool = False) -> tuple[Corpus, int]:
     """Open the data and look at the checkpoint to resume: all that can be wrong outside the options themselves.
 
     Cheap, so that a launcher can call it before it starts any process.
@@ -137,7 +190,7 @@ def preflight(config: TrainConfig) -> tuple[Corpus, int]:
                 f"--resume {config.resume} was trained with --{name} {saved[name]}, not {getattr(config, name)}; "
                 f"use --{name} {saved[name]}"
             )
-    if config.steps <= index["windows"]:
+    if config.steps <= index["windows"] and not after_restart:
         raise CheckpointError(
             f"--resume {config.resume} has {index['windows']} steps behind it and --steps {config.steps} counts them; "
             "ask for more"
@@ -180,7 +233,7 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         num_stages=pieces,
         chunks=config.chunks,
         timeout_s=config.transfer_timeout,
-        events_dir=config.out,
+        events_dir="" if config.out is None else Path(config.out) / DUMPS,
         device=device,
     )
     return paci_rt.get_schedule_class(config.schedule)(stages, **options), lr_schedulers
@@ -262,25 +315,8 @@ def params_sha256(config: TrainConfig, pipeline: Pipeline, ctx: Context, group: 
     shapes = parameter_shapes(config.gpt)
     if ctx.local:
         return paci_rt.params_sha256((name, mine[name]) for name in shapes)
-    names: list[list[str]] = [[] for _ in range(config.stages)]
-    dist.all_gather_object(names, list(mine), group=group)
-    if ctx.rank > 0:
-        for name in shapes:
-            if name in mine:
-                dist.send(mine[name].detach().cpu().contiguous().view(-1).view(torch.uint8), 0, group=group)
-        return None
-
-    def in_order() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in shapes.items():
-            if name in mine:
-                yield name, mine[name]
-            else:
-                tensor = torch.empty(shape, dtype=config.torch_dtype)
-                owner = next(rank for rank, theirs in enumerate(names) if name in theirs)
-                dist.recv(tensor.view(-1).view(torch.uint8), owner, group=group)
-                yield name, tensor
-
-    return paci_rt.params_sha256(in_order())
+    assert group is not None
+    return gathered_sha256(mine, shapes, config.torch_dtype, group, config.transfer_timeout)
 
 
 class TrainingClock:
@@ -352,8 +388,10 @@ class Log:
             self._evals.append(EvalPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, val_loss=val_loss))
             self._ctx.report({"kind": "eval", "steps": self._config.steps, **asdict(self._evals[-1])})
 
-    def result(self, params_sha256: str | None) -> StageResult:
-        """Everything, after the clock has stopped for good."""
+    def result(self, params_sha256: str | None, stopped: int | None = None) -> StageResult:
+        """Everything, after the clock has stopped for good; ``stopped``: the step before which SIGTERM ended it."""
+        if self._mark is None:  # a restart found everything done
+            self._mark = self._clock.seconds(), self._pipeline.stats()["compute_s"], 0
         steady_s, compute_s = self._steady()
         return StageResult(
             stats=self._pipeline.stats(),
@@ -364,6 +402,7 @@ class Log:
             evals=tuple(self._evals),
             params_sha256=params_sha256,
             events=tuple(self._pipeline.events),
+            stopped=stopped,
         )
 
     def _steady(self) -> tuple[float, float]:

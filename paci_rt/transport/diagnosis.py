@@ -6,12 +6,17 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from paci_rt import status
+from paci_rt.action import Action
 from paci_rt.errors import PeerLostError
 from paci_rt.files import create, unguessable
 from paci_rt.schedules.channel import Channel
+from paci_rt.transport.patience import describe
+
+_WRITTEN = ". Last events of this process's channels:"
 
 
 def dump_events(
@@ -30,14 +35,18 @@ def dump_events(
 
     Args:
         channels: the channels' objects as JSON.
-        folder: where the file goes; it is made if need be. None is the system's folder for temporary files.
+        folder: where the file goes; it is made if need be. None is the system's folder for temporary files; empty
+            writes none.
 
     The file is new, under a name that cannot be guessed, and in the system's folder for temporary files it is for the
     user alone.
 
     Returns:
-        The file's path, or why it could not be written: no second error may hide the first.
+        What an error says at its end: the file's path, or why it could not be written, since no second error may hide
+        the first; empty where ``folder`` is.
     """
+    if folder == "":
+        return ""
     head = {
         "transport": transport,
         "rank": rank,
@@ -48,14 +57,15 @@ def dump_events(
     }
     text = json.dumps(head)[:-1] + ', "channels": [\n' + ",\n".join(channels) + "\n]}\n"
     name = unguessable(f"paci_rt_events_rank{rank}_{os.getpid()}.json")
-    target = Path(tempfile.gettempdir() if folder is None else folder) / name
+    place = Path(tempfile.gettempdir() if folder is None else folder)
+    target = place / name
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with create(target, private=folder is None) as stream:
+        place.mkdir(parents=True, exist_ok=True)
+        with create(target, private=True) as stream:
             stream.write(text.encode())
     except OSError as refusal:
-        return f"{target} could not be written ({refusal.strerror})"
-    return str(target)
+        return f"{_WRITTEN} {place} could not be written to ({refusal.strerror})"
+    return f"{_WRITTEN} {target}"
 
 
 def origin_of(error: BaseException, rank: int) -> str:
@@ -97,3 +107,19 @@ def timeout_text(channel: Channel, index: int, doing: str, where: str, timeout_s
         f"for what holds stage {peer} up, or, if it may take that long, raise transfer_timeout_s "
         f"(--transfer-timeout), which is {timeout_s:g}"
     )
+
+
+def both_sides(action: str, rank_of: Callable[[int], int]) -> str:
+    """What this process and the one that an action waits for did last, as a sentence for an error's end.
+
+    Args:
+        action: the action's string, which is a message.
+        rank_of: the rank, in the default group, of a stage's process.
+    """
+    own = status.board().read()
+    last = f"last completed action here: {own.completed or 'none'}"
+    doing = Action.parse(action)
+    peer = status.Standing(action=action).awaited_stage()
+    if peer is None or doing.stage == peer:
+        return last
+    return f"{last}; {describe(rank_of(peer))}"

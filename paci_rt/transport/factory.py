@@ -66,7 +66,7 @@ def make_transport(
         timeout_s: deadline of every single wait for another stage, in seconds.
         slots: messages that fit into a channel before its next send waits; None is the transport's default.
         events_dir: folder for each channel's last events, written when a wait ends badly; None is the system's for
-            temporary files.
+            temporary files, empty writes none.
         device: where the stages of this process are; None is the CPU.
 
     Raises:
@@ -100,7 +100,7 @@ def make_transport(
             return _shm(place, options)
         except TransportError as error:  # the same on all processes
             warnings.warn(f"transport 'auto' takes gloo: {error}", RuntimeWarning, stacklevel=2)
-    return _gloo(place, timeout_s)
+    return _gloo(place, options)
 
 
 def _check_between_processes(name: str, slots: int | None, num_stages: int, chunks: int) -> None:
@@ -133,10 +133,10 @@ class _Options(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-def _gloo(place: _Place, timeout_s: float) -> Transport:
+def _gloo(place: _Place, options: _Options) -> Transport:
     from paci_rt.transport.gloo import GlooTransport
 
-    return GlooTransport(**place._asdict(), timeout_s=timeout_s)
+    return GlooTransport(**place._asdict(), timeout_s=options.timeout_s, events_dir=options.events_dir)
 
 
 def _shm(place: _Place, options: _Options) -> Transport:

@@ -13,6 +13,7 @@ sender has taken from the channel that runs the other way; those sends are compl
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ from paci_rt.errors import PaciError, PeerLostError, ScheduleError, StageError, 
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport import payload, wire
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, WaitingTransport, check_timeout
-from paci_rt.transport.diagnosis import action_of, standing, timeout_text
+from paci_rt.transport.diagnosis import action_of, both_sides, dump_events, standing, timeout_text
+from paci_rt.transport.events import EventRing
 from paci_rt.transport.packing import Structures
 from paci_rt.transport.rendezvous import check_group
 
@@ -74,8 +76,11 @@ def _fits(meta: wire.TensorMeta, guess: wire.Meta, at: int) -> bool:
 class _Outgoing:
     """Sending end of one channel."""
 
-    def __init__(self, tags: _Tags, peer: int, group: dist.ProcessGroup | None, timeout: timedelta) -> None:
+    def __init__(
+        self, channel: Channel, tags: _Tags, peer: int, group: dist.ProcessGroup | None, timeout: timedelta
+    ) -> None:
         self._tags = tags
+        self.events = EventRing(channel.name, "sender", timeout.total_seconds())
         self._peer, self._group, self._timeout = peer, group, timeout
         self._sequence = 0
         self._sent: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
@@ -106,6 +111,7 @@ class _Outgoing:
             else:
                 pieces.append((self._tags.lane(at) if _fits(meta, guess, at) else self._tags.spill(at), raw))
         pieces += [(self._tags.lane(at), torch.zeros(1, dtype=torch.uint8)) for at in _unused(metas, guess, inline)]
+        self.events.note("send", self._sequence, index, total)
         self._sequence += 1
         self.last_index = index
         self._sent.append(metas if not inline else ())
@@ -122,6 +128,7 @@ class _Outgoing:
         while self._leaving and self._let_go < taken:
             for work, _piece in self._leaving.popleft():
                 work.wait(self._timeout)
+            self.events.note("release", self._let_go)
             self._let_go += 1
 
     def flush(self) -> None:
@@ -135,6 +142,10 @@ class _Outgoing:
         """For error messages: the message that waits, as far as it is known, and how far both sides are."""
         size = sum(piece.nbytes for _work, piece in self._leaving[0]) if self._leaving else 0
         return standing(self._let_go % DEPTH, f"{size} bytes", self._let_go - 1, None)
+
+    def json(self) -> str:
+        """For a dump."""
+        return self.events.json(self._let_go - 1 if self._let_go else None, None)
 
 
 def _unused(metas: wire.Meta, guess: wire.Meta, inline: bool) -> list[int]:
@@ -168,6 +179,7 @@ class _Incoming:
         self, channel: Channel, tags: _Tags, peer: int, group: dist.ProcessGroup | None, timeout: timedelta
     ) -> None:
         self._channel = channel
+        self.events = EventRing(channel.name, "receiver", timeout.total_seconds())
         self._tags = tags
         self._peer, self._group, self._timeout = peer, group, timeout
         self.sequence = 0
@@ -184,6 +196,7 @@ class _Incoming:
 
     def take(self, index: int) -> Message:
         posted = self._posted.popleft()
+        self.events.note("wait", self.sequence, index)
         posted.control_work.wait(self._timeout)
         raw = posted.control.numpy()
         sequence, arrived, taken, metas, inline = wire.unpack_header(raw[: wire.HEADER_BYTES].tobytes())
@@ -195,6 +208,7 @@ class _Incoming:
         tensors = self._inline(posted, metas) if inline else self._payload(posted, metas)
         for at in _unused(metas, posted.guess, inline):
             posted.lanes[at][0].wait(self._timeout)
+        self.events.note("take", self.sequence, index, sum(meta.nbytes for meta in metas))
         self.sequence += 1
         self.acknowledged = taken
         self._seen.append(metas if not inline else ())
@@ -205,6 +219,10 @@ class _Incoming:
         """For error messages: the message that is waited for, as far as it is known, and how far both sides are."""
         size = sum(meta.nbytes for meta in self._seen[0])
         return standing(self.sequence % DEPTH, f"about {size} bytes" if size else "few bytes", None, self.sequence - 1)
+
+    def json(self) -> str:
+        """For a dump."""
+        return self.events.json(None, self.sequence - 1 if self.sequence else None)
 
     def _inline(self, posted: _Posted, metas: wire.Meta) -> tuple[Tensor | None, ...]:
         tensors: list[Tensor | None] = []
@@ -243,6 +261,8 @@ class GlooTransport(WaitingTransport):
         num_stages: stages of the pipeline.
         chunks: stages per process.
         timeout_s: deadline of every single wait, in seconds.
+        events_dir: folder for the last events of every channel, written when a wait ends badly; None is the system's
+            folder for temporary files, empty writes none.
 
     Raises:
         ValueError: ``torch.distributed`` is not initialised, the group has another size, or its CPU backend is
@@ -260,6 +280,7 @@ class GlooTransport(WaitingTransport):
         num_stages: int,
         chunks: int = 1,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        events_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         check_group(group, num_stages, chunks, self.name)
         backend = dist.get_backend_config(group)
@@ -267,7 +288,7 @@ class GlooTransport(WaitingTransport):
             raise ValueError(f"the process group's backend is {backend!r}: the gloo transport needs a gloo group")
         check_timeout(timeout_s)
         self._group, self._ranks, self._chunks = group, num_stages // chunks, chunks
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout, self.timeout_s = timedelta(seconds=timeout_s), timeout_s
         # All processes make their pipelines in the same order, so they agree on the number without talking.
         members = dist.group.WORLD if group is None else group
         assert members is not None
@@ -276,6 +297,7 @@ class GlooTransport(WaitingTransport):
         self._outgoing: dict[Channel, _Outgoing] = {}
         self._incoming: dict[Channel, _Incoming] = {}
         self._structures = Structures()
+        self._events_dir = events_dir
 
     def open(self, incoming: Sequence[Channel]) -> None:
         for channel in incoming:
@@ -319,7 +341,7 @@ class GlooTransport(WaitingTransport):
         outgoing = self._outgoing.get(channel)
         if outgoing is None:
             outgoing = self._outgoing[channel] = _Outgoing(
-                self._tags(channel), self._rank(channel.receiver), self._group, self._timeout
+                channel, self._tags(channel), self._rank(channel.receiver), self._group, self._timeout
             )
         return outgoing
 
@@ -351,8 +373,17 @@ class GlooTransport(WaitingTransport):
             sending = isinstance(end, _Outgoing)
             action, peer = action_of(channel, index, sending=sending), channel.receiver if sending else channel.sender
             if "timed out" in reason.lower():
-                timeout_s = self._timeout.total_seconds()
-                text = timeout_text(channel, index, reason, end.standing(), timeout_s, sending=sending)
-                raise TransferTimeoutError(action, text) from error
-            message = f"action {action} lost the connection to stage {peer}, which failed or was ended: {reason}"
-            raise PeerLostError(action, message) from error
+                end.events.note("timeout", index=index)
+                text = timeout_text(channel, index, reason, end.standing(), self.timeout_s, sending=sending)
+                raise TransferTimeoutError(action, self._explained(action, text)) from error
+            end.events.note("fail", index=index)
+            where = f"on edge {channel.name}, {end.standing()}"
+            message = f"action {action} lost the connection to stage {peer} {where}: {reason}"
+            raise PeerLostError(action, self._explained(action, message)) from error
+
+    def _explained(self, action: str, text: str) -> str:
+        """``text`` with what both sides did last, and the file with the last events of every channel."""
+        text = f"{text}; {both_sides(action, self._rank)}"
+        ends = [end.json() for end in self._outgoing.values()] + [end.json() for end in self._incoming.values()]
+        written = dump_events(self.name, dist.get_rank(self._group), RuntimeError(text), ends, self._events_dir)
+        return text + written

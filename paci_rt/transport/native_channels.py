@@ -13,7 +13,7 @@ from paci_rt.errors import PeerLostError, TransferTimeoutError
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport import payload, wire
 from paci_rt.transport.base import Message, WaitingTransport
-from paci_rt.transport.diagnosis import dump_events
+from paci_rt.transport.diagnosis import both_sides, dump_events
 
 
 @dataclass(slots=True)
@@ -59,6 +59,10 @@ class NativeTransport(WaitingTransport):
         self._outgoing: dict[Channel, Outgoing] = {}
         self._incoming: dict[Channel, Any] = {}
 
+    def _global_rank(self, stage: int) -> int:
+        """The rank, in the default group, of the process of a stage."""
+        return stage
+
     def _check(self, tensor: Tensor) -> None:
         """Raise StageError unless ``tensor`` lies where this transport can read it."""
         raise NotImplementedError
@@ -85,7 +89,7 @@ class NativeTransport(WaitingTransport):
     def _report(self, error: TransferTimeoutError | PeerLostError) -> NoReturn:
         """Raise ``error`` again, with the file that has the last events of every channel."""
         written = dump_events(self.name, self._rank, error, [end.json() for end in self._ends()], self._events_dir)
-        text = f"{error}. Last events of this process's channels: {written}"
+        text = f"{error}; {both_sides(error.action, self._global_rank)}{written}"
         if isinstance(error, PeerLostError):
             raise PeerLostError(error.action, text, error.origin) from None
         raise TransferTimeoutError(error.action, text) from None

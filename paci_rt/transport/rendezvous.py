@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 
 from paci_rt.errors import TransportError
+from paci_rt.transport.patience import Boards, BoundedStore, Patience
 
 POLL_S = 0.002
-"""How often a process looks for what is missing, at first; the pause doubles up to ``MAX_POLL_S``."""
+"""How often a process looks for what is missing, at first; the pause grows with the wait, up to ``MAX_POLL_S``."""
 MAX_POLL_S = 0.05
-LEAST_TIMEOUT_S = 300.0
-"""A meeting waits at least so long: processes start at different times, however short the deadline of a message is."""
+LOOK_AFTER_S = 0.1
+"""A wait so long makes a process look at those that are missing."""
 
 
 def check_group(group: dist.ProcessGroup | None, num_stages: int, chunks: int, transport: str) -> None:
@@ -60,49 +61,80 @@ def host_identity() -> dict[str, str]:
 class Meeting:
     """All processes of a group come together here, in the same order everywhere, and tell each other values.
 
-    Processes make their pipelines in the same order, so they agree on the number of a meeting without talking.
+    Processes make their pipelines in the same order, so they agree on the number of a meeting without talking. A wait
+    ends at the deadline of :class:`~paci_rt.transport.patience.Patience`: counted from the last sign of life of whoever
+    is missing.
 
     Args:
         group: None is the default group.
-        timeout_s: how long to wait for the others; at least ``LEAST_TIMEOUT_S``.
+        timeout_s: how long to wait for a process without a sign of life.
         kind: meetings of different kinds are counted apart.
+        what: what the processes meet for, in the words of an error.
     """
 
     _held: ClassVar[dict[str, int]] = {}  # meetings by the name of the group
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float, kind: str = "") -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        timeout_s: float,
+        kind: str = "",
+        what: str = "have not made their pipeline",
+    ) -> None:
         members = dist.group.WORLD if group is None else group
         assert members is not None
         name = f"{members.group_name}/{kind}" if kind else members.group_name
+        self.name = name
         self.number = self._held.get(name, 0)
         self._held[name] = self.number + 1
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._timeout_s = max(timeout_s, LEAST_TIMEOUT_S)
-        self._store = dist.PrefixStore(f"paci_rt/{name}/{self.number}", dist.distributed_c10d._get_default_store())
+        self._timeout_s, self._what = timeout_s, what
+        ranks = range(self.size)
+        self._global = [rank if group is None else dist.get_global_rank(group, rank) for rank in ranks]
+        root = dist.distributed_c10d._get_default_store()
+        self._store = BoundedStore(dist.PrefixStore(f"paci_rt/{name}/{self.number}", root), timeout_s)
+        self._boards = Boards(BoundedStore(root, timeout_s), self._global[self.rank])
 
     def tell(self, topic: str, value: Any) -> None:
         """Tell everybody ``value`` (JSON-ready), without waiting for anybody."""
-        self._store.set(f"{topic}/{self.rank}", json.dumps(value))
+        self.put(topic, json.dumps(value))
+
+    def put(self, topic: str, value: str | bytes) -> None:
+        """As :meth:`tell`, for text or bytes."""
+        self._store.set(f"{topic}/{self.rank}", value)
+
+    def forget(self, topic: str) -> None:
+        """Take back what this process told, which all others must have read."""
+        self._store.forget(f"{topic}/{self.rank}")
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Tell everybody ``value`` (JSON-ready), and return the values of all, by rank.
 
         Raises:
-            TransportError: some processes did not come in time.
+            MeetingError: some processes did not come in time.
         """
         self.tell(topic, value)
-        deadline, pause_s = time.monotonic() + self._timeout_s, POLL_S
+        return [json.loads(one) for one in self.collect(topic)]
+
+    def collect(self, topic: str) -> list[bytes]:
+        """What all told on ``topic``, by rank, as bytes.
+
+        Raises:
+            MeetingError: some processes did not come in time.
+        """
         keys = [f"{topic}/{rank}" for rank in range(self.size)]
+        patience, begin = None, time.monotonic()
         while not self._store.check(keys):
-            if time.monotonic() > deadline:
-                missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
-                raise TransportError(
-                    f"the processes of rank {', '.join(missing)} have not made their pipeline within "
-                    f"{self._timeout_s:g} s: look for what holds them up"
-                )
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, MAX_POLL_S)
-        return [json.loads(self._store.get(key)) for key in keys]
+            waited_s = time.monotonic() - begin
+            if patience is None:
+                patience = Patience(self._timeout_s, self._boards, self._what)
+            elif waited_s > LOOK_AFTER_S:
+                patience.check([self._global[at] for at, key in enumerate(keys) if not self._store.check([key])])
+            time.sleep(min(MAX_POLL_S, max(POLL_S, waited_s / 100)))
+        if patience is not None:
+            patience.over()
+        self._boards.learn(self._global)
+        return [self._store.get(key) for key in keys]
 
 
 def hosts_by_name(identities: list[dict[str, str]]) -> dict[str, list[int]]:

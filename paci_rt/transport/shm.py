@@ -79,8 +79,8 @@ class ShmTransport(NativeTransport):
         super().__init__(dist.get_rank(group), events_dir)
         self._structures = Structures()
         self.capacity = slots
-        self._held, self._timeout_s = held, timeout_s
-        self._ranks = num_stages // chunks
+        self._held, self.timeout_s = held, timeout_s
+        self._ranks, self._group = num_stages // chunks, group
         self._peers: dict[int, ShmSegment] = {}
         self._own, self._addresses = self._meet(Meeting(group, timeout_s))
         self._peers[self._rank] = self._own
@@ -178,6 +178,10 @@ class ShmTransport(NativeTransport):
                 "tensor.view(torch.uint8), or use transport 'gloo' (--transport gloo)"
             )
 
+    def _global_rank(self, stage: int) -> int:
+        rank = stage % self._ranks
+        return rank if self._group is None else dist.get_global_rank(self._group, rank)
+
     def _peer(self, stage: int) -> ShmSegment:
         rank = stage % self._ranks
         segment = self._peers.get(rank)
@@ -186,7 +190,7 @@ class ShmTransport(NativeTransport):
         return segment
 
     def _sender(self, channel: Channel) -> Outgoing:
-        options = {"slots": self.capacity, "held": self._held, "timeout_s": self._timeout_s}
+        options = {"slots": self.capacity, "held": self._held, "timeout_s": self.timeout_s}
         end = native.make_shm_outgoing(channel, self._own, self._peer(channel.receiver), copier=self._copier, **options)
         outgoing = self._outgoing[channel] = Outgoing(end)
         return outgoing
@@ -195,7 +199,7 @@ class ShmTransport(NativeTransport):
         incoming = self._incoming.get(channel)
         if incoming is None:
             incoming = self._incoming[channel] = native.make_shm_incoming(
-                channel, self._peer(channel.sender), slots=self.capacity, timeout_s=self._timeout_s
+                channel, self._peer(channel.sender), slots=self.capacity, timeout_s=self.timeout_s
             )
         return incoming
 

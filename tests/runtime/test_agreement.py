@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import paci_rt
 from paci_rt.runtime import agreement
 from paci_rt.runtime.agreement import facts_of, require_same, source_digest
-from paci_rt.transport import make_transport, rendezvous
+from paci_rt.transport import make_transport, patience
 
 WIDTH = 4
 
@@ -175,13 +175,13 @@ def never_comes(rank: int, group: Any) -> str:
     if rank == 1:
         transport.close()
         return ""
-    least = rendezvous.LEAST_TIMEOUT_S
-    rendezvous.LEAST_TIMEOUT_S = 0.5  # else five minutes
+    least = patience.LEAST_TIMEOUT_S
+    patience.LEAST_TIMEOUT_S = 0.5  # else five minutes
     try:
         with pytest.raises(paci_rt.TransportError) as caught:
             make(rank, group, asked(""), transport=transport, transfer_timeout_s=0.5)
     finally:
-        rendezvous.LEAST_TIMEOUT_S = least
+        patience.LEAST_TIMEOUT_S = least
     return str(caught.value)
 
 
