@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer, FusedStageOptimiz
 from paci_rt.optim.lion import Lion
 from paci_rt.optim.muon import Muon
 from paci_rt.optim.sgd import SGD
-from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer, UpdateStats
+from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer, UpdateStats, require_finite
 
 __all__ = [
     "SGD",
@@ -37,7 +38,7 @@ _GUARD = "_paci_rt_guard"
 class _GradsOnly(StageOptimizer):
     """No optimizer: windows end up in ``.grad``, and the user steps."""
 
-    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
+    def _apply(self, windows: dict[int, Window], divisor: float) -> None:
         for number, window in windows.items():
             group = self.groups[number]
             for position in window.positions:
@@ -74,7 +75,7 @@ class _AnyTorch(StageOptimizer):
         if not self._stepping:
             raise OptimizerOwnedError(OWNED_MESSAGE)
 
-    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
+    def _apply(self, windows: dict[int, Window], divisor: float) -> None:
         for param in self._params:
             param.grad = None
         for number, window in windows.items():
@@ -96,6 +97,16 @@ class _AnyTorch(StageOptimizer):
             for param in self._params:
                 param.grad = None
             self._publish_all()
+
+    def _copied_state(self, memory: Any) -> Any:
+        return [deepcopy(self.optimizer.state.get(param)) for param in self._params]
+
+    def _restore_state(self, state: Any) -> None:
+        for param, entry in zip(self._params, state, strict=True):
+            if entry is None:
+                self.optimizer.state.pop(param, None)
+            else:
+                self.optimizer.state[param] = deepcopy(entry)
 
     def _optimizer_bytes(self) -> int:
         values = (value for param in self._params for value in self.optimizer.state.get(param, {}).values())
@@ -167,8 +178,8 @@ def bind_optimizer(
             weight that follows another stage.
 
     Raises:
-        ValueError: the optimizer and the stage have different parameters, or there is none under an asynchronous
-            schedule.
+        ValueError: the optimizer and the stage have different parameters, an option of it is not finite, or there is
+            none under an asynchronous schedule.
 
     An optimizer that was bound before, by a schedule that is no longer used, is taken over with its state.
     """
@@ -182,6 +193,7 @@ def bind_optimizer(
             )
         return _GradsOnly(_by_dtype(list(trainable.items())), frozen, buffers)
     _check_same_params(optimizer, trainable, [*frozen, *ignored])
+    require_finite(optimizer.param_groups)
     names = {id(param): name for name, param in trainable.items()}
     grouped: list[NamedParams] = []
     owners: list[dict[str, Any]] = []

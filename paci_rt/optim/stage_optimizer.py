@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from paci_rt.optim.accumulator import GradAccumulator, Window
 from paci_rt.optim.backend import make_accumulator, update_order
 from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.take_back import UpdateHistory
 from paci_rt.optim.update_stream import Buckets
 
 
@@ -71,6 +72,58 @@ class UpdateStats:
     nonfinite: int | Tensor
 
 
+class Sealed(NamedTuple):
+    """A window whose sums are complete. On a GPU the last two are tensors, for which nobody has waited yet.
+
+    Attributes:
+        live: numbers of the flat groups that have a gradient.
+        squares: sum of squares of all sums, in double precision. nonfinite: infinite and NaN elements in them.
+    """
+
+    live: list[int]
+    squares: float | Tensor
+    nonfinite: int | Tensor
+
+
+class Verdict(NamedTuple):
+    """What a window's gradients are on the way into the weights: ``sums * factor / divisor``.
+
+    Attributes:
+        factor: by which gradients are clipped; on a GPU fp32 of one element.
+        divisor: None is the schedule's own.
+        window: its number, where the update may have to be taken back.
+    """
+
+    factor: float | Tensor = 1.0
+    divisor: float | None = None
+    window: int | None = None
+
+
+_AS_IT_IS = Verdict()
+
+LARGEST = torch.finfo(torch.float32).max
+_FINITE = ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lambd", "rho", "lr_decay", "momentum_decay")
+
+
+def require_finite(param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse options of an optimizer that would make its weights infinite or NaN.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    for number, group in enumerate(param_groups):
+        betas = group.get("betas", ())
+        values = [(name, group[name]) for name in _FINITE if name in group]
+        for name, value in [*values, *(("betas", beta) for beta in (betas if isinstance(betas, tuple) else ()))]:
+            if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
+                value = float(value)
+            if isinstance(value, float) and not abs(value) <= LARGEST:
+                raise ValueError(
+                    f"{name} is {value} in parameter group {number} of the optimizer, which is not finite in fp32: "
+                    "every weight would become infinite or NaN; give a smaller number"
+                )
+
+
 class StageOptimizer(GradSink):
     """An optimizer tied to one stage's flat parameters and accumulators. Made by :func:`bind_optimizer`.
 
@@ -79,6 +132,7 @@ class StageOptimizer(GradSink):
         accumulators: one for each of them.
         optimizer: the user's optimizer, None without one.
         order: who waits for updates, on a GPU; None on the CPU, where nobody has to.
+        history: updates that may have to be taken back; None where none ever has.
     """
 
     optimizer: torch.optim.Optimizer | None = None
@@ -93,7 +147,9 @@ class StageOptimizer(GradSink):
             for position, param in enumerate(group.params)
         }
         self.order = update_order(self.groups[0].device if self.groups else None)
+        self.history: UpdateHistory | None = None
         self._buckets: Buckets | None = None
+        self._sealed: Sealed | None = None
 
     def compute_products_by(self, wgrad: Callable[..., None] | None) -> None:
         """What weight gradients are computed by on a GPU; None is the default route."""
@@ -140,7 +196,38 @@ class StageOptimizer(GradSink):
         if self.order is not None:
             self.order.wait_all()
 
-    def update(self, divisor: int, prepare: Callable[[], None] = lambda: None) -> UpdateStats:
+    def seal_window(self) -> Sealed:
+        """End the window, ahead of :meth:`update` where something must be known of its sums.
+
+        Raises:
+            StageError: a parameter was moved off its flat buffer.
+        """
+        if self._sealed is None:
+            for group in self.groups:
+                group.check_views()
+            live = [number for number, accumulator in enumerate(self.accumulators) if accumulator.end_window()]
+            squares, nonfinite = 0.0, 0
+            for number in live:
+                square, count = self.accumulators[number].measured()
+                squares, nonfinite = squares + square, nonfinite + count
+            self._sealed = Sealed(live, squares, nonfinite)
+        return self._sealed
+
+    def sealed_sums(self) -> list[tuple[int, int, Tensor]]:
+        """Of a sealed window the sum of each parameter that has one: flat group, position, a view of the sum."""
+        return [
+            (number, position, view)
+            for number in self.seal_window().live
+            for position, view in self.accumulators[number].sealed_views()
+        ]
+
+    def update(
+        self,
+        divisor: float,
+        prepare: Callable[[], None] = lambda: None,
+        *,
+        decide: Callable[[Sealed], Verdict | None] = lambda _: _AS_IT_IS,
+    ) -> UpdateStats:
         """End the window: seal the sums, apply ``sum / divisor``, and leave the accumulators empty.
 
         Parameters without a gradient in the window are left alone, as torch does with a ``grad`` of None.
@@ -148,29 +235,73 @@ class StageOptimizer(GradSink):
         Args:
             divisor: what the sums are divided by.
             prepare: called before any weight is written, where it may write them too.
+            decide: what becomes of the window; None drops it: weights and optimizer state stay as they are.
 
         Raises:
-            ValueError: ``divisor`` is below 1.
+            ValueError: ``divisor`` is below 1, or an option of the optimizer is not finite.
             StageError: a parameter was moved off its flat buffer.
         """
         if divisor < 1:
             raise ValueError(f"divisor={divisor}: gradients are divided by a number of micro-batches, at least 1")
-        for group in self.groups:
-            group.check_views()
-        live = [number for number, accumulator in enumerate(self.accumulators) if accumulator.end_window()]
-        squares, nonfinite = 0.0, 0
-        for number in live:
-            square, count = self.accumulators[number].measured()
-            squares, nonfinite = squares + square, nonfinite + count
+        if self.optimizer is not None:
+            require_finite(self.optimizer.param_groups)
+        sealed = self.seal_window()
+        verdict = decide(sealed)
+        self._sealed = None
         with nullcontext() if self.order is None else self.order.updating():
             prepare()
-            windows = {number: self.accumulators[number].consume() for number in live}
+            windows = {number: self.accumulators[number].consume() for number in sealed.live}
             try:
-                self._apply(windows, divisor)
+                if verdict is None:
+                    for window in windows.values():
+                        window.sums.zero_()  # nothing may find what is not finite there later
+                    self._publish_all()
+                else:
+                    self._take(windows, divisor if verdict.divisor is None else verdict.divisor, verdict)
             finally:
-                for number in live:
+                for number in sealed.live:
                     self.accumulators[number].release()
-        return UpdateStats(grad_norm=squares**0.5 / divisor, nonfinite=nonfinite)
+                    if verdict is None:
+                        self.accumulators[number].forget()
+        return UpdateStats(grad_norm=sealed.squares**0.5 / divisor, nonfinite=sealed.nonfinite)
+
+    def _take(self, windows: dict[int, Window], divisor: float, verdict: Verdict) -> None:
+        if isinstance(verdict.factor, Tensor) or verdict.factor != 1.0:
+            for window in windows.values():
+                window.sums.mul_(verdict.factor)
+        if self.history is not None and verdict.window is not None:
+            self.history.keep(verdict.window, windows, divisor)
+        self._apply(windows, divisor)
+
+    def apply(self, windows: dict[int, Window], divisor: float) -> None:
+        """Update once more from sums that were kept."""
+        self._apply(windows, divisor)
+
+    @torch.no_grad()
+    def snapshot(self, memory: Any = None) -> Any:
+        """Copies of weights, masters and optimizer state, in the ``memory`` of an earlier one if that is given."""
+        weights = [group.weight for group in self.groups]
+        if memory is None:
+            return [weight.clone() for weight in weights], self._copied_state(None)
+        for kept, weight in zip(memory[0], weights, strict=True):
+            kept.copy_(weight)
+        return memory[0], self._copied_state(memory[1])
+
+    @torch.no_grad()
+    def restore(self, snapshot: Any) -> None:
+        """Bring back what :meth:`snapshot` has copied; version counters stand still, as for an update."""
+        weights, state = snapshot
+        for group, weight in zip(self.groups, weights, strict=True):
+            group.weight.copy_(weight)
+        self._restore_state(state)
+        for accumulator in self.accumulators:
+            accumulator.forget()
+
+    def _copied_state(self, memory: Any) -> Any:
+        """Copies of all that an update changes besides the weights."""
+
+    def _restore_state(self, state: Any) -> None:
+        """Bring that back."""
 
     def _publish_all(self) -> None:
         for bucket in range(1 if self._buckets is None else self._buckets.count):
@@ -181,7 +312,7 @@ class StageOptimizer(GradSink):
             self.order.publish(bucket)
 
     @abstractmethod
-    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
+    def _apply(self, windows: dict[int, Window], divisor: float) -> None:
         """Update from what is being consumed of each flat group, by its number, and publish every bucket."""
 
     @property

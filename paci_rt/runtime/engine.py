@@ -23,6 +23,7 @@ from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.module_watch import ModuleWatch
 from paci_rt.runtime.pipeline_state import PipelineState
+from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.split_merge import ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
@@ -61,7 +62,7 @@ class Pipeline(PipelineState):
         transport: how stages reach each other.
         trace: record an event for every compute action in ``events``.
         scale_grads: divide gradients by the number of micro-batches of the update, once, as torch does.
-        specs: how batches are cut and outputs put together.
+        specs, safety: how batches are cut and outputs put together; what the options about gradients came to.
 
     Raises:
         ValueError, ScheduleError, StageError: an argument that cannot work; nothing has been changed then.
@@ -87,6 +88,7 @@ class Pipeline(PipelineState):
         trace: bool,
         scale_grads: bool,
         specs: ChunkSpecs,
+        safety: Safety | None = None,
     ) -> None:
         setup = make_setup(
             stages,
@@ -102,6 +104,7 @@ class Pipeline(PipelineState):
             buffers=buffers,
             tied_weights=tied_weights,
             scale_grads=scale_grads,
+            safety=safety,
         )
         self.asked_for = setup
         self._lowering, self._policy = setup.lowering, setup.policy
@@ -123,6 +126,7 @@ class Pipeline(PipelineState):
             self._bind(setup, stages, optimizers),
             transport,
             ties=setup.lowering.ties,
+            settles=setup.lowering.settles,
             explain=self._explain,
             trace=trace,
         )
@@ -351,10 +355,7 @@ class Pipeline(PipelineState):
     def _restart(self, version: int) -> None:
         """The pipeline is empty, and every stage holds ``version``."""
         for runtime in self._executor.runtimes.values():
-            runtime.audit.version = version
-            if isinstance(runtime.after_update, Follower):
-                runtime.after_update.forget()
-            runtime.weights.restart(version)
+            runtime.restart(version)
 
     # --- inside ---
 
