@@ -183,7 +183,8 @@ class Guard:
             if at != self._stage:
                 self._counted.norm_lags[window + 1 - windows if known != UNKNOWN else -1] += 1
             squares += known if known != UNKNOWN else 0.0
-        return min(1.0, limit / (squares**0.5 + EPS))
+        total: float = squares**0.5 + EPS
+        return min(1.0, limit / total)
 
     def _spikes(self, norm: float) -> bool:
         """Whether ``norm`` stands out from those before it; if not, it is one of them."""

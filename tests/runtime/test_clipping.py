@@ -54,7 +54,7 @@ def test_the_fused_step_clips_as_torch_does_before_it() -> None:
         assert float((tensor - expected[name]).norm() / expected[name].norm()) < 6 * 2.0**-22, name
 
 
-@pytest.mark.parametrize("schedule", sorted(FLUSHES)[:3] + ["zb-2p"])
+@pytest.mark.parametrize("schedule", [*sorted(FLUSHES)[:3], "zb-2p"])
 def test_frozen_parameters_and_those_without_a_gradient_are_not_counted(schedule: str) -> None:
     def pieces() -> list[nn.Module]:
         torch.manual_seed(4)
@@ -152,7 +152,7 @@ def test_a_tied_weight_is_counted_once(schedule: str, clip: float) -> None:
     for at, module in enumerate(ours):
         for name, param in module.named_parameters():
             expected = theirs["0.wte.weight" if name == "head.weight" else f"{at}.{name}"]
-            assert float((param - expected).norm() / expected.norm()) < 2.0**-20, name
+            assert float(((param - expected).norm() / expected.norm()).detach()) < 2.0**-20, name
 
 
 @pytest.mark.parametrize("how", ["skip-window", "skip-local", "raise"])
@@ -242,7 +242,7 @@ def test_a_stage_goes_by_its_own_norm_and_the_newest_of_the_others(
     [
         Bad(clip=0.5, on_nonfinite=None, stages=4),
         Bad(clip=0.5, on_nonfinite=None, lookahead=True, transport="gloo"),
-        Bad(schedule="paci-split", clip=1.0, on_nonfinite=None, optimizer="sgd"),
+        Bad(schedule="paci-split", clip=0.5, on_nonfinite=None, optimizer="sgd"),
         Bad(schedule="async-1f1b", clip=0.3, on_nonfinite=None, stages=4),
         Bad(schedule="pipedream", clip=0.3, on_nonfinite=None, transport="gloo"),
         Bad(schedule="pipedream-2bw", clip=0.3, on_nonfinite=None, optimizer="torch-adamw"),
@@ -281,7 +281,7 @@ def test_clipping_works_under_every_policy(policy: str, lookahead: bool) -> None
 
 
 def test_processes_that_clip_differently_are_refused(workers: WorkerPool) -> None:
-    with pytest.raises(Exception, match="max_grad_norm is 1.0 on rank 0 and 2.0 on rank 1"):
+    with pytest.raises(Exception, match=r"max_grad_norm is 1\.0 on rank 0 and 2\.0 on rank 1"):
         workers.run(partial(_clips, 1.0), 2, 2.0)
 
 
