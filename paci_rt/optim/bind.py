@@ -18,7 +18,8 @@ from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer, FusedStageOptimiz
 from paci_rt.optim.lion import Lion
 from paci_rt.optim.muon import Muon
 from paci_rt.optim.sgd import SGD
-from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer, UpdateStats, require_finite
+from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer, UpdateStats
+from paci_rt.optim.verdict import require_finite
 
 __all__ = [
     "SGD",

@@ -22,8 +22,9 @@ from paci_rt.errors import OptimizerOwnedError
 from paci_rt.optim.accumulator import Window
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.fused_state import FusedState
-from paci_rt.optim.stage_optimizer import LARGEST, NamedParams, StageOptimizer
+from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer
 from paci_rt.optim.steps_native import Ahead, FlatStep
+from paci_rt.optim.verdict import LARGEST
 
 OWNED_MESSAGE = (
     "the schedule owns the optimizer step: schedule.step() and schedule.drain() update every stage as soon as a window "

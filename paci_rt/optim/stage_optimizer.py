@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from paci_rt.optim.backend import make_accumulator, update_order
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.take_back import UpdateHistory
 from paci_rt.optim.update_stream import Buckets
+from paci_rt.optim.verdict import AS_IT_IS, Sealed, Verdict, require_finite
 
 
 class GradSink(ABC):
@@ -70,58 +71,6 @@ class UpdateStats:
 
     grad_norm: float | Tensor
     nonfinite: int | Tensor
-
-
-class Sealed(NamedTuple):
-    """A window whose sums are complete. On a GPU the last two are tensors, for which nobody has waited yet.
-
-    Attributes:
-        live: numbers of the flat groups that have a gradient.
-        squares: sum of squares of all sums, in double precision. nonfinite: infinite and NaN elements in them.
-    """
-
-    live: list[int]
-    squares: float | Tensor
-    nonfinite: int | Tensor
-
-
-class Verdict(NamedTuple):
-    """What a window's gradients are on the way into the weights: ``sums * factor / divisor``.
-
-    Attributes:
-        factor: by which gradients are clipped; on a GPU fp32 of one element.
-        divisor: None is the schedule's own.
-        window: its number, where the update may have to be taken back.
-    """
-
-    factor: float | Tensor = 1.0
-    divisor: float | None = None
-    window: int | None = None
-
-
-_AS_IT_IS = Verdict()
-
-LARGEST = torch.finfo(torch.float32).max
-_FINITE = ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lambd", "rho", "lr_decay", "momentum_decay")
-
-
-def require_finite(param_groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse options of an optimizer that would make its weights infinite or NaN.
-
-    Raises:
-        ValueError: one is not finite.
-    """
-    for number, group in enumerate(param_groups):
-        betas = group.get("betas", ())
-        values = [(name, group[name]) for name in _FINITE if name in group]
-        for name, value in [*values, *(("betas", beta) for beta in (betas if isinstance(betas, tuple) else ()))]:
-            if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
-                value = float(value)
-            if isinstance(value, float) and not abs(value) <= LARGEST:
-                raise ValueError(
-                    f"{name} is {value} in parameter group {number} of the optimizer, which is not finite in fp32: "
-                    "every weight would become infinite or NaN; give a smaller number"
-                )
 
 
 class StageOptimizer(GradSink):
@@ -226,7 +175,7 @@ class StageOptimizer(GradSink):
         divisor: float,
         prepare: Callable[[], None] = lambda: None,
         *,
-        decide: Callable[[Sealed], Verdict | None] = lambda _: _AS_IT_IS,
+        decide: Callable[[Sealed], Verdict | None] = lambda _: AS_IT_IS,
     ) -> UpdateStats:
         """End the window: seal the sums, apply ``sum / divisor``, and leave the accumulators empty.
 
@@ -267,11 +216,14 @@ class StageOptimizer(GradSink):
 
     def _take(self, windows: dict[int, Window], divisor: float, verdict: Verdict) -> None:
         if isinstance(verdict.factor, Tensor) or verdict.factor != 1.0:
-            for window in windows.values():
-                window.sums.mul_(verdict.factor)
+            self._scale(windows, verdict.factor)
         if self.history is not None and verdict.window is not None:
             self.history.keep(verdict.window, windows, divisor)
         self._apply(windows, divisor)
+
+    def _scale(self, windows: dict[int, Window], factor: float | Tensor) -> None:
+        for window in windows.values():
+            window.sums.mul_(factor)
 
     def apply(self, windows: dict[int, Window], divisor: float) -> None:
         """Update once more from sums that were kept."""

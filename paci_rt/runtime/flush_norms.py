@@ -27,8 +27,7 @@ def parameter_norms(optimizer: StageOptimizer, order: dict[str, int], divisor: f
     if not named:
         return torch.zeros(0, device=device)
     totals = [total for _, total in sorted(named, key=lambda pair: pair[0])]
-    norms = torch.stack([torch.linalg.vector_norm(total) for total in totals])
-    return norms / divisor
+    return torch.stack(torch._foreach_norm(totals)) / divisor
 
 
 def total_norm(norms: Tensor) -> Tensor:

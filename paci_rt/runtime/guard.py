@@ -15,8 +15,9 @@ import torch
 
 from paci_rt.action import Action, Op
 from paci_rt.errors import NonFiniteError
-from paci_rt.optim.stage_optimizer import Sealed, StageOptimizer, Verdict
+from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.optim.take_back import UpdateHistory
+from paci_rt.optim.verdict import Sealed, Verdict
 from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.flush_norms import EPS, Settlement, coefficient, parameter_norms, total_norm
 from paci_rt.runtime.news import UNKNOWN, News
@@ -144,7 +145,9 @@ class Guard:
         self._weights.clipped(factor)
         self._counted.clipped_windows += factor != 1.0
         kept = window if self._optimizer.history is not None else None
-        return Verdict(factor, 1.0 if self._divided else None, kept)
+        if self._clips_exactly or factor == 0.0:
+            return Verdict(factor, 1.0 if self._divided else None, kept)
+        return Verdict(1.0, self._divisor / factor, kept)  # nobody asks for torch's order of operations here
 
     # --- norms ---
 

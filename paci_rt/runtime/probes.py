@@ -7,35 +7,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.stage_optimizer import StageOptimizer
+
+EDGE, HEAD, COLUMN = 4, 16, 64
+"""Parameters at either end of a stage that are looked at in full, by row, and at most so many elements of a column;
+elements of all others: one line of cache."""
 
 
 class MicroBatchProbe:
     """Looks at a few places of the sums after each backward, and remembers what it saw without reading it.
 
-    A factor of a product of matrices that is not finite spoils a whole row or column of it. So the first row and the
-    first column of each matrix show it, and of those with a bias the bias shows the rows.
+    A factor of a product of matrices that is not finite spoils a whole row or column of it, and with it all of the
+    layers that come next, forward or backward. So the first row and column of the first and last parameters show it,
+    and of those in between a few elements do.
 
     Args:
         optimizer: of the stage.
     """
 
     def __init__(self, optimizer: StageOptimizer) -> None:
-        self._optimizer = optimizer
-        self._places = [
-            torch.tensor(_places(group.names, [param.shape for param in group.params], group.offsets)).to(group.device)
-            for group in optimizer.groups
-        ]
+        self._looks = []
+        for group, accumulator in zip(optimizer.groups, optimizer.accumulators, strict=True):
+            places = _places(group)
+            dtype = torch.int32 if group.numel < 2**31 else torch.int64
+            index = torch.tensor(places, dtype=dtype).to(group.device)
+            zeros = torch.zeros(len(places), dtype=accumulator.front_flat.dtype, device=group.device)
+            self._looks.append((accumulator, index, zeros))
         self._seen: list[tuple[int, Tensor]] = []
 
     @torch.no_grad()
     def look(self, micro_batch: int) -> None:
         """A backward of ``micro_batch``, or half of one, is over."""
-        for accumulator, places in zip(self._optimizer.accumulators, self._places, strict=True):
-            found = accumulator.front_flat.index_select(0, places)
-            if found.is_complex():
-                found = torch.view_as_real(found)
-            self._seen.append((micro_batch, torch.stack(torch.aminmax(found))))
+        for accumulator, index, zeros in self._looks:
+            # Zero times what is not finite is NaN, and the rest adds up to zero.
+            found = torch.dot(accumulator.front_flat.index_select(0, index), zeros)
+            self._seen.append((micro_batch, found))
 
     def forget(self) -> None:
         """A window has ended."""
@@ -43,24 +50,23 @@ class MicroBatchProbe:
 
     def first(self) -> int | None:
         """The first micro-batch of the window whose gradients showed something that is not finite."""
-        return next((m for m, ends in self._seen if not bool(ends.isfinite().all())), None)
+        return next((m for m, found in self._seen if bool(found.isnan())), None)
 
 
-def _places(names: Sequence[str], shapes: Sequence[Sequence[int]], offsets: Sequence[int]) -> list[int]:
+def _places(group: FlatGroup) -> list[int]:
     """Positions in a flat buffer that a probe looks at."""
     found: list[int] = []
-    known = set(names)
-    for name, shape, offset in zip(names, shapes, offsets, strict=True):
-        rows = shape[0] if len(shape) > 1 else 1
-        columns = 1
-        for size in shape[1:] if len(shape) > 1 else shape:
-            columns *= size
-        if rows * columns == 0:
+    last = len(group.params) - EDGE
+    for at, (param, offset) in enumerate(zip(group.params, group.offsets, strict=True)):
+        if param.numel() == 0:
             continue
-        found += range(offset, offset + columns)
-        has_bias = name.removesuffix("weight") + "bias" in known
-        if rows > 1 and not has_bias:
-            found += range(offset + columns, offset + rows * columns, columns)
+        rows = param.shape[0] if param.dim() > 1 else 1
+        columns = param.numel() // rows
+        if at < EDGE or at >= last:
+            found += range(offset, offset + columns)
+            found += range(offset + columns, offset + min(rows, COLUMN) * columns, columns)
+        else:
+            found += range(offset, offset + min(columns, HEAD))
     return found
 
 

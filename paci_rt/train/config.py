@@ -14,7 +14,7 @@ import torch
 from paci_rt import native, schedules
 from paci_rt.errors import TritonMissingError, unknown
 from paci_rt.optim.backend import usable
-from paci_rt.optim.stage_optimizer import LARGEST
+from paci_rt.optim.verdict import LARGEST
 from paci_rt.planner import auto_slack
 from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
 from paci_rt.runtime.safety import check_positive

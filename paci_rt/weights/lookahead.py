@@ -119,8 +119,7 @@ class LookAhead:
         if self._careful and not before and not self._finite():
             return []
         divisor = (micro_batches or self._accumulation) * self._share
-        if not before and self.factor > 0:  # the sums of a window before are clipped already
-            divisor /= self.factor
+        divisor /= self.factor or 1.0
         with _without_autocast(self._optimizer.groups[0].device):
             moved = [
                 self._optimizer.ahead(number, divisor, updates, kept, before=before)

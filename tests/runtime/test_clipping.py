@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
-from paci_rt.optim.stage_optimizer import Sealed, StageOptimizer
+from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.optim.verdict import Sealed
 from paci_rt.schedules import FAMILIES, Shape
 from paci_rt.schedules.lowering import Lowering, TiedWeight
 from paci_rt.schedules.validate import validate
@@ -215,7 +216,7 @@ def test_a_stage_goes_by_its_own_norm_and_the_newest_of_the_others(
         def watching(sealed: Sealed) -> Any:
             verdict = decide(sealed)
             norms.setdefault(at, []).append(float(sealed.squares) / divisor**2)
-            factors.setdefault(at, []).append(float(verdict.factor))
+            factors.setdefault(at, []).append(divisor / verdict.divisor)
             return verdict
 
         return real(self, divisor, prepare, decide=watching)
@@ -223,6 +224,7 @@ def test_a_stage_goes_by_its_own_norm_and_the_newest_of_the_others(
     monkeypatch.setattr(StageOptimizer, "update", update)
     pipe = local(run)
     stats = drive(pipe, run)["stats"]
+    divisor = pipe.asked_for.divisor
     last, first = 0, 1  # the last stage updates first
     count = len(norms[last])
     assert len(norms[first]) == count
@@ -231,10 +233,11 @@ def test_a_stage_goes_by_its_own_norm_and_the_newest_of_the_others(
             known = norms[other][window - lag] if window >= lag else 0.0
             # The order of the sum is that of the stages; two terms commute.
             total = (norms[at][window] + known) ** 0.5
-            assert factors[at][window] == min(1.0, 0.7 / (total + 1e-6)), (at, window)
+            expected = divisor / (divisor / min(1.0, 0.7 / (total + 1e-6)))
+            assert factors[at][window] == expected, (at, window)
         stage = stages - 1 if at == last else 0
-        expected = {lag: count - lag} if lag == 0 else {-1: lag, lag: count - lag}
-        assert stats["norm_lags"][stage] == expected
+        lagging = {lag: count - lag} if lag == 0 else {-1: lag, lag: count - lag}
+        assert stats["norm_lags"][stage] == lagging
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import paci_rt
 from paci_rt.optim.bind import bind_optimizer
 from paci_rt.optim.take_back import UpdateHistory
+from paci_rt.optim.verdict import Verdict
 from support.bad_numbers import ROWS, WIDTH, Spoiled
 from support.toy import make_optimizer
 
@@ -151,7 +152,7 @@ def test_the_history_of_every_optimizer_goes_back_and_forth(kind: str, dtype: to
             if window in skip and not back:
                 found.update(1, decide=lambda sealed: None)
             else:
-                verdict = paci_rt.optim.stage_optimizer.Verdict(window=window)
+                verdict = Verdict(window=window)
                 found.update(1, decide=lambda sealed, verdict=verdict: verdict)
         if back:
             assert found.history is not None
