@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from paci_rt.errors import OptimizerOwnedError
+from paci_rt.optim import backend
 from paci_rt.optim.accumulator import Window
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.fused_state import FusedState
@@ -37,6 +38,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """What the native optimizers share: no step of their own, and state that survives ``load_state_dict`` in fp32."""
 
     fused_states: list[FusedState]
+    masks = True
+    """Whether a step on a GPU can be told by a number in its memory to leave all as it is."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         _check_shared(**defaults)
@@ -169,7 +172,25 @@ class FusedStageOptimizer(StageOptimizer):
         self._states = [optimizer.make_state(owner, group) for owner, group in zip(owners, self.groups, strict=True)]
         optimizer.fused_states = self._states
 
+    @property
+    def masks(self) -> bool:
+        return self.optimizer.masks and all(map(backend.uses_kernels, (group.device for group in self.groups)))
+
+    def _scale(self, windows: dict[int, Window], factor: float | Tensor) -> None:
+        if not (isinstance(factor, Tensor) and self.masks):
+            super()._scale(windows, factor)
+            return
+        for state in self._states:
+            state.clip = factor
+
     def _apply(self, windows: dict[int, Window], divisor: float) -> None:
+        try:
+            self._step(windows, divisor)
+        finally:
+            for state in self._states:
+                state.clip = None
+
+    def _step(self, windows: dict[int, Window], divisor: float) -> None:
         for number in windows:
             self._states[number].refresh_masters()
         try:

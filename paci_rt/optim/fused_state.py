@@ -27,6 +27,7 @@ class FusedState:
         master: fp32 weights of bf16/fp16 parameters, None where parameters are fp32 themselves.
         numbers: by state name, one number for each parameter, such as ``step``, the updates that it has had.
         steps: what takes the group's steps on its device.
+        clip: on a GPU what the gradients of the update that comes now are multiplied by, fp32 of one element.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class FusedState:
         if group.dtype is not torch.float32:
             self.master = group.empty_like(torch.float32)
             self.master.copy_(group.weight)
+        self.clip: Tensor | None = None
         self._first = dict(numbers or {})
         self.numbers = {name: torch.full((len(group.params),), value) for name, value in self._first.items()}
         self._versions = self._param_versions()
@@ -125,7 +127,7 @@ class FusedState:
         """What a step over the parameters at ``positions``, which ascend, is told: gradients ``grad_sum / divisor``,
         flat and fp32, and the group's options."""
         group, options, updates = self.group, self.param_group, self.updates()
-        return {
+        step: FlatStep = {
             "master": group.weight if self.master is None else self.master,
             "weight": None if self.master is None else group.weight,
             "grad_sum": grad_sum,
@@ -135,6 +137,9 @@ class FusedState:
             "divisor": -divisor if options["maximize"] else divisor,
             "ahead": ahead,
         }
+        if self.clip is not None and ahead is None:
+            step["clip"] = self.clip
+        return step
 
     def count(self, positions: list[int]) -> None:
         """Parameters at ``positions`` were updated: their state shows in ``optimizer.state`` from now on."""

@@ -64,6 +64,8 @@ class Muon(FusedOptimizer):
         (['momentum_buffer'], ['exp_avg', 'exp_avg_sq', 'step'])
     """
 
+    masks = False
+
     def __init__(
         self,
         params: ParamsT,

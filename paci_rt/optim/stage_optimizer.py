@@ -100,6 +100,11 @@ class StageOptimizer(GradSink):
         self._buckets: Buckets | None = None
         self._sealed: Sealed | None = None
 
+    @property
+    def masks(self) -> bool:
+        """Whether an update can be told on the device, by a ``factor`` of NaN, to leave all as it is."""
+        return False
+
     def compute_products_by(self, wgrad: Callable[..., None] | None) -> None:
         """What weight gradients are computed by on a GPU; None is the default route."""
         if wgrad is not None:

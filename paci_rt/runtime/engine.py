@@ -265,7 +265,7 @@ class Pipeline(PipelineState):
         if start < end:
             streams = {rank: self._lowering.drain(rank, start, end) for rank in self._ranks}
             with self._watch.as_begun():
-                self._run(streams, Batch())
+                self._run(streams, Batch(last=True))
             self._start_window = end
             self._restart(end)
         self._await_updates()

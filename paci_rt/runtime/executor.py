@@ -162,6 +162,10 @@ class Executor:
         stuck = [stream[cursor[rank]] for rank, stream in streams.items() if cursor[rank] < len(stream)]
         if stuck:
             raise ScheduleError(f"nothing can run past {', '.join(map(str, stuck))}\n{self._explain(stuck[0])}")
+        if batch.last:
+            for runtime in reversed(self.runtimes.values()):  # gradients begin at the last stage
+                if runtime.guard is not None:
+                    runtime.guard.finish()
 
     def leave_out(self, seconds: float) -> None:
         """Take ``seconds`` that just passed out of the statistics' wall clock."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from paci_rt.action import Action, Op
 from paci_rt.errors import NonFiniteError
@@ -20,6 +21,7 @@ from paci_rt.optim.take_back import UpdateHistory
 from paci_rt.optim.verdict import Sealed, Verdict
 from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.flush_norms import EPS, Settlement, coefficient, parameter_norms, total_norm
+from paci_rt.runtime.late_flags import LateFlags
 from paci_rt.runtime.news import UNKNOWN, News
 from paci_rt.runtime.probes import MicroBatchProbe, first_parameter
 from paci_rt.runtime.safety import Safety
@@ -75,6 +77,9 @@ class Guard:
         self._probe = MicroBatchProbe(optimizer) if safety.on_nonfinite == "raise" else None
         if self.travels and safety.on_nonfinite == "skip-window":
             optimizer.history = UpdateHistory(optimizer)
+        waits = self._probe is None or safety.max_grad_norm is not None or not optimizer.masks
+        self._late = None if waits else LateFlags(optimizer)
+        self._factor_there: Tensor | None = None
         self._settling: Settlement | None = None
         self._norms: deque[float] = deque(maxlen=SPIKE_WINDOWS)
         self._found = -1
@@ -103,12 +108,20 @@ class Guard:
         if self._found == window:
             return
         sealed = self._optimizer.seal_window()
+        if self._late is not None and isinstance(sealed.nonfinite, Tensor):
+            self._hear_late(wait=False)
+            assert self._probe is not None
+            self._found, self._bad = window, False
+            self._factor_there = self._late.note(window, sealed, self._probe.take())
+            return
         bad = bool(sealed.nonfinite) or (self._ties is not None and self._ties.nonfinite())
         self._found = window
         if bad:
             self._counted.nonfinite_windows += 1
             if self._safety.on_nonfinite == "raise":
-                raise self._error(window)
+                assert self._probe is not None
+                name, count = first_parameter(self._optimizer, list(self._order))
+                raise self._error(window, name, count, self._probe.first())
         elif self._judges_alone:
             bad = self._spikes(float(sealed.squares) ** 0.5 / self._divisor)
         self._bad = bad
@@ -126,6 +139,9 @@ class Guard:
 
     def _decide(self, window: int, sealed: Sealed) -> Verdict | None:
         self._find(window)
+        if self._factor_there is not None:
+            there, self._factor_there = self._factor_there, None
+            return Verdict(there)
         if self._settles and self._flush:
             assert self._settling is not None
             settled, self._settling = self._settling, None
@@ -264,6 +280,24 @@ class Guard:
             self._weights.taken_back()
         history.settle(self._news.decided_by_all())
 
+    def finish(self) -> None:
+        """Nothing is owed any more: what the device has found is waited for.
+
+        Raises:
+            NonFiniteError: a window's gradients were not finite.
+        """
+        self._hear_late(wait=True)
+
+    def _hear_late(self, *, wait: bool) -> None:
+        late = None if self._late is None else self._late.first_bad(wait=wait)
+        if late is not None:
+            assert self._late is not None
+            assert self._probe is not None
+            self._counted.nonfinite_windows += 1
+            wrong = self._late.names(late)
+            name = next((one for one in self._order if one in wrong), "")
+            raise self._error(late.window, name, int(late.wrong), self._probe.first(late.seen))
+
     def restart(self, windows: int) -> None:
         """The pipeline is empty after ``windows`` windows."""
         if self._news is not None:
@@ -284,9 +318,7 @@ class Guard:
         """Most bytes that were held at a time to take updates back."""
         return 0 if self._optimizer.history is None else self._optimizer.history.nbytes
 
-    def _error(self, window: int) -> NonFiniteError:
-        name, count = first_parameter(self._optimizer, list(self._order))
-        found = None if self._probe is None else self._probe.first()
+    def _error(self, window: int, name: str, count: int, found: int | None) -> NonFiniteError:
         first = window * self._accumulation
         where = f"micro-batch {found}"
         if found is None:

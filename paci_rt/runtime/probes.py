@@ -48,9 +48,15 @@ class MicroBatchProbe:
         """A window has ended."""
         self._seen.clear()
 
-    def first(self) -> int | None:
-        """The first micro-batch of the window whose gradients showed something that is not finite."""
-        return next((m for m, found in self._seen if bool(found.isnan())), None)
+    def take(self) -> list[tuple[int, Tensor]]:
+        """What was seen in the window, which has ended."""
+        seen, self._seen = self._seen, []
+        return seen
+
+    def first(self, seen: list[tuple[int, Tensor]] | None = None) -> int | None:
+        """The first micro-batch of the window, or among ``seen``, whose gradients showed something not finite."""
+        seen = self._seen if seen is None else seen
+        return next((m for m, found in seen if bool(found.isnan())), None)
 
 
 def _places(group: FlatGroup) -> list[int]:
