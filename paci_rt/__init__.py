@@ -52,6 +52,7 @@ from paci_rt.pipelining import (
     ScheduleZBVZeroBubble,
     get_schedule_class,
 )
+from paci_rt.runtime.loss_scale import LossScaler
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.state_dict import params_sha256
 from paci_rt.schedule_base import register_with_torch
@@ -74,6 +75,7 @@ __all__ = [
     "DriftBoundError",
     "Lion",
     "LocalPipeline",
+    "LossScaler",
     "Muon",
     "NAdam",
     "NativeCoreError",

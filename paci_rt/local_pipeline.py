@@ -10,6 +10,7 @@ from torch import nn
 
 from paci_rt.optim.backend import usable
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.loss_scale import LossScaler
 from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.torch_stages import check_replicated, from_one_pipe
@@ -79,6 +80,7 @@ class LocalPipeline(Pipeline):
         on_nonfinite: str | None = None,
         max_grad_norm: float | None = None,
         skip_spikes: float | None = None,
+        loss_scale: LossScaler | None = None,
         transport: Transport | None = None,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
         streams: Sequence[torch.cuda.Stream | None] | None = None,
@@ -115,7 +117,12 @@ class LocalPipeline(Pipeline):
             trace=trace,
             scale_grads=scale_grads,
             specs=chunk_specs(args_chunk_spec, kwargs_chunk_spec, output_merge_spec),
-            safety=Safety(on_nonfinite=on_nonfinite, max_grad_norm=max_grad_norm, skip_spikes=skip_spikes),
+            safety=Safety(
+                on_nonfinite=on_nonfinite,
+                max_grad_norm=max_grad_norm,
+                skip_spikes=skip_spikes,
+                loss_scale=loss_scale,
+            ),
         )
 
 

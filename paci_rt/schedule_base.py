@@ -10,6 +10,7 @@ import torch
 
 from paci_rt.runtime.agreement import among_processes
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.loss_scale import LossScaler
 from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.split_merge import NO_SPECS, ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
@@ -47,6 +48,7 @@ class _PipelineSchedule(Pipeline):
         on_nonfinite: str | None = None,
         max_grad_norm: float | None = None,
         skip_spikes: float | None = None,
+        loss_scale: LossScaler | None = None,
     ) -> None:
         if not hasattr(type(self), "name"):
             raise TypeError(f"{type(self).__name__} is a base class: take a schedule of get_schedule_class(name)")
@@ -71,7 +73,12 @@ class _PipelineSchedule(Pipeline):
             trace=trace,
             scale_grads=scale_grads,
             specs=specs,
-            safety=Safety(on_nonfinite=on_nonfinite, max_grad_norm=max_grad_norm, skip_spikes=skip_spikes),
+            safety=Safety(
+                on_nonfinite=on_nonfinite,
+                max_grad_norm=max_grad_norm,
+                skip_spikes=skip_spikes,
+                loss_scale=loss_scale,
+            ),
         )
 
     # Torch's trainers read these.

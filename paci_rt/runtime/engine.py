@@ -386,9 +386,7 @@ class Pipeline(PipelineState):
 
     def _check_usable(self) -> None:
         if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                "a pipeline cannot run inside a transform of torch.func: call it outside of grad or vmap"
-            )
+            raise RuntimeError("a pipeline cannot run inside a transform of torch.func: call it outside grad or vmap")
         if self._closed:
             raise StageError("this pipeline is closed: make a new one")
         if self._failure is not None:

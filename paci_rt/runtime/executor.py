@@ -274,6 +274,8 @@ class Executor:
         audit.backward(action, version, m // runtime.accumulation)
         runtime.optimizer.before_reading()
         gradients = () if stage.is_last else runtime.received.pop((Op.RECV_B, m)).tensors
+        if runtime.guard is not None and runtime.guard.scales:
+            runtime.guard.before_backward(action)
         with context:
             outgoing = stage.backward(m, gradients, split=split)
         if runtime.guard is not None:

@@ -48,6 +48,7 @@ class Settlement:
     Attributes:
         norms: of the parameters of the stages up to this one, once they are known.
         total: of all stages. bad: some stage's gradients are not finite. spike: the total stands out.
+            scale: of the losses; the total is without it, and the norms are not.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,6 +56,7 @@ class Settlement:
         self.norms = torch.zeros(0, device=device)
         self.total = torch.zeros((), device=device)
         self.bad = self.spike = False
+        self.scale = 1.0
 
     def add(self, norms: Tensor, *, bad: bool) -> None:
         """This stage's own."""
@@ -78,12 +80,13 @@ class Settlement:
         self.total = self._read(message)[0]
 
     def _message(self, values: Tensor) -> Message:
-        flags = torch.tensor([self.bad, self.spike], dtype=torch.uint8, device=self._device)
+        flags = torch.tensor([self.bad, self.spike, self.scale], dtype=torch.float64, device=self._device)
         return Message((values, flags), (False, False))
 
     def _read(self, message: Message) -> Tensor:
         values, flags = message.tensors
         assert values is not None
         assert flags is not None
-        self.bad, self.spike = map(bool, flags.tolist())
+        bad, spike, self.scale = flags.tolist()
+        self.bad, self.spike = bool(bad), bool(spike)
         return values

@@ -24,7 +24,7 @@ from paci_rt.runtime.flush_norms import EPS, Settlement, coefficient, parameter_
 from paci_rt.runtime.late_flags import LateFlags
 from paci_rt.runtime.news import UNKNOWN, News
 from paci_rt.runtime.probes import MicroBatchProbe, first_parameter
-from paci_rt.runtime.safety import Safety
+from paci_rt.runtime.safety import KNOWN_WINDOWS, Safety
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
 from paci_rt.schedules.lowering import Lowering
@@ -47,6 +47,7 @@ class Guard:
 
     Attributes:
         travels: whether news ride on the stage's messages.
+        scales: whether backwards begin here, with a loss scale.
     """
 
     def __init__(
@@ -80,6 +81,10 @@ class Guard:
         waits = self._probe is None or safety.max_grad_norm is not None or not optimizer.masks
         self._late = None if waits else LateFlags(optimizer)
         self._factor_there: Tensor | None = None
+        self._scaler = safety.loss_scale if stage.is_last else None
+        self.scales = self._scaler is not None
+        self._of = stage
+        self._scales: dict[int, float] = {}
         self._settling: Settlement | None = None
         self._norms: deque[float] = deque(maxlen=SPIKE_WINDOWS)
         self._found = -1
@@ -87,6 +92,23 @@ class Guard:
         self._counted = audit
 
     # --- gradients ---
+
+    def before_backward(self, action: Action) -> None:
+        """The last stage begins a backward, at the loss scale of its window."""
+        window = action.index // self._accumulation
+        if self._scaler is not None and window not in self._scales:
+            self._scales = {one: scale for one, scale in self._scales.items() if one > window - KNOWN_WINDOWS}
+            self._scales[window] = self._of.root_scale = self._scaler.get_scale()
+            if self._news is not None:
+                self._news.begin(self._scales[window])
+
+    def _scale(self, window: int) -> float:
+        """What the losses of ``window`` were multiplied by, where that is known before all stages settle it."""
+        if self._safety.loss_scale is None:
+            return 1.0
+        if self.scales:
+            return self._scales[window]
+        return 1.0 if self._news is None else self._news.scale(window)
 
     def after_backward(self, action: Action) -> None:
         """A backward, or half of one, is over.
@@ -96,6 +118,8 @@ class Guard:
         """
         if self._probe is not None:
             self._probe.look(action.index)
+        if self._safety.loss_scale is not None:
+            self._weights.scaled(self._scale(action.index // self._accumulation))
         if self._early and action.index % self._accumulation == self._accumulation - 1:
             self._find(action.index // self._accumulation)
 
@@ -123,12 +147,12 @@ class Guard:
                 name, count = first_parameter(self._optimizer, list(self._order))
                 raise self._error(window, name, count, self._probe.first())
         elif self._judges_alone:
-            bad = self._spikes(float(sealed.squares) ** 0.5 / self._divisor)
+            bad = self._spikes(float(sealed.squares) ** 0.5 / (self._divisor * self._scale(window)))
         self._bad = bad
         if self._probe is not None:
             self._probe.forget()
         if self._news is not None:
-            squares = None if bad else float(sealed.squares) / self._divisor**2
+            squares = None if bad else float(sealed.squares) / (self._divisor * self._scale(window)) ** 2
             self._news.decide(window, bad=bad, squares=squares)
 
     @property
@@ -147,13 +171,15 @@ class Guard:
             settled, self._settling = self._settling, None
         else:
             settled = Settlement(self._device)
-            settled.bad = self._bad
+            settled.bad, settled.scale = self._bad, self._scale(window)
             if self._clips_exactly:
                 self._add_own(settled)
-                self._conclude(settled)
+                self._conclude(window, settled)
         bad = settled.spike or (settled.bad if self._safety.on_nonfinite == "skip-window" else self._bad)
         if self._news is not None and self._safety.on_nonfinite == "skip-window":
             bad = bad or bool(self._news.bad([window]))
+        if self._scaler is not None:
+            self._scaler.update(bad=bad, scale=self._scales[window])
         if bad:
             self._counted.skipped_windows += 1
             return None
@@ -161,9 +187,10 @@ class Guard:
         self._weights.clipped(factor)
         self._counted.clipped_windows += factor != 1.0
         kept = window if self._optimizer.history is not None else None
+        divisor = settled.scale * (1.0 if self._divided else self._divisor)
         if self._clips_exactly or factor == 0.0:
-            return Verdict(factor, 1.0 if self._divided else None, kept)
-        return Verdict(1.0, self._divisor / factor, kept)  # nobody asks for torch's order of operations here
+            return Verdict(factor, divisor, kept)
+        return Verdict(1.0, divisor / factor, kept)  # nobody asks for torch's order of operations here
 
     # --- norms ---
 
@@ -184,9 +211,10 @@ class Guard:
                 norms = parameter_norms(self._optimizer, self._order, divisor, self._device)
         settled.add(norms, bad=self._bad)
 
-    def _conclude(self, settled: Settlement) -> None:
+    def _conclude(self, window: int, settled: Settlement) -> None:
         """The last stage has the norms of all."""
-        settled.total = total_norm(settled.norms)
+        settled.scale = self._scale(window)
+        settled.total = total_norm(settled.norms) / settled.scale
         if self._safety.skip_spikes is not None and not settled.bad:
             settled.spike = self._spikes(float(settled.total))
 
@@ -240,7 +268,7 @@ class Guard:
             return self._with_own(action.index).up()
         if self._is_last:
             settled = self._with_own(action.index)
-            self._conclude(settled)
+            self._conclude(action.index, settled)
             return settled.down()
         assert self._settling is not None
         return self._settling.down()
@@ -273,7 +301,11 @@ class Guard:
         if history is None or not len(history):
             return
         assert self._news is not None
-        count = history.take_back(self._news.bad(history.windows))
+        bad = self._news.bad(history.windows)
+        count = history.take_back(bad)
+        for window in bad if self._scaler is not None else ():
+            assert self._scaler is not None
+            self._scaler.update(bad=True, scale=self._scales[window])
         if count:
             self._counted.skipped_windows += count
             self._counted.taken_back_windows += count
@@ -308,6 +340,7 @@ class Guard:
             self._probe.forget()
         self._found = -1
         self._settling = None
+        self._scales.clear()
 
     def follow(self, other: Guard) -> None:
         """Go on for the same stage, which was bound anew."""

@@ -22,8 +22,9 @@ _MASK = (1 << KNOWN_WINDOWS) - 1
 
 
 class News:
-    """The newest row of each stage: windows decided, which of the last of them do not count, and the sum of squares of
-    the mean gradient in the last one that does.
+    """The newest row of each stage: windows decided, which of the last of them do not count, the sum of squares of the
+    mean gradient in the last one that does, the loss scales of the last window decided and of the next one, and how
+    often the row has changed.
 
     Args:
         stage, num_stages: whose they are.
@@ -31,14 +32,14 @@ class News:
 
     def __init__(self, stage: int, num_stages: int) -> None:
         self.stage = stage
-        self._rows: list[list[float]] = [[0.0, 0.0, UNKNOWN] for _ in range(num_stages)]
+        self._rows: list[list[float]] = [_row(0) for _ in range(num_stages)]
         self._changes = 0
         self._sent: dict[Op, int] = {}
         self._packed: Tensor | None = None
 
     def restart(self, windows: int) -> None:
         """The pipeline is empty after ``windows`` windows: nobody knows more than that."""
-        self._rows = [[float(windows), 0.0, UNKNOWN] for _ in self._rows]
+        self._rows = [_row(windows) for _ in self._rows]
         self._sent.clear()
         self._changes = 0
         self._packed = None
@@ -47,8 +48,21 @@ class News:
         """This stage has all gradients of ``window``."""
         row = self._rows[self.stage]
         mask = ((int(row[1]) << 1) | int(bad)) & _MASK
-        self._rows[self.stage] = [float(window + 1), float(mask), row[2] if squares is None else squares]
+        known = row[2] if squares is None else squares
+        self._rows[self.stage] = [float(window + 1), float(mask), known, row[4], row[4], row[5] + 1]
         self._changed()
+
+    def begin(self, scale: float) -> None:
+        """The last stage: the next window to be decided has this loss scale."""
+        if self._rows[self.stage][4] != scale:
+            self._rows[self.stage][4] = scale
+            self._rows[self.stage][5] += 1
+            self._changed()
+
+    def scale(self, window: int) -> float:
+        """Loss scale of a window whose gradients are here, as the last stage has said."""
+        row = self._rows[-1]
+        return row[3] if int(row[0]) == window + 1 else row[4]
 
     def _changed(self) -> None:
         self._changes += 1
@@ -63,7 +77,7 @@ class News:
         return replace(message, tensors=(*message.tensors, news), requires_grad=(*message.requires_grad, news is None))
 
     def packed(self, device: torch.device) -> Tensor:
-        """All rows, fp64 [stages, 3]."""
+        """All rows, fp64 [stages, 6]."""
         if self._packed is None:
             self._packed = torch.tensor(self._rows, dtype=torch.float64)
         return self._packed if device.type == "cpu" else self._packed.to(device)
@@ -78,7 +92,7 @@ class News:
         """Keep the newer rows of ``news``; whether there were any."""
         changed = False
         for at, theirs in enumerate(news.tolist()):
-            if theirs[0] > self._rows[at][0] and at != self.stage:
+            if at != self.stage and theirs[5] > self._rows[at][5]:
                 self._rows[at] = theirs
                 changed = True
         if changed:
@@ -97,6 +111,10 @@ class News:
         """For each stage windows decided, and the sum of squares of its last mean gradient; ``UNKNOWN`` where no norm
         has come yet."""
         return [(int(row[0]), row[2]) for row in self._rows]
+
+
+def _row(windows: int) -> list[float]:
+    return [float(windows), 0.0, UNKNOWN, 1.0, 1.0, 0.0]
 
 
 def _marks(row: list[float], window: int) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paci_rt.errors import unknown
+from paci_rt.runtime.loss_scale import LossScaler
 from paci_rt.schedules import ScheduleFamily, Shape
 from paci_rt.schedules.lowering import TiedWeight
 
@@ -28,17 +29,32 @@ class Safety:
     on_nonfinite: str | None = None
     max_grad_norm: float | None = None
     skip_spikes: float | None = None
+    loss_scale: LossScaler | None = None
 
     def __post_init__(self) -> None:
         if self.on_nonfinite is not None and self.on_nonfinite not in POLICIES:
             raise unknown("on_nonfinite", self.on_nonfinite, POLICIES)
         check_positive("max_grad_norm", self.max_grad_norm, "such as 1.0, or leave it out to clip nothing")
         check_positive("skip_spikes", self.skip_spikes, "of standard deviations such as 6.0, or leave it out")
+        if self.loss_scale is not None:
+            if not isinstance(self.loss_scale, LossScaler):
+                raise ValueError(f"loss_scale is {self.loss_scale!r}: give a paci_rt.LossScaler")
+            if self.on_nonfinite not in (None, "skip-window"):
+                raise ValueError(
+                    f"loss_scale was given and on_nonfinite is {self.on_nonfinite!r}: a scale that is too large shows "
+                    "in gradients that are not finite, whose window all stages must skip; use 'skip-window'"
+                )
         if self.skip_spikes is not None and self.on_nonfinite not in SKIPPING:
             raise ValueError(
                 f"skip_spikes is {self.skip_spikes} and on_nonfinite {self.on_nonfinite!r}: how to skip a window is "
                 "said by on_nonfinite='skip-window' or 'skip-local'; give one of them"
             )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The options as JSON-ready values, for a comparison between processes."""
+        scaler = self.loss_scale
+        return {**vars(self), "loss_scale": None if scaler is None else scaler.settings}
 
     @property
     def given(self) -> dict[str, Any]:
@@ -86,7 +102,7 @@ def resolve_safety(
             )
         return safety
     if safety.on_nonfinite is None:
-        safety = replace(safety, on_nonfinite="raise")
+        safety = replace(safety, on_nonfinite="raise" if safety.loss_scale is None else "skip-window")
     if safety.on_nonfinite != "skip-window" or family.flush or shape.num_stages == 1:
         return safety
     if policy in ("stash", "2bw"):

@@ -44,5 +44,8 @@ class StageWeights:
     def clipped(self, factor: float) -> None:
         """The gradients of the update that comes now are multiplied by ``factor``."""
 
+    def scaled(self, scale: float) -> None:
+        """The sums of the window in the making are ``scale`` times those of its gradients."""
+
     def taken_back(self) -> None:
         """An update was taken back: the current weights are others than the last ones that a forward saw."""

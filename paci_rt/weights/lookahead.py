@@ -88,6 +88,7 @@ class LookAhead:
         self._clock = clock or HostClock()
         self.seconds, self.forwards = 0.0, 0
         self.factor = 1.0  # by which the last window's gradients were clipped
+        self.scales = [1.0, 1.0]  # loss scales of the window before and of the one in the making
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +120,7 @@ class LookAhead:
         if self._careful and not before and not self._finite():
             return []
         divisor = (micro_batches or self._accumulation) * self._share
-        divisor /= self.factor or 1.0
+        divisor *= (self.scales[0] if before else self.scales[1]) / (self.factor or 1.0)
         with _without_autocast(self._optimizer.groups[0].device):
             moved = [
                 self._optimizer.ahead(number, divisor, updates, kept, before=before)
@@ -143,6 +144,7 @@ class LookAhead:
     def window_ends(self) -> None:
         """The weights are about to change: those ahead of them are of no more use."""
         self._known = 0
+        self.scales[0] = self.scales[1]
 
     def restart(self) -> None:
         """The pipeline is empty: the window before is no longer what comes next."""
@@ -210,6 +212,9 @@ class AheadWeights(StageWeights):
 
     def clipped(self, factor: float) -> None:
         self._look_ahead.factor = factor
+
+    def scaled(self, scale: float) -> None:
+        self._look_ahead.scales[1] = scale
 
     def taken_back(self) -> None:
         self._look_ahead.window_ends()
