@@ -41,7 +41,8 @@ class LocalPipeline(Pipeline):
             computes on the stream that is current in a step. Without ``streams`` every stage gets a new one.
         update_streams: likewise the streams of their updates; None is a new one per stage.
 
-    The other arguments are those of :class:`Pipeline`.
+    The other arguments are those of :class:`Pipeline` and, on gradients that are not finite, or large, those of
+    :class:`~paci_rt.runtime.safety.Safety`.
 
     Example:
         >>> stages = [nn.Linear(8, 8), nn.Linear(8, 2)]

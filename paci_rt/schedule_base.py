@@ -110,7 +110,9 @@ class PipelineScheduleSingle(_PipelineSchedule):
             only). ``lr_scheduler`` is stepped after each local update. ``transport`` says how stages reach each other:
             a name of :data:`paci_rt.transport.TRANSPORTS`, see :func:`paci_rt.transport.make_transport`, or a
             ready-made transport. ``transfer_timeout_s`` is the deadline of every single wait for another stage, in
-            seconds; for a transport by name. The others are those of :class:`~paci_rt.runtime.engine.Pipeline`.
+            seconds; for a transport by name. ``on_nonfinite``, ``max_grad_norm``, ``skip_spikes`` and ``loss_scale``
+            say what to do about gradients that are not finite, or large: :class:`~paci_rt.runtime.safety.Safety`. The
+            others are those of :class:`~paci_rt.runtime.engine.Pipeline`.
 
     Raises:
         DisagreementError: processes were asked for different things; see :mod:`paci_rt.runtime.agreement`.

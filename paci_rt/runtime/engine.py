@@ -62,7 +62,7 @@ class Pipeline(PipelineState):
         transport: how stages reach each other.
         trace: record an event for every compute action in ``events``.
         scale_grads: divide gradients by the number of micro-batches of the update, once, as torch does.
-        specs, safety: how batches are cut and outputs put together; what the options about gradients came to.
+        specs, safety: how batches are cut and outputs put together; :class:`paci_rt.runtime.safety.Safety`.
 
     Raises:
         ValueError, ScheduleError, StageError: an argument that cannot work; nothing has been changed then.
@@ -327,14 +327,15 @@ class Pipeline(PipelineState):
 
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
         compute_s utilization exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
-        peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; ``transport_stats``
-        is what transports for GPUs say (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and
-        bytes; ``utilization`` is ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (see
-        :mod:`paci_rt.schedules.policies`) map stage to a histogram over micro-batches; ``peak_pending`` counts
-        micro-batches between I and W; ``copied_input_bytes`` is what was copied of the caller's batches because
-        :meth:`step` returned before their backwards; ``lookahead_s`` is the part of ``compute_s`` that went into
-        look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer, accumulators, versions (extra
-        weights), activations (peak) and total.
+        peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; of gradients, by
+        stage, ``nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows norm_lags``
+        (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
+        (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes; ``utilization`` is
+        ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (:mod:`paci_rt.schedules.policies`)
+        map stage to a histogram over micro-batches; ``peak_pending`` counts micro-batches between I and W;
+        ``copied_input_bytes`` is what was copied of the caller's batches because :meth:`step` returned before their
+        backwards; ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to
+        bytes of weights, masters, optimizer, accumulators, versions (extra weights), activations (peak) and total.
         """
         self._executor.settle()
         return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers)

@@ -20,7 +20,24 @@ KNOWN_WINDOWS = 48
 
 @dataclass(frozen=True, kw_only=True)
 class Safety:
-    """The options of a pipeline about gradients that are not finite, or large; see :class:`Pipeline`.
+    """The options of a pipeline about gradients that are not finite, or large.
+
+    They need an optimizer: without one, gradients are left in ``.grad`` as they are, as torch leaves them.
+
+    Attributes:
+        on_nonfinite: what to do about a window whose gradients have NaN or infinite values. ``"raise"``, the default,
+            ends the run with a :class:`~paci_rt.NonFiniteError` before the stage's weights have taken any of it.
+            ``"skip-window"`` drops the window on every stage: optimizers take no step and count none, learning-rate
+            schedulers go on. A stage that has updated before it could hear of it takes that update back, exactly, for
+            which it keeps a copy of weights and optimizer state (``versions`` of ``stats()["memory"]``).
+            ``"skip-local"`` drops it on the stage that has such values alone.
+        max_grad_norm: largest 2-norm of the whole model's mean gradient, all stages together. Under schedules that
+            flush it is exact, as ``torch.nn.utils.clip_grad_norm_`` on the uncut model; others clip by their own norm
+            and the newest ones of the other stages that they have heard of (``norm_lags`` of ``stats()``).
+        skip_spikes: also skip windows whose gradient norm is so many standard deviations above the mean of those
+            before it (at most 64, once there are 16), as ``on_nonfinite`` says. Under a flush with clipping or
+            ``skip-window`` it is the norm of all stages, otherwise each stage's own.
+        loss_scale: a :class:`~paci_rt.LossScaler`, for fp16 parameters.
 
     Raises:
         ValueError: a value that means nothing.

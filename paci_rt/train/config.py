@@ -17,7 +17,7 @@ from paci_rt.optim.backend import usable
 from paci_rt.optim.verdict import LARGEST
 from paci_rt.planner import auto_slack
 from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
-from paci_rt.runtime.safety import check_positive
+from paci_rt.runtime.safety import Safety, check_positive, resolve_safety
 from paci_rt.schedules import policies
 from paci_rt.schedules.base import check_takes
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
@@ -251,6 +251,7 @@ class TrainConfig:
         object.__setattr__(self, "partition", sizes)
         shape = self._with_slack(family, shape)
         self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
+        resolve_safety(Safety(on_nonfinite=self.on_nonfinite), (True,), family, shape, self.policy or "", ())
         self._check_lookahead(family)
         if self.save_interval and self.out is None:
             raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")

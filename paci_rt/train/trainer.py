@@ -10,6 +10,7 @@ under schedules that flush; under the others each stage goes by the newest norms
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -71,10 +72,12 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
         log.catch_up()
         pipeline.synchronize()
         clock.stop()
+        val_loss = None
         if validate:
-            log.evaluated(step, evaluate(pipeline, *held_back, config.batch_size))
+            val_loss = evaluate(pipeline, *held_back, config.batch_size)
+            log.evaluated(step, val_loss)
         if save and config.out is not None:
-            require_finite_weights(pipeline, step)
+            require_finite(pipeline, step, val_loss if config.on_nonfinite == "raise" else None)
             extra = {"config": config.to_json()}
             checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group)
 
@@ -230,21 +233,23 @@ def set_options(
             group.update({**own, "lr": config.lr * config.lr_factor(step), "initial_lr": config.lr})
 
 
-def require_finite_weights(pipeline: Pipeline, step: int) -> None:
-    """Raise NonFiniteError rather than save a weight that is not finite."""
-    for stage in pipeline.stages:
-        for name, param in stage.named_parameters():
-            if not bool(param.detach().isfinite().all()):
-                at = stage.stage_index
-                raise paci_rt.NonFiniteError(
-                    f"{at}U{step - 1}",
-                    f"stage {at}: parameter {name!r} is not finite after {step} local updates, so no checkpoint was "
-                    "written; lower the learning rate (--lr)",
-                    at,
-                    step - 1,
-                    None,
-                    name,
-                )
+def require_finite(pipeline: Pipeline, step: int, val_loss: float | None) -> None:
+    """Raise NonFiniteError rather than save, over a good checkpoint, what is not finite."""
+    wrong = [
+        (stage.stage_index, name)
+        for stage in pipeline.stages
+        for name, param in stage.named_parameters()
+        if not bool(param.detach().isfinite().all())
+    ]
+    last = pipeline.stages[-1].stage_index
+    at, name = wrong[0] if wrong else (last, "")
+    if not wrong and (val_loss is None or math.isfinite(val_loss)):
+        return
+    what = f"parameter {name!r} is not finite" if wrong else f"the validation loss is {val_loss}"
+    text = (
+        f"stage {at}: {what} after {step} local updates, so no checkpoint was written; lower the learning rate (--lr)"
+    )
+    raise paci_rt.NonFiniteError(f"{at}U{step - 1}", text, at, step - 1, None, name)
 
 
 def pinned(pipeline: Pipeline, *tensors: Tensor) -> tuple[Tensor, ...]:
