@@ -19,7 +19,7 @@ from common import finish, positive, print_table
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.optim.verdict import Sealed, Verdict
 from paci_rt.train.data import Corpus, load_corpus
-from paci_rt.train.gpt import MODELS, build_stage, cross_entropy
+from paci_rt.train.gpt import GPTConfig, build_stage, cross_entropy
 
 LAGS = {"exact": 0, "1 window old": 1, "4 windows old": 4, "own norm alone": None, "not clipped": -1}
 MOST_DIFFERENCE = 0.02
@@ -74,7 +74,8 @@ class Lagging:
 
 def train(corpus: Corpus, lag: int | None, seed: int, args: argparse.Namespace) -> tuple[float, float]:
     """Validation loss at the end, and the share of updates that were clipped."""
-    config = MODELS[args.model]
+    shape = {"layers": args.layers, "heads": 2, "width": args.width, "context": args.seq_len}
+    config = GPTConfig(name="small", vocab_size=256, tied=False, **shape)
     modules: list[nn.Module] = [build_stage(config, at, args.stages, seed=seed) for at in range(args.stages)]
     pipe = paci_rt.LocalPipeline(
         modules,
@@ -100,10 +101,11 @@ def train(corpus: Corpus, lag: int | None, seed: int, args: argparse.Namespace) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="gpt-tiny")
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--width", type=positive, default=48)
     parser.add_argument("--stages", type=positive, default=4)
     parser.add_argument("--accumulation", type=positive, default=2)
-    parser.add_argument("--steps", type=positive, default=200)
+    parser.add_argument("--steps", type=positive, default=150)
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--seq-len", type=positive, default=64)
