@@ -86,6 +86,11 @@ class _AnyTorch(StageOptimizer):
             for position in window.positions:
                 param = group.params[position]
                 param.grad = group.view(window.sums, position).to(param.dtype)
+                if param.dtype is torch.float16 and not bool(param.grad.isfinite().all()):
+                    raise ValueError(
+                        f"the gradient of {group.names[position]!r} is finite as a sum and too large for fp16: use "
+                        f"paci_rt's optimizer in place of {type(self.optimizer).__name__}, or scale_grads=True"
+                    )
         self._stepping = True
         try:
             # Backwards of micro-batches still in flight must accept these weights; the schedule bounds their drift.

@@ -117,7 +117,7 @@ def resolve_safety(
                 f"{', '.join(safety.given)} was given and optimizer is None: the schedule takes no step that it could "
                 "clip or skip; pass optimizer= too, or look at .grad yourself"
             )
-        return safety
+        return replace(safety, on_nonfinite="raise")  # for stages that have one
     if safety.on_nonfinite is None:
         safety = replace(safety, on_nonfinite="raise" if safety.loss_scale is None else "skip-window")
     if safety.on_nonfinite != "skip-window" or family.flush or shape.num_stages == 1:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import paci_rt
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.schedules import FAMILIES
-from support.bad_numbers import Bad, drive, local, on_rank, plain
+from support.bad_numbers import Bad, batch, drive, local, on_rank, plain
 from support.plain import same
 from support.pool import WorkerPool
 
@@ -131,6 +131,45 @@ def test_a_frozen_last_stage_leaves_the_finding_to_the_one_before() -> None:
         pipe.step(torch.ones(4, 4), target=y)
     assert (caught.value.stage, caught.value.micro_batch) == (1, 1)
     assert all_finite(pipe)
+
+
+def test_a_stage_with_an_optimizer_beside_one_without_raises() -> None:
+    modules = [nn.Linear(4, 4), nn.Linear(4, 2)]
+    optimizers: Any = [paci_rt.AdamW(modules[0].parameters()), None]
+    pipe = paci_rt.LocalPipeline(modules, schedule="1f1b", n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=optimizers)
+    with pytest.raises(paci_rt.NonFiniteError, match="stage 0"):
+        pipe.step(torch.full((4, 4), NAN), target=torch.ones(4, 2))
+
+
+def test_a_finite_sum_that_fp16_cannot_hold_reaches_no_weight() -> None:
+    layer = nn.Linear(2, 1).half()
+    pipe = paci_rt.LocalPipeline(
+        [layer],
+        schedule="1f1b",
+        n_microbatches=4,
+        loss_fn=lambda output, target: output.sum() * 4e4,
+        optimizer=lambda params: torch.optim.SGD([p for _, p in params], lr=1e-9),
+        scale_grads=False,
+    )
+    with pytest.raises(paci_rt.ActionError, match="too large for fp16"):
+        pipe.step(torch.ones(4, 2).half(), target=torch.ones(4, 1))
+    assert all_finite(pipe)
+
+
+@pytest.mark.parametrize("schedule", ["paci", "1f1b", "paci-split"])
+def test_an_evaluation_in_between_changes_nothing(schedule: str) -> None:
+    run = Bad(schedule=schedule, stage=0, at=9, clip=0.5)
+    pipe, again = local(run), local(run)
+    for step in range(run.windows):
+        x, y = batch(run, step)
+        pipe.step(x, target=y)
+        pipe.drain()
+        again.step(x, target=y)
+        counts = [stage.submod[2]._count for stage in again.stages]  # type: ignore[index, union-attr]
+        again.eval(x, target=y)
+        for stage, count in zip(again.stages, counts, strict=True):
+            stage.submod[2]._count = count  # type: ignore[index, union-attr]
+    same(dict(again.named_parameters()), dict(pipe.named_parameters()))
 
 
 def test_without_an_optimizer_gradients_are_left_to_the_caller_as_torch_does() -> None:
