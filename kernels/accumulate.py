@@ -138,7 +138,8 @@ def clip_coefficient(totals: Sequence[Tensor], max_norm: float, divisor: float =
         divisor: what the sums will be divided by.
 
     Returns:
-        fp32 [1], for ``clip=`` of the update: ``min(1, max_norm / (norm + 1e-6))``; NaN where the norm is.
+        fp32 [1], for ``clip=`` of the update: ``min(1, max_norm / (norm + 1e-6))``; NaN where the norm is, which leaves
+        all weights as they are.
 
     Raises:
         ValueError: ``max_norm`` is negative, ``divisor`` is 0, or there are no totals.

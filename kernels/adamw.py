@@ -50,7 +50,7 @@ def adamw_step(
         exp_avg: flat fp32 first moments.
         exp_avg_sq: flat fp32 second moments.
         clip: fp32 [1] on the device, multiplies the divided gradients; see
-            :func:`paci_rt.kernels.accumulate.clip_coefficient`.
+            :func:`paci_rt.kernels.accumulate.clip_coefficient`. Where it is NaN, nothing is written.
         grads: gradients of the window's last micro-batch that are not in ``grad_sum`` yet, one a parameter; they are
             added on the way, and ``grad_sum`` stays as it is.
         overwrite: with ``grads``: they are the first of their window, and ``grad_sum`` does not count; for all, or one

@@ -190,7 +190,7 @@ def check_ahead(layout: FlatLayout, weight: Tensor | None, kept: Tensor | None) 
 
 
 def check_clip(layout: FlatLayout, clip: Tensor | None) -> Tensor:
-    """The clip coefficient, fp32 [1] on the device; 1 where there is none.
+    """The clip coefficient, fp32 [1] on the device; 1 where there is none. NaN leaves all as it is.
 
     Raises:
         ValueError: another shape, dtype or device.

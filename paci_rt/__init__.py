@@ -19,6 +19,7 @@ from paci_rt.errors import (
     DisagreementError,
     DriftBoundError,
     NativeCoreError,
+    NonFiniteError,
     OptimizerOwnedError,
     PaciError,
     ParityError,
@@ -53,6 +54,7 @@ from paci_rt.pipelining import (
     ScheduleZBVZeroBubble,
     get_schedule_class,
 )
+from paci_rt.runtime.loss_scale import LossScaler
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.state_dict import params_sha256
 from paci_rt.schedule_base import register_with_torch
@@ -76,9 +78,11 @@ __all__ = [
     "DriftBoundError",
     "Lion",
     "LocalPipeline",
+    "LossScaler",
     "Muon",
     "NAdam",
     "NativeCoreError",
+    "NonFiniteError",
     "OptimizerOwnedError",
     "PaciError",
     "ParityError",

@@ -8,8 +8,8 @@ messages, and parses back::
     >>> Action.parse("1RECV_B3")
     Action(stage=1, op=<Op.RECV_B: 'RECV_B'>, index=3)
 
-``index`` is the global running number of a micro-batch, except for ``U`` and the exchange of tied weights, where
-it is the number of the window.
+``index`` is the global running number of a micro-batch, except for ``U`` and the exchange of tied weights and of norms,
+where it is the number of the window.
 """
 
 from __future__ import annotations
@@ -52,11 +52,16 @@ class Op(enum.Enum):
     RECV_TG = "RECV_TG"
     SEND_TW = "SEND_TW"
     RECV_TW = "RECV_TW"
+    # What all stages must know of a window: its norms and whether it counts, to the last stage and back.
+    SEND_NF = "SEND_NF"
+    RECV_NF = "RECV_NF"
+    SEND_NB = "SEND_NB"
+    RECV_NB = "RECV_NB"
 
 
 COMPUTE_OPS = frozenset({Op.F, Op.B, Op.I, Op.W, Op.U})
-RECV_OPS = frozenset({Op.RECV_F, Op.RECV_B, Op.RECV_TG, Op.RECV_TW})
-SEND_OPS = frozenset({Op.SEND_F, Op.SEND_B, Op.SEND_TG, Op.SEND_TW})
+RECV_OPS = frozenset({Op.RECV_F, Op.RECV_B, Op.RECV_TG, Op.RECV_TW, Op.RECV_NF, Op.RECV_NB})
+SEND_OPS = frozenset({Op.SEND_F, Op.SEND_B, Op.SEND_TG, Op.SEND_TW, Op.SEND_NF, Op.SEND_NB})
 
 _PATTERN = re.compile(
     r"([0-9]{1,15})(" + "|".join(sorted((op.value for op in Op), key=len, reverse=True)) + r")([0-9]{1,15})"
@@ -70,7 +75,7 @@ class Action:
     Attributes:
         stage: pipeline stage, from 0.
         op: what is done.
-        index: micro-batch, or window for ``U`` and tied weights.
+        index: micro-batch, or window for ``U``, tied weights and norms.
 
     Example:
         >>> from paci_rt.action import Action, Op
@@ -105,14 +110,14 @@ class Action:
 
 OPS = tuple(Op)
 _CODE_OF = {op: code for code, op in enumerate(OPS)}
-_OP_SHIFT, _STAGE_SHIFT = 40, 44
+_OP_SHIFT, _STAGE_SHIFT = 40, 45
 
 
 def encode(stage: Any, op: Op, index: Any) -> Codes:
     """Actions as int64 codes, so that schedules of millions of actions stay small and quick.
 
     Args:
-        stage: an integer or an array of them, below 2**19.
+        stage: an integer or an array of them, below 2**18.
         op: what the actions do.
         index: an integer or an array of them, below 2**40.
 
@@ -144,7 +149,7 @@ def decode_fields(codes: Codes) -> tuple[Codes, Codes, Codes]:
         >>> stages.tolist(), [OPS[op].value for op in ops], indices.tolist()
         ([1, 1], ['B', 'B'], [4, 5])
     """
-    return codes >> _STAGE_SHIFT, (codes >> _OP_SHIFT) & 0xF, codes & ((1 << _OP_SHIFT) - 1)
+    return codes >> _STAGE_SHIFT, (codes >> _OP_SHIFT) & 0x1F, codes & ((1 << _OP_SHIFT) - 1)
 
 
 def decode(codes: Codes) -> list[Action]:

@@ -209,8 +209,44 @@ class ActionError(PaciError, RuntimeError):
         super().__init__(message)
         self.action = action
 
-    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return type(self), (self.action, str(self))
+
+
+class NonFiniteError(ActionError):
+    """A stage's gradients of a window are not finite; no weight has taken them. See ``on_nonfinite`` of the schedules.
+
+    Attributes:
+        stage, window: where and when.
+        micro_batch: the first one whose gradients showed it; None where only the window's sum does.
+        parameter: the first of the stage's parameters whose gradient is not finite, by its name in the module.
+
+    Example:
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(4, 2)], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW
+        ... )
+        >>> try:
+        ...     pipeline.step(torch.tensor([[1.0] * 4, [float("nan")] * 4]), target=torch.ones(2, 2))
+        ... except paci_rt.NonFiniteError as error:
+        ...     print(error.stage, error.window, error.micro_batch, error.parameter)
+        0 0 1 weight
+    """
+
+    def __init__(
+        self,
+        action: str,
+        message: str,
+        stage: int = 0,
+        window: int = 0,
+        micro_batch: int | None = None,
+        parameter: str = "",
+    ) -> None:
+        super().__init__(action, message)
+        self.stage, self.window = stage, window
+        self.micro_batch, self.parameter = micro_batch, parameter
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.action, str(self), self.stage, self.window, self.micro_batch, self.parameter)
 
 
 class PeerLostError(ActionError):

@@ -11,6 +11,8 @@ from torch import nn
 from paci_rt.optim.backend import usable
 from paci_rt.runtime.argument_types import as_device, check_modules
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.loss_scale import LossScaler
+from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.tied_weights import declared_ties
 from paci_rt.runtime.torch_stages import check_replicated, from_one_pipe
@@ -41,7 +43,8 @@ class LocalPipeline(Pipeline):
             computes on the stream that is current in a step. Without ``streams`` every stage gets a new one.
         update_streams: likewise the streams of their updates; None is a new one per stage.
 
-    The other arguments are those of :class:`Pipeline`.
+    The other arguments are those of :class:`Pipeline` and, on gradients that are not finite, or large, those of
+    :class:`~paci_rt.runtime.safety.Safety`.
 
     Example:
         >>> stages = [nn.Linear(8, 8), nn.Linear(8, 2)]
@@ -77,6 +80,10 @@ class LocalPipeline(Pipeline):
         tied_weights: Sequence[TiedWeight] = (),
         trace: bool = False,
         scale_grads: bool = True,
+        on_nonfinite: str | None = None,
+        max_grad_norm: float | None = None,
+        skip_spikes: float | None = None,
+        loss_scale: LossScaler | None = None,
         transport: Transport | None = None,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
         streams: Sequence[torch.cuda.Stream | None] | None = None,
@@ -114,6 +121,12 @@ class LocalPipeline(Pipeline):
             trace=trace,
             scale_grads=scale_grads,
             specs=chunk_specs(args_chunk_spec, kwargs_chunk_spec, output_merge_spec),
+            safety=Safety(
+                on_nonfinite=on_nonfinite,
+                max_grad_norm=max_grad_norm,
+                skip_spikes=skip_spikes,
+                loss_scale=loss_scale,
+            ),
         )
 
 

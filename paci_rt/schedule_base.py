@@ -10,6 +10,8 @@ import torch
 
 from paci_rt.runtime.agreement import among_processes
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.loss_scale import LossScaler
+from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.split_merge import NO_SPECS, ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.tied_weights import declared_ties
@@ -44,6 +46,10 @@ class _PipelineSchedule(Pipeline):
         transport: Transport | str | None = "auto",
         transfer_timeout_s: float = DEFAULT_TIMEOUT_S,
         trace: bool = False,
+        on_nonfinite: str | None = None,
+        max_grad_norm: float | None = None,
+        skip_spikes: float | None = None,
+        loss_scale: LossScaler | None = None,
     ) -> None:
         if not hasattr(type(self), "name"):
             raise TypeError(f"{type(self).__name__} is a base class: take a schedule of get_schedule_class(name)")
@@ -69,6 +75,12 @@ class _PipelineSchedule(Pipeline):
             trace=trace,
             scale_grads=scale_grads,
             specs=specs,
+            safety=Safety(
+                on_nonfinite=on_nonfinite,
+                max_grad_norm=max_grad_norm,
+                skip_spikes=skip_spikes,
+                loss_scale=loss_scale,
+            ),
         )
 
     # Torch's trainers read these.
@@ -100,7 +112,9 @@ class PipelineScheduleSingle(_PipelineSchedule):
             only). ``lr_scheduler`` is stepped after each local update. ``transport`` says how stages reach each other:
             a name of :data:`paci_rt.transport.TRANSPORTS`, see :func:`paci_rt.transport.make_transport`, or a
             ready-made transport. ``transfer_timeout_s`` is the deadline of every single wait for another stage, in
-            seconds; for a transport by name. The others are those of :class:`~paci_rt.runtime.engine.Pipeline`.
+            seconds; for a transport by name. ``on_nonfinite``, ``max_grad_norm``, ``skip_spikes`` and ``loss_scale``
+            say what to do about gradients that are not finite, or large: :class:`~paci_rt.runtime.safety.Safety`. The
+            others are those of :class:`~paci_rt.runtime.engine.Pipeline`.
 
     Raises:
         DisagreementError: processes were asked for different things; see :mod:`paci_rt.runtime.agreement`.

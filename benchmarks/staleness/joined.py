@@ -65,4 +65,5 @@ def join_windows(pipeline: paci_rt.LocalPipeline, bounds: list[StageOptimizer], 
         joined = windows_joined(len(bounds) - 1 - stage, accumulation)
         if joined > 1:
             runtime.optimizer = _JoinedUpdates(bounds[stage], joined)  # type: ignore[assignment]
+            runtime.guard = None  # it judges single windows
             runtime.weights = _JoinedWeights(bounds[stage], joined, accumulation)

@@ -60,8 +60,10 @@ def adamw_kernel(
     ``ELEMENT``) may be None."""
     position, start, length, offset = load_chunk(chunks)
     row = rows + position * 16
-    if load_flag(row) != 0:
-        divisor, coefficient = tl.load(row + 1), tl.load(clip)
+    coefficient = tl.load(clip)
+    # NaN: gradients that are not finite, of which no weight takes anything.
+    if (load_flag(row) != 0) & (coefficient == coefficient):
+        divisor = tl.load(row + 1)
         for at in range(0, length, BLOCK):
             lanes, here, mask, valid = block_of(offset, at, length, BLOCK)
             # All of it on its way before anything waits: a division is many instructions with branches among them,

@@ -34,8 +34,10 @@ def lion_kernel(
     """One step. ``low`` (bf16/fp16 weights) and ``entries`` (last gradients, dtype ``ELEMENT``) may be None."""
     position, start, length, offset = load_chunk(chunks)
     row = rows + position * 16
-    if load_flag(row) != 0:
-        divisor, coefficient = tl.load(row + 1), tl.load(clip)
+    coefficient = tl.load(clip)
+    # NaN: gradients that are not finite, of which no weight takes anything.
+    if (load_flag(row) != 0) & (coefficient == coefficient):
+        divisor = tl.load(row + 1)
         for at in range(0, length, BLOCK):
             lanes, here, mask, valid = block_of(offset, at, length, BLOCK)
             # All of it on its way before anything waits, as with AdamW.
@@ -44,7 +46,7 @@ def lion_kernel(
             total = load_sum(grad_sum, here, mask, entries, position, start, at, length, ELEMENT, ALIGNED, BLOCK)
             gradient = tl.div_rn(total, divisor) * coefficient
             weight, mean = lion_math(weight, gradient, mean, row)
-            # Padding is zero and stays zero, also where the clip coefficient is NaN.
+            # Padding is zero and stays zero.
             weight = tl.where(valid, weight, 0.0)
             tl.store(master + here, weight, mask=mask)
             tl.store(exp_avg + here, tl.where(valid, mean, 0.0), mask=mask)

@@ -41,8 +41,10 @@ def sgd_kernel(
     """One step. ``low``, ``buffer`` (there is no momentum) and ``entries`` may be None."""
     position, start, length, offset = load_chunk(chunks)
     row = rows + position * 16
-    if load_flag(row) != 0:
-        divisor, coefficient = tl.load(row + 1), tl.load(clip)
+    coefficient = tl.load(clip)
+    # NaN: gradients that are not finite, of which no weight takes anything.
+    if (load_flag(row) != 0) & (coefficient == coefficient):
+        divisor = tl.load(row + 1)
         rate, decay, momentum, take, is_first, nesterov = load_scalars(row, BLOCK)
         for at in range(0, length, BLOCK):
             lanes, here, mask, valid = block_of(offset, at, length, BLOCK)

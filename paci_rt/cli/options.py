@@ -194,6 +194,12 @@ def add_training(options: ConfigOptions) -> None:
     options.add("beta1", float, "X", "first beta of all optimizers but SGD")
     options.add("beta2", float, "X", "second beta of all optimizers but SGD (default: 0.95, for lion 0.99)")
     options.add("momentum", float, "X", "momentum of SGD and Muon (default: 0.9, for muon 0.95)")
+    options.add("clip_grad_norm", number, "X", "largest 2-norm of the whole model's gradient, all stages together: "
+                "exact under schedules that flush, by the newest norms that a stage has heard of under the others")
+    options.add("on_nonfinite", str, "NAME", "what to do about gradients with NaN or infinite values: raise ends the "
+                "run; skip-window drops the window on every stage; skip-local drops it on the stage that has them")
+    options.add("skip_spikes", number, "Z", "also skip windows whose gradient norm is Z standard deviations above "
+                "those of the last ones")
     options.group("running")
     options.add("seed", int, "N", "seed of weights and batches; equal seeds give equal parameters, bit for bit")
     options.add("eval_interval", int, "N", "local updates between validations (default: a tenth of --steps)")

@@ -75,6 +75,7 @@ class Progress:
             )
         if report["kind"] == "step":
             shown = f"loss {report['loss']:.3f}, {report['tokens_per_s']:,.0f} tok/s, util {report['utilization']:.2f}"
+            shown += _skipped(report)
             if self._val_loss is not None:
                 shown += f", val {self._val_loss:.3f}"
             self._bar.set_postfix_str(shown, refresh=False)
@@ -92,6 +93,11 @@ class Progress:
             self._printed_at = now
             line = (
                 f"{done}  loss {report['loss']:.3f}  {report['tokens_per_s']:,.0f} tokens/s  "
-                f"utilization {report['utilization']:.2f}  {text.seconds(report['elapsed_s'])}"
+                f"utilization {report['utilization']:.2f}  {text.seconds(report['elapsed_s'])}{_skipped(report)}"
             )
         print(line, file=self._stream, flush=True)
+
+
+def _skipped(report: dict[str, Any]) -> str:
+    count = report.get("skipped_windows", 0)
+    return f", {count} skipped" if count else ""

@@ -125,7 +125,20 @@ def report_text(result: RunResult) -> str:
   validation loss  {result.val_loss:.4f} nats per token, perplexity {perplexity:.4g}
   throughput       {result.tokens_per_s:,.0f} tokens/s at {text.share(result.utilization)} utilization
   drift            at most {result.max_drift}, bound {result.drift_bound}; delay at most {result.max_delay}
-  peak memory      {text.size(result.peak_memory_bytes)} on the largest stage
+{safety_line(result)}  peak memory      {text.size(result.peak_memory_bytes)} on the largest stage
   params_sha256    {result.params_sha256}
 
 {text.table(header, rows)}"""
+
+
+def safety_line(result: RunResult) -> str:
+    """What became of gradients that were not finite, stood out or were clipped; empty where there were none."""
+    counts = {
+        "skipped": result.skipped_windows,
+        "not finite": result.nonfinite_windows,
+        "spikes": result.spiked_windows,
+        "taken back": result.taken_back_windows,
+        "clipped": result.clipped_windows,
+    }
+    found = [f"{max(by_stage.values())} {name}" for name, by_stage in counts.items() if any(by_stage.values())]
+    return f"  windows          {', '.join(found)}\n" if found else ""

@@ -311,6 +311,17 @@ class GradAccumulator:
         self._native.release(self._on(stream))
         self._consuming, self._before = None, before
 
+    def sealed_views(self) -> list[tuple[int, Tensor]]:
+        """Position and sum of each parameter that got a gradient in the window that is sealed or being consumed.
+
+        Raises:
+            AccumulatorStateError: no buffer is sealed or being consumed.
+        """
+        touched = self.touched
+        finished = next(at for at, state in enumerate(self.states) if state in ("consuming", "sealed"))
+        views = self._views[finished]
+        return [(position, view) for position, view in enumerate(views) if touched[position]]
+
     def measured(self) -> tuple[Any, Any]:
         """Sum of squares and number of non-finite elements of the sealed buffer: numbers, or on a GPU fp64 tensors of
         one element, for which nothing waits.

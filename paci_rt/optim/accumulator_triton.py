@@ -103,6 +103,15 @@ class KernelAccumulator(GradAccumulator):
     def measured(self) -> tuple[Any, Any]:
         return self.totals[0], self.totals[1]
 
+    def nonfinite_chunks(self) -> Tensor:
+        """int32 [chunks], a copy: non-finite elements in the chunks of the window that was sealed last."""
+        return self._statistics.nonfinite.clone()
+
+    def nonfinite_positions(self, chunks: Tensor) -> list[int]:
+        """Parameters that have some, by what :meth:`nonfinite_chunks` returned. Waits for it."""
+        counts = chunks.tolist()
+        return [at for at, (first, end) in enumerate(self.group.layout.ranges) if any(counts[first:end])]
+
     totals: Tensor
     """fp64 [2] on the device, of the window that was sealed last: sum of squares and number of non-finite elements."""
 

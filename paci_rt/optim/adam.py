@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,8 @@ class NAdam(FusedOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        check_option(momentum_decay >= 0, f"momentum_decay={momentum_decay}: must not be negative")
+        fine = 0 <= momentum_decay < math.inf
+        check_option(fine, f"momentum_decay={momentum_decay}: must be finite and not negative")
         shared = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, {**shared, "momentum_decay": momentum_decay})
 

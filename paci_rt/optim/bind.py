@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from inspect import signature
 from typing import Any
 
@@ -14,11 +15,13 @@ from paci_rt.errors import OptimizerOwnedError
 from paci_rt.optim.accumulator import Window
 from paci_rt.optim.adam import AdamW, NAdam
 from paci_rt.optim.flat import PLAIN_DTYPES
-from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer, FusedStageOptimizer, check_state_value
+from paci_rt.optim.fused import OWNED_MESSAGE, FusedOptimizer, FusedStageOptimizer
+from paci_rt.optim.fused_state import check_state_value
 from paci_rt.optim.lion import Lion
 from paci_rt.optim.muon import Muon
 from paci_rt.optim.sgd import SGD
 from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer, UpdateStats
+from paci_rt.optim.verdict import require_finite
 
 __all__ = [
     "SGD",
@@ -38,7 +41,7 @@ _GUARD = "_paci_rt_guard"
 class _GradsOnly(StageOptimizer):
     """No optimizer: windows end up in ``.grad``, and the user steps."""
 
-    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
+    def _apply(self, windows: dict[int, Window], divisor: float) -> None:
         for number, window in windows.items():
             group = self.groups[number]
             for position in window.positions:
@@ -75,7 +78,7 @@ class _AnyTorch(StageOptimizer):
         if not self._stepping:
             raise OptimizerOwnedError(OWNED_MESSAGE)
 
-    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
+    def _apply(self, windows: dict[int, Window], divisor: float) -> None:
         for param in self._params:
             param.grad = None
         for number, window in windows.items():
@@ -85,6 +88,11 @@ class _AnyTorch(StageOptimizer):
             for position in window.positions:
                 param = group.params[position]
                 param.grad = group.view(window.sums, position).to(param.dtype)
+                if param.dtype is torch.float16 and not bool(param.grad.isfinite().all()):
+                    raise ValueError(
+                        f"the gradient of {group.names[position]!r} is finite as a sum and too large for fp16: use "
+                        f"paci_rt's optimizer in place of {type(self.optimizer).__name__}, or scale_grads=True"
+                    )
         self._stepping = True
         try:
             # Backwards of micro-batches still in flight must accept these weights; the schedule bounds their drift.
@@ -97,6 +105,16 @@ class _AnyTorch(StageOptimizer):
             for param in self._params:
                 param.grad = None
             self._publish_all()
+
+    def _copied_state(self, memory: Any) -> Any:
+        return [deepcopy(self.optimizer.state.get(param)) for param in self._params]
+
+    def _restore_state(self, state: Any) -> None:
+        for param, entry in zip(self._params, state, strict=True):
+            if entry is None:
+                self.optimizer.state.pop(param, None)
+            else:
+                self.optimizer.state[param] = deepcopy(entry)
 
     def _optimizer_bytes(self) -> int:
         values = (value for param in self._params for value in self.optimizer.state.get(param, {}).values())
@@ -198,8 +216,8 @@ def bind_optimizer(
             weight that follows another stage.
 
     Raises:
-        ValueError: the optimizer and the stage have different parameters, or there is none under an asynchronous
-            schedule.
+        ValueError: the optimizer and the stage have different parameters, an option of it is not finite, or there is
+            none under an asynchronous schedule.
 
     An optimizer that was bound before, by a schedule that is no longer used, is taken over with its state.
     """
@@ -213,6 +231,7 @@ def bind_optimizer(
             )
         return _GradsOnly(_by_dtype(list(trainable.items())), frozen, buffers)
     _check_same_params(optimizer, trainable, [*frozen, *ignored])
+    require_finite(optimizer.param_groups)
     names = {id(param): name for name, param in trainable.items()}
     grouped: list[NamedParams] = []
     owners: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Muon(FusedOptimizer):
         (['momentum_buffer'], ['exp_avg', 'exp_avg_sq', 'step'])
     """
 
+    masks = False
+
     def __init__(
         self,
         params: ParamsT,
@@ -81,7 +84,8 @@ class Muon(FusedOptimizer):
         check_option(0 <= momentum < 1, f"momentum={momentum}: must lie in [0, 1)")
         check_option(1 <= ns_steps < 100, f"ns_steps={ns_steps}: give a number of steps from 1 to 99, such as 5")
         check_option(len(ns_coefficients) == 3, f"ns_coefficients={ns_coefficients}: give three numbers")
-        check_option(ns_eps > 0, f"ns_eps={ns_eps}: must be positive")
+        check_option(all(map(math.isfinite, ns_coefficients)), f"ns_coefficients={ns_coefficients}: must be finite")
+        check_option(0 < ns_eps < math.inf, f"ns_eps={ns_eps}: must be finite and positive")
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +46,8 @@ class SGD(FusedOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        check_option(momentum >= 0, f"momentum={momentum}: must not be negative")
+        check_option(0 <= momentum < math.inf, f"momentum={momentum}: must be finite and not negative")
+        check_option(math.isfinite(dampening), f"dampening={dampening}: must be finite")
         check_option(
             not nesterov or (momentum > 0 and dampening == 0),
             f"nesterov=True needs momentum above 0 and dampening 0, got momentum={momentum}, dampening={dampening}",

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from paci_rt.optim.accumulator import GradAccumulator, Window
 from paci_rt.optim.backend import make_accumulator, update_order
 from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.take_back import UpdateHistory
 from paci_rt.optim.update_stream import Buckets
+from paci_rt.optim.verdict import AS_IT_IS, Sealed, Verdict, require_finite
 
 
 class GradSink(ABC):
@@ -79,6 +81,7 @@ class StageOptimizer(GradSink):
         accumulators: one for each of them.
         optimizer: the user's optimizer, None without one.
         order: who waits for updates, on a GPU; None on the CPU, where nobody has to.
+        history: updates that may have to be taken back; None where none ever has.
     """
 
     optimizer: torch.optim.Optimizer | None = None
@@ -93,7 +96,14 @@ class StageOptimizer(GradSink):
             for position, param in enumerate(group.params)
         }
         self.order = update_order(self.groups[0].device if self.groups else None)
+        self.history: UpdateHistory | None = None
         self._buckets: Buckets | None = None
+        self._sealed: Sealed | None = None
+
+    @property
+    def masks(self) -> bool:
+        """Whether an update can be told on the device, by a ``factor`` of NaN, to leave all as it is."""
+        return False
 
     def compute_products_by(self, wgrad: Callable[..., None] | None) -> None:
         """What weight gradients are computed by on a GPU; None is the default route."""
@@ -140,7 +150,38 @@ class StageOptimizer(GradSink):
         if self.order is not None:
             self.order.wait_all()
 
-    def update(self, divisor: int, prepare: Callable[[], None] = lambda: None) -> UpdateStats:
+    def seal_window(self) -> Sealed:
+        """End the window, ahead of :meth:`update` where something must be known of its sums.
+
+        Raises:
+            StageError: a parameter was moved off its flat buffer.
+        """
+        if self._sealed is None:
+            for group in self.groups:
+                group.check_views()
+            live = [number for number, accumulator in enumerate(self.accumulators) if accumulator.end_window()]
+            squares, nonfinite = 0.0, 0
+            for number in live:
+                square, count = self.accumulators[number].measured()
+                squares, nonfinite = squares + square, nonfinite + count
+            self._sealed = Sealed(live, squares, nonfinite)
+        return self._sealed
+
+    def sealed_sums(self) -> list[tuple[int, int, Tensor]]:
+        """Of a sealed window the sum of each parameter that has one: flat group, position, a view of the sum."""
+        return [
+            (number, position, view)
+            for number in self.seal_window().live
+            for position, view in self.accumulators[number].sealed_views()
+        ]
+
+    def update(
+        self,
+        divisor: float,
+        prepare: Callable[[], None] = lambda: None,
+        *,
+        decide: Callable[[Sealed], Verdict | None] = lambda _: AS_IT_IS,
+    ) -> UpdateStats:
         """End the window: seal the sums, apply ``sum / divisor``, and leave the accumulators empty.
 
         Parameters without a gradient in the window are left alone, as torch does with a ``grad`` of None.
@@ -148,29 +189,76 @@ class StageOptimizer(GradSink):
         Args:
             divisor: what the sums are divided by.
             prepare: called before any weight is written, where it may write them too.
+            decide: what becomes of the window; None drops it: weights and optimizer state stay as they are.
 
         Raises:
-            ValueError: ``divisor`` is below 1.
+            ValueError: ``divisor`` is below 1, or an option of the optimizer is not finite.
             StageError: a parameter was moved off its flat buffer.
         """
         if divisor < 1:
             raise ValueError(f"divisor={divisor}: gradients are divided by a number of micro-batches, at least 1")
-        for group in self.groups:
-            group.check_views()
-        live = [number for number, accumulator in enumerate(self.accumulators) if accumulator.end_window()]
-        squares, nonfinite = 0.0, 0
-        for number in live:
-            square, count = self.accumulators[number].measured()
-            squares, nonfinite = squares + square, nonfinite + count
+        if self.optimizer is not None:
+            require_finite(self.optimizer.param_groups)
+        sealed = self.seal_window()
+        verdict = decide(sealed)
+        self._sealed = None
         with nullcontext() if self.order is None else self.order.updating():
             prepare()
-            windows = {number: self.accumulators[number].consume() for number in live}
+            windows = {number: self.accumulators[number].consume() for number in sealed.live}
             try:
-                self._apply(windows, divisor)
+                if verdict is None:
+                    for window in windows.values():
+                        window.sums.zero_()  # nothing may find what is not finite there later
+                    self._publish_all()
+                else:
+                    self._take(windows, divisor if verdict.divisor is None else verdict.divisor, verdict)
             finally:
-                for number in live:
+                for number in sealed.live:
                     self.accumulators[number].release()
-        return UpdateStats(grad_norm=squares**0.5 / divisor, nonfinite=nonfinite)
+                    if verdict is None:
+                        self.accumulators[number].forget()
+        return UpdateStats(grad_norm=sealed.squares**0.5 / divisor, nonfinite=sealed.nonfinite)
+
+    def _take(self, windows: dict[int, Window], divisor: float, verdict: Verdict) -> None:
+        if isinstance(verdict.factor, Tensor) or verdict.factor != 1.0:
+            self._scale(windows, verdict.factor)
+        if self.history is not None and verdict.window is not None:
+            self.history.keep(verdict.window, windows, divisor)
+        self._apply(windows, divisor)
+
+    def _scale(self, windows: dict[int, Window], factor: float | Tensor) -> None:
+        for window in windows.values():
+            window.sums.mul_(factor)
+
+    def apply(self, windows: dict[int, Window], divisor: float) -> None:
+        """Update once more from sums that were kept."""
+        self._apply(windows, divisor)
+
+    @torch.no_grad()
+    def snapshot(self, memory: Any = None) -> Any:
+        """Copies of weights, masters and optimizer state, in the ``memory`` of an earlier one if that is given."""
+        weights = [group.weight for group in self.groups]
+        if memory is None:
+            return [weight.clone() for weight in weights], self._copied_state(None)
+        for kept, weight in zip(memory[0], weights, strict=True):
+            kept.copy_(weight)
+        return memory[0], self._copied_state(memory[1])
+
+    @torch.no_grad()
+    def restore(self, snapshot: Any) -> None:
+        """Bring back what :meth:`snapshot` has copied; version counters stand still, as for an update."""
+        weights, state = snapshot
+        for group, weight in zip(self.groups, weights, strict=True):
+            group.weight.copy_(weight)
+        self._restore_state(state)
+        for accumulator in self.accumulators:
+            accumulator.forget()
+
+    def _copied_state(self, memory: Any) -> Any:
+        """Copies of all that an update changes besides the weights."""
+
+    def _restore_state(self, state: Any) -> None:
+        """Bring that back."""
 
     def _publish_all(self) -> None:
         for bucket in range(1 if self._buckets is None else self._buckets.count):
@@ -181,7 +269,7 @@ class StageOptimizer(GradSink):
             self.order.publish(bucket)
 
     @abstractmethod
-    def _apply(self, windows: dict[int, Window], divisor: int) -> None:
+    def _apply(self, windows: dict[int, Window], divisor: float) -> None:
         """Update from what is being consumed of each flat group, by its number, and publish every bucket."""
 
     @property

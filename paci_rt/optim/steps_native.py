@@ -39,6 +39,7 @@ class FlatStep(TypedDict):
         divisor: what the sums are divided by on the way; a negative one maximises.
         stream: 0 on the CPU.
         ahead: look ahead instead.
+        clip: on a GPU fp32 of one element that gradients are multiplied by; NaN leaves all as it is.
     """
 
     master: Tensor
@@ -50,6 +51,7 @@ class FlatStep(TypedDict):
     divisor: float
     stream: NotRequired[int]
     ahead: NotRequired[Ahead | None]
+    clip: NotRequired[Tensor]
 
 
 class AdamWStep(FlatStep):

@@ -82,6 +82,6 @@ class TritonSteps:
         only = None if len(positions) == len(steps) else positions
         ahead: steps_native.Ahead | None = step.get("ahead")
         if ahead is None:
-            take(self._layout, rows, **tensors, only=only)
+            take(self._layout, rows, **tensors, clip=step.get("clip"), only=only)
         else:
             look(self._layout, rows, **tensors, kept=ahead.kept, only=only)

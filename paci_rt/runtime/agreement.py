@@ -163,6 +163,7 @@ def facts_of(pipeline: Pipeline) -> dict[str, Any]:
         "lookahead": asked.lookahead,
         "costs": _plain(shape.costs._asdict()) if family.takes_costs else None,
         "tied_weights": [_plain(asdict(tie)) for tie in asked.lowering.ties],
+        **asked.safety.facts,
         "scale_grads": asked.divisor == shape.accumulation,
         "optimizer": _distinct(optimizers, _kind),
         **_by_option("optimizer", _distinct(optimizers, _defaults)),

@@ -16,7 +16,9 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.argument_types import check_types
 from paci_rt.runtime.audit import RankAudit, StageAudit
 from paci_rt.runtime.executor import StageRuntime
+from paci_rt.runtime.guard import Guard
 from paci_rt.runtime.module_checks import check_parameters, check_wrappers
+from paci_rt.runtime.safety import SKIPPING, Safety, resolve_safety
 from paci_rt.runtime.shared_memory import check_memory
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
@@ -41,6 +43,7 @@ class Setup:
         buffers: gradient buffers a stage.
         forward_only: no backward, and so no gradients and no updates.
         loss_fn: of the last stage.
+        safety: what is done about gradients that are not finite, or large.
     """
 
     lowering: Lowering
@@ -51,6 +54,7 @@ class Setup:
     buffers: int
     forward_only: bool
     loss_fn: LossFn | None
+    safety: Safety
 
 
 def make_setup(
@@ -68,6 +72,7 @@ def make_setup(
     buffers: int | None,
     tied_weights: Sequence[TiedWeight],
     scale_grads: bool,
+    safety: Safety | None,
 ) -> Setup:
     """Check the arguments of a pipeline against each other; they are those of :class:`paci_rt.runtime.engine.Pipeline`.
 
@@ -107,8 +112,10 @@ def make_setup(
         )
     if not forward_only:
         _check_optimizers(family, optimizers, tied_weights)
-    lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights))
     policy = policies.resolve(family, shape, policy)
+    safety = resolve_safety(safety, optimizers, family, shape, policy, tied_weights)
+    settles = safety.settles(family, shape.num_stages)
+    lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights), settles=settles)
     if tied_weights and policy == "2bw":
         raise ValueError(
             "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, "
@@ -123,6 +130,7 @@ def make_setup(
         buffers=1 if buffers is None else buffers,
         forward_only=forward_only,
         loss_fn=loss_fn,
+        safety=safety,
     )
 
 
@@ -206,16 +214,41 @@ def bind(
     recompute = policies.recomputes(policy, family, shape, rank.rank)
     loss_fn = setup.loss_fn if stage.is_last else None
     stage.reruns.watch(loss_fn, recompute=recompute, drifts=drift_bound > 0)
+    audit = StageAudit(stage=stage.stage_index, rank=rank, drift_bound=drift_bound, delay_bound=delay_bound)
     return StageRuntime(
         stage=stage,
-        audit=StageAudit(stage=stage.stage_index, rank=rank, drift_bound=drift_bound, delay_bound=delay_bound),
+        audit=audit,
         optimizer=bound,
         weights=weights,
         accumulation=shape.accumulation,
         divisor=setup.divisor,
         recompute=recompute,
         ties=ties,
+        guard=_guard(setup, stage, bound, weights, ties, audit),
         clock=clock,
+    )
+
+
+def _guard(
+    setup: Setup,
+    stage: PipelineStage,
+    bound: StageOptimizer,
+    weights: StageWeights,
+    ties: TiedExchange | None,
+    audit: StageAudit,
+) -> Guard | None:
+    """What looks at a stage's gradients before its weights take them; None where the caller takes the steps."""
+    if bound.optimizer is None:
+        return None
+    return Guard(
+        setup.safety,
+        setup.lowering,
+        stage,
+        optimizer=bound,
+        weights=weights,
+        ties=ties,
+        audit=audit,
+        divisor=setup.divisor,
     )
 
 
@@ -258,4 +291,11 @@ def make_weights(setup: Setup, bound: StageOptimizer, rank: int, clock: HostCloc
     if not setup.lookahead or not can_look_ahead(bound):
         return StageWeights()
     early = family.in_flight_bound(shape, rank) - 1
-    return AheadWeights(bound, accumulation=shape.accumulation, divisor=setup.divisor, early=early, clock=clock)
+    return AheadWeights(
+        bound,
+        accumulation=shape.accumulation,
+        divisor=setup.divisor,
+        early=early,
+        careful=setup.safety.on_nonfinite in SKIPPING,
+        clock=clock,
+    )

@@ -48,6 +48,11 @@ class StageAudit:
         drift: micro-batches by how many versions their backward's weights were ahead of their forward's.
         delay: micro-batches by how many versions the weights that their gradient changes are ahead of those that
             their forward used.
+        nonfinite_windows: whose gradients were not finite here. spiked_windows: whose norm stood out.
+        skipped_windows: without an update; taken_back_windows: those among them whose update had been made.
+        clipped_windows: whose gradients were clipped.
+        norm_lags: for each norm of another stage that clipping used, how many windows it was old; -1 where none had
+            come yet.
         nonfinite_gradients, grad_norm: non-finite elements of all updates' gradients; 2-norm of the last one's.
         compute_s: seconds inside F, B, I, W and U; exposed_comm_s: seconds in receives and in starting sends.
     """
@@ -69,6 +74,12 @@ class StageAudit:
     exposed_comm_s: float = 0.0
     micro_batches: int = 0
     windows: int = 0
+    nonfinite_windows: int = 0
+    spiked_windows: int = 0
+    skipped_windows: int = 0
+    taken_back_windows: int = 0
+    clipped_windows: int = 0
+    norm_lags: Counter[int] = field(default_factory=Counter)
     nonfinite_gradients: Any = 0
     grad_norm: Any = 0.0
 
@@ -138,3 +149,6 @@ class StageAudit:
         self.peak_activation_bytes = self.activation_bytes
         self.compute_s = self.exposed_comm_s = 0.0
         self.micro_batches = self.windows = self.nonfinite_gradients = 0
+        self.nonfinite_windows = self.spiked_windows = self.skipped_windows = self.taken_back_windows = 0
+        self.clipped_windows = 0
+        self.norm_lags.clear()

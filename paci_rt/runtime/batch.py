@@ -45,6 +45,7 @@ class Batch:
         losses: functions from the last stage's output to the loss.
         training: False for a forward-only pass.
         start_window: window before which the pipeline was last empty.
+        last: nothing is owed after it: a drain.
         from_gpu: some of it is on a GPU, perhaps still to be computed there by the caller.
     """
 
@@ -54,6 +55,7 @@ class Batch:
     training: bool = True
     start_window: int = 0
     keep_outputs: bool = False
+    last: bool = False
     from_gpu: bool = False
     outputs: dict[int, Any] = field(default_factory=dict)
     loss_values: dict[int, Tensor] = field(default_factory=dict)

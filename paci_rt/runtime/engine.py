@@ -23,6 +23,7 @@ from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.module_watch import ModuleWatch
 from paci_rt.runtime.pipeline_state import PipelineState
+from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.split_merge import ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
@@ -61,7 +62,7 @@ class Pipeline(PipelineState):
         transport: how stages reach each other.
         trace: record an event for every compute action in ``events``.
         scale_grads: divide gradients by the number of micro-batches of the update, once, as torch does.
-        specs: how batches are cut and outputs put together.
+        specs, safety: how batches are cut and outputs put together; :class:`paci_rt.runtime.safety.Safety`.
 
     Raises:
         ValueError, ScheduleError, StageError: an argument that cannot work; nothing has been changed then.
@@ -87,6 +88,7 @@ class Pipeline(PipelineState):
         trace: bool,
         scale_grads: bool,
         specs: ChunkSpecs,
+        safety: Safety | None = None,
     ) -> None:
         setup = make_setup(
             stages,
@@ -102,6 +104,7 @@ class Pipeline(PipelineState):
             buffers=buffers,
             tied_weights=tied_weights,
             scale_grads=scale_grads,
+            safety=safety,
         )
         self.asked_for = setup
         self._lowering, self._policy = setup.lowering, setup.policy
@@ -123,6 +126,7 @@ class Pipeline(PipelineState):
             self._bind(setup, stages, optimizers),
             transport,
             ties=setup.lowering.ties,
+            settles=setup.lowering.settles,
             explain=self._explain,
             trace=trace,
         )
@@ -266,7 +270,7 @@ class Pipeline(PipelineState):
         if start < end:
             streams = {rank: self._lowering.drain(rank, start, end) for rank in self._ranks}
             with self._watch.as_begun():
-                self._run(streams, Batch())
+                self._run(streams, Batch(last=True))
             self._start_window = end
             self._restart(end)
         self._await_updates()
@@ -328,14 +332,15 @@ class Pipeline(PipelineState):
 
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
         compute_s utilization exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
-        peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; ``transport_stats``
-        is what transports for GPUs say (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and
-        bytes; ``utilization`` is ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (see
-        :mod:`paci_rt.schedules.policies`) map stage to a histogram over micro-batches; ``peak_pending`` counts
-        micro-batches between I and W; ``copied_input_bytes`` is what was copied of the caller's batches because
-        :meth:`step` returned before their backwards; ``lookahead_s`` is the part of ``compute_s`` that went into
-        look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer, accumulators, versions (extra
-        weights), activations (peak) and total.
+        peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; of gradients, by
+        stage, ``nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows norm_lags``
+        (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
+        (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes; ``utilization`` is
+        ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (:mod:`paci_rt.schedules.policies`)
+        map stage to a histogram over micro-batches; ``peak_pending`` counts micro-batches between I and W;
+        ``copied_input_bytes`` is what was copied of the caller's batches because :meth:`step` returned before their
+        backwards; ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to
+        bytes of weights, masters, optimizer, accumulators, versions (extra weights), activations (peak) and total.
         """
         self._executor.settle()
         return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers)
@@ -356,10 +361,7 @@ class Pipeline(PipelineState):
     def _restart(self, version: int) -> None:
         """The pipeline is empty, and every stage holds ``version``."""
         for runtime in self._executor.runtimes.values():
-            runtime.audit.version = version
-            if isinstance(runtime.after_update, Follower):
-                runtime.after_update.forget()
-            runtime.weights.restart(version)
+            runtime.restart(version)
 
     # --- inside ---
 
@@ -390,9 +392,7 @@ class Pipeline(PipelineState):
 
     def _check_usable(self) -> None:
         if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                "a pipeline cannot run inside a transform of torch.func: call it outside of grad or vmap"
-            )
+            raise RuntimeError("a pipeline cannot run inside a transform of torch.func: call it outside grad or vmap")
         if self._closed:
             raise StageError("this pipeline is closed: make a new one")
         if self._failure is not None:

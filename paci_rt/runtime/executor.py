@@ -21,7 +21,9 @@ from paci_rt.errors import ActionError, PaciError, ScheduleError, StageError
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.batch import Batch
+from paci_rt.runtime.guard import Guard
 from paci_rt.runtime.modes import able_to_train, settings_now, without_autocast
+from paci_rt.runtime.schedulers import Follower
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
 from paci_rt.runtime.trees import on_device
@@ -43,6 +45,7 @@ class StageRuntime:
         accumulation: micro-batches a window.
         divisor: what a window's summed gradients are divided by.
         recompute: forwards keep their arguments only and run again before the backward.
+        guard: looks at gradients before weights take them; None where the caller takes the steps.
         clock: tells when its actions began and ended.
         owns_stage: whether the stage's gradients go here; no other schedule may have it then.
     """
@@ -56,10 +59,20 @@ class StageRuntime:
     recompute: bool = False
     after_update: Callable[[], None] | None = None
     ties: TiedExchange | None = None
+    guard: Guard | None = None
     owns_stage: bool = True
     clock: HostClock = field(default_factory=HostClock)
     received: dict[tuple[Op, int], Message] = field(default_factory=dict)
     outgoing: dict[tuple[Op, int], Message] = field(default_factory=dict)
+
+    def restart(self, version: int) -> None:
+        """The pipeline is empty, and every stage holds ``version``."""
+        self.audit.version = version
+        if isinstance(self.after_update, Follower):
+            self.after_update.forget()
+        self.weights.restart(version)
+        if self.guard is not None:
+            self.guard.restart(version)
 
 
 class Executor:
@@ -69,6 +82,7 @@ class Executor:
         runtimes: the stages of this process.
         transport: how they reach their neighbours.
         ties: weights that live on two stages.
+        settles: whether streams have messages about norms.
         explain: returns the grid around a failing action, for error messages.
         trace: keep an :class:`~paci_rt.trace.Event` for every compute action.
     """
@@ -79,6 +93,7 @@ class Executor:
         transport: Transport,
         *,
         ties: tuple[TiedWeight, ...] = (),
+        settles: bool = False,
         explain: Callable[[Action], str],
         trace: bool = False,
     ) -> None:
@@ -94,7 +109,9 @@ class Executor:
         self._codes = {at: {op: code + (at << 44) for op, code in OP_CODES.items()} for at in self.runtimes}
         self._explain = explain
         self._trace = trace
-        self._channels = {at: stage_channels(at, one.stage.num_stages, ties) for at, one in self.runtimes.items()}
+        self._channels = {
+            at: stage_channels(at, one.stage.num_stages, ties, settles=settles) for at, one in self.runtimes.items()
+        }
         for table in self._channels.values():
             transport.open([channel for op, found in table.items() if op in RECV_OPS for channel in found])
         self._run_op: dict[Op, Callable[[StageRuntime, Action, Batch], int | None]] = {
@@ -111,6 +128,10 @@ class Executor:
             Op.SEND_TW: self._send_tied,
             Op.RECV_TG: self._recv_tied,
             Op.RECV_TW: self._recv_tied,
+            Op.SEND_NF: self._send_norms,
+            Op.SEND_NB: self._send_norms,
+            Op.RECV_NF: self._recv_norms,
+            Op.RECV_NB: self._recv_norms,
         }
 
     def run(self, streams: Mapping[int, Sequence[Action]], batch: Batch) -> None:
@@ -144,6 +165,10 @@ class Executor:
         stuck = [stream[cursor[rank]] for rank, stream in streams.items() if cursor[rank] < len(stream)]
         if stuck:
             raise ScheduleError(f"nothing can run past {', '.join(map(str, stuck))}\n{self._explain(stuck[0])}")
+        if batch.last:
+            for runtime in reversed(self.runtimes.values()):  # gradients begin at the last stage
+                if runtime.guard is not None:
+                    runtime.guard.finish()
 
     def leave_out(self, seconds: float) -> None:
         """Take ``seconds`` that just passed out of the statistics' wall clock."""
@@ -259,8 +284,12 @@ class Executor:
         audit.backward(action, version, m // runtime.accumulation)
         runtime.optimizer.before_reading()
         gradients = () if stage.is_last else runtime.received.pop((Op.RECV_B, m)).tensors
+        if runtime.guard is not None and runtime.guard.scales:
+            runtime.guard.before_backward(action)
         with context:
             outgoing = stage.backward(m, gradients, split=split)
+        if runtime.guard is not None:
+            runtime.guard.after_backward(action)
         if split:
             audit.input_gradient(m, stage.pending_bytes(m))
         if not stage.is_first:
@@ -269,13 +298,17 @@ class Executor:
 
     def _weight_gradients(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
         runtime.stage.weight_gradients(action.index)
+        if runtime.guard is not None:
+            runtime.guard.after_backward(action)
         runtime.audit.weight_gradient(action.index)
         return runtime.audit.version
 
     def _update(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
         version = runtime.audit.version
         with without_autocast() if runtime.stage.mode.settings.autocast else _NOTHING:
-            done = runtime.optimizer.update(runtime.divisor, partial(runtime.weights.begin_update, version))
+            prepare = partial(runtime.weights.begin_update, version)
+            decide = {} if runtime.guard is None else {"decide": runtime.guard.decider(action.index)}
+            done = runtime.optimizer.update(runtime.divisor, prepare, **decide)
         runtime.audit.update(done.grad_norm, done.nonfinite)
         if runtime.after_update is not None:
             runtime.after_update()
@@ -283,11 +316,16 @@ class Executor:
 
     def _send(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
         (channel,) = self._channels[action.stage][action.op]
-        self.transport.send(channel, action.index, runtime.outgoing.pop((action.op, action.index)))
+        message = runtime.outgoing.pop((action.op, action.index))
+        if runtime.guard is not None and runtime.guard.travels and batch.training:
+            message = runtime.guard.attach(action.op, message)
+        self.transport.send(channel, action.index, message)
 
     def _recv(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
         (channel,) = self._channels[action.stage][action.op]
         message = self.transport.recv(channel, action.index)
+        if runtime.guard is not None and runtime.guard.travels and batch.training:
+            message = runtime.guard.detach(message)
         runtime.received[action.op, action.index] = moved(message, runtime.stage.device)
 
     def _send_tied(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
@@ -303,6 +341,17 @@ class Executor:
             (tensor,) = moved(self.transport.recv(channel, action.index), runtime.stage.device).tensors
             assert tensor is not None
             put(channel.tied_weight, tensor)
+
+    def _send_norms(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
+        assert runtime.guard is not None
+        (channel,) = self._channels[action.stage][action.op]
+        self.transport.send(channel, action.index, runtime.guard.settle(action))
+
+    def _recv_norms(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
+        assert runtime.guard is not None
+        (channel,) = self._channels[action.stage][action.op]
+        message = self.transport.recv(channel, action.index)
+        runtime.guard.settled(action, moved(message, runtime.stage.device))
 
 
 def moved(message: Message, device: torch.device) -> Message:

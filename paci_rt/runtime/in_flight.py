@@ -61,3 +61,11 @@ def graph_of(outputs: tuple[Tensor, ...], used: list[SplitUse]) -> Graph:
 def _root(tensor: Tensor) -> Any:
     # An edge holds the graph without the output, whose memory is free once it has been sent.
     return get_gradient_edge(tensor) if _EDGES_AS_ROOTS else tensor
+
+
+def first_gradient(root: Any, value: float) -> Tensor:
+    """What a backward from the loss at ``root`` begins with, in place of 1."""
+    if isinstance(root, Tensor):
+        return torch.full_like(root, value)
+    loss = root.node._input_metadata[root.output_nr]
+    return torch.full(loss.shape, value, dtype=loss.dtype, device=loss.device)

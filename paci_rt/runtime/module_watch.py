@@ -92,6 +92,9 @@ class ModuleWatch:
             raise StageError(f"stage {at}: {what} since the schedule was made, and {error}{remedy}") from error
         new.audit, new.after_update = old.audit, old.after_update
         new.weights.restart(old.audit.version)
+        if new.guard is not None and old.guard is not None:
+            new.guard.follow(old.guard)
+            new.guard.restart(old.audit.version)
         self._runtimes[at] = new
         self._facts[at] = _facts_of(new)
         self._failed.discard(at)

@@ -19,7 +19,7 @@ from paci_rt.runtime.aliasing import OwnMemory
 from paci_rt.runtime.argument_types import as_device, check_place
 from paci_rt.runtime.declared import Declared, Example
 from paci_rt.runtime.graph_facts import GraphFacts
-from paci_rt.runtime.in_flight import Graph, InFlight, graph_of
+from paci_rt.runtime.in_flight import Graph, InFlight, first_gradient, graph_of
 from paci_rt.runtime.modes import Mode, Settings, mode_now, settings_now
 from paci_rt.runtime.module_checks import check_wrappers, has_meta, require_graph
 from paci_rt.runtime.recompute import Again, Reruns
@@ -109,6 +109,7 @@ class PipelineStage:
         if get_mesh is not None:
             raise ValueError("get_mesh was given: DTensors do not travel between stages, so leave it out")
         self.has_backward = False
+        self.root_scale = 1.0  # of the losses that backwards begin with
         self._declared = Declared(stage_index, input_args, output_args, output_grads, input_grads)
         self.in_flight: dict[int, InFlight] = {}
         self._pending: dict[int, tuple[list[WeightGradient], dict[int, int], Mode]] = {}
@@ -149,11 +150,7 @@ class PipelineStage:
             raise StageError(f"stage {self.stage_index} already belongs to a schedule: call close() on that one first")
 
     def begin(self, settings: Settings) -> None:
-        """A step, a drain or an evaluation begins: look at what it finds, once.
-
-        Args:
-            settings: torch's.
-        """
+        """A step, a drain or an evaluation begins under torch's ``settings``: look at what it finds, once."""
         mode = mode_now(settings, (self.submod, *self.reruns.loss_modules) if self.reruns.possible else ())
         if mode != self.mode:
             self.mode = mode
@@ -172,7 +169,7 @@ class PipelineStage:
         if self._gradients is not None:
             self._gradients.remove()
             self._gradients = None
-        self._facts = GraphFacts()  # may depend on what is trained
+        self._facts, self.root_scale = GraphFacts(), 1.0  # the first may depend on what is trained
 
     @property
     def split_layers(self) -> list[str]:
@@ -305,11 +302,12 @@ class PipelineStage:
         if self.mode.settings.autocast or saved.mode.settings.autocast:
             torch.clear_autocast_cache()  # activation checkpointing computes in a backward
         if self.is_last:
-            roots, grads = graph.roots, (None,) * len(graph.roots)
+            roots, scale = graph.roots, self.root_scale
+            grads = tuple([None if scale == 1.0 else first_gradient(root, scale) for root in roots])
         else:
             given = [at for at, which in enumerate(graph.which) if gradients[which] is not None]
             roots = tuple([graph.roots[at] for at in given])
-            grads = tuple([gradients[graph.which[at]] for at in given])  # type: ignore[misc]
+            grads = tuple([gradients[graph.which[at]] for at in given])
         pending: list[WeightGradient] = []
         before = _get_sequence_nr()
         if self._gradients is not None:

@@ -9,6 +9,9 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.executor import Executor
 from paci_rt.schedules.lowering import Lowering
 
+WINDOW_COUNTS = ("nonfinite_windows", "spiked_windows", "skipped_windows", "taken_back_windows", "clipped_windows")
+"""Windows that are counted stage by stage."""
+
 
 def pipeline_stats(
     lowering: Lowering, policy: str, executor: Executor, bounds: Sequence[StageOptimizer]
@@ -22,7 +25,8 @@ def pipeline_stats(
     memory = {}
     for runtime, bound in zip(runtimes, bounds, strict=True):
         audit = runtime.audit
-        parts = {**bound.memory, "versions": runtime.weights.extra_bytes, "activations": audit.peak_activation_bytes}
+        versions = runtime.weights.extra_bytes + (0 if runtime.guard is None else runtime.guard.extra_bytes)
+        parts = {**bound.memory, "versions": versions, "activations": audit.peak_activation_bytes}
         for part, held_bytes in (runtime.ties.memory if runtime.ties is not None else {}).items():
             parts[part] += held_bytes
         memory[audit.stage] = {**parts, "total": sum(parts.values())}
@@ -55,6 +59,8 @@ def pipeline_stats(
         "lookahead_s": sum(runtime.weights.ahead_s for runtime in runtimes),
         "lookahead_forwards": sum(runtime.weights.ahead_forwards for runtime in runtimes),
         "nonfinite_gradients": sum(int(audit.nonfinite_gradients) for audit in audits),
+        **{key: {audit.stage: getattr(audit, key) for audit in audits} for key in WINDOW_COUNTS},
+        "norm_lags": {audit.stage: dict(sorted(audit.norm_lags.items())) for audit in audits},
         "memory": memory,
         "peak_bytes": max(
             rank.peak_held_bytes

@@ -97,6 +97,11 @@ class TiedExchange(GradSink):
         accumulator.release()
         return total
 
+    def nonfinite(self) -> bool:
+        """Reader: whether a sum of this window, which has not been sent yet, has NaN or infinite elements."""
+        fronts = [accumulator.front_flat for accumulator in self._accumulators.values()]
+        return any(not bool(front.isfinite().all()) for front in fronts)
+
     def add_gradient(self, tie: int, gradient: Tensor) -> None:
         """Owner: one more term of this window's sum."""
         self.bound.accumulate(self._owned[tie], gradient)

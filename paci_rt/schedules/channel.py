@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_ANSWER = {"F": "B", "B": "F", "TG": "TW", "TW": "TG"}
+_ANSWER = {"F": "B", "B": "F", "TG": "TW", "TW": "TG", "NF": "NB", "NB": "NF"}
 
 
 class Channel(NamedTuple):
     """Messages of one kind from one stage to another. They arrive in the order in which they were sent.
 
     Attributes:
-        kind: "F" (activations), "B" (their gradients), "TG<n>" (the gradient of tied weight ``n``) or "TW<n>" (the
-            updated weight).
+        kind: "F" (activations), "B" (their gradients), "TG<n>" (the gradient of tied weight ``n``), "TW<n>" (the
+            updated weight), or "NF" and "NB" (norms of a window, to the last stage and back).
         sender, receiver: stages.
     """
 
@@ -28,7 +28,7 @@ class Channel(NamedTuple):
     @property
     def is_tied(self) -> bool:
         """Whether a tied weight or its gradient travels here."""
-        return self.kind not in ("F", "B")
+        return self.kind[0] == "T"
 
     @property
     def tied_weight(self) -> int:

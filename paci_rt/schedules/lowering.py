@@ -55,6 +55,8 @@ class Lowering:
         family: the schedule.
         shape: its integers.
         ties: weights that live on two stages.
+        settles: tell all stages what each found in a window: norms, and whether it counts. A flush schedule does so
+            before the window's updates, an asynchronous one at the end of a drain.
 
     Raises:
         ValueError: the schedule cannot have that shape.
@@ -64,6 +66,7 @@ class Lowering:
     family: ScheduleFamily
     shape: Shape
     ties: tuple[TiedWeight, ...] = ()
+    settles: bool = False
 
     def __post_init__(self) -> None:
         self.family.check(self.shape)
@@ -87,7 +90,28 @@ class Lowering:
             next_forward = end * self.shape.accumulation
             late = (k for k in range(start, end) if self._tied_arrival(k) >= next_forward)
             actions += [Action(last, Op.RECV_TW, k) for k in late]
+        if self.settles and not self.family.flush and end > start:
+            actions += self._settling(rank, end - 1)
         return actions
+
+    def _settling(self, rank: int, window: int) -> list[Action]:
+        """From stage to stage up to the last one, and back: no stage waits for one that waits for it."""
+        last, stages = self.shape.num_stages - 1, self.shape.stages_of(rank)
+        found: list[Action] = []
+        for stage in stages:
+            found += [Action(stage, Op.RECV_NF, window)] if stage > 0 else []
+            found += [Action(stage, Op.SEND_NF, window)] if stage < last else []
+        for stage in reversed(stages):
+            found += [Action(stage, Op.RECV_NB, window)] if stage < last else []
+            found += [Action(stage, Op.SEND_NB, window)] if stage > 0 else []
+        return found
+
+    def _before_updates(self, rank: int, window: int) -> list[Action]:
+        """Of a window of a flush schedule, whose sums are complete then: gradients of tied weights come first."""
+        stages = self.shape.stages_of(rank)
+        sent = [Action(stage, Op.SEND_TG, window) for stage in stages if self._reads(stage)]
+        taken = [Action(stage, Op.RECV_TG, window) for stage in stages if self._owns(stage)]
+        return [*sent, *taken, *self._settling(rank, window)]
 
     def forward_only(self, rank: int, first: int, count: int) -> list[Action]:
         """Evaluation: ``count`` forwards of every stage of ``rank`` and their messages, numbered from ``first``.
@@ -133,22 +157,26 @@ class Lowering:
     def _lower(self, compute: Iterable[Action], start: int | None) -> list[Action]:
         lowered: list[Action] = []
         last = self.shape.num_stages - 1
+        first_of_all, settled = self.settles and self.family.flush, -1
         for action in compute:
             stage, op, index = action.stage, action.op, action.index
+            if op is Op.U and first_of_all and index != settled:
+                lowered += self._before_updates(self.shape.rank_of(stage), index)
+                settled = index
             if op is Op.F:
                 lowered += self._tied_weights_due(action, start)
                 if stage > 0:
                     lowered.append(Action(stage, Op.RECV_F, index))
             elif op in (Op.B, Op.I) and stage < last:
                 lowered.append(Action(stage, Op.RECV_B, index))
-            elif op is Op.U and self._owns(stage):
+            elif op is Op.U and self._owns(stage) and not first_of_all:
                 lowered.append(Action(stage, Op.RECV_TG, index))
             lowered.append(action)
             if op is Op.F and stage < last:
                 lowered.append(Action(stage, Op.SEND_F, index))
             elif op in (Op.B, Op.I) and stage > 0:
                 lowered.append(Action(stage, Op.SEND_B, index))
-            elif op is Op.U and self._reads(stage):
+            elif op is Op.U and self._reads(stage) and not first_of_all:
                 lowered.append(Action(stage, Op.SEND_TG, index))
             if op is Op.U and self._owns(stage):
                 lowered.append(Action(stage, Op.SEND_TW, index))
@@ -163,7 +191,9 @@ class Lowering:
         return [Action(forward.stage, Op.RECV_TW, window - 1)] if due else []
 
 
-def stage_channels(stage: int, num_stages: int, ties: Sequence[TiedWeight] = ()) -> dict[Op, tuple[Channel, ...]]:
+def stage_channels(
+    stage: int, num_stages: int, ties: Sequence[TiedWeight] = (), *, settles: bool = False
+) -> dict[Op, tuple[Channel, ...]]:
     """The channels of every send and receive that ``stage`` can make: one, or one per tied weight."""
     gradients = [Channel(f"TG{at}", tie.reader_stage, tie.owner_stage) for at, tie in enumerate(ties)]
     weights = [channel.opposite() for channel in gradients]
@@ -175,10 +205,17 @@ def stage_channels(stage: int, num_stages: int, ties: Sequence[TiedWeight] = ())
     }
     if stage > 0:
         below = Channel("F", stage - 1, stage)
+        norms = Channel("NF", stage - 1, stage)
         found |= {Op.RECV_F: (below,), Op.SEND_B: (below.opposite(),)}
+        found |= {Op.RECV_NF: (norms,), Op.SEND_NB: (norms.opposite(),)}
     if stage < num_stages - 1:
         above = Channel("F", stage, stage + 1)
+        norms = Channel("NF", stage, stage + 1)
         found |= {Op.SEND_F: (above,), Op.RECV_B: (above.opposite(),)}
+        found |= {Op.SEND_NF: (norms,), Op.RECV_NB: (norms.opposite(),)}
+    if not settles:
+        for op in (Op.SEND_NF, Op.RECV_NF, Op.SEND_NB, Op.RECV_NB):
+            found.pop(op, None)
     return found
 
 

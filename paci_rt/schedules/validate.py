@@ -76,7 +76,9 @@ class _Player:
         self.capacity = capacity
         self.cursor = [0] * len(streams)
         stages = range(lowering.shape.num_stages)
-        self.channels = [stage_channels(stage, len(stages), lowering.ties) for stage in stages]
+        self.channels = [
+            stage_channels(stage, len(stages), lowering.ties, settles=lowering.settles) for stage in stages
+        ]
         self.queues: dict[Channel, deque[int]] = {
             channel: deque() for table in self.channels for found in table.values() for channel in found
         }

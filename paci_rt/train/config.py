@@ -15,6 +15,8 @@ from paci_rt import native, schedules
 from paci_rt.errors import TritonMissingError, shown, unknown
 from paci_rt.optim.backend import usable
 from paci_rt.planner import auto_slack
+from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
+from paci_rt.runtime.safety import Safety, check_positive, resolve_safety
 from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
@@ -70,6 +72,7 @@ class TrainConfig:
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
             autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
             2 bytes per parameter for every micro-batch in flight, the very weight stash that PACI does without.
+        on_nonfinite, skip_spikes: as for ``paci_rt.SchedulePACI``; clip_grad_norm: its ``max_grad_norm``.
         seed: of weights and batches. device: ``cpu``; ``cuda``, the GPUs of this host, one per process, or all stages
             on the first with the local transport; ``cuda:N`` one of them; ``auto`` is ``cuda`` where it can be used.
         eval_interval: windows between validations, 0 for one at the end only; a tenth of steps.
@@ -115,6 +118,9 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = AUTO
     momentum: float = AUTO
+    clip_grad_norm: float | None = None
+    on_nonfinite: str = "raise"
+    skip_spikes: float | None = None
     dtype: str = "fp32"
     seed: int = 0
     device: str = "cpu"
@@ -165,6 +171,7 @@ class TrainConfig:
         _known("--model", self.model, MODELS)
         _known("--optimizer", self.optimizer, OPTIMIZERS)
         _known("--dtype", self.dtype, DTYPES)
+        _known("--on-nonfinite", self.on_nonfinite, SAFETY_POLICIES)
         check_transport(self.transport, "--transport")
         self._check_device()
         if self.dtype == "bf16" and self.optimizer.startswith("torch-"):
@@ -232,7 +239,13 @@ class TrainConfig:
                 )
             if name in ("beta1", "beta2", "momentum") and value >= 1:
                 raise ValueError(f"{_flag(name)} is {value!r}: give a number below 1")
-
+        check_positive("--clip-grad-norm", self.clip_grad_norm, "such as 1.0, or leave it out to clip nothing")
+        check_positive("--skip-spikes", self.skip_spikes, "of standard deviations such as 6.0, or leave it out")
+        if self.skip_spikes is not None and self.on_nonfinite == "raise":
+            raise ValueError(
+                f"--skip-spikes {self.skip_spikes} with --on-nonfinite raise: say how to skip a window, by "
+                "--on-nonfinite skip-window or skip-local"
+            )
         for name in ("transfer_timeout", "grace_s"):
             value = getattr(self, name)
             if not limits.is_number(value, MOST_TIMEOUT_S) or not value:
@@ -277,6 +290,7 @@ class TrainConfig:
         object.__setattr__(self, "partition", sizes)
         shape = self._with_slack(family, shape)
         self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
+        resolve_safety(Safety(on_nonfinite=self.on_nonfinite), (True,), family, shape, self.policy or "", ())
         self._check_lookahead(family)
         if self.save_interval and self.out is None:
             raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from paci_rt.runtime.stats import WINDOW_COUNTS
 from paci_rt.trace import Event
 from paci_rt.train.config import TrainConfig
 
@@ -73,6 +74,8 @@ class RunResult:
         policy, transport, chunks: as they were run. delay, max_delay: see ``paci_rt.schedules.policies``.
         lookahead_s: what look-ahead took, all stages together.
         drift, delay, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were NaN or infinite.
+        nonfinite_windows, spiked_windows, skipped_windows, taken_back_windows, clipped_windows, norm_lags: by stage, as
+            ``Pipeline.stats`` has them.
         curve, evals: loss over training; events: executed actions, not in the JSON.
     """
 
@@ -106,6 +109,12 @@ class RunResult:
     curve: tuple[StepPoint, ...]
     evals: tuple[EvalPoint, ...]
     config: dict[str, Any]
+    nonfinite_windows: dict[int, int] = field(default_factory=dict)
+    spiked_windows: dict[int, int] = field(default_factory=dict)
+    skipped_windows: dict[int, int] = field(default_factory=dict)
+    taken_back_windows: dict[int, int] = field(default_factory=dict)
+    clipped_windows: dict[int, int] = field(default_factory=dict)
+    norm_lags: dict[int, dict[int, int]] = field(default_factory=dict)
     events: tuple[Event, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -161,6 +170,8 @@ def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
         curve=last.steps,
         evals=last.evals,
         config=config.to_json(),
+        norm_lags=_by_stage(stats, "norm_lags"),
+        **{key: _by_stage(stats, key) for key in WINDOW_COUNTS},
         events=tuple(event for result in results for event in result.events),
     )
 

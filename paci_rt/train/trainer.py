@@ -4,11 +4,13 @@ Precision is a property of the parameters (``--dtype``), never of autocast: auto
 weight in every forward and autograd keeps it until the backward, which with several micro-batches in flight is the
 very weight stash that PACI does without. ``bf16`` trains bf16 parameters, and the optimizer keeps fp32 masters.
 
-Gradients are not clipped by norm: each stage updates on its own, and none ever knows the norm of the whole gradient.
+Gradients that are not finite never reach a weight, nor a checkpoint. Clipping by norm (``--clip-grad-norm``) is exact
+under schedules that flush; under the others each stage goes by the newest norms that it has heard of.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -93,10 +95,13 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         log.catch_up()
         pipeline.synchronize()
         clock.stop()
+        val_loss = None
         if validate:
             board.enter("validation", step=step)
-            log.evaluated(step, evaluate(pipeline, *held_back, config.batch_size))
+            val_loss = evaluate(pipeline, *held_back, config.batch_size)
+            log.evaluated(step, val_loss)
         if save and config.out is not None:
+            require_finite(pipeline, step, val_loss if config.on_nonfinite == "raise" else None)
             board.enter("saving the checkpoint", step=step)
             extra = {"config": config.to_json(), "run": run_id(ctx)}
             how: dict[str, Any] = {"keep": config.keep_checkpoints, "gathered": config.gather_checkpoints}
@@ -218,6 +223,9 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         "buffers": config.buffers,
         "tied_weights": tied_weights(config.gpt, pieces),
         "trace": config.trace,
+        "on_nonfinite": config.on_nonfinite,
+        "max_grad_norm": config.clip_grad_norm,
+        "skip_spikes": config.skip_spikes,
     }
     if ctx.local:
         options |= {"schedule": config.schedule, "chunks": config.chunks}
@@ -289,6 +297,25 @@ def set_options(
         scheduler.base_lrs = [config.lr for _ in scheduler.base_lrs]
         for group, own in zip(scheduler.optimizer.param_groups, options, strict=True):
             group.update({**own, "lr": config.lr * config.lr_factor(step), "initial_lr": config.lr})
+
+
+def require_finite(pipeline: Pipeline, step: int, val_loss: float | None) -> None:
+    """Raise NonFiniteError rather than save, over a good checkpoint, what is not finite."""
+    wrong = [
+        (stage.stage_index, name)
+        for stage in pipeline.stages
+        for name, param in stage.named_parameters()
+        if not bool(param.detach().isfinite().all())
+    ]
+    last = pipeline.stages[-1].stage_index
+    at, name = wrong[0] if wrong else (last, "")
+    if not wrong and (val_loss is None or math.isfinite(val_loss)):
+        return
+    what = f"parameter {name!r} is not finite" if wrong else f"the validation loss is {val_loss}"
+    text = (
+        f"stage {at}: {what} after {step} local updates, so no checkpoint was written; lower the learning rate (--lr)"
+    )
+    raise paci_rt.NonFiniteError(f"{at}U{step - 1}", text, at, step - 1, None, name)
 
 
 def pinned(pipeline: Pipeline, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -374,12 +401,14 @@ class Log:
             return
         loss = float(torch.stack(losses).mean())
         self._steps.append(StepPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, loss=loss))
-        steady_s, compute_s = self._steady()
+        stats = self._pipeline.stats()
+        steady_s, compute_s = self._steady(stats)
         rates = {"tokens_per_s": self._config.tokens_per_window / elapsed_s, "utilization": 0.0}
         if tokens > self._mark[2]:
             rates["tokens_per_s"] = (tokens - self._mark[2]) / (elapsed_s - self._mark[0])
             rates["utilization"] = compute_s / (steady_s * len(self._pipeline.ranks))
-        self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates})
+        skipped = {"skipped_windows": max(stats["skipped_windows"].values())}
+        self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates, **skipped})
 
     def evaluated(self, step: int, val_loss: float | None) -> None:
         """The held-back set's loss after ``step`` windows, on the last stage."""
@@ -390,11 +419,12 @@ class Log:
 
     def result(self, params_sha256: str | None, stopped: int | None = None) -> StageResult:
         """Everything, after the clock has stopped for good; ``stopped``: the step before which SIGTERM ended it."""
+        stats = self._pipeline.stats()
         if self._mark is None:  # a restart found everything done
-            self._mark = self._clock.seconds(), self._pipeline.stats()["compute_s"], 0
-        steady_s, compute_s = self._steady()
+            self._mark = self._clock.seconds(), stats["compute_s"], 0
+        steady_s, compute_s = self._steady(stats)
         return StageResult(
-            stats=self._pipeline.stats(),
+            stats=stats,
             wall_s=self._clock.seconds(),
             steady_s=steady_s,
             steady_compute_s=compute_s,
@@ -405,7 +435,7 @@ class Log:
             stopped=stopped,
         )
 
-    def _steady(self) -> tuple[float, float]:
+    def _steady(self, stats: dict[str, Any]) -> tuple[float, float]:
         """Training clock and seconds of computing since the first window ended here."""
         assert self._mark is not None
-        return self._clock.seconds() - self._mark[0], self._pipeline.stats()["compute_s"] - self._mark[1]
+        return self._clock.seconds() - self._mark[0], stats["compute_s"] - self._mark[1]

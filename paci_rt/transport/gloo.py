@@ -37,8 +37,8 @@ from paci_rt.transport.rendezvous import check_group
 DEPTH = 2
 _LANES = 512  # tags per channel
 _SPILL = 256
-_CHANNELS = 32  # channels per transport
-_TRANSPORTS = 65535  # transports per group before tags are used again
+_CHANNELS = 32  # channels per transport, and as many for norms
+_TRANSPORTS = 32767  # transports per group before tags are used again
 _TAG_BASE = 1 << 30
 
 Work = Any  # torch.distributed.Work; its type is None-able in torch's stubs
@@ -60,7 +60,9 @@ class _Tags:
                 f"channel {channel.kind}: the gloo transport has room for {_CHANNELS // 2} stages per rank and tied "
                 f"weights, and there are {chunks} stages: use fewer chunks"
             )
-        self.header = _TAG_BASE + (transport % _TRANSPORTS * _CHANNELS + number) * _LANES
+        if channel.kind[0] == "N":
+            number = _CHANNELS + 2 * chunk + (channel.kind == "NB")
+        self.header = _TAG_BASE + (transport % _TRANSPORTS * 2 * _CHANNELS + number) * _LANES
 
     def lane(self, at: int) -> int:
         return self.header + 1 + at

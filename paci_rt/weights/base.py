@@ -42,3 +42,12 @@ class StageWeights:
 
     def reset_stats(self) -> None:
         """Count seconds and forwards of look-ahead anew."""
+
+    def clipped(self, factor: float) -> None:
+        """The gradients of the update that comes now are multiplied by ``factor``."""
+
+    def scaled(self, scale: float) -> None:
+        """The sums of the window in the making are ``scale`` times those of its gradients."""
+
+    def taken_back(self) -> None:
+        """An update was taken back: the current weights are others than the last ones that a forward saw."""

@@ -59,6 +59,8 @@ class LookAhead:
         divisor: what the sum of a whole window is divided by.
         shares: make the weights ahead anew only when SHARED_UNTIL times as many gradients are known, which takes one
             more scratch buffer, of the weights' dtype.
+        careful: stay at the present weights while the gradients that are known are not finite: their window will be
+            skipped.
         clock: tells what look-ahead takes, in ``seconds``; None is the host's.
 
     Raises:
@@ -72,17 +74,21 @@ class LookAhead:
         accumulation: int,
         divisor: float,
         shares: bool,
+        careful: bool = False,
         clock: HostClock | None = None,
     ) -> None:
         require_look_ahead(optimizer)
         assert isinstance(optimizer, FusedStageOptimizer)
         self._optimizer, self._true = optimizer, ScratchWeights(optimizer)
         self._accumulation, self._share = accumulation, divisor / accumulation
+        self._careful = careful
         self._shared = [torch.zeros_like(group.weight) for group in optimizer.groups] if shares else []
         self._moved: list[list[int]] = []  # positions in each group, while the shared weights are of use
         self._known = 0  # gradients that made them; 0 while they are of none
         self._clock = clock or HostClock()
         self.seconds, self.forwards = 0.0, 0
+        self.factor = 1.0  # by which the last window's gradients were clipped
+        self.scales = [1.0, 1.0]  # loss scales of the window before and of the one in the making
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +117,10 @@ class LookAhead:
     def _make(self, updates: int, micro_batches: int) -> list[list[int]]:
         """Put the parameters ahead; positions of those that moved, in each group."""
         before = micro_batches == 0
+        if self._careful and not before and not self._finite():
+            return []
         divisor = (micro_batches or self._accumulation) * self._share
+        divisor *= (self.scales[0] if before else self.scales[1]) / (self.factor or 1.0)
         with _without_autocast(self._optimizer.groups[0].device):
             moved = [
                 self._optimizer.ahead(number, divisor, updates, kept, before=before)
@@ -123,6 +132,10 @@ class LookAhead:
                 shared.copy_(group.weight)
         return moved
 
+    def _finite(self) -> bool:
+        ends = [torch.stack(torch.aminmax(one.sums()[0])) for one in self._optimizer.accumulators]
+        return all(bool(end.isfinite().all()) for end in ends)
+
     def _reuse(self) -> list[list[int]]:
         for shared, group in zip(self._shared, self._optimizer.groups, strict=True):
             group.weight.copy_(shared)
@@ -131,10 +144,11 @@ class LookAhead:
     def window_ends(self) -> None:
         """The weights are about to change: those ahead of them are of no more use."""
         self._known = 0
+        self.scales[0] = self.scales[1]
 
     def restart(self) -> None:
         """The pipeline is empty: the window before is no longer what comes next."""
-        self._known = 0
+        self._known, self.factor = 0, 1.0
         for accumulator in self._optimizer.accumulators:
             accumulator.forget()
 
@@ -152,7 +166,7 @@ class AheadWeights(StageWeights):
         optimizer: the stage's optimizer, whose accumulators hold what is known of the coming updates.
         accumulation, divisor: as for :class:`~paci_rt.weights.lookahead.LookAhead`.
         early: forwards that the stage runs ahead of its backwards.
-        clock: likewise.
+        careful, clock: likewise.
     """
 
     def __init__(
@@ -162,10 +176,13 @@ class AheadWeights(StageWeights):
         accumulation: int,
         divisor: float,
         early: int,
+        careful: bool = False,
         clock: HostClock | None = None,
     ) -> None:
         shares = policies.shares_pass(accumulation, early)
-        self._look_ahead = LookAhead(optimizer, accumulation=accumulation, divisor=divisor, shares=shares, clock=clock)
+        self._look_ahead = LookAhead(
+            optimizer, accumulation=accumulation, divisor=divisor, shares=shares, careful=careful, clock=clock
+        )
         self.extra_bytes = self._look_ahead.nbytes
         self._micro_batches = 0  # of the window in the making
 
@@ -191,6 +208,15 @@ class AheadWeights(StageWeights):
 
     def begin_update(self, current: int) -> None:
         self._micro_batches = 0
+        self._look_ahead.window_ends()
+
+    def clipped(self, factor: float) -> None:
+        self._look_ahead.factor = factor
+
+    def scaled(self, scale: float) -> None:
+        self._look_ahead.scales[1] = scale
+
+    def taken_back(self) -> None:
         self._look_ahead.window_ends()
 
     def restart(self, current: int) -> None:

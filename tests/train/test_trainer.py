@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import paci_rt
+from paci_rt.runtime.stats import WINDOW_COUNTS
 from paci_rt.train import trainer
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import load_corpus
@@ -222,6 +223,7 @@ def test_one_run_tells_everything(text: str) -> None:
         "tokens_per_s",
         "elapsed_s",
         "utilization",
+        "skipped_windows",
     }
     assert set(ctx.reports[0]) == {"kind", "step", "steps", "val_loss", "tokens", "elapsed_s"}
     clock = [r["elapsed_s"] for r in ctx.reports]
@@ -260,6 +262,8 @@ def stage_result(stage: int, **changes: Any) -> StageResult:
         "exposed_comm_s": 0.5,
         "lookahead_s": 0.25,
         "nonfinite_gradients": stage,
+        "norm_lags": {stage: {}},
+        **{key: {stage: stage} for key in WINDOW_COUNTS},
         "policy": "bounded",
         "transport": "shm",
         "max_delay": 1 - stage,
