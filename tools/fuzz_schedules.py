@@ -121,6 +121,8 @@ def check_plan(case: tuple[Any, Any, dict[str, Any]]) -> None:
     loops = slack.Loops(stage_times, hops, **{key: value for key, value in options.items() if key != "tolerance"})
     period = loops.period(found)
     holds(len(found) == len(stage_times) and found[-1] == 0, f"slack {found} of {case}")
+    if not loops.shortest_period:
+        return  # no slack hides a link from stages that take no time
     holds(period <= loops.shortest_period * (1.0 + options.get("tolerance", slack.TOLERANCE)) * (1 + 1e-6), f"{case}")
 
 

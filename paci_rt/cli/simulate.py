@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from paci_rt import schedules
@@ -55,6 +56,7 @@ _COSTS: tuple[tuple[str, str, float, bool, str, str, str], ...] = (
 )
 _SINGLE = ("hop_s", "bandwidth_bytes_per_s")
 
+PICTURES = (".png", ".pdf", ".svg")
 MOST_SHOWN, MOST_DRAWN, MOST_ROWS = 2 * 10**6, 50_000, 128
 
 
@@ -123,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         from paci_rt.report import plots
 
         plots.require_matplotlib("--plot")
+        if Path(args.plot).suffix.lower() not in PICTURES:
+            raise ValueError(f"--plot {args.plot} is no picture: let the name end in {', '.join(PICTURES)}")
     shown = args.grid or args.plot is not None or args.trace is not None
     found = simulate(family, shape, costs, windows=windows, policy=policy, lookahead=args.lookahead, keep_events=shown)
     strict = None

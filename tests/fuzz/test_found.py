@@ -96,6 +96,8 @@ def test_slack_for_links_that_no_slack_hides_is_refused() -> None:
         ("simulate --windows 100000000", "--windows is 100,000,000: give at most 10,000,000"),
         ("simulate --bandwidth 5e-324", "--bandwidth is 4.94066e-324: give a number above 0, at least 0.001"),
         ("simulate --noise 1e300", "--noise is 1e+300: give a finite number of at least 0 and at most 10"),
+        ("simulate --plot no/such/folder/out.json", "--plot no/such/folder/out.json is no picture"),
+        ("simulate --plot picture", "--plot picture is no picture: let the name end in .png, .pdf, .svg"),
         ("train --stages 1000000", "give at most 131,072"),
         ("train --batch-size 2147483648", "--batch-size is 2,147,483,648: give at most 1,048,576"),
         ("train --device cuda:٣", "--device cuda:٣: give cpu, cuda, cuda:N or auto"),

@@ -145,6 +145,13 @@ def test_the_description_of_a_message_cannot_overflow(size: int) -> None:
         end.send(0, wire.pack_metas((wire.TensorMeta(torch.float32, (8,), True, False),)), [torch.zeros(4)])
 
 
+def test_absent_tensors_may_have_sizes_of_any_kind() -> None:
+    """The device transports write a message's structure into them."""
+    segment = core.ShmSegment.create(1 << 20)
+    end = core.ShmOutgoing("F", 0, 1, segment, segment, 2, 0, 0.1)
+    assert end.send(0, wire.pack_metas(wire.metas_of_bytes(b"\xff" * 200)), [None]) == 0
+
+
 def test_ends_have_segments_and_sizes_that_fit() -> None:
     segment = core.ShmSegment.create(1 << 20)
     with pytest.raises(TypeError):
