@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from paci_rt import status
-from paci_rt.errors import StageFailed
+from paci_rt.errors import CheckpointError, DisagreementError, StageFailed
 from paci_rt.launch import stacks
 from paci_rt.launch.blame import Seen, end_of_waits, tell
 from paci_rt.launch.child import LOOPBACK, Failure, Job, child_main
@@ -80,6 +80,9 @@ class Child:
     result: Any = None
     stopped_since: float | None = None
     ticks: int = 0
+
+REFUSALS = (CheckpointError.__name__, DisagreementError.__name__)
+"""Causes that are about what was asked for: they say it all themselves."""
 
 
 @dataclass
@@ -225,7 +228,7 @@ class Group:
         where = ""
         if first.died or first.stopped or first.secondary:
             where = "\nwhat the stages did last:\n" + tell(seen)
-        if self.on_failure is not None:
+        if self.on_failure is not None and first.cause not in REFUSALS:
             where += self.on_failure(seen, message)
         raise StageFailed(first.rank, first.cause, message + where, first.remote_traceback)
 

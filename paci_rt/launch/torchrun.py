@@ -155,7 +155,7 @@ def _run_id(store: Any) -> str:
 def _last_words(rank: int, error: BaseException, dumps: str | os.PathLike[str] | None) -> None:
     """Write what the processes did last, tell torchrun the error, and end whoever is stopped and cannot end itself."""
     seen = {rank: Seen.of(status.board())} | {other: Seen.of(board) for other, board in status.peers().items()}
-    if dumps is not None and isinstance(error, Exception):
+    if dumps is not None and isinstance(error, Exception) and not isinstance(error, ValueError):
         write_dump(Path(dumps), seen, describe(rank, error).message, name=f"failure-rank{rank}.json")
     if "TORCHELASTIC_ERROR_FILE" in os.environ and isinstance(error, Exception):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
