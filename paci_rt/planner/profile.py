@@ -248,7 +248,9 @@ def _parse_block(reader: _Reader) -> BlockProfile:
     known = {one.name for one in fields(BlockProfile)}
     unknown = sorted(set(reader.data) - known)
     if unknown:
-        raise ValueError(f"{reader.where} has {shown(unknown[0], 40)}, which is unknown: a block has {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{reader.where} has {shown(unknown[0], 40)}, which is unknown: a block has {', '.join(sorted(known))}"
+        )
     name = reader.get("name", "a word", lambda value: isinstance(value, str) and value)
     numbers = {key: reader.number(key) for key in _SECONDS} | {key: reader.number(key, whole=True) for key in _BYTES}
     role = reader.get("role", "one of " + ", ".join(ROLES), lambda value: value in ROLES)
