@@ -288,10 +288,10 @@ class Dropping(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.one, self.two, self.drop = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.Dropout(0.3)
-        self.forwards = 0
+        self.forwards = [0]  # what a second run does to it stays
 
     def forward(self, x: Tensor) -> Tensor:
-        self.forwards += 1
+        self.forwards[0] += 1
         return self.two(self.drop(torch.relu(self.one(x))))  # type: ignore[no-any-return]
 
 
@@ -318,7 +318,7 @@ def test_recomputation_repeats_the_forward_to_the_bit(schedule: str) -> None:
         finals.append([param.detach().clone() for module in modules for param in module.parameters()])
         stats.append(pipe.stats())
         pipe.close()
-        twice = [module.forwards > 3 * 4 for module in modules]
+        twice = [module.forwards[0] > 3 * 4 for module in modules]
         holds_one = stats[-1]["peak_in_flight"][2] == 1
         assert twice == [False] * 3 if policy == "bounded" else twice == [True, True, not holds_one]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*finals, strict=True))
