@@ -89,8 +89,8 @@ class LocalPipeline(Pipeline):
         streams: Sequence[torch.cuda.Stream | None] | None = None,
         update_streams: Sequence[torch.cuda.Stream | None] | None = None,
     ) -> None:
-        tied_weights = declared_ties(modules, tied_weights)
         _check_modules(modules, tied_weights)
+        tied_weights = declared_ties(modules, tied_weights)
         stages = _stages(modules, device, streams, update_streams)
         optimizers: list[Any] = [None] * len(stages)
         if callable(optimizer):

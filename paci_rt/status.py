@@ -56,7 +56,7 @@ _MAGIC = 0x7061636972743031
 ) = range(15)
 _TEXT_LENGTH = 15
 OP_CODES = {op: (code << 40) + 1 for code, op in enumerate(OPS)}
-"""What an action's stage (shifted by 44) and index are added to, to make its number on the board; 0 is no action."""
+"""What an action's stage (shifted by 45) and index are added to, to make its number on the board; 0 is no action."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +216,10 @@ def action_text(number: int) -> str:
     if not number:
         return ""
     code = number - 1
-    op = (code >> 40) & 0xF
+    op = (code >> 40) & 0x1F
     if not 0 <= op < len(OPS):
         return ""
-    return str(Action(code >> 44, OPS[op], code & ((1 << 40) - 1)))
+    return str(Action(code >> 45, OPS[op], code & ((1 << 40) - 1)))
 
 
 def new_board(rank: int = -1) -> Board:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from paci_rt.launch import parent
+from paci_rt.launch import group
 from paci_rt.train import data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +20,8 @@ PACKAGE = sorted((ROOT / "paci_rt").rglob("*.py")) + sorted((ROOT / "kernels").r
 
 PICKLE = {
     "launch/child.py": "what the launcher sends to the processes that it starts, over its own pipes",
-    "launch/parent.py": "the same, and what they send back",
+    "launch/group.py": "the same, and what they send back",
+    "transport/collective.py": "small values of the processes of a run, from the store that these made",
     "transport/packing.py": "the containers of a message, from a neighbour of the same run",
 }
 """Modules that may unpickle, and from where: never from a file."""
@@ -85,9 +86,9 @@ def test_listeners_are_on_loopback_unless_asked_otherwise(file: Path) -> None:
 
 
 def test_the_launchers_meeting_point_is_on_loopback() -> None:
-    meeting = parent._MeetingPoint(0)
+    meeting = group.MeetingPoint(0)
     try:
-        with socket.create_connection((parent.LOOPBACK, meeting.port), timeout=5):
+        with socket.create_connection((group.LOOPBACK, meeting.port), timeout=5):
             pass
         others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
         for address in others - {"127.0.0.1"}:

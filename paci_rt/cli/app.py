@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         return int(args.run(args))
     except ValueError as error:  # also the typed ones, which are about what was asked for
-        if environment.speaks():  # one of the processes under torchrun for all
+        if "TORCHELASTIC_RUN_ID" in os.environ or environment.speaks():  # one of the processes under torchrun for all
             say_once(f"paci-rt: error: {_in_one_line(error)}")
         return BAD_VALUE
     except RunStopped as error:

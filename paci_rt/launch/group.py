@@ -81,6 +81,7 @@ class Child:
     stopped_since: float | None = None
     ticks: int = 0
 
+
 REFUSALS = (CheckpointError.__name__, DisagreementError.__name__)
 """Causes that are about what was asked for: they say it all themselves."""
 

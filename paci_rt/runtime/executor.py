@@ -106,7 +106,7 @@ class Executor:
         self.last_end_s = 0.0
         self.copied_input_bytes = 0
         self._board = board().words
-        self._codes = {at: {op: code + (at << 44) for op, code in OP_CODES.items()} for at in self.runtimes}
+        self._codes = {at: {op: code + (at << 45) for op, code in OP_CODES.items()} for at in self.runtimes}
         self._explain = explain
         self._trace = trace
         self._channels = {

@@ -22,7 +22,7 @@ from paci_rt.transport import patience
 @pytest.mark.parametrize("text", [f"{stage}{op.value}{index}" for op in OPS for stage, index in ((0, 0), (7, 10**9))])
 def test_an_action_on_a_board_is_the_same_action(text: str) -> None:
     action, board = Action.parse(text), status.Board()
-    board.words[CURRENT] = OP_CODES[action.op] + (action.stage << 44) + action.index
+    board.words[CURRENT] = OP_CODES[action.op] + (action.stage << 45) + action.index
     assert board.read().action == text
     board.words[LAST] = board.words[CURRENT]
     assert (board.read().action, board.read().completed) == ("", text)

@@ -85,7 +85,7 @@ def test_a_build_without_cuda_says_so() -> None:
         lambda: core.Stream(0),
         lambda: core.Event(0),
         lambda: core.WeightGate(1, 0),
-        lambda: core.Accumulator([(0, 16)], 16, [64], 0),
+        lambda: core.Accumulator([(0, 16)], 16, [torch.zeros(16)], 0),
         lambda: core.cuda_spin(0, 0, 1),
     ):
         with pytest.raises(ValueError, match=r"device 0 needs the CUDA half of paci_rt, .* with PACI_RT_CUDA=on"):
@@ -104,7 +104,7 @@ def test_without_a_gpu_errors_carry_cudas_words_and_the_remedy() -> None:
         lambda: native.make_stream(torch.device("cuda", 0)),
         lambda: native.make_event(torch.device("cuda", 0)),
         lambda: native.make_weight_gate(1, torch.device("cuda", 0)),
-        lambda: core.Accumulator([(0, 16)], 16, [64], 0),
+        lambda: core.Accumulator([(0, 16)], 16, [torch.zeros(16)], 0),
         lambda: core.cuda_fill(0, 0, 64, 1, 0.0),
     ):
         with pytest.raises(CudaError, match=r"device 0 is not usable: .*cudaError\w+ \(\d+\): .*install or update"):

@@ -7,24 +7,23 @@ behind reaches the next: a message that nobody took, or one pipeline more on one
 
 from __future__ import annotations
 
-import tempfile
+import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from support.deadlines import deadline
 from support.processes import processes
 
 
-def _work(rank: int, size: int, store: str, inbox: Connection) -> None:
+def _work(rank: int, size: int, port: int, inbox: Connection) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     while True:
         fn, count, args = inbox.recv()
         group = dist.new_group(list(range(count)), backend="gloo")  # all ranks have to call this
@@ -45,13 +44,13 @@ class WorkerPool:
 
     def _start(self) -> None:
         context = processes()
-        self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name) / "store")
+        with socket.create_server(("127.0.0.1", 0)) as free:  # a store in a file would obey limits that tests set
+            port = free.getsockname()[1]
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(self._size):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self._size, store, there), daemon=True)
+            process = context.Process(target=_work, args=(rank, self._size, port, there), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -84,4 +83,3 @@ class WorkerPool:
         for process in self._processes:
             process.kill()  # an orderly end of the groups takes seconds and proves nothing
             process.join(timeout=deadline(10))
-        self._folder.cleanup()

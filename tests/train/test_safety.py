@@ -66,7 +66,7 @@ def test_a_run_that_skips_goes_on_and_counts(text: str, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"lr": float("inf")}, "--lr is inf: give a finite number"),
+        ({"lr": float("inf")}, "--lr is inf: give a number of at least 0"),
         ({"lr": float("nan")}, "--lr is nan"),
         ({"lr": -1e-3}, "--lr is -0.001"),
         ({"lr": 1e39}, "--lr is 1e\\+39"),
