@@ -143,8 +143,7 @@ def _check(model: Any, stages: Sequence[StageOfModel]) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (CHECKED_ROWS, CHECKED_TOKENS), generator=generator).to(device)
-    training = [(part, part.training) for part in model.modules()]
-    others = [(part, part.training) for one in stages for part in one.modules()]
+    training = [(part, part.training) for whole in (model, *stages) for part in whole.modules()]
     model.eval()
     for one in stages:
         one.eval()
@@ -154,12 +153,10 @@ def _check(model: Any, stages: Sequence[StageOfModel]) -> None:
         for one in stages:
             value = one(*(value if isinstance(value, tuple) else (value,)))
     finally:
-        for part, was in (*training, *others):
+        for part, was in training:
             part.training = was
         for one in stages:
-            one.train(one.training)
-            for part, was in others:
-                part.training = was
+            one.follow_mode()
     ours: Tensor = value[0] if isinstance(value, tuple) else value
     if not torch.equal(ours, logits):
         worst = (ours - logits).abs().max().item()

@@ -58,7 +58,7 @@ def from_folder(stage: nn.Module, model: Any, folder: Path) -> bool:
     from safetensors import safe_open
 
     files = _files(folder)
-    tied = {name: tie.owner for tie in stage.tied_weights for name in (tie.reader,)}  # type: ignore[union-attr]
+    tied = {tie.reader: tie.owner for tie in stage.tied_weights}  # type: ignore[union-attr]
     _to_memory(stage)
     _fill_buffers(stage, model)
     wanted: dict[str, list[tuple[str, torch.Tensor]]] = {}

@@ -14,7 +14,7 @@ from paci_rt.hf.load import INDEX, WHOLE
 from paci_rt.hf.stage_module import StageOfModel
 from paci_rt.transport.collective import gather
 
-_WRAPPERS = ("_orig_mod.",)
+_COMPILED = "_orig_mod."
 
 
 def save_pretrained(schedule: Any, folder: str | os.PathLike[str]) -> None:
@@ -88,14 +88,12 @@ def _stage_of(module: Any) -> StageOfModel:
 
 def _tensors(stage: StageOfModel) -> dict[str, Tensor]:
     """What a file has of a stage: each tensor once, under its name in the uncut model."""
-    copies = {tie.reader for tie in stage.tied_weights if tie.reader_stage > tie.owner_stage}
+    copies = {tie.reader for tie in stage.tied_weights}
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     own = dict(stage.named_parameters(remove_duplicate=False))
     for name, tensor in stage.state_dict(keep_vars=True).items():
-        plain = name
-        for wrapper in _WRAPPERS:
-            plain = plain.replace(wrapper, "")
+        plain = name.replace(_COMPILED, "")
         if id(tensor) in seen or (plain in copies and _is_copy(stage, plain, own)):
             continue
         seen.add(id(tensor))

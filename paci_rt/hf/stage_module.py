@@ -116,9 +116,13 @@ class StageOfModel(nn.Module):
 
     def train(self, mode: bool = True) -> StageOfModel:
         """As every module's; the model's own flag follows."""
-        self._model[0].training = mode
         super().train(mode)
+        self.follow_mode()
         return self
+
+    def follow_mode(self) -> None:
+        """Give the model's own flag the value of the stage's."""
+        self._model[0].training = self.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the class."""

@@ -294,3 +294,12 @@ def test_training_the_stages_trains_the_model() -> None:
     after = model.state_dict()
     assert all(not torch.equal(before[key], after[key]) for key in before if before[key].is_floating_point())
     same({key: value for stage in stages for key, value in stage.state_dict().items()}, after)
+
+
+def test_looking_at_the_cut_leaves_the_modes_as_they_were() -> None:
+    model = make("gpt2").train()
+    model.transformer.h[1].eval()
+    stages = paci_rt.hf.split(model, 2)
+    assert model.training and not model.transformer.h[1].training and model.transformer.h[0].training
+    assert all(stage.training and stage._model[0].training for stage in stages)
+    assert not paci_rt.hf.split(model.eval(), 2)[0]._model[0].training
