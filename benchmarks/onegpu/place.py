@@ -19,7 +19,8 @@ from paci_rt.schedules.channel import Channel
 CONNECTIONS = 32
 """Queues of the hardware that streams are spread over, at most. Streams that share one wait for each other."""
 
-HOLD_US = 8000
+HOLD_US, TRIES = 8000, 5
+"""For how long a stream is held up at first, and how often, twice as long each time, before a wait is believed."""
 
 
 class Place:
@@ -138,17 +139,28 @@ def false_dependencies(
 ) -> int:
     """How many ordered pairs of idle streams share a queue of the hardware.
 
-    The second of a pair then waits while the first is held up, though nothing makes it depend on the first.
+    The second of a pair then waits for the first, though nothing makes it depend on it. One that was ever seen to be
+    done while the first was held up does not: a host that was busy looks again, and holds up longer.
     """
     found = 0
     for held in streams:
-        hold(held, hold_us)
-        behind = [other.record_event() for other in streams if other is not held]
-        time.sleep(hold_us / 4e6)
-        found += sum(not event.query() for event in behind)
-        held.record_event().synchronize()
-        for event in behind:
-            event.synchronize()
+        suspects = [other for other in streams if other is not held]
+        for attempt in range(TRIES):
+            hold(held, hold_us << attempt)
+            end = held.record_event()
+            behind = [(other, other.record_event()) for other in suspects]
+            free: set[int] = set()
+            while not end.query() and len(free) < len(suspects):
+                time.sleep(hold_us / 16e6)
+                seen = {at for at, (_, event) in enumerate(behind) if event.query()}
+                free |= seen if not end.query() else set()
+            suspects = [other for at, other in enumerate(suspects) if at not in free]
+            end.synchronize()
+            for _, event in behind:
+                event.synchronize()
+            if not suspects:
+                break
+        found += len(suspects)
     return found
 
 
