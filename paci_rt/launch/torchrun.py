@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from paci_rt import status
 from paci_rt.errors import PaciError, TransportError
+from paci_rt.launch.attempt import attempt_store
 from paci_rt.launch.blame import Seen
 from paci_rt.launch.child import Context, describe, join_run
 from paci_rt.launch.child_death import die_with
@@ -96,6 +97,9 @@ def run_under_torchrun(
     watcher: Watcher | None = None
     try:
         store, rank, size = _store(transfer_timeout_s)
+        run_id = _run_id(store)
+        if run_id:
+            store = attempt_store(store, rank, size, transfer_timeout_s)
         # Beats go through a connection of their own: the other one may wait for an answer.
         remote = Remote(BoundedStore(store.clone(), transfer_timeout_s), rank) if _several_hosts(size) else None
         watcher = Watcher(grace_s=grace_s, remote=remote)
@@ -103,7 +107,7 @@ def run_under_torchrun(
         take_interface(store, rank, size, transfer_timeout_s)
         join_run(store, rank, size, transfer_timeout_s)
         own.enter("")
-        context = Context(rank, size, restarts=_restarts(), run_id=_run_id(store), on_report=on_report)
+        context = Context(rank, size, restarts=_restarts(), run_id=run_id, on_report=on_report)
         result = fn(context, *args)
         what = "have not come to the end of the run"
         results = gather(result, None, transfer_timeout_s, kind="results", what=what)
