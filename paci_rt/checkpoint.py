@@ -30,7 +30,7 @@ from paci_rt.runtime.checkpoint_collect import collect
 from paci_rt.runtime.checkpoint_files import beside, check_savable, part_of
 from paci_rt.runtime.checkpoint_index import KINDS, digest_of, index_file, names_in, warn_of_age
 from paci_rt.runtime.checkpoint_load import check_same_model, check_tensors, in_one_line, some, state_for
-from paci_rt.runtime.checkpoint_save import check_seen, finish, index_of, leave_to_one, write_parts
+from paci_rt.runtime.checkpoint_save import check_finite, check_seen, finish, index_of, leave_to_one, write_parts
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.folder_lock import FolderLock, Probe
 from paci_rt.runtime.generators import check_generators
@@ -65,7 +65,7 @@ def save(
 
     Raises:
         ValueError: two stages have a parameter of the same name; nothing is written then.
-        CheckpointError: another run has the folder.
+        CheckpointError: another run has the folder, or a weight is not finite.
         OSError: a file could not be written, by this process or another. What was saved before is intact, and nothing
             of the new one is left.
 
@@ -91,6 +91,7 @@ def save(
     state: dict[str, Any] = {}
     with together(schedule, group):
         json.dumps(dict(extra or {}))
+        check_finite(schedule)
         state = schedule.state_dict()
         check_savable(state)
     leave_to_one(names, state, schedule, group)

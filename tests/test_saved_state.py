@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import paci_rt
 from paci_rt import checkpoint
@@ -164,3 +165,41 @@ def test_optimizers_made_of_named_parameters_go_on_with_another_cut(tmp_path: Pa
         checkpoint.load(tmp_path, resumed)
         train(resumed, range(2, 4))
         assert flat(resumed.state_dict()["params"]) == flat(straight.state_dict()["params"])
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "paci"])
+def test_weights_that_an_update_made_infinite_are_not_saved(tmp_path: Path, schedule: str) -> None:
+    def ours(rate: float) -> paci_rt.LocalPipeline:
+        torch.manual_seed(0)
+        return paci_rt.LocalPipeline(
+            [nn.Linear(4, 4), nn.Linear(4, 2)],
+            n_microbatches=2,
+            loss_fn=nn.MSELoss(),
+            schedule=schedule,
+            optimizer=lambda named: paci_rt.SGD(named, lr=rate),
+        )
+
+    good = ours(1e-3)
+    checkpoint.save(tmp_path, good)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    bad = ours(3e38)
+    bad.step(torch.full((4, 4), 10.0), target=torch.ones(4, 2))  # its gradients are finite
+    with pytest.raises(paci_rt.CheckpointError, match=r"'weight' is not finite, so nothing was saved"):
+        checkpoint.save(tmp_path, bad)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_mask_is_saved_and_a_running_mean_that_is_nan_is_not(tmp_path: Path) -> None:
+    norm = nn.BatchNorm1d(4)
+    norm.register_buffer("mask", torch.full((4,), float("-inf")))
+    norm.register_buffer("nothing", torch.empty(0))
+    frozen = nn.Parameter(torch.full((2,), float("inf")), requires_grad=False)
+    norm.register_parameter("bound", frozen)
+    pipeline = paci_rt.LocalPipeline(
+        [nn.Linear(4, 4), norm], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW, schedule="gpipe"
+    )
+    checkpoint.save(tmp_path, pipeline)
+    assert norm.running_mean is not None
+    norm.running_mean[2] = float("nan")
+    with pytest.raises(paci_rt.CheckpointError, match=r"stage 1: 'running_mean' has NaN"):
+        checkpoint.save(tmp_path, pipeline)

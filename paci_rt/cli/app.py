@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from paci_rt.cli import environment
-from paci_rt.errors import CheckpointError, PaciError, RunStopped, ScheduleError, StageFailed, did_you_mean, unknown
+from paci_rt.errors import (
+    CheckpointError,
+    NonFiniteError,
+    PaciError,
+    RunStopped,
+    ScheduleError,
+    StageFailed,
+    did_you_mean,
+    unknown,
+)
 
 BAD_VALUE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 LONGEST = 1200
@@ -68,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"paci-rt: error: {error}", file=sys.stderr)  # about what was asked for, though a stage found it
             return BAD_VALUE
         if isinstance(error, StageFailed):
-            print(error.remote_traceback, end="", file=sys.stderr)
+            if error.cause != NonFiniteError.__name__:  # else it is not the code that is wrong
+                print(error.remote_traceback, end="", file=sys.stderr)
         elif error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(f"paci-rt: error: {_who()}{_in_one_line(error)}", file=sys.stderr)

@@ -248,10 +248,11 @@ def describe(rank: int, error: BaseException) -> Failure:
         text = f"sys.exit({error.code!r}) was called"
     else:
         text = f"{cause}: {error}" if str(error) else cause
+    own = f"stage {rank}"
     return Failure(
         rank=rank,
         cause=cause,
-        message=f"stage {rank}: {text}",
+        message=text if text.startswith((f"{own}:", f"{own},")) else f"{own}: {text}",
         time_s=time.monotonic(),
         remote_traceback="".join(traceback.format_exception(error)),
         secondary=any(_is_consequence(link) for link in chain),

@@ -19,7 +19,7 @@ def write_dump(folder: Path, seen: Mapping[int, Seen], message: str, *, name: st
     """Write one JSON file: ``format message guilty monotonic_s unix_s stages``; each stage has its board and condition.
 
     Returns:
-        A line for the error: where it is, or why it could not be written.
+        What the error says more: where it is, or why it could not be written.
     """
     first = guilty(seen)
     content = {
@@ -42,5 +42,5 @@ def write_dump(folder: Path, seen: Mapping[int, Seen], message: str, *, name: st
             json.dump(content, stream, indent=1)
         os.replace(part, target)
     except OSError as refusal:
-        return f"\nwhat they did last could not be written to {target} ({refusal.strerror})"
-    return f"\nin plain words: paci-rt doctor --run {folder}"
+        return f"; what they did last could not be written to {target} ({refusal.strerror})"
+    return f"; in plain words: paci-rt doctor --run {folder}"

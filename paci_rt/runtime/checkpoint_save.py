@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from paci_rt.errors import CheckpointError
 from paci_rt.files import reason
@@ -49,6 +50,37 @@ def write_parts(
         text = f"cannot write the checkpoint: {why}; what was saved before is intact"
         return lock, parts, ("OSError", text)
     return lock, parts, FINE
+
+
+def check_finite(schedule: Pipeline) -> None:
+    """Make sure that nobody goes on from weights that are lost: an update may overflow though its gradient did not.
+
+    Frozen parameters and buffers may hold infinities on purpose, as masks do; NaN they may not.
+
+    Raises:
+        CheckpointError: with the first parameter or buffer that is not finite.
+    """
+    for stage in schedule.stages:
+        kept = [(name, param, param.requires_grad) for name, param in stage.named_parameters()]
+        kept += [(name, buffer, False) for name, buffer in stage.submod.named_buffers()]
+        kept = [one for one in kept if one[1].numel() and (one[1].is_floating_point() or one[1].is_complex())]
+        if not kept:
+            continue
+        device = kept[0][1].device
+        bad = torch.stack([_lost(tensor.detach(), trained).to(device) for _, tensor, trained in kept]).tolist()
+        for (name, _, trained), lost in zip(kept, bad, strict=True):
+            if lost:
+                raise CheckpointError(
+                    f"stage {stage.stage_index}: {name!r} {'is not finite' if trained else 'has NaN'}, so nothing was "
+                    "saved and what was saved before is intact: go on from that with a lower learning rate or with "
+                    "max_grad_norm= (--clip-grad-norm)"
+                )
+
+
+def _lost(tensor: Tensor, trained: bool) -> Tensor:
+    """Whether there is a value that must not be saved, as a tensor on the same device."""
+    norm = torch.linalg.vector_norm(tensor.float() if tensor.element_size() == 1 else tensor, float("inf"))
+    return ~torch.isfinite(norm) if trained else torch.isnan(norm)
 
 
 def finish(
