@@ -29,11 +29,11 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python
 DEMO_OUT ?= runs/demo
 DEMO_ARGS ?= --accumulation 2 --batch-size 16 --lr 1e-3 --steps 400 --eval-interval 20
 
-.PHONY: help venv test soak demo bench gpu docs sdist lint format imports tsan asan clean
+.PHONY: help venv test test-all soak demo bench gpu docs sdist lint format imports tsan asan clean
 
 help:
 	@echo "make demo    train a GPT on real text with 1F1B-flush and with PACI, and compare (about 5 minutes)"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; make test-all those too that take longest (half an hour)"
 	@echo "make soak    two minutes of delays, kills and restarts"
 	@echo "make bench   measure the native kernels and the pipelines"
 	@echo "make gpu     build, test and measure on a GPU, offline, with the Python that has torch (GPU_ARGS=--dry-run: the plan)"
@@ -53,6 +53,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt cmake/cuda.cmak
 	@touch $@
 
 test: venv
+	$(BIN)/python -m pytest -m "not gpu and not multigpu and not long" $(PYTEST_ARGS)
+
+test-all: venv
 	$(BIN)/python -m pytest -m "not gpu and not multigpu" $(PYTEST_ARGS)
 
 soak: venv

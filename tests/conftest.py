@@ -42,11 +42,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in ``slow.txt``, which ``tools/slow_tests.py`` writes from measured times, have the mark ``slow``."""
-    slow = set((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
-    for item in items:
-        if item.nodeid in slow:
-            item.add_marker(pytest.mark.slow)
+    """Tests in ``slow.txt`` and ``long.txt``, which ``tools/slow_tests.py`` writes from measured times, have that
+    mark."""
+    for mark in ("slow", "long"):
+        names = set((Path(__file__).parent / f"{mark}.txt").read_text(encoding="utf-8").splitlines())
+        for item in items:
+            if item.nodeid in names:
+                item.add_marker(getattr(pytest.mark, mark))
 
 
 @pytest.fixture(scope="session")

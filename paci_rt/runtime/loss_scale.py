@@ -43,8 +43,10 @@ class LossScaler:
         values = {"init_scale": init_scale, "growth_factor": growth_factor, "backoff_factor": backoff_factor}
         for name, value in values.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0 < value < math.inf) or math.frexp(value)[0] != 0.5:
-                raise ValueError(f"{name} is {value!r}: give a power of two, such as {_DEFAULTS[name]}")
+            if not (number and LEAST <= value <= MOST) or math.frexp(value)[0] != 0.5:
+                raise ValueError(
+                    f"{name} is {value!r}: give a power of two from 2**-24 to 2**60, such as {_DEFAULTS[name]}"
+                )
         if growth_factor < 1 or backoff_factor >= 1:
             raise ValueError(
                 f"growth_factor is {growth_factor} and backoff_factor {backoff_factor}: the first must not be below 1, "

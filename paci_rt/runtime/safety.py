@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +53,9 @@ class Safety:
             raise unknown("on_nonfinite", self.on_nonfinite, POLICIES)
         check_positive("max_grad_norm", self.max_grad_norm, "such as 1.0, or leave it out to clip nothing")
         check_positive("skip_spikes", self.skip_spikes, "of standard deviations such as 6.0, or leave it out")
+        for name in ("max_grad_norm", "skip_spikes"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         if self.loss_scale is not None:
             if not isinstance(self.loss_scale, LossScaler):
                 raise ValueError(f"loss_scale is {self.loss_scale!r}: give a paci_rt.LossScaler")
@@ -93,7 +96,7 @@ class Safety:
 def check_positive(name: str, value: Any, remedy: str) -> None:
     """Raise ValueError unless ``value`` is None or a finite number above 0."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value < math.inf):
+    if value is not None and not (number and 0 < value <= sys.float_info.max):
         raise ValueError(f"{name} is {value!r}: give a finite number above 0 {remedy}")
 
 

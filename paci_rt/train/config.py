@@ -21,6 +21,7 @@ from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
 from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
+from paci_rt.transport.base import MOST_TIMEOUT_S
 
 OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd")
 BETA2 = {"lion": 0.99}
@@ -42,7 +43,6 @@ MOST = {
 """Of integers; the others end at 2**53."""
 MOST_FLOAT = 1e30
 """Of rates and coefficients: it is a number in fp32 as well."""
-MOST_TIMEOUT_S = 1e9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AUTO: Any = None
 """Default of options that are derived from the others."""

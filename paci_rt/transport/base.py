@@ -12,6 +12,7 @@ from paci_rt.schedules.channel import Channel
 from paci_rt.transport.structure import Structure
 
 DEFAULT_TIMEOUT_S = 300.0
+MOST_TIMEOUT_S = 1e9
 """Deadline of a wait for another stage, unless the user says otherwise."""
 
 
@@ -112,9 +113,10 @@ class WaitingTransport:
 
 
 def check_timeout(seconds: float, name: str = "timeout_s") -> None:
-    """Raise ValueError, with ``name`` in it, unless ``seconds`` is above 0."""
-    if not seconds > 0:
-        raise ValueError(f"{name} is {seconds!r}: give a number of seconds above 0")
+    """Raise ValueError, with ``name`` in it, unless ``seconds`` is a number above 0 and at most ``MOST_TIMEOUT_S``."""
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not (number and 0 < seconds <= MOST_TIMEOUT_S):
+        raise ValueError(f"{name} is {seconds!r}: give a number of seconds above 0 and up to {MOST_TIMEOUT_S:g}")
 
 
 def check_slots(slots: int, name: str = "slots") -> None:

@@ -178,6 +178,7 @@ def test_between_processes_scales_and_bits_are_those_of_one_process(
         ({"init_scale": 1000.0}, "init_scale is 1000.0: give a power of two"),
         ({"init_scale": float("inf")}, "init_scale is inf"),
         ({"init_scale": 0}, "init_scale is 0"),
+        ({"init_scale": 2**1000}, "init_scale is 1071"),
         ({"growth_factor": 0.5}, "growth_factor is 0.5 and backoff_factor 0.5"),
         ({"backoff_factor": 2.0}, "backoff_factor 2.0"),
         ({"growth_factor": float("nan")}, "growth_factor is nan"),

@@ -359,6 +359,7 @@ def test_a_window_whose_norm_stands_out_is_skipped(schedule: str, how: str, stag
         ({"max_grad_norm": 0}, "max_grad_norm is 0: give a finite number above 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
         ({"max_grad_norm": NAN}, "max_grad_norm is nan"),
+        ({"max_grad_norm": 10**400}, "max_grad_norm is 10000"),
         ({"max_grad_norm": INF}, "max_grad_norm is inf"),
         ({"max_grad_norm": "1"}, "max_grad_norm is '1'"),
         ({"max_grad_norm": True}, "max_grad_norm is True"),

@@ -11,6 +11,7 @@ import torch
 from paci_rt.errors import ScheduleError, StageError
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport import LocalTransport, Message, make_transport, wire
+from paci_rt.transport.base import check_timeout
 from paci_rt.transport.gloo import GlooTransport
 from support.messages import check, message
 from support.pool import WorkerPool
@@ -183,3 +184,11 @@ def test_what_no_header_can_describe_is_named() -> None:
         wire.pack_header(0, 0, 0, wire.describe(many), inline=False)
     with pytest.raises(StageError, match="bits8"):
         wire.describe(Message((torch.zeros(1, dtype=torch.bits8),), (False,)))
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), 1e10, 10**400, "5", True, None])
+def test_a_deadline_is_a_number_of_seconds(seconds: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"transfer_timeout_s is .*: give a number of seconds above 0 and up to 1e\+09"
+    ):
+        check_timeout(seconds, "transfer_timeout_s")
