@@ -61,7 +61,7 @@ def check_finite(schedule: Pipeline) -> None:
         CheckpointError: with the first parameter or buffer that is not finite.
     """
     for stage in schedule.stages:
-        kept = [(name, param, param.requires_grad) for name, param in stage.named_parameters()]
+        kept: list[tuple[str, Tensor, bool]] = [(*one, one[1].requires_grad) for one in stage.named_parameters()]
         kept += [(name, buffer, False) for name, buffer in stage.submod.named_buffers()]
         kept = [one for one in kept if one[1].numel() and (one[1].is_floating_point() or one[1].is_complex())]
         if not kept:

@@ -188,7 +188,5 @@ def test_what_no_header_can_describe_is_named() -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), 1e10, 10**400, "5", True, None])
 def test_a_deadline_is_a_number_of_seconds(seconds: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"transfer_timeout_s is .*: give a number of seconds above 0 and up to 1e\+09"
-    ):
+    with pytest.raises(ValueError, match=r"transfer_timeout_s is .*: give a number of seconds above 0"):
         check_timeout(seconds, "transfer_timeout_s")
