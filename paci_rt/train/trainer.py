@@ -32,6 +32,7 @@ from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gather import gathered_sha256
 from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
+from paci_rt.train.prefetch import Prefetch
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
 from paci_rt.transport import make_transport
 from paci_rt.transport.collective import barrier, new_group
@@ -86,7 +87,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
         set_options(lr_schedulers, given, config, first_step)
     clock = TrainingClock(barrier=lambda: None if group is None else meet(group, timeout_s))
-    log = Log(config, ctx, pipeline, clock)
+    windows = held.enter_context(batches(config, corpus, pipeline, first_step))
+    log = Log(config, ctx, pipeline, clock, windows)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
 
     def rest(step: int, *, validate: bool, save: bool) -> None:
@@ -122,11 +124,10 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
             rest(step, validate=validate, save=save)
             clock.start()
             board.enter("training", step=step)
-        x, y = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
-        x, y = pinned(pipeline, x, y)
+        x, y = windows.take(step)  # int64 [batch, seq], both; None where this process has no use for it
         losses: list[Tensor] = []
-        inputs = (x,) if pipeline.has_first else ()
-        target = y if pipeline.has_last else None
+        inputs = () if x is None else (x,)
+        target = y
         pipeline.step(*inputs, target=target, losses=losses, return_outputs=False)
         log.stepped(step + 1, losses)
     rest(config.steps, validate=True, save=True)
@@ -318,6 +319,21 @@ def require_finite(pipeline: Pipeline, step: int, val_loss: float | None) -> Non
     raise paci_rt.NonFiniteError(f"{at}U{step - 1}", text, at, step - 1, None, name)
 
 
+Window = tuple[Tensor | None, Tensor | None]
+
+
+def batches(config: TrainConfig, corpus: Corpus, pipeline: Pipeline, first_step: int) -> Prefetch[Window]:
+    """Inputs and targets of every window, those that this process needs, read ahead of the training."""
+
+    def read(step: int) -> Window:
+        if not (pipeline.has_first or pipeline.has_last):
+            return None, None
+        x, y = pinned(pipeline, *corpus.batch(step, config.batch_size, config.seq_len, config.seed))
+        return x if pipeline.has_first else None, y if pipeline.has_last else None
+
+    return Prefetch(read, range(first_step, config.steps))
+
+
 def pinned(pipeline: Pipeline, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors as the stages of this process can take them without waiting."""
     return tensors if pipeline.stages[0].device.type == "cpu" else tuple(tensor.pin_memory() for tensor in tensors)
@@ -373,8 +389,11 @@ class Log:
 
     LATE = 10
 
-    def __init__(self, config: TrainConfig, ctx: Context, pipeline: Pipeline, clock: TrainingClock) -> None:
+    def __init__(
+        self, config: TrainConfig, ctx: Context, pipeline: Pipeline, clock: TrainingClock, windows: Prefetch[Window]
+    ) -> None:
         self._config, self._ctx, self._pipeline, self._clock = config, ctx, pipeline, clock
+        self._windows = windows
         self._steps: list[StepPoint] = []
         self._evals: list[EvalPoint] = []
         self._mark: tuple[float, float, int] | None = None  # clock, seconds of computing and tokens after one window
@@ -407,8 +426,8 @@ class Log:
         if tokens > self._mark[2]:
             rates["tokens_per_s"] = (tokens - self._mark[2]) / (elapsed_s - self._mark[0])
             rates["utilization"] = compute_s / (steady_s * len(self._pipeline.ranks))
-        skipped = {"skipped_windows": max(stats["skipped_windows"].values())}
-        self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates, **skipped})
+        more = {"skipped_windows": max(stats["skipped_windows"].values()), "data_stall_s": self._windows.stall_s}
+        self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates, **more})
 
     def evaluated(self, step: int, val_loss: float | None) -> None:
         """The held-back set's loss after ``step`` windows, on the last stage."""
@@ -433,6 +452,7 @@ class Log:
             params_sha256=params_sha256,
             events=tuple(self._pipeline.events),
             stopped=stopped,
+            data_stall_s=self._windows.stall_s,
         )
 
     def _steady(self, stats: dict[str, Any]) -> tuple[float, float]:
