@@ -147,7 +147,7 @@ def test_another_vocabulary_is_refused(folder: Path) -> None:
 
 
 def test_a_single_shard_is_sent_to_its_folder(folder: Path) -> None:
-    with pytest.raises(DataError, match="is one shard of .*out: give that folder"):
+    with pytest.raises(DataError, match=r"is one shard of .*out: give that folder"):
         load_corpus(folder / "train-00000.bin", vocab_size=256, seq_len=32)
 
 

@@ -224,6 +224,7 @@ def test_one_run_tells_everything(text: str) -> None:
         "elapsed_s",
         "utilization",
         "skipped_windows",
+        "data_stall_s",
     }
     assert set(ctx.reports[0]) == {"kind", "step", "steps", "val_loss", "tokens", "elapsed_s"}
     clock = [r["elapsed_s"] for r in ctx.reports]
