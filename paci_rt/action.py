@@ -9,7 +9,7 @@ messages, and parses back::
     Action(stage=1, op=<Op.RECV_B: 'RECV_B'>, index=3)
 
 ``index`` is the global running number of a micro-batch, except for ``U`` and the exchange of tied weights and of norms,
-where it is the number of the window.
+where it is the number of the window, and for ``E``, whose micro-batches have numbers of their own.
 """
 
 from __future__ import annotations
@@ -57,11 +57,15 @@ class Op(enum.Enum):
     RECV_NF = "RECV_NF"
     SEND_NB = "SEND_NB"
     RECV_NB = "RECV_NB"
+    # A forward of an evaluation that travels among training micro-batches.
+    E = "E"
+    SEND_E = "SEND_E"
+    RECV_E = "RECV_E"
 
 
-COMPUTE_OPS = frozenset({Op.F, Op.B, Op.I, Op.W, Op.U})
-RECV_OPS = frozenset({Op.RECV_F, Op.RECV_B, Op.RECV_TG, Op.RECV_TW, Op.RECV_NF, Op.RECV_NB})
-SEND_OPS = frozenset({Op.SEND_F, Op.SEND_B, Op.SEND_TG, Op.SEND_TW, Op.SEND_NF, Op.SEND_NB})
+COMPUTE_OPS = frozenset({Op.F, Op.B, Op.I, Op.W, Op.U, Op.E})
+RECV_OPS = frozenset({Op.RECV_F, Op.RECV_B, Op.RECV_TG, Op.RECV_TW, Op.RECV_NF, Op.RECV_NB, Op.RECV_E})
+SEND_OPS = frozenset({Op.SEND_F, Op.SEND_B, Op.SEND_TG, Op.SEND_TW, Op.SEND_NF, Op.SEND_NB, Op.SEND_E})
 
 _PATTERN = re.compile(
     r"([0-9]{1,15})(" + "|".join(sorted((op.value for op in Op), key=len, reverse=True)) + r")([0-9]{1,15})"
@@ -173,7 +177,7 @@ def dependencies(action: Action, num_stages: int, accumulation: int, *, split: b
     The order that a stage gives its own actions comes on top; this is what the mathematics asks for.
 
     Args:
-        action: an ``F``, ``B``, ``I``, ``W`` or ``U``.
+        action: an ``F``, ``B``, ``I``, ``W``, ``U`` or ``E``.
         num_stages: number of pipeline stages ``P``.
         accumulation: micro-batches a window, which ``U`` waits for.
         split: whether backwards come as ``I`` and ``W``.
@@ -188,9 +192,9 @@ def dependencies(action: Action, num_stages: int, accumulation: int, *, split: b
         ['1F0', '2B0']
     """
     stage, index = action.stage, action.index
-    if action.op is Op.F:
+    if action.op in (Op.F, Op.E):
         if stage > 0:
-            yield Action(stage - 1, Op.F, index)
+            yield Action(stage - 1, action.op, index)
     elif action.op in (Op.B, Op.I):
         yield Action(stage, Op.F, index)
         if stage < num_stages - 1:

@@ -316,6 +316,20 @@ class CheckpointError(PaciError, ValueError):
     """
 
 
+class DataError(PaciError, ValueError):
+    """Data that cannot be used: missing, damaged, empty, of another vocabulary, or not to be written.
+
+    One line that names the file and the remedy.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from paci_rt.data.shards import read_manifest
+        >>> read_manifest(Path("no/such/folder"))
+        Traceback (most recent call last):
+        paci_rt.errors.DataError: cannot read no/such/folder/manifest.json (No such file or directory): prepare ...
+    """
+
+
 class MeetingError(TransportError):
     """Some processes of a run did not come to a meeting: a start, a validation, a checkpoint, the end.
 

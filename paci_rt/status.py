@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from paci_rt.action import OPS, RECV_OPS, SEND_OPS, Action, Op
+from paci_rt.action import COMPUTE_OPS, OPS, RECV_OPS, SEND_OPS, Action, Op
 
 PHASES = (
     "",
@@ -103,7 +103,7 @@ class Standing:
 
     def life(self) -> tuple[Any, ...]:
         """What changes while the process makes progress."""
-        waits = bool(self.action) and Action.parse(self.action).op not in (Op.F, Op.B, Op.I, Op.W, Op.U)
+        waits = bool(self.action) and Action.parse(self.action).op not in COMPUTE_OPS
         return (self.completed, self.phase, self.step, self.action, 0 if waits or self.detail else self.signs)
 
     def awaited_stage(self) -> int | None:
@@ -111,9 +111,9 @@ class Standing:
         if not self.action:
             return None
         action = Action.parse(self.action)
-        if action.op in (Op.RECV_F, Op.SEND_B):
+        if action.op in (Op.RECV_F, Op.RECV_E, Op.SEND_B):
             return action.stage - 1
-        if action.op in (Op.RECV_B, Op.SEND_F):
+        if action.op in (Op.RECV_B, Op.SEND_F, Op.SEND_E):
             return action.stage + 1
         return None
 

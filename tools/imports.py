@@ -24,7 +24,7 @@ LEVELS = (
     ("weights",),
     ("runtime",),
     ("schedule_base", "pipelining", "local_pipeline", "check", "checkpoint", "interop", "green", "hf"),
-    ("launch", "profiling", "report"),
+    ("launch", "profiling", "report", "data"),
     ("train",),
     ("cli", "__main__"),
 )
@@ -57,11 +57,12 @@ MEANING = {
     "launch": "starts and watches processes",
     "profiling": "measures blocks and links",
     "report": "tables, plots, the machine",
+    "data": "documents to tokens",
     "train": "the trainer",
     "cli": "the commands",
     "__main__": "python -m paci_rt",
 }
-TORCH_FREE = ("action", "errors", "clock", "trace", "files", "status", "schedules", "simulate", "planner")
+TORCH_FREE = ("action", "errors", "clock", "trace", "files", "status", "schedules", "simulate", "planner", "data")
 """Work without torch, directly and through all that they import."""
 CONCRETE = {
     "schedules": ("flush", "interleaved", "paci", "pipedream", "search", "zero_bubble"),

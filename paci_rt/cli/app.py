@@ -1,4 +1,4 @@
-"""The command ``paci-rt``: train, compare, simulate, plan, doctor."""
+"""The command ``paci-rt``: train, prepare, compare, simulate, plan, doctor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from paci_rt.cli import environment
 from paci_rt.errors import (
     CheckpointError,
+    DataError,
     NonFiniteError,
     PaciError,
     RunStopped,
@@ -22,6 +23,8 @@ from paci_rt.errors import (
 )
 
 BAD_VALUE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+ASKED_FOR = (CheckpointError.__name__, DataError.__name__)
+"""Errors about what was asked for, whoever finds them."""
 LONGEST = 1200
 """Characters of an error: the middle of what is longer is left out."""
 
@@ -29,6 +32,7 @@ DESCRIPTION = """\
 Pipeline-parallel training without bubbles, on stock PyTorch.
 
   paci-rt train --stages 2 --steps 200              train a small GPT through two processes
+  paci-rt prepare --data corpus.jsonl --out tokens  turn text into files of tokens for train --data tokens
   paci-rt compare --schedules 1f1b,paci --out DIR   which schedule reaches a target loss first?
   paci-rt simulate --schedule zb-h1 --plot zb.png   predict bubbles, memory and drift of a schedule; draw it
   paci-rt plan --stages 4 --memory-limit 2GiB       measure a model; choose a partition and a schedule
@@ -41,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: command"):
-            message = "no command given: say train, compare, simulate, plan or doctor, or --help"
+            message = "no command given: say train, prepare, compare, simulate, plan or doctor, or --help"
         raise ValueError(message.removeprefix("argument "))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("paci-rt: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (PaciError, OSError) as error:
-        if isinstance(error, StageFailed) and error.cause == CheckpointError.__name__:
+        if isinstance(error, StageFailed) and error.cause in ASKED_FOR:
             print(f"paci-rt: error: {error}", file=sys.stderr)  # about what was asked for, though a stage found it
             return BAD_VALUE
         if isinstance(error, StageFailed):
@@ -113,7 +117,7 @@ def _in_one_line(error: Exception) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command that ``argv`` gives, with its options."""
     from paci_rt import __version__
-    from paci_rt.cli import compare, doctor, plan, simulate, train
+    from paci_rt.cli import compare, doctor, plan, prepare, simulate, train
 
     parser = _Parser(
         prog="paci-rt",
@@ -125,6 +129,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="command", required=True, title="commands")
     for name, summary, command in (
         ("train", "train a GPT through a pipeline", train),
+        ("prepare", "turn text into files of tokens, to train on", prepare),
         ("compare", "train under several schedules and compare the time to a target loss", compare),
         ("simulate", "predict what a schedule does, without training", simulate),
         ("plan", "measure a model; choose a partition and a schedule", plan),

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
     from paci_rt.simulate import Simulation
 
-ACTION_COLOURS = {"F": "#56B4E9", "B": "#E69F00", "I": "#F0E442", "W": "#009E73", "U": "#D55E00"}
+ACTION_COLOURS = {"F": "#56B4E9", "B": "#E69F00", "I": "#F0E442", "W": "#009E73", "U": "#D55E00", "E": "#CC79A7"}
 ACTION_NAMES = {
     "F": "forward",
     "B": "backward",
     "I": "input-gradient half",
     "W": "weight-gradient half",
     "U": "update",
+    "E": "evaluation",
 }
 SCHEDULE_COLOURS = {"paci": "#D55E00", "1f1b": "#0072B2", "gpipe": "#009E73", "async-1f1b": "#CC79A7"}
 OTHER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#F0E442")

@@ -54,6 +54,7 @@ class StageAudit:
         norm_lags: for each norm of another stage that clipping used, how many windows it was old; -1 where none had
             come yet.
         nonfinite_gradients, grad_norm: non-finite elements of all updates' gradients; 2-norm of the last one's.
+        evaluation_s: seconds inside E, which are in none of the others.
         compute_s: seconds inside F, B, I, W and U; exposed_comm_s: seconds in receives and in starting sends.
     """
 
@@ -72,6 +73,7 @@ class StageAudit:
     peak_activation_bytes: int = 0
     compute_s: float = 0.0
     exposed_comm_s: float = 0.0
+    evaluation_s: float = 0.0
     micro_batches: int = 0
     windows: int = 0
     nonfinite_windows: int = 0
@@ -147,7 +149,7 @@ class StageAudit:
         self.rank.reset()
         self.peak_in_flight, self.peak_pending = len(self.in_flight), len(self.pending)
         self.peak_activation_bytes = self.activation_bytes
-        self.compute_s = self.exposed_comm_s = 0.0
+        self.compute_s = self.exposed_comm_s = self.evaluation_s = 0.0
         self.micro_batches = self.windows = self.nonfinite_gradients = 0
         self.nonfinite_windows = self.spiked_windows = self.skipped_windows = self.taken_back_windows = 0
         self.clipped_windows = 0

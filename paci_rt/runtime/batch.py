@@ -46,6 +46,7 @@ class Batch:
         training: False for a forward-only pass.
         start_window: window before which the pipeline was last empty.
         last: nothing is owed after it: a drain.
+        among: evaluations that travel with it, an :class:`paci_rt.runtime.evaluation.Among`.
         from_gpu: some of it is on a GPU, perhaps still to be computed there by the caller.
     """
 
@@ -57,6 +58,7 @@ class Batch:
     keep_outputs: bool = False
     last: bool = False
     from_gpu: bool = False
+    among: Any = None
     outputs: dict[int, Any] = field(default_factory=dict)
     loss_values: dict[int, Tensor] = field(default_factory=dict)
 

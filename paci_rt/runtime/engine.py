@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from paci_rt.runtime.audit import RankAudit
 from paci_rt.runtime.batch import Batch, batch_results, bind_loss, cut_batch
 from paci_rt.runtime.caller_memory import gradients_set_aside, keep_safe
 from paci_rt.runtime.device_clock import clock_for
+from paci_rt.runtime.evaluation import Evaluation, PipelineEvaluation
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.module_watch import ModuleWatch
-from paci_rt.runtime.pipeline_state import PipelineState
 from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.split_merge import ChunkSpecs
@@ -36,7 +35,7 @@ from paci_rt.trace import Event
 from paci_rt.transport import DEFAULT_TIMEOUT_S, Transport
 
 
-class Pipeline(PipelineState):
+class Pipeline(PipelineEvaluation):
     """What all schedules share; use one of the subclasses or :class:`LocalPipeline`.
 
     Args:
@@ -119,6 +118,9 @@ class Pipeline(PipelineState):
         self._windows_per_step = n_microbatches // self._lowering.shape.accumulation
         self._next_window = self._start_window = 0
         self._was_empty = True  # since the caller could change weights
+        self._queued: list[Evaluation] = []  # for the next step
+        self._evaluated = 0  # micro-batches of all that was queued
+        self._proved = set[int]()  # how many at once can run
         self._failure: BaseException | None = None
         self._closed = False
         self._lr_schedulers = check_schedulers(lr_schedulers, optimizers)
@@ -249,8 +251,12 @@ class Pipeline(PipelineState):
         }
         owing = () if self._lowering.family.flush else streams.values()
         self._executor.copied_input_bytes += keep_safe(batch, self.stages, owing)
+        if self._queued:
+            self._carry_queued(streams, batch, windows.start, start)
         self._next_window = windows.stop
         self._run(streams, batch)
+        if batch.among is not None:
+            self._collect_carried(batch.among)
         self._watch.check_after_step()
         return batch_results(batch, self.stages[-1], losses, self._specs.outputs)
 
@@ -276,33 +282,8 @@ class Pipeline(PipelineState):
         self._await_updates()
         self._was_empty = True
         self._executor.transport.flush()
-
-    def eval(
-        self,
-        *args: Any,
-        target: Any = None,
-        losses: list[Tensor] | None = None,
-        return_outputs: bool = True,
-        loss_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Forward only, without gradients, after a drain; arguments and result as for :meth:`step`.
-
-        Without ``target`` it gives outputs and no losses. The modules stay in their mode: call ``module.eval()`` first
-        where that matters.
-        """
-        self._check_usable()
-        indices, cut = range(self._n_microbatches), partial(cut_batch, specs=self._specs, training=False)
-        batch = cut(self.stages, args, kwargs, target, losses, self._bind_loss(loss_kwargs), indices)
-        self.drain()
-        batch.keep_outputs = return_outputs
-        streams = {rank: self._lowering.forward_only(rank, 0, self._n_microbatches) for rank in self._ranks}
-        clock = self._clocks[self.stages[-1].device]
-        begin = clock.mark()
-        self._run(streams, batch)
-        # Statistics are about training.
-        clock.between(begin, clock.mark(), lambda start, end: self._executor.leave_out(end - start))
-        return batch_results(batch, self.stages[-1], losses, self._specs.outputs)
+        if self._queued:
+            self._evaluate_queued()
 
     def close(self) -> None:
         """Give the stages and the optimizers back. Idempotent; the pipeline cannot be used afterwards.
@@ -331,16 +312,17 @@ class Pipeline(PipelineState):
         """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
 
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
-        compute_s utilization exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
-        peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; of gradients, by
-        stage, ``nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows norm_lags``
-        (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
+        compute_s utilization evaluation_s exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight
+        peak_pending peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; of
+        gradients, by stage, ``nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows
+        norm_lags`` (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
         (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes; ``utilization`` is
         ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (:mod:`paci_rt.schedules.policies`)
         map stage to a histogram over micro-batches; ``peak_pending`` counts micro-batches between I and W;
-        ``copied_input_bytes`` is what was copied of the caller's batches because :meth:`step` returned before their
-        backwards; ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to
-        bytes of weights, masters, optimizer, accumulators, versions (extra weights), activations (peak) and total.
+        ``evaluation_s`` are seconds of evaluation within steps, which are in no other; ``copied_input_bytes`` is what
+        was copied of the caller's batches because :meth:`step` returned before their backwards; ``lookahead_s`` is the
+        part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer,
+        accumulators, versions (extra weights), activations (peak) and total.
         """
         self._executor.settle()
         return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers)

@@ -113,7 +113,8 @@ class Executor:
             at: stage_channels(at, one.stage.num_stages, ties, settles=settles) for at, one in self.runtimes.items()
         }
         for table in self._channels.values():
-            transport.open([channel for op, found in table.items() if op in RECV_OPS for channel in found])
+            incoming = [channel for op, found in table.items() if op in RECV_OPS for channel in found]
+            transport.open(list(dict.fromkeys(incoming)))
         self._run_op: dict[Op, Callable[[StageRuntime, Action, Batch], int | None]] = {
             Op.F: self._forward,
             Op.B: self._backward,
@@ -132,6 +133,9 @@ class Executor:
             Op.SEND_NB: self._send_norms,
             Op.RECV_NF: self._recv_norms,
             Op.RECV_NB: self._recv_norms,
+            Op.E: self._evaluate,
+            Op.SEND_E: self._send_evaluated,
+            Op.RECV_E: self._recv_evaluated,
         }
 
     def run(self, streams: Mapping[int, Sequence[Action]], batch: Batch) -> None:
@@ -352,6 +356,29 @@ class Executor:
         (channel,) = self._channels[action.stage][action.op]
         message = self.transport.recv(channel, action.index)
         runtime.guard.settled(action, moved(message, runtime.stage.device))
+
+    def _evaluate(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
+        """A forward of an evaluation among training micro-batches, whose seconds are none of the training's."""
+        clock = runtime.clock
+        begin = clock.mark()
+        with batch.among.apart(runtime.stage):
+            version = self._forward(runtime, action, batch.among.batch_of(action.index))
+        clock.between(begin, clock.mark(), partial(self._evaluated, runtime))
+        return version
+
+    def _evaluated(self, runtime: StageRuntime, start: float, end: float) -> None:
+        runtime.audit.evaluation_s += end - start
+        runtime.audit.compute_s -= end - start  # which counts every action
+        self.leave_out(end - start)
+
+    def _send_evaluated(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
+        (channel,) = self._channels[action.stage][action.op]
+        self.transport.send(channel, action.index, runtime.outgoing.pop((Op.SEND_F, action.index)))
+
+    def _recv_evaluated(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
+        (channel,) = self._channels[action.stage][action.op]
+        message = self.transport.recv(channel, action.index)
+        runtime.received[Op.RECV_F, action.index] = moved(message, runtime.stage.device)
 
 
 def moved(message: Message, device: torch.device) -> Message:

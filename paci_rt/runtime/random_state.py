@@ -78,13 +78,14 @@ class RandomState:
     def again(self, device: torch.device) -> Iterator[None]:
         """Within it, random numbers go on from here; those outside of it are not touched."""
         now = RandomState.take(device, [generator for generator, _ in self.own])
-        self._put(device)
+        self.put(device)
         try:
             yield
         finally:
-            now._put(device)
+            now.put(device)
 
-    def _put(self, device: torch.device) -> None:
+    def put(self, device: torch.device) -> None:
+        """Let random numbers go on from here."""
         torch.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu, device)

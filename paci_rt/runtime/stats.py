@@ -46,6 +46,7 @@ def pipeline_stats(
         "wall_s": wall_s,
         "compute_s": compute_s,
         "utilization": compute_s / (wall_s * len(ranks)) if wall_s > 0 else 0.0,
+        "evaluation_s": sum(audit.evaluation_s for audit in audits),
         "exposed_comm_s": sum(audit.exposed_comm_s for audit in audits),
         "drift": {audit.stage: dict(sorted(audit.drift.items())) for audit in audits},
         "max_drift": max((drift for audit in audits for drift in audit.drift), default=0),

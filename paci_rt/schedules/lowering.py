@@ -206,12 +206,12 @@ def stage_channels(
     if stage > 0:
         below = Channel("F", stage - 1, stage)
         norms = Channel("NF", stage - 1, stage)
-        found |= {Op.RECV_F: (below,), Op.SEND_B: (below.opposite(),)}
+        found |= {Op.RECV_F: (below,), Op.RECV_E: (below,), Op.SEND_B: (below.opposite(),)}
         found |= {Op.RECV_NF: (norms,), Op.SEND_NB: (norms.opposite(),)}
     if stage < num_stages - 1:
         above = Channel("F", stage, stage + 1)
         norms = Channel("NF", stage, stage + 1)
-        found |= {Op.SEND_F: (above,), Op.RECV_B: (above.opposite(),)}
+        found |= {Op.SEND_F: (above,), Op.SEND_E: (above,), Op.RECV_B: (above.opposite(),)}
         found |= {Op.SEND_NF: (norms,), Op.RECV_NB: (norms.opposite(),)}
     if not settles:
         for op in (Op.SEND_NF, Op.RECV_NF, Op.SEND_NB, Op.RECV_NB):

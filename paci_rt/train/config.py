@@ -77,6 +77,9 @@ class TrainConfig:
             on the first with the local transport; ``cuda:N`` one of them; ``auto`` is ``cuda`` where it can be used.
         eval_interval: windows between validations, 0 for one at the end only; a tenth of steps.
         eval_batches: batches of batch_size sequences that make the held-back set.
+        eval_drained: drain the pipeline for a validation, which under schedules that do not flush changes what is
+            trained; else its forwards travel among the training micro-batches (``Pipeline.eval(drained=False)``). The
+            last validation, and those beside a checkpoint, are drained anyway.
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
         keep_checkpoints: how many of them stay in it, the last ones.
         gather_checkpoints: rank 0 writes the files of all, so that ``out`` is a folder of its host alone.
@@ -126,6 +129,7 @@ class TrainConfig:
     device: str = "cpu"
     eval_interval: int = AUTO
     eval_batches: int = 4
+    eval_drained: bool = False
     out: str | None = None
     save_interval: int = 0
     keep_checkpoints: int = 2

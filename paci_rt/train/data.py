@@ -1,11 +1,11 @@
 """Tokens to train on: memory-mapped, split once, and read by pure functions of the window's number.
 
-Three sources. By default the text of Python's own standard library, which is on every machine. A text file or a
-folder of them: the bytes are the tokens. nanoGPT's token files: a ``.bin`` of uint16, or a folder with ``train.bin``
-and ``val.bin``.
+Four sources. By default the text of Python's own standard library, which is on every machine. A text file or a
+folder of them: the bytes are the tokens. Token files of nanoGPT or llm.c: a ``.bin``, or a folder whose ``.bin`` files
+say ``train`` and ``val``. A folder of ``paci-rt prepare``.
 
 No process tells another which sequences a window holds: stage 0 computes the inputs and the last stage the targets
-from (window, seed) alone.
+from (window, seed) alone. So a run that was resumed, cut into other stages or spread over replicas sees the same ones.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from paci_rt.data.shards import Joined, folder_of, is_prepared, open_prepared
+from paci_rt.data.token_files import SCAN_TOKENS, open_tokens, vocab_text
+from paci_rt.errors import DataError
+
 VALIDATION_SHARE = 10  # one tenth is held back
 _CACHE_FORMAT = 1
-_SCAN_TOKENS = 1 << 24  # how much of a .bin is looked at before training; every batch is checked as well
+_SCAN_TOKENS = SCAN_TOKENS
 _TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "__phello__"}
 
-Tokens = npt.NDArray[Any]  # uint8 or uint16, 1-D, usually a memory map
+Tokens = npt.NDArray[Any] | Joined  # uint8, uint16 or uint32, 1-D, usually memory maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class Corpus:
 
     Attributes:
         name: where the tokens come from, for messages and reports.
-        train, val: 1-D uint8 or uint16.
+        train, val: 1-D uint8, uint16 or uint32.
         vocab_size: every token must be below it.
     """
 
@@ -61,21 +65,24 @@ class Corpus:
         return f"{digest.hexdigest()[:16]} ({len(self.train) + len(self.val):,} tokens)"
 
     def require(self, seq_len: int) -> None:
-        """Raise ValueError unless both parts hold a sequence of ``seq_len`` tokens and the one that follows it."""
+        """Raise DataError unless both parts hold a sequence of ``seq_len`` tokens and the one that follows it."""
         for part, tokens in (("training", self.train), ("validation", self.val)):
             if len(tokens) < seq_len + 1:
-                raise ValueError(
+                raise DataError(
                     f"{self.name} is too short: its {part} part has {len(tokens)} tokens "
                     f"and one sequence needs {seq_len + 1}; use more text or a shorter --seq-len"
                 )
 
-    def batch(self, window_index: int, batch_size: int, seq_len: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, window_index: int, batch_size: int, seq_len: int, seed: int, rows: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one window, each int64 ``[batch_size, seq_len]``; a pure function of its arguments.
 
-        Sequences start anywhere in the training part, drawn with replacement, as nanoGPT draws them.
+        Sequences start anywhere in the training part, drawn with replacement, as nanoGPT draws them. ``rows`` are
+        those to read, for a replica that has a part of the window.
         """
         # Philox is counter-based and numpy keeps its raw stream stable across versions.
-        draws = np.random.Philox(key=np.array([seed, window_index], dtype=np.uint64)).random_raw(batch_size)
+        draws = np.random.Philox(key=np.array([seed, window_index], dtype=np.uint64)).random_raw(batch_size)[rows]
         return self._gather(self.train, draws % np.uint64(len(self.train) - seq_len), seq_len)
 
     def validation(self, sequences: int, seq_len: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +93,7 @@ class Corpus:
     def _gather(self, tokens: Tokens, starts: npt.NDArray[np.uint64], seq_len: int) -> tuple[Tensor, Tensor]:
         rows = np.stack([tokens[s : s + seq_len + 1] for s in starts.tolist()]).astype(np.int64)  # [batch, seq + 1]
         if rows.max() >= self.vocab_size:
-            raise ValueError(_vocab_message(self.name, int(rows.max()), self.vocab_size))
+            raise DataError(vocab_text(self.name, int(rows.max()), self.vocab_size))
         both = torch.from_numpy(rows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
@@ -95,23 +102,25 @@ def load_corpus(data: str | os.PathLike[str] | None, *, vocab_size: int, seq_len
     """Open the corpus that ``--data`` names; None is Python's standard library.
 
     Args:
-        data: None, a text file, a folder of text files, a ``.bin`` of uint16 tokens, or a folder with train.bin and
-            val.bin. Where only one part is given, its last tenth is held back.
+        data: None, a text file, a folder of text files, a ``.bin`` of nanoGPT or llm.c, a folder of such files with
+            ``train`` and ``val`` in their names, or a folder of ``paci-rt prepare``. Where only one part is given, its
+            last tenth is held back.
         vocab_size, seq_len: of the model that will read it; checked here, before anything is trained.
 
     Raises:
-        ValueError: missing, empty or too short, or a ``.bin`` that is not uint16 or not of this vocabulary.
+        DataError: missing, empty or too short, of another vocabulary, a ``.bin`` of another format, or a shard that is
+            not what its manifest says.
     """
     name = "the Python standard library" if data is None else str(data)
     try:
         train, val = _load_parts(None if data is None else Path(data), vocab_size)
     except OSError as error:
-        raise ValueError(
+        raise DataError(
             f"cannot read {name}: {error}; text is joined in {cache_folder()} (set XDG_CACHE_HOME to move it)"
         ) from error
     corpus = Corpus(name=name, train=train, val=val, vocab_size=vocab_size)
     if vocab_size < 256 and train.dtype == np.uint8:
-        raise ValueError(f"text needs a vocabulary of at least 256 (one token a byte), and this model has {vocab_size}")
+        raise DataError(f"text needs a vocabulary of at least 256 (one token a byte), and this model has {vocab_size}")
     corpus.require(seq_len)
     return corpus
 
@@ -119,100 +128,53 @@ def load_corpus(data: str | os.PathLike[str] | None, *, vocab_size: int, seq_len
 def _load_parts(path: Path | None, vocab_size: int) -> tuple[Tokens, Tokens]:
     if path is None:
         return _cached_text(*_standard_library())
+    if is_prepared(path):
+        return open_prepared(path, vocab_size, cache_folder())
     if path.is_file():
         if path.suffix == ".bin":
-            return _split(_open_bin(path, vocab_size))
+            if folder := folder_of(path):
+                raise DataError(f"--data {path} is one shard of {folder}: give that folder")
+            return _split(open_tokens(path, vocab_size, scan_tokens=_SCAN_TOKENS))
         _require_bytes(path)
         if not _looks_like_text(path):
-            raise ValueError(
+            raise DataError(
                 f"--data {path} is not text: it holds zero bytes; give UTF-8 text, or uint16 tokens named *.bin"
             )
         return _split(np.memmap(path, dtype=np.uint8, mode="r"))
     if not path.is_dir():
-        raise ValueError(f"--data {path} does not exist")
-    parts = [path / "train.bin", path / "val.bin"]
-    missing = [part.name for part in parts if not part.is_file()]
+        raise DataError(f"--data {path} does not exist")
+    train_files = sorted(path.glob("*train*.bin"))
+    parts = {"train": train_files, "val": [file for file in sorted(path.glob("*val*.bin")) if file not in train_files]}
+    missing = [f"{part}.bin" for part, found in parts.items() if not found]
     if not missing:
-        return _open_bin(parts[0], vocab_size), _open_bin(parts[1], vocab_size)
+        train, val = (_joined(found, vocab_size) for found in parts.values())
+        return train, val
     if len(missing) == 1:
-        raise ValueError(
+        raise DataError(
             f"--data {path} has no {missing[0]}; add it, or pass the .bin file itself to hold back its last tenth"
         )
     files = [file for file in _walk(path) if _looks_like_text(file)]
     if not files:
-        raise ValueError(f"--data {path} holds no text file, and neither train.bin nor val.bin")
+        raise DataError(f"--data {path} holds no text file, and neither train.bin nor val.bin")
     return _cached_text(files, f"{path.resolve()}")
 
 
-def _split(tokens: Tokens) -> tuple[Tokens, Tokens]:
+def _joined(files: list[Path], vocab_size: int) -> Tokens:
+    found = [open_tokens(file, vocab_size, scan_tokens=_SCAN_TOKENS) for file in files]
+    others = [file for file, tokens in zip(files, found, strict=True) if tokens.dtype != found[0].dtype]
+    if others:
+        raise DataError(f"{others[0]} and {files[0]} have tokens of different types: give files of one kind")
+    return found[0] if len(found) == 1 else Joined(found)
+
+
+def _split(tokens: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     held_back = len(tokens) // VALIDATION_SHARE
     return tokens[: len(tokens) - held_back], tokens[len(tokens) - held_back :]
 
 
 def _require_bytes(path: Path) -> None:
     if path.stat().st_size == 0:
-        raise ValueError(f"--data {path} is empty")
-
-
-# ---------------------------------------------------------------------------------------------------- token files
-
-
-def _open_bin(path: Path, vocab_size: int) -> Tokens:
-    """Map a nanoGPT token file and refuse one that is evidently something else."""
-    _require_bytes(path)
-    size = path.stat().st_size
-    remedy = "nanoGPT's format is raw little-endian uint16: numpy.array(tokens, dtype=numpy.uint16).tofile(path)"
-    if size % 2:
-        raise ValueError(f"{path} has an odd size of {size} bytes and cannot be uint16; {remedy}")
-    tokens = np.memmap(path, dtype="<u2", mode="r")
-    found = _foreign_dtype(tokens)
-    if found:
-        raise ValueError(f"{path} looks like {found}, not uint16; {remedy}")
-    largest = max(int(block.max()) for block in _sample(tokens))
-    if largest >= vocab_size:
-        raise ValueError(_vocab_message(str(path), largest, vocab_size))
-    return tokens
-
-
-def _sample(tokens: Tokens) -> Iterator[Tokens]:
-    """All of a small file, sixteen equally distant blocks of a large one."""
-    block = _SCAN_TOKENS // 16
-    step = max(block, -(-len(tokens) // 16))
-    for start in range(0, len(tokens), step):
-        yield tokens[start : start + block]
-
-
-def _foreign_dtype(tokens: Tokens) -> str | None:
-    """Name the dtype whose pattern the first tokens show, if it is not uint16.
-
-    Read as uint16, small int32 have every second value zero and small int64 three of four; fp32 and fp64 that hold
-    token numbers are recognised by being whole, which thousands of uint16 pairs never are by chance.
-    """
-    head = np.array(tokens[:4096])
-    if len(head) % 4 == 0:
-        if head[0::4].any() and not head.reshape(-1, 4)[:, 1:].any():
-            return "int64"
-        if _whole(head.view("<f8")):
-            return "float64"
-    if len(head) % 2 == 0:
-        if head[0::2].any() and not head[1::2].any():
-            return "int32"
-        if _whole(head.view("<f4")):
-            return "float32"
-    return None
-
-
-def _whole(values: npt.NDArray[Any]) -> bool:
-    with np.errstate(all="ignore"):
-        tokens = (values >= 0) & (values < 1 << 17) & (values == np.floor(values))
-        return bool(tokens.all() and (values >= 1).any())
-
-
-def _vocab_message(name: str, token: int, vocab_size: int) -> str:
-    return (
-        f"{name} holds token {token}, but the model's vocabulary has {vocab_size}; choose a model with a larger one "
-        "(--model gpt2 has 50257), or check that the file is uint16"
-    )
+        raise DataError(f"--data {path} is empty")
 
 
 # ----------------------------------------------------------------------------------------------------- text files
@@ -235,7 +197,7 @@ def _standard_library() -> tuple[list[Path], str]:
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = [file for file in _walk(folder, _TEST_FOLDERS) if file.suffix == ".py"]
     if not files:
-        raise ValueError(
+        raise DataError(
             f"this Python keeps no source text in {folder}; give a text file or a folder of them with --data PATH"
         )
     return files, str(folder)
@@ -269,7 +231,7 @@ def _cached_text(files: list[Path], origin: str) -> tuple[Tokens, Tokens]:
             shutil.rmtree(own, ignore_errors=True)
     sizes = [(target / part).stat().st_size for part in ("train.bin", "val.bin")]
     if not all(sizes):
-        raise ValueError(f"the text in {origin} is empty or too short: {sum(sizes)} bytes")
+        raise DataError(f"the text in {origin} is empty or too short: {sum(sizes)} bytes")
     train, val = (np.memmap(target / part, dtype=np.uint8, mode="r") for part in ("train.bin", "val.bin"))
     return train, val
 

@@ -26,7 +26,7 @@ class StepPoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalPoint:
-    """One validation, after a drain: as :class:`StepPoint`, with the loss over the held-back set."""
+    """One validation: as :class:`StepPoint`, with the loss over the held-back set after ``step`` updates."""
 
     step: int
     tokens: int
@@ -46,6 +46,7 @@ class StageResult:
         params_sha256: of the whole model; on the first process, None elsewhere.
         events: executed actions, if they were recorded.
         stopped: the step before which SIGTERM ended it in order; None where nothing did.
+        data_stall_s: seconds that training waited for its next window.
     """
 
     stats: dict[str, Any]
@@ -57,6 +58,7 @@ class StageResult:
     params_sha256: str | None = None
     events: tuple[Event, ...] = ()
     stopped: int | None = None
+    data_stall_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,9 @@ class RunResult:
         max_drift, peak_memory_bytes: the largest of any stage; drift_bound: what the schedule allows.
         windows: local updates of this run, fewer than steps after a resume.
         policy, transport, chunks: as they were run. delay, max_delay: see ``paci_rt.schedules.policies``.
-        lookahead_s: what look-ahead took, all stages together.
+        lookahead_s: what look-ahead took, all stages together. evaluation_s: what validations took among the training,
+            likewise. data_stall_s: seconds that a process waited for its next
+            window, the largest of any.
         drift, delay, memory, peak_in_flight: by stage. nonfinite_gradients: how many values were NaN or infinite.
         nonfinite_windows, spiked_windows, skipped_windows, taken_back_windows, clipped_windows, norm_lags: by stage, as
             ``Pipeline.stats`` has them.
@@ -115,6 +119,8 @@ class RunResult:
     taken_back_windows: dict[int, int] = field(default_factory=dict)
     clipped_windows: dict[int, int] = field(default_factory=dict)
     norm_lags: dict[int, dict[int, int]] = field(default_factory=dict)
+    data_stall_s: float = 0.0
+    evaluation_s: float = 0.0
     events: tuple[Event, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -171,6 +177,8 @@ def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
         evals=last.evals,
         config=config.to_json(),
         norm_lags=_by_stage(stats, "norm_lags"),
+        evaluation_s=sum(one["evaluation_s"] for one in stats),
+        data_stall_s=max(result.data_stall_s for result in results),
         **{key: _by_stage(stats, key) for key in WINDOW_COUNTS},
         events=tuple(event for result in results for event in result.events),
     )

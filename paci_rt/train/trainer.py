@@ -32,7 +32,9 @@ from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gather import gathered_sha256
 from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
+from paci_rt.train.prefetch import Prefetch
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
+from paci_rt.train.validation import Validation
 from paci_rt.transport import make_transport
 from paci_rt.transport.collective import barrier, new_group
 
@@ -85,9 +87,13 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         given = own_options(lr_schedulers)
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
         set_options(lr_schedulers, given, config, first_step)
-    clock = TrainingClock(barrier=lambda: None if group is None else meet(group, timeout_s))
-    log = Log(config, ctx, pipeline, clock)
+    clock = TrainingClock(
+        barrier=lambda: None if group is None else meet(group, timeout_s), left_out=lambda: pipeline.evaluation_s
+    )
+    windows = held.enter_context(batches(config, corpus, pipeline, first_step))
+    log = Log(config, ctx, pipeline, clock, windows)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
+    validation = Validation(pipeline, *held_back, config.batch_size)
 
     def rest(step: int, *, validate: bool, save: bool) -> None:
         """Empty the pipeline and stop the clock for what is not training."""
@@ -98,8 +104,10 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         val_loss = None
         if validate:
             board.enter("validation", step=step)
-            val_loss = evaluate(pipeline, *held_back, config.batch_size)
-            log.evaluated(step, val_loss)
+            validation.ask(drained=True)
+            answer = validation.answer()
+            val_loss = None if answer is None else float(answer)
+            log.evaluated(step, answer, clock.seconds())
         if save and config.out is not None:
             require_finite(pipeline, step, val_loss if config.on_nonfinite == "raise" else None)
             board.enter("saving the checkpoint", step=step)
@@ -118,16 +126,21 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         first = step == first_step and not restarts(ctx)
         validate = config.eval_interval > 0 and (step % config.eval_interval == 0 or first)
         save = config.save_interval > 0 and step % config.save_interval == 0 and step > first_step
-        if validate or save:
+        within = validate and not config.eval_drained and not save  # a checkpoint drains anyway
+        if save or (validate and not within):
             rest(step, validate=validate, save=save)
             clock.start()
             board.enter("training", step=step)
-        x, y = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
-        x, y = pinned(pipeline, x, y)
+        x, y = windows.take(step)  # int64 [batch, seq], both; None where this process has no use for it
         losses: list[Tensor] = []
-        inputs = (x,) if pipeline.has_first else ()
-        target = y if pipeline.has_last else None
+        inputs = () if x is None else (x,)
+        target = y
+        if within:
+            validation.ask(drained=False)
+        seconds_of = clock.reading()
         pipeline.step(*inputs, target=target, losses=losses, return_outputs=False)
+        if within:
+            log.evaluated(step, validation.answer(), seconds_of(pipeline.evaluation_began_s))
         log.stepped(step + 1, losses)
     rest(config.steps, validate=True, save=True)
 
@@ -318,22 +331,24 @@ def require_finite(pipeline: Pipeline, step: int, val_loss: float | None) -> Non
     raise paci_rt.NonFiniteError(f"{at}U{step - 1}", text, at, step - 1, None, name)
 
 
+Window = tuple[Tensor | None, Tensor | None]
+
+
+def batches(config: TrainConfig, corpus: Corpus, pipeline: Pipeline, first_step: int) -> Prefetch[Window]:
+    """Inputs and targets of every window, those that this process needs, read ahead of the training."""
+
+    def read(step: int) -> Window:
+        if not (pipeline.has_first or pipeline.has_last):
+            return None, None
+        x, y = pinned(pipeline, *corpus.batch(step, config.batch_size, config.seq_len, config.seed))
+        return x if pipeline.has_first else None, y if pipeline.has_last else None
+
+    return Prefetch(read, range(first_step, config.steps))
+
+
 def pinned(pipeline: Pipeline, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors as the stages of this process can take them without waiting."""
     return tensors if pipeline.stages[0].device.type == "cpu" else tuple(tensor.pin_memory() for tensor in tensors)
-
-
-def evaluate(pipeline: Pipeline, x: Tensor, y: Tensor, batch_size: int) -> float | None:
-    """Mean nats per token over sequences x and their targets y, int64 ``[sequences, seq]``; None off the last stage."""
-    means = []
-    for inputs, targets in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):  # [batch, seq]
-        inputs, targets = pinned(pipeline, inputs, targets)
-        losses: list[Tensor] = []
-        args = (inputs,) if pipeline.has_first else ()
-        pipeline.eval(*args, target=targets if pipeline.has_last else None, losses=losses, return_outputs=False)
-        if pipeline.has_last:
-            means.append(torch.stack(losses).mean())  # micro-batches are equal, see TrainConfig
-    return float(torch.stack(means).mean()) if means else None
 
 
 def params_sha256(config: TrainConfig, pipeline: Pipeline, ctx: Context, group: dist.ProcessGroup | None) -> str | None:
@@ -347,16 +362,25 @@ def params_sha256(config: TrainConfig, pipeline: Pipeline, ctx: Context, group: 
 
 
 class TrainingClock:
-    """Seconds of training. It stands still while a run starts, validates or saves; all stages stop it together."""
+    """Seconds of training. It stands still while a run starts, validates or saves; all stages stop it together.
 
-    def __init__(self, barrier: Callable[[], Any]) -> None:
-        self._barrier = barrier
+    Args:
+        barrier: waits for all stages.
+        left_out: seconds so far that this process spent on other things while the clock ran.
+    """
+
+    def __init__(self, barrier: Callable[[], Any], left_out: Callable[[], float] = lambda: 0.0) -> None:
+        self._barrier, self._left_out = barrier, left_out
         self._before_s = 0.0
         self._since: float | None = None
 
+    @property
+    def stopped(self) -> bool:
+        return self._since is None
+
     def start(self) -> None:
         self._barrier()
-        self._since = time.perf_counter()
+        self._since = time.perf_counter() - self._left_out()
 
     def stop(self) -> None:
         """Wait for the slowest stage, whose drain is training too, and stop."""
@@ -364,7 +388,13 @@ class TrainingClock:
         self._before_s, self._since = self.seconds(), None
 
     def seconds(self) -> float:
-        return self._before_s + (0.0 if self._since is None else time.perf_counter() - self._since)
+        return self.reading()(time.perf_counter())
+
+    def reading(self) -> Callable[[float], float]:
+        """From a time on ``time.perf_counter`` to what this clock shows then, if nothing is left out from now on."""
+        before_s, since = self._before_s, self._since
+        left_out = self._left_out()
+        return lambda at: before_s + (0.0 if since is None else at - left_out - since)
 
 
 class Log:
@@ -373,12 +403,15 @@ class Log:
 
     LATE = 10
 
-    def __init__(self, config: TrainConfig, ctx: Context, pipeline: Pipeline, clock: TrainingClock) -> None:
+    def __init__(
+        self, config: TrainConfig, ctx: Context, pipeline: Pipeline, clock: TrainingClock, windows: Prefetch[Window]
+    ) -> None:
         self._config, self._ctx, self._pipeline, self._clock = config, ctx, pipeline, clock
+        self._windows = windows
         self._steps: list[StepPoint] = []
         self._evals: list[EvalPoint] = []
         self._mark: tuple[float, float, int] | None = None  # clock, seconds of computing and tokens after one window
-        self._late: list[tuple[int, float, list[Tensor]]] = []
+        self._late: list[tuple[int, float, list[Tensor] | Tensor]] = []  # losses of a step, or that of a validation
         self._every = 1 if pipeline.stages[0].device.type == "cpu" else self.LATE
 
     def stepped(self, step: int, losses: list[Tensor]) -> None:
@@ -390,7 +423,12 @@ class Log:
     def catch_up(self) -> None:
         """Read what :meth:`stepped` was told."""
         for step, elapsed_s, losses in self._late:
-            self._read(step, elapsed_s, losses)
+            if isinstance(losses, list):
+                self._read(step, elapsed_s, losses)
+            else:
+                tokens, val_loss = step * self._config.tokens_per_window, float(losses)
+                self._evals.append(EvalPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, val_loss=val_loss))
+                self._ctx.report({"kind": "eval", "steps": self._config.steps, **asdict(self._evals[-1])})
         self._late.clear()
 
     def _read(self, step: int, elapsed_s: float, losses: list[Tensor]) -> None:
@@ -407,15 +445,15 @@ class Log:
         if tokens > self._mark[2]:
             rates["tokens_per_s"] = (tokens - self._mark[2]) / (elapsed_s - self._mark[0])
             rates["utilization"] = compute_s / (steady_s * len(self._pipeline.ranks))
-        skipped = {"skipped_windows": max(stats["skipped_windows"].values())}
-        self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates, **skipped})
+        more = {"skipped_windows": max(stats["skipped_windows"].values()), "data_stall_s": self._windows.stall_s}
+        self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates, **more})
 
-    def evaluated(self, step: int, val_loss: float | None) -> None:
-        """The held-back set's loss after ``step`` windows, on the last stage."""
+    def evaluated(self, step: int, val_loss: Tensor | None, elapsed_s: float) -> None:
+        """The held-back set's loss after ``step`` windows and ``elapsed_s`` of training, on the last stage."""
         if val_loss is not None:
-            tokens, elapsed_s = step * self._config.tokens_per_window, self._clock.seconds()
-            self._evals.append(EvalPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, val_loss=val_loss))
-            self._ctx.report({"kind": "eval", "steps": self._config.steps, **asdict(self._evals[-1])})
+            self._late.append((step, elapsed_s, val_loss))
+            if self._clock.stopped:
+                self.catch_up()
 
     def result(self, params_sha256: str | None, stopped: int | None = None) -> StageResult:
         """Everything, after the clock has stopped for good; ``stopped``: the step before which SIGTERM ended it."""
@@ -433,6 +471,7 @@ class Log:
             params_sha256=params_sha256,
             events=tuple(self._pipeline.events),
             stopped=stopped,
+            data_stall_s=self._windows.stall_s,
         )
 
     def _steady(self, stats: dict[str, Any]) -> tuple[float, float]:

@@ -224,6 +224,7 @@ def test_one_run_tells_everything(text: str) -> None:
         "elapsed_s",
         "utilization",
         "skipped_windows",
+        "data_stall_s",
     }
     assert set(ctx.reports[0]) == {"kind", "step", "steps", "val_loss", "tokens", "elapsed_s"}
     clock = [r["elapsed_s"] for r in ctx.reports]
@@ -261,6 +262,7 @@ def stage_result(stage: int, **changes: Any) -> StageResult:
         "drift_bound": 1,
         "exposed_comm_s": 0.5,
         "lookahead_s": 0.25,
+        "evaluation_s": 0.125,
         "nonfinite_gradients": stage,
         "norm_lags": {stage: {}},
         **{key: {stage: stage} for key in WINDOW_COUNTS},
@@ -330,6 +332,7 @@ def test_clock_stands_still_but_counts_the_wait_for_the_slowest(monkeypatch: pyt
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(text: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    options = options | {"eval_drained": True}
     whole = run(config_of(text, **options))  # validates, and so drains, where the other one stops
     half = run(config_of(text, steps=3, lr_steps=6, out=str(tmp_path), **options))
     resumed = run(config_of(text, resume=str(tmp_path), **options))
