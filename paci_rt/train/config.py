@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -66,8 +66,9 @@ class TrainConfig:
         batch_size: sequences per window, whatever the accumulation. seq_len: tokens per sequence; 128 or the context.
         optimizer: ``torch-adamw`` and ``torch-sgd`` are torch's own, the others paci_rt's fused ones; ``muon`` is for
             the matrices inside blocks, with AdamW for the rest.
-        lr: peak learning rate; it warms up over ``warmup_steps`` (a twentieth of lr_steps) and falls along a cosine to
-            ``min_lr`` (a tenth of lr) at ``lr_steps`` (steps). weight_decay: of parameters with two or more dimensions.
+        lr: peak learning rate; it warms up over ``warmup_steps`` (``warmup_share`` of lr_steps) and falls along a
+            cosine to ``min_lr`` (a tenth of lr) at ``lr_steps`` (steps).
+        weight_decay: of parameters with two or more dimensions.
         beta1, beta2: of all but sgd; beta2 is 0.95, for ``lion`` 0.99. momentum: of sgd, 0.9, and ``muon``, 0.95.
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
             autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
@@ -114,6 +115,7 @@ class TrainConfig:
     min_lr: float = AUTO
     lr_steps: int = AUTO
     warmup_steps: int = AUTO
+    warmup_share: float = 0.05
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = AUTO
@@ -141,6 +143,7 @@ class TrainConfig:
     trace: bool = False
 
     def __post_init__(self) -> None:
+        open_ones = [one.name for one in fields(self) if one.default is None and getattr(self, one.name) is None]
         self._check_names()
         family = schedules.get(self.schedule)
         self._fill("schedule", family.name, always=True)
@@ -151,12 +154,19 @@ class TrainConfig:
         self._fill("beta2", BETA2.get(self.optimizer, 0.95))
         self._fill("momentum", MOMENTUM.get(self.optimizer, 0.9))
         self._check_integers()
-        self._fill("warmup_steps", self.lr_steps // 20 if self.lr_steps else 0)
-        self._check_floats("lr")
+        self._check_floats("lr", "warmup_share")
+        self._fill("warmup_steps", int(self.warmup_share * self.lr_steps))
         self._fill("min_lr", self.lr / 10)
         self._fill("eval_interval", max(1, self.steps // 10))
         self._check_floats()
         self._check_shape(family)
+        derived = tuple(name for name in open_ones if getattr(self, name) is not None)
+        object.__setattr__(self, "_derived", derived)
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """The options that were not given and follow from the others."""
+        return self._derived  # type: ignore[attr-defined,no-any-return]
 
     def _fill(self, name: str, default: Any, *, always: bool = False) -> None:
         if always or getattr(self, name) is None:
@@ -237,7 +247,7 @@ class TrainConfig:
                 raise ValueError(
                     f"{_flag(name)} is {shown(value)}: give a number of at least 0 and at most {MOST_FLOAT:g}"
                 )
-            if name in ("beta1", "beta2", "momentum") and value >= 1:
+            if name in ("beta1", "beta2", "momentum", "warmup_share") and value >= 1:
                 raise ValueError(f"{_flag(name)} is {value!r}: give a number below 1")
         check_positive("--clip-grad-norm", self.clip_grad_norm, "such as 1.0, or leave it out to clip nothing")
         check_positive("--skip-spikes", self.skip_spikes, "of standard deviations such as 6.0, or leave it out")

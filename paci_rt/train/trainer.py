@@ -27,6 +27,7 @@ import paci_rt
 from paci_rt import checkpoint, status
 from paci_rt.errors import CheckpointError
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.train import config_file
 from paci_rt.train.agree import agree_on_run
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
@@ -85,6 +86,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         given = own_options(lr_schedulers)
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
         set_options(lr_schedulers, given, config, first_step)
+    if config.out is not None and ctx.rank == 0 and not restarts(ctx):
+        config_file.save(config, config.out)
     clock = TrainingClock(barrier=lambda: None if group is None else meet(group, timeout_s))
     log = Log(config, ctx, pipeline, clock)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
@@ -182,6 +185,8 @@ def preflight(config: TrainConfig, *, after_restart: bool = False) -> tuple[Corp
         ValueError: the data cannot be used. CheckpointError: nor the checkpoint, with these options.
     """
     corpus = load_corpus(config.data, vocab_size=config.gpt.vocab_size, seq_len=config.seq_len)
+    if config.out is not None:
+        config_file.text_of(config)
     if config.resume is None:
         return corpus, 0
     index = checkpoint.read_index(config.resume)
