@@ -193,11 +193,21 @@ def add_pipeline(options: ConfigOptions) -> None:
 def add_training(options: ConfigOptions) -> None:
     """Options of model, data, optimization and processes."""
     from paci_rt.train.config import DTYPES, OPTIMIZERS
-    from paci_rt.train.gpt import MODELS
+    from paci_rt.train.families import FAMILIES, MODELS
     from paci_rt.transport import TRANSPORTS
 
     options.group("model and data")
-    options.add("model", str, "NAME", ", ".join(MODELS))
+    options.add("model", str, "NAME", f"{', '.join(MODELS)} (default: the first of --family)")
+    options.add("family", str, "NAME", f"{', '.join(FAMILIES)} (default: gpt2)")
+    options.add("layers", int, "N", "blocks; this and the next ones change the named model")
+    options.add("heads", int, "N", "attention heads")
+    options.add("kv_heads", int, "N", "heads of keys and values, in llama (default: in proportion to --heads)")
+    options.add("width", int, "N", "size of the residual stream")
+    options.add("ffn_width", int, "N", "width inside the MLP, in llama and encoder (default: in proportion to --width)")
+    options.add("vocab_size", int, "N", "number of tokens; in encoder with the mask, the last one")
+    options.add("context", int, "N", "longest sequence")
+    options.add("rope_base", float, "X", "base of the rotary positions, in llama and encoder")
+    options.switch("tied", "the head uses the weight of the token embedding")
     options.add("data", str, "PATH", "a text file or a folder of them (bytes are the tokens), a .bin file of uint16 "
                 "tokens, or a folder with train.bin and val.bin (default: the text of Python's standard library)")
     options.add("batch_size", int, "N", "sequences per local update")

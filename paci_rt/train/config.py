@@ -19,7 +19,8 @@ from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
 from paci_rt.runtime.safety import Safety, check_positive, resolve_safety
 from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
-from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
+from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
+from paci_rt.train.model import ModelShape, default_partition
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 
 OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd")
@@ -60,7 +61,9 @@ class TrainConfig:
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, or 2 where it takes several.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
         accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
-        model: a name in ``paci_rt.train.gpt.MODELS``. partition: its blocks by stage; balanced by cost.
+        model: a name in ``paci_rt.train.families.MODELS``; ``gpt-tiny``, or the first of ``family``.
+        layers, heads, kv_heads, width, ffn_width, vocab_size, context, rope_base, tied: what is different in it.
+        partition: its blocks by stage; balanced by cost.
         data: text file, folder of text files, ``.bin``, or folder with train.bin and val.bin; Python's own library.
         steps: local updates of every stage, counted from the very first one also after ``resume``.
         batch_size: sequences per window, whatever the accumulation. seq_len: tokens per sequence; 128 or the context.
@@ -104,7 +107,17 @@ class TrainConfig:
     lookahead: bool = AUTO
     step_costs: schedules.StepCosts | None = None
     buffers: int | None = None
-    model: str = "gpt-tiny"
+    model: str = AUTO
+    family: str = AUTO
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    width: int | None = None
+    ffn_width: int | None = None
+    vocab_size: int | None = None
+    context: int | None = None
+    rope_base: float | None = None
+    tied: bool | None = None
     partition: tuple[int, ...] = AUTO
     data: str | None = None
     steps: int = 200
@@ -144,12 +157,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         open_ones = [one.name for one in fields(self) if one.default is None and getattr(self, one.name) is None]
+        self._fill("model", model_of(self.family, self.model))
         self._check_names()
+        self._fill("family", self.shape.family)
         family = schedules.get(self.schedule)
         self._fill("schedule", family.name, always=True)
         self._fill("accumulation", 1 if family.one_micro_batch_windows else 4)
         self._fill("chunks", 2 if family.takes_chunks else 1)
-        self._fill("seq_len", min(128, self.gpt.context))
+        self._fill("seq_len", min(128, self.shape.context))
         self._fill("lr_steps", self.steps)
         self._fill("beta2", BETA2.get(self.optimizer, 0.95))
         self._fill("momentum", MOMENTUM.get(self.optimizer, 0.9))
@@ -264,7 +279,7 @@ class TrainConfig:
                 )
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
-        accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt
+        accumulation, seq_len, model = self.accumulation, self.seq_len, self.shape
         check_takes(family, chunks=self.chunks, accumulation=accumulation, prefix="--")
         if self.batch_size % accumulation:
             raise ValueError(
@@ -308,8 +323,8 @@ class TrainConfig:
     def _with_slack(self, family: schedules.ScheduleFamily, shape: schedules.Shape) -> schedules.Shape:
         """``shape`` with the slack that was asked for, planned where it is auto."""
         if self.slack == schedules.AUTO:
-            run = {"rows": self.batch_size // self.accumulation}
-            run |= {name: getattr(self, name) for name in ("model", "dtype", "seq_len", "threads")}
+            run: dict[str, Any] = {"rows": self.batch_size // self.accumulation, "model": self.shape.name}
+            run |= {name: getattr(self, name) for name in ("dtype", "seq_len", "threads")}
             found = auto_slack.from_profile(self.profile, run, self.partition, family, shape, self.policy)
             shape = replace(shape, slack=found)
         elif self.profile is not None:
@@ -331,9 +346,11 @@ class TrainConfig:
         self._fill("lookahead", ahead and not self.optimizer.startswith("torch-") and not still)
 
     @property
-    def gpt(self) -> GPTConfig:
+    def shape(self) -> ModelShape:
         """The model's shape."""
-        return MODELS[self.model]
+        return shape_of(self.model, {name: getattr(self, name) for name in SHAPE_OPTIONS})
+
+    gpt = shape
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,7 +1,8 @@
 """Options for whole training jobs, by name; files and the command line change what they want of them.
 
 ``gpt2-medium-owt`` is the experiment that PACI was published with. Rates of the GPTs are those of the GPT-3 paper
-(arXiv 2005.14165, table 2.1) for models of their sizes.
+(arXiv 2005.14165, table 2.1) for models of their sizes, that of ``llama-1b`` is TinyLlama's (arXiv 2401.02385), and
+that of ``encoder`` ModernBERT-base's (arXiv 2412.13663).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "gpt2-large": _gpt("gpt2-large", 8, 2.5e-4),
     "gpt2-xl": _gpt("gpt2-xl", 16, 2e-4),
+    "llama-1b": _gpt("llama-1b", 8, 4e-4, seq_len=2048, batch_size=1024, accumulation=128, steps=23_842),
+    "encoder": _gpt("encoder-base", 4, 8e-4, batch_size=448, accumulation=56, steps=108_992),
 }
 """Options of ``TrainConfig`` by recipe. ``min_lr``, a tenth of the rate, follows from the others."""
 

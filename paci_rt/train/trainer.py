@@ -1,4 +1,4 @@
-"""Train a GPT through a pipeline. Every process of a run calls :func:`train`; it reads top to bottom.
+"""Train a language model through a pipeline. Every process of a run calls :func:`train`; it reads top to bottom.
 
 Precision is a property of the parameters (``--dtype``), never of autocast: autocast makes a low-precision copy of each
 weight in every forward and autograd keeps it until the backward, which with several micro-batches in flight is the
@@ -32,8 +32,9 @@ from paci_rt.train.agree import agree_on_run
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gather import gathered_sha256
-from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
+from paci_rt.train.model import HELD_BACK, build_stage, cross_entropy, parameter_shapes, tied_weights
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
+from paci_rt.train.saved import check_same_shape
 from paci_rt.transport import make_transport
 from paci_rt.transport.collective import barrier, new_group
 
@@ -77,7 +78,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     pipeline, lr_schedulers = build_pipeline(config, ctx)
     # A group of our own, because the default one carries the pipeline's messages.
     group = None if ctx.local else new_group(timeout_s)
-    ties = tied_weights(config.gpt, config.stages * config.chunks)
+    ties = tied_weights(config.shape, config.stages * config.chunks)
     if config.out is not None:
         gathered = config.gather_checkpoints
         held.enter_context(checkpoint.hold(config.out, pipeline, group=group, gathered=gathered))
@@ -86,11 +87,11 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         given = own_options(lr_schedulers)
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
         set_options(lr_schedulers, given, config, first_step)
-    if config.out is not None and ctx.rank == 0 and not restarts(ctx):
-        config_file.save(config, config.out)
     clock = TrainingClock(barrier=lambda: None if group is None else meet(group, timeout_s))
     log = Log(config, ctx, pipeline, clock)
+    examples = config.shape.examples
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
+    held_back = examples(*held_back, HELD_BACK)
 
     def rest(step: int, *, validate: bool, save: bool) -> None:
         """Empty the pipeline and stop the clock for what is not training."""
@@ -109,6 +110,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
             extra = {"config": config.to_json(), "run": run_id(ctx)}
             how: dict[str, Any] = {"keep": config.keep_checkpoints, "gathered": config.gather_checkpoints}
             checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group, **how)
+            if ctx.rank == 0 and not (restarts(ctx) and config.resume == config.out):  # whose options are there
+                config_file.save(config, config.out)
 
     clock.start()
     board.enter("training")
@@ -126,7 +129,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
             clock.start()
             board.enter("training", step=step)
         x, y = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
-        x, y = pinned(pipeline, x, y)
+        x, y = pinned(pipeline, *examples(x, y, config.seed, step))
         losses: list[Tensor] = []
         inputs = (x,) if pipeline.has_first else ()
         target = y if pipeline.has_last else None
@@ -184,7 +187,7 @@ def preflight(config: TrainConfig, *, after_restart: bool = False) -> tuple[Corp
     Raises:
         ValueError: the data cannot be used. CheckpointError: nor the checkpoint, with these options.
     """
-    corpus = load_corpus(config.data, vocab_size=config.gpt.vocab_size, seq_len=config.seq_len)
+    corpus = load_corpus(config.data, vocab_size=config.shape.data_vocab_size, seq_len=config.seq_len)
     if config.out is not None:
         config_file.text_of(config)
     if config.resume is None:
@@ -200,6 +203,7 @@ def preflight(config: TrainConfig, *, after_restart: bool = False) -> tuple[Corp
                 f"--resume {config.resume} was trained with --{name} {saved[name]}, not {getattr(config, name)}; "
                 f"use --{name} {saved[name]}"
             )
+    check_same_shape(config, saved)
     if config.steps <= index["windows"] and not after_restart:
         raise CheckpointError(
             f"--resume {config.resume} has {index['windows']} steps behind it and --steps {config.steps} counts them; "
@@ -213,7 +217,7 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
     pieces = config.stages * config.chunks
     here = range(pieces) if ctx.local else range(ctx.rank, pieces, config.stages)
     modules = [
-        build_stage(config.gpt, at, pieces, seed=config.seed, dtype=config.torch_dtype, partition=config.partition)
+        build_stage(config.shape, at, pieces, seed=config.seed, dtype=config.torch_dtype, partition=config.partition)
         for at in here
     ]
     optimizers = [make_optimizer(config, module.named_parameters()) for module in modules]
@@ -226,7 +230,7 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         "lookahead": config.lookahead,
         "costs": config.step_costs,
         "buffers": config.buffers,
-        "tied_weights": tied_weights(config.gpt, pieces),
+        "tied_weights": tied_weights(config.shape, pieces),
         "trace": config.trace,
         "on_nonfinite": config.on_nonfinite,
         "max_grad_norm": config.clip_grad_norm,
@@ -259,7 +263,7 @@ def make_optimizer(config: TrainConfig, named: Iterable[tuple[str, nn.Parameter]
     for name, param in named:
         if param.dim() < 2:
             vectors.append(param)
-        elif config.optimizer == "muon" and param.dim() == 2 and name.startswith("transformer.h."):
+        elif config.optimizer == "muon" and param.dim() == 2 and name.startswith(config.shape.blocks):
             hidden.append(param)
         else:
             others.append(param)
@@ -344,7 +348,7 @@ def evaluate(pipeline: Pipeline, x: Tensor, y: Tensor, batch_size: int) -> float
 def params_sha256(config: TrainConfig, pipeline: Pipeline, ctx: Context, group: dist.ProcessGroup | None) -> str | None:
     """Hash of the uncut model's parameters, which travel to rank 0 one at a time; None on the others."""
     mine = dict(pipeline.named_parameters())
-    shapes = parameter_shapes(config.gpt)
+    shapes = parameter_shapes(config.shape)
     if ctx.local:
         return paci_rt.params_sha256((name, mine[name]) for name in shapes)
     assert group is not None
