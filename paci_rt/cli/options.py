@@ -123,10 +123,10 @@ class ConfigOptions:
     def group(self, title: str) -> None:
         self._group = self._parser.add_argument_group(title)
 
-    def add(self, name: str, kind: Any, metavar: str, text: str) -> None:
-        default = self._defaults[name]
-        if default is not None:
-            text += f" (default: {default})"
+    def add(self, name: str, kind: Any, metavar: str, text: str, *, default: bool = True) -> None:
+        """``default``: whether the help text ends with that of the field."""
+        if default and self._defaults[name] is not None:
+            text += f" (default: {self._defaults[name]})"
         flag = "--" + name.replace("_", "-")
         self._group.add_argument(flag, type=_or_default(kind), metavar=metavar, default=argparse.SUPPRESS, help=text)
 
