@@ -14,15 +14,24 @@ from typing import Any
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint at the known word that is most like ``word``, for the middle of a message; empty where none is like it.
 
+    Dashes and underscores count for nothing: ``batch-size`` and ``--batchsize`` are near ``batch_size``.
+
     Example:
         >>> from paci_rt.errors import did_you_mean
-        >>> did_you_mean("packi", ["1f1b", "paci"])
-        "did you mean 'paci'? "
+        >>> did_you_mean("packi", ["1f1b", "paci"]), did_you_mean("colour", ["1f1b", "paci"])
+        ("did you mean 'paci'? ", '')
     """
-    choices = list(known)
-    begun = [choice for choice in choices if word and choice.startswith(word)]
-    near = begun or difflib.get_close_matches(word, choices, n=1, cutoff=0.3)
-    return f"did you mean {near[0]!r}? " if near else ""
+    plain: dict[str, str] = {}
+    for choice in known:
+        plain.setdefault(_bare(choice), choice)
+    typed = _bare(word)
+    begun = sorted((choice for choice in plain if typed and choice.startswith(typed)), key=len)
+    near = begun or difflib.get_close_matches(typed, plain, n=1, cutoff=0.6)
+    return f"did you mean {plain[near[0]]!r}? " if near else ""
+
+
+def _bare(word: str) -> str:
+    return word.lower().replace("-", "").replace("_", "")
 
 
 def unknown(what: str, word: object, known: Iterable[str]) -> ValueError:
@@ -30,8 +39,8 @@ def unknown(what: str, word: object, known: Iterable[str]) -> ValueError:
 
     Example:
         >>> from paci_rt.errors import unknown
-        >>> unknown("transport", "gluu", ["shm", "gloo"])
-        ValueError("unknown transport 'gluu': did you mean 'gloo'? choose from shm, gloo")
+        >>> unknown("transport", "glooo", ["shm", "gloo"])
+        ValueError("unknown transport 'glooo': did you mean 'gloo'? choose from shm, gloo")
     """
     choices = list(known)
     return ValueError(

@@ -33,6 +33,9 @@ Pipeline-parallel training without bubbles, on stock PyTorch.
 
   paci-rt train --stages 2 --steps 200              train a small GPT through two processes
   paci-rt prepare --data corpus.jsonl --out tokens  turn text into files of tokens for train --data tokens
+  paci-rt eval RUN                                  the loss of a checkpoint
+  paci-rt sample RUN --prompt "Once upon"           text from a checkpoint
+  paci-rt export RUN --to DIR                       a checkpoint as safetensors, for transformers
   paci-rt compare --schedules 1f1b,paci --out DIR   which schedule reaches a target loss first?
   paci-rt simulate --schedule zb-h1 --plot zb.png   predict bubbles, memory and drift of a schedule; draw it
   paci-rt plan --stages 4 --memory-limit 2GiB       measure a model; choose a partition and a schedule
@@ -45,7 +48,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: command"):
-            message = "no command given: say train, prepare, compare, simulate, plan or doctor, or --help"
+            message = (
+                "no command given: say train, prepare, eval, sample, export, compare, simulate, plan or doctor, or --help"
+            )
         raise ValueError(message.removeprefix("argument "))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -117,7 +122,7 @@ def _in_one_line(error: Exception) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command that ``argv`` gives, with its options."""
     from paci_rt import __version__
-    from paci_rt.cli import compare, doctor, plan, prepare, simulate, train
+    from paci_rt.cli import compare, doctor, evaluate, export, plan, prepare, sample, simulate, train
 
     parser = _Parser(
         prog="paci-rt",
@@ -128,8 +133,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"paci-rt {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True, title="commands")
     for name, summary, command in (
-        ("train", "train a GPT through a pipeline", train),
+        ("train", "train a language model through a pipeline", train),
         ("prepare", "turn text into files of tokens, to train on", prepare),
+        ("eval", "the loss of a checkpoint over held-back text", evaluate),
+        ("sample", "text from a checkpoint", sample),
+        ("export", "a checkpoint as a folder that transformers loads", export),
         ("compare", "train under several schedules and compare the time to a target loss", compare),
         ("simulate", "predict what a schedule does, without training", simulate),
         ("plan", "measure a model; choose a partition and a schedule", plan),
@@ -137,7 +145,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     ):
         sub = commands.add_parser(
             name,
-            usage=f"paci-rt {name} [options]",
+            usage=getattr(command, "USAGE", f"paci-rt {name} [options]"),
             help=summary,
             description=command.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 from paci_rt.schedules import Slack
@@ -122,12 +123,12 @@ class ConfigOptions:
     def group(self, title: str) -> None:
         self._group = self._parser.add_argument_group(title)
 
-    def add(self, name: str, kind: Any, metavar: str, text: str) -> None:
-        default = self._defaults[name]
-        if default is not None:
-            text += f" (default: {default})"
+    def add(self, name: str, kind: Any, metavar: str, text: str, *, default: bool = True) -> None:
+        """``default``: whether the help text ends with that of the field."""
+        if default and self._defaults[name] is not None:
+            text += f" (default: {self._defaults[name]})"
         flag = "--" + name.replace("_", "-")
-        self._group.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
+        self._group.add_argument(flag, type=_or_default(kind), metavar=metavar, default=argparse.SUPPRESS, help=text)
 
     def switch(self, name: str, text: str) -> None:
         """``--name`` and ``--no-name``."""
@@ -135,11 +136,32 @@ class ConfigOptions:
         self._group.add_argument("--" + name.replace("_", "-"), action=action, default=argparse.SUPPRESS, help=text)
 
 
-def config_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of a training configuration that were given."""
+def _or_default(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an option that also takes the word ``default``, for as if it had not been given."""
+
+    from paci_rt.train.config_file import DEFAULT
+
+    @wraps(kind, updated=())
+    def parse(text: str) -> Any:
+        return text if text == DEFAULT else kind(text)
+
+    return parse
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a training configuration that were given, ``default`` for those that are to be taken back."""
     from paci_rt.train.config import TrainConfig
 
     return {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
+
+
+def config_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a training configuration that were given a value."""
+    from paci_rt.train.config_file import DEFAULT
+
+    return {
+        name: value for name, value in given_options(args).items() if not (isinstance(value, str) and value == DEFAULT)
+    }
 
 
 # fmt: off
@@ -171,11 +193,21 @@ def add_pipeline(options: ConfigOptions) -> None:
 def add_training(options: ConfigOptions) -> None:
     """Options of model, data, optimization and processes."""
     from paci_rt.train.config import DTYPES, OPTIMIZERS
-    from paci_rt.train.gpt import MODELS
+    from paci_rt.train.families import FAMILIES, MODELS
     from paci_rt.transport import TRANSPORTS
 
     options.group("model and data")
-    options.add("model", str, "NAME", ", ".join(MODELS))
+    options.add("model", str, "NAME", f"{', '.join(MODELS)} (default: the first of --family)")
+    options.add("family", str, "NAME", f"{', '.join(FAMILIES)} (default: gpt2)")
+    options.add("layers", int, "N", "blocks; this and the next ones change the named model")
+    options.add("heads", int, "N", "attention heads")
+    options.add("kv_heads", int, "N", "heads of keys and values, in llama (default: in proportion to --heads)")
+    options.add("width", int, "N", "size of the residual stream")
+    options.add("ffn_width", int, "N", "width inside the MLP, in llama and encoder (default: in proportion to --width)")
+    options.add("vocab_size", int, "N", "number of tokens; in encoder with the mask, the last one")
+    options.add("context", int, "N", "longest sequence")
+    options.add("rope_base", float, "X", "base of the rotary positions, in llama and encoder")
+    options.switch("tied", "the head uses the weight of the token embedding")
     options.add("data", str, "PATH", "a text file or a folder of them (bytes are the tokens), a .bin file of uint16 "
                 "tokens, or a folder with train.bin and val.bin (default: the text of Python's standard library)")
     options.add("batch_size", int, "N", "sequences per local update")
@@ -189,7 +221,8 @@ def add_training(options: ConfigOptions) -> None:
     options.add("lr", float, "X", "peak learning rate")
     options.add("min_lr", float, "X", "learning rate at the end of the cosine (default: a tenth of --lr)")
     options.add("lr_steps", int, "N", "local updates until the end of the cosine (default: --steps)")
-    options.add("warmup_steps", int, "N", "local updates of linear warm-up (default: a twentieth of --lr-steps)")
+    options.add("warmup_steps", int, "N", "local updates of linear warm-up (default: --warmup-share of --lr-steps)")
+    options.add("warmup_share", float, "X", "share of --lr-steps that warms up, unless --warmup-steps says how many")
     options.add("weight_decay", float, "X", "weight decay of parameters with two or more dimensions")
     options.add("beta1", float, "X", "first beta of all optimizers but SGD")
     options.add("beta2", float, "X", "second beta of all optimizers but SGD (default: 0.95, for lion 0.99)")

@@ -47,7 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     from paci_rt.schedules import AUTO, FAMILIES
     from paci_rt.schedules.policies import POLICIES
     from paci_rt.train.config import DTYPES
-    from paci_rt.train.gpt import MODELS
+    from paci_rt.train.families import MODELS
     from paci_rt.transport import TRANSPORTS
 
     integers = list_of(int, "integers such as 8,16")
@@ -165,7 +165,7 @@ def _accumulations(batch_sizes: tuple[int, ...] | None, rows: int, stages: int) 
 
 def _stored(args: argparse.Namespace) -> Profile:
     """The profile in the file, which must be of what the options say."""
-    from paci_rt.train.gpt import MODELS
+    from paci_rt.train.families import MODELS
 
     profile = load_profile(args.profile)
     found = profile.profiled
@@ -209,9 +209,9 @@ def _measured(args: argparse.Namespace) -> Profile:
         stash_bytes=0,
         boundary_bytes=0,
     )
-    _plan(args, Profile(blocks=(block,) * config.gpt.layers, profiled={"rows": rows}))
+    _plan(args, Profile(blocks=(block,) * config.shape.layers, profiled={"rows": rows}))
     return profile_gpt(
-        config.gpt,
+        config.shape,
         rows=rows,
         seq_len=config.seq_len,
         dtype=config.dtype,

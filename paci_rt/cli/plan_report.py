@@ -15,7 +15,7 @@ from paci_rt.report import text
 from paci_rt.report.machine import machine
 from paci_rt.schedules import policies
 from paci_rt.schedules.slack import slack_text
-from paci_rt.train.gpt import MODELS
+from paci_rt.train.families import MODELS
 
 VARIANTS = 3
 """Rows for other ways to run the chosen schedule."""

@@ -6,10 +6,10 @@ import argparse
 import math
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paci_rt.cli import environment, outputs
-from paci_rt.cli.options import ConfigOptions, add_pipeline, add_training, config_options
+from paci_rt.cli.options import ConfigOptions, add_pipeline, add_training
 from paci_rt.report import text
 
 if TYPE_CHECKING:
@@ -31,8 +31,10 @@ JSON_HELP = (
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``paci-rt train``."""
+    from paci_rt.cli import layers
     from paci_rt.schedules import FAMILIES
 
+    layers.add(parser)
     options = ConfigOptions(parser)
     options.group("pipeline")
     options.add("schedule", str, "NAME", ", ".join(FAMILIES))
@@ -70,16 +72,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """``paci-rt train``."""
     from paci_rt import launch
+    from paci_rt.cli import layers
     from paci_rt.cli.progress import Progress
     from paci_rt.trace import write_perfetto
-    from paci_rt.train.config import TrainConfig
     from paci_rt.train.run import check_torchrun, execute
 
     environment.check_torchrun_variables()
-    options = {**config_options(args), "trace": args.save_trace is not None}
-    if launch.under_torchrun():
-        options.setdefault("stages", int(os.environ["WORLD_SIZE"]))
-    config = TrainConfig(**options)
+    more: dict[str, Any] = {"trace": True} if args.save_trace is not None else {}
+    beneath: dict[str, Any] = {"stages": int(os.environ["WORLD_SIZE"])} if launch.under_torchrun() else {}
+    config = layers.resolved(args, beneath=beneath, more=more)
     if launch.under_torchrun():
         check_torchrun(config)
         if waits := environment.started_by_hand():

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
 from paci_rt.runtime.safety import Safety, check_positive, resolve_safety
 from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
-from paci_rt.train.gpt import MODELS, GPTConfig, default_partition
+from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
+from paci_rt.train.model import ModelShape, default_partition
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 from paci_rt.transport.base import MOST_TIMEOUT_S
 
@@ -60,14 +61,17 @@ class TrainConfig:
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, or 2 where it takes several.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
         accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
-        model: a name in ``paci_rt.train.gpt.MODELS``. partition: its blocks by stage; balanced by cost.
+        model: a name in ``paci_rt.train.families.MODELS``; ``gpt-tiny``, or the first of ``family``.
+        layers, heads, kv_heads, width, ffn_width, vocab_size, context, rope_base, tied: what is different in it.
+        partition: its blocks by stage; balanced by cost.
         data: text file, folder of text files, ``.bin``, or folder with train.bin and val.bin; Python's own library.
         steps: local updates of every stage, counted from the very first one also after ``resume``.
         batch_size: sequences per window, whatever the accumulation. seq_len: tokens per sequence; 128 or the context.
         optimizer: ``torch-adamw`` and ``torch-sgd`` are torch's own, the others paci_rt's fused ones; ``muon`` is for
             the matrices inside blocks, with AdamW for the rest.
-        lr: peak learning rate; it warms up over ``warmup_steps`` (a twentieth of lr_steps) and falls along a cosine to
-            ``min_lr`` (a tenth of lr) at ``lr_steps`` (steps). weight_decay: of parameters with two or more dimensions.
+        lr: peak learning rate; it warms up over ``warmup_steps`` (``warmup_share`` of lr_steps) and falls along a
+            cosine to ``min_lr`` (a tenth of lr) at ``lr_steps`` (steps).
+        weight_decay: of parameters with two or more dimensions.
         beta1, beta2: of all but sgd; beta2 is 0.95, for ``lion`` 0.99. momentum: of sgd, 0.9, and ``muon``, 0.95.
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
             autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
@@ -106,7 +110,17 @@ class TrainConfig:
     lookahead: bool = AUTO
     step_costs: schedules.StepCosts | None = None
     buffers: int | None = None
-    model: str = "gpt-tiny"
+    model: str = AUTO
+    family: str = AUTO
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    width: int | None = None
+    ffn_width: int | None = None
+    vocab_size: int | None = None
+    context: int | None = None
+    rope_base: float | None = None
+    tied: bool | None = None
     partition: tuple[int, ...] = AUTO
     data: str | None = None
     steps: int = 200
@@ -117,6 +131,7 @@ class TrainConfig:
     min_lr: float = AUTO
     lr_steps: int = AUTO
     warmup_steps: int = AUTO
+    warmup_share: float = 0.05
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = AUTO
@@ -145,22 +160,32 @@ class TrainConfig:
     trace: bool = False
 
     def __post_init__(self) -> None:
+        open_ones = [one.name for one in fields(self) if one.default is None and getattr(self, one.name) is None]
+        self._fill("model", model_of(self.family, self.model))
         self._check_names()
+        self._fill("family", self.shape.family)
         family = schedules.get(self.schedule)
         self._fill("schedule", family.name, always=True)
         self._fill("accumulation", 1 if family.one_micro_batch_windows else 4)
         self._fill("chunks", 2 if family.takes_chunks else 1)
-        self._fill("seq_len", min(128, self.gpt.context))
+        self._fill("seq_len", min(128, self.shape.context))
         self._fill("lr_steps", self.steps)
         self._fill("beta2", BETA2.get(self.optimizer, 0.95))
         self._fill("momentum", MOMENTUM.get(self.optimizer, 0.9))
         self._check_integers()
-        self._fill("warmup_steps", self.lr_steps // 20 if self.lr_steps else 0)
-        self._check_floats("lr")
+        self._check_floats("lr", "warmup_share")
+        self._fill("warmup_steps", int(self.warmup_share * self.lr_steps))
         self._fill("min_lr", self.lr / 10)
         self._fill("eval_interval", max(1, self.steps // 10))
         self._check_floats()
         self._check_shape(family)
+        derived = tuple(name for name in open_ones if getattr(self, name) is not None)
+        object.__setattr__(self, "_derived", derived)
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """The options that were not given and follow from the others."""
+        return self._derived  # type: ignore[attr-defined,no-any-return]
 
     def _fill(self, name: str, default: Any, *, always: bool = False) -> None:
         if always or getattr(self, name) is None:
@@ -241,7 +266,7 @@ class TrainConfig:
                 raise ValueError(
                     f"{_flag(name)} is {shown(value)}: give a number of at least 0 and at most {MOST_FLOAT:g}"
                 )
-            if name in ("beta1", "beta2", "momentum") and value >= 1:
+            if name in ("beta1", "beta2", "momentum", "warmup_share") and value >= 1:
                 raise ValueError(f"{_flag(name)} is {value!r}: give a number below 1")
         check_positive("--clip-grad-norm", self.clip_grad_norm, "such as 1.0, or leave it out to clip nothing")
         check_positive("--skip-spikes", self.skip_spikes, "of standard deviations such as 6.0, or leave it out")
@@ -258,7 +283,7 @@ class TrainConfig:
                 )
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
-        accumulation, seq_len, model = self.accumulation, self.seq_len, self.gpt
+        accumulation, seq_len, model = self.accumulation, self.seq_len, self.shape
         check_takes(family, chunks=self.chunks, accumulation=accumulation, prefix="--")
         if self.batch_size % accumulation:
             raise ValueError(
@@ -302,8 +327,8 @@ class TrainConfig:
     def _with_slack(self, family: schedules.ScheduleFamily, shape: schedules.Shape) -> schedules.Shape:
         """``shape`` with the slack that was asked for, planned where it is auto."""
         if self.slack == schedules.AUTO:
-            run = {"rows": self.batch_size // self.accumulation}
-            run |= {name: getattr(self, name) for name in ("model", "dtype", "seq_len", "threads")}
+            run: dict[str, Any] = {"rows": self.batch_size // self.accumulation, "model": self.shape.name}
+            run |= {name: getattr(self, name) for name in ("dtype", "seq_len", "threads")}
             found = auto_slack.from_profile(self.profile, run, self.partition, family, shape, self.policy)
             shape = replace(shape, slack=found)
         elif self.profile is not None:
@@ -325,9 +350,11 @@ class TrainConfig:
         self._fill("lookahead", ahead and not self.optimizer.startswith("torch-") and not still)
 
     @property
-    def gpt(self) -> GPTConfig:
+    def shape(self) -> ModelShape:
         """The model's shape."""
-        return MODELS[self.model]
+        return shape_of(self.model, {name: getattr(self, name) for name in SHAPE_OPTIONS})
+
+    gpt = shape
 
     @property
     def torch_dtype(self) -> torch.dtype:

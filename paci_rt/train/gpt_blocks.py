@@ -1,9 +1,9 @@
-"""The blocks of a GPT, as :mod:`paci_rt.profiling.blocks` measures them: embedding, transformer blocks, head with the
+"""The blocks of a model, as :mod:`paci_rt.profiling.blocks` measures them: embedding, transformer blocks, head with the
 loss.
 
 A partition counts the transformer blocks; the embedding is on the first stage and the head on the last, as in
-:mod:`paci_rt.train.gpt`. A head that is tied to the embedding counts as one with a weight and optimizer state of its
-own: an upper bound, since its state lives with the embedding, and the exchange between the two is left out.
+:mod:`paci_rt.train.families`. A head that is tied to the embedding counts as one with a weight and optimizer state of
+its own: an upper bound, since its state lives with the embedding, and the exchange between the two is left out.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from paci_rt.planner.profile import Profile
 from paci_rt.profiling.blocks import Block, profile_blocks
 from paci_rt.report.machine import machine
 from paci_rt.train.config import DTYPES
-from paci_rt.train.gpt import GPTConfig, GPTStage, cross_entropy
+from paci_rt.train.model import ModelShape, cross_entropy
 
 
-def gpt_blocks(config: GPTConfig, dtype: torch.dtype = torch.float32) -> list[Block]:
+def gpt_blocks(config: ModelShape, dtype: torch.dtype = torch.float32) -> list[Block]:
     """The model's parts in order, in the granularity at which it can be cut."""
 
     def part(name: str, role: str, numbers: range, *, kind: str = "") -> Block:
         def build() -> nn.Module:
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
-                return GPTStage(config, numbers, first=role == "first", last=role == "last").to(dtype)
+                return config.make_stage(numbers, first=role == "first", last=role == "last").to(dtype)
 
         return Block(name=name, role=role, build=build, kind=kind)
 
@@ -34,7 +34,7 @@ def gpt_blocks(config: GPTConfig, dtype: torch.dtype = torch.float32) -> list[Bl
 
 
 def profile_gpt(
-    config: GPTConfig, *, rows: int, seq_len: int, dtype: str = "fp32", threads: int = 1, repeats: int = 10
+    config: ModelShape, *, rows: int, seq_len: int, dtype: str = "fp32", threads: int = 1, repeats: int = 10
 ) -> Profile:
     """Measure one micro-batch of ``rows`` sequences of ``seq_len`` tokens, block by block.
 

@@ -1,4 +1,4 @@
-"""Train a GPT through a pipeline. Every process of a run calls :func:`train`; it reads top to bottom.
+"""Train a language model through a pipeline. Every process of a run calls :func:`train`; it reads top to bottom.
 
 Precision is a property of the parameters (``--dtype``), never of autocast: autocast makes a low-precision copy of each
 weight in every forward and autograd keeps it until the backward, which with several micro-batches in flight is the
@@ -27,13 +27,15 @@ import paci_rt
 from paci_rt import checkpoint, status
 from paci_rt.errors import CheckpointError
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.train import config_file
 from paci_rt.train.agree import agree_on_run
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gather import gathered_sha256
-from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
+from paci_rt.train.model import HELD_BACK, build_stage, cross_entropy, parameter_shapes, tied_weights
 from paci_rt.train.prefetch import Prefetch
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
+from paci_rt.train.saved import check_same_shape
 from paci_rt.train.validation import Validation
 from paci_rt.transport import make_transport
 from paci_rt.transport.collective import barrier, new_group
@@ -78,7 +80,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     pipeline, lr_schedulers = build_pipeline(config, ctx)
     # A group of our own, because the default one carries the pipeline's messages.
     group = None if ctx.local else new_group(timeout_s)
-    ties = tied_weights(config.gpt, config.stages * config.chunks)
+    ties = tied_weights(config.shape, config.stages * config.chunks)
     if config.out is not None:
         gathered = config.gather_checkpoints
         held.enter_context(checkpoint.hold(config.out, pipeline, group=group, gathered=gathered))
@@ -93,7 +95,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     windows = held.enter_context(batches(config, corpus, pipeline, first_step))
     log = Log(config, ctx, pipeline, clock, windows)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
-    validation = Validation(pipeline, *held_back, config.batch_size)
+    validation = Validation(pipeline, *config.shape.examples(*held_back, HELD_BACK), config.batch_size)
 
     def rest(step: int, *, validate: bool, save: bool) -> None:
         """Empty the pipeline and stop the clock for what is not training."""
@@ -114,6 +116,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
             extra = {"config": config.to_json(), "run": run_id(ctx)}
             how: dict[str, Any] = {"keep": config.keep_checkpoints, "gathered": config.gather_checkpoints}
             checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group, **how)
+            if ctx.rank == 0 and not (restarts(ctx) and config.resume == config.out):  # whose options are there
+                config_file.save(config, config.out)
 
     clock.start()
     board.enter("training")
@@ -194,7 +198,9 @@ def preflight(config: TrainConfig, *, after_restart: bool = False) -> tuple[Corp
     Raises:
         ValueError: the data cannot be used. CheckpointError: nor the checkpoint, with these options.
     """
-    corpus = load_corpus(config.data, vocab_size=config.gpt.vocab_size, seq_len=config.seq_len)
+    corpus = load_corpus(config.data, vocab_size=config.shape.data_vocab_size, seq_len=config.seq_len)
+    if config.out is not None:
+        config_file.text_of(config)
     if config.resume is None:
         return corpus, 0
     index = checkpoint.read_index(config.resume)
@@ -208,6 +214,7 @@ def preflight(config: TrainConfig, *, after_restart: bool = False) -> tuple[Corp
                 f"--resume {config.resume} was trained with --{name} {saved[name]}, not {getattr(config, name)}; "
                 f"use --{name} {saved[name]}"
             )
+    check_same_shape(config, saved)
     if config.steps <= index["windows"] and not after_restart:
         raise CheckpointError(
             f"--resume {config.resume} has {index['windows']} steps behind it and --steps {config.steps} counts them; "
@@ -221,7 +228,7 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
     pieces = config.stages * config.chunks
     here = range(pieces) if ctx.local else range(ctx.rank, pieces, config.stages)
     modules = [
-        build_stage(config.gpt, at, pieces, seed=config.seed, dtype=config.torch_dtype, partition=config.partition)
+        build_stage(config.shape, at, pieces, seed=config.seed, dtype=config.torch_dtype, partition=config.partition)
         for at in here
     ]
     optimizers = [make_optimizer(config, module.named_parameters()) for module in modules]
@@ -234,7 +241,7 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
         "lookahead": config.lookahead,
         "costs": config.step_costs,
         "buffers": config.buffers,
-        "tied_weights": tied_weights(config.gpt, pieces),
+        "tied_weights": tied_weights(config.shape, pieces),
         "trace": config.trace,
         "on_nonfinite": config.on_nonfinite,
         "max_grad_norm": config.clip_grad_norm,
@@ -267,7 +274,7 @@ def make_optimizer(config: TrainConfig, named: Iterable[tuple[str, nn.Parameter]
     for name, param in named:
         if param.dim() < 2:
             vectors.append(param)
-        elif config.optimizer == "muon" and param.dim() == 2 and name.startswith("transformer.h."):
+        elif config.optimizer == "muon" and param.dim() == 2 and name.startswith(config.shape.blocks):
             hidden.append(param)
         else:
             others.append(param)
@@ -340,7 +347,8 @@ def batches(config: TrainConfig, corpus: Corpus, pipeline: Pipeline, first_step:
     def read(step: int) -> Window:
         if not (pipeline.has_first or pipeline.has_last):
             return None, None
-        x, y = pinned(pipeline, *corpus.batch(step, config.batch_size, config.seq_len, config.seed))
+        tokens = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
+        x, y = pinned(pipeline, *config.shape.examples(*tokens, config.seed, step))
         return x if pipeline.has_first else None, y if pipeline.has_last else None
 
     return Prefetch(read, range(first_step, config.steps))
@@ -354,7 +362,7 @@ def pinned(pipeline: Pipeline, *tensors: Tensor) -> tuple[Tensor, ...]:
 def params_sha256(config: TrainConfig, pipeline: Pipeline, ctx: Context, group: dist.ProcessGroup | None) -> str | None:
     """Hash of the uncut model's parameters, which travel to rank 0 one at a time; None on the others."""
     mine = dict(pipeline.named_parameters())
-    shapes = parameter_shapes(config.gpt)
+    shapes = parameter_shapes(config.shape)
     if ctx.local:
         return paci_rt.params_sha256((name, mine[name]) for name in shapes)
     assert group is not None

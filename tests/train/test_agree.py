@@ -29,7 +29,7 @@ def config(folder: Path, **options: Any) -> TrainConfig:
 
 
 def corpus(one: TrainConfig) -> Corpus:
-    return load_corpus(one.data, vocab_size=one.gpt.vocab_size, seq_len=one.seq_len)
+    return load_corpus(one.data, vocab_size=one.shape.data_vocab_size, seq_len=one.seq_len)
 
 
 @pytest.mark.parametrize(
