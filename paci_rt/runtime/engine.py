@@ -23,6 +23,7 @@ from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.module_watch import ModuleWatch
 from paci_rt.runtime.pipeline_state import PipelineState
+from paci_rt.runtime.replicas import Replicas
 from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.split_merge import ChunkSpecs
@@ -63,6 +64,7 @@ class Pipeline(PipelineState):
         trace: record an event for every compute action in ``events``.
         scale_grads: divide gradients by the number of micro-batches of the update, once, as torch does.
         specs, safety: how batches are cut and outputs put together; :class:`paci_rt.runtime.safety.Safety`.
+        replicas: other pipelines over the same stages, with which each update is made together.
 
     Raises:
         ValueError, ScheduleError, StageError: an argument that cannot work; nothing has been changed then.
@@ -89,6 +91,7 @@ class Pipeline(PipelineState):
         scale_grads: bool,
         specs: ChunkSpecs,
         safety: Safety | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         setup = make_setup(
             stages,
@@ -105,6 +108,7 @@ class Pipeline(PipelineState):
             tied_weights=tied_weights,
             scale_grads=scale_grads,
             safety=safety,
+            replicas=replicas,
         )
         self.asked_for = setup
         self._lowering, self._policy = setup.lowering, setup.policy
@@ -179,6 +183,11 @@ class Pipeline(PipelineState):
     def transfer_timeout_s(self) -> float:
         """Deadline of a wait for another stage, in seconds."""
         return float(getattr(self._executor.transport, "timeout_s", DEFAULT_TIMEOUT_S))
+
+    @property
+    def replicas(self) -> Replicas | None:
+        """The replicas of this process's stages; None where it was given none."""
+        return self.asked_for.replicas
 
     @property
     def has_first(self) -> bool:
@@ -320,6 +329,8 @@ class Pipeline(PipelineState):
                 raise
         unbind(self._executor.runtimes.values())
         self._executor.transport.close()
+        if self.replicas is not None:
+            self.replicas.group.close()
 
     @property
     def _optimizers(self) -> list[StageOptimizer]:
@@ -331,7 +342,7 @@ class Pipeline(PipelineState):
         """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
 
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
-        compute_s utilization exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
+        compute_s utilization exposed_comm_s replicas reduce_s exposed_reduce_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
         peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; of gradients, by
         stage, ``nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows norm_lags``
         (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
@@ -341,9 +352,11 @@ class Pipeline(PipelineState):
         ``copied_input_bytes`` is what was copied of the caller's batches because :meth:`step` returned before their
         backwards; ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to
         bytes of weights, masters, optimizer, accumulators, versions (extra weights), activations (peak) and total.
+        ``reduce_s`` is what sums over replicas took, ``exposed_reduce_s`` what stages waited for them.
         """
         self._executor.settle()
-        return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers)
+        replicas = 1 if self.replicas is None else self.replicas.count
+        return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers, replicas)
 
     def reset_stats(self) -> None:
         """Start counting anew, for example after the first window."""
@@ -351,6 +364,8 @@ class Pipeline(PipelineState):
         for runtime in self._executor.runtimes.values():
             runtime.audit.reset()
             runtime.weights.reset_stats()
+            if runtime.optimizer.replicas is not None:
+                runtime.optimizer.replicas.reset_stats()
         self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
         self._executor.copied_input_bytes = 0
 
