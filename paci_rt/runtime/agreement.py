@@ -81,7 +81,7 @@ def among_processes(
                 agree(meeting, facts)
             if others is not None and self.replicas is not None:
                 agree(others, {**facts, **facts_of_stages(self.stages)}, self.replicas.group.ranks)
-                self.replicas.group.connect()
+                self.replicas.group.connect(f"{others.name}/{others.number}")
         except BaseException:
             self.close()
             raise

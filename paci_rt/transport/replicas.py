@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
@@ -113,21 +112,22 @@ class ReplicaGroup:
         self._jobs: queue.SimpleQueue[tuple[Pending[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._broken: BaseException | None = None
 
-    def connect(self) -> None:
+    def connect(self, key: str) -> None:
         """Make the connections; all replicas call this, once they know that all are there.
+
+        Args:
+            key: the same on all of them, and used once.
 
         Raises:
             PeerLostError, TransferTimeoutError: one did not come.
         """
         if self.size == 1:
             return
+        # Not new_group: its names count the groups that a process knows, which replicas need not have in common.
+        store = dist.PrefixStore(f"paci_rt/replicas/{key}", dist.distributed_c10d._get_default_store())
+        timeout = timedelta(seconds=self.timeout_s)
         try:
-            self._own = dist.new_group(
-                self.ranks,
-                backend="gloo",
-                timeout=timedelta(seconds=self.timeout_s),
-                use_local_synchronization=True,
-            )
+            self._own = dist.ProcessGroupGloo(store, self.rank, self.size, timeout)
         except RuntimeError as error:
             raise self.explained(error, "the meeting of the replicas") from error
         self._thread = threading.Thread(target=self._work, daemon=True, name="paci-rt replicas")
@@ -165,9 +165,7 @@ class ReplicaGroup:
             return
         self._jobs.put(None)
         self._thread.join(JOIN_S)
-        if not self._thread.is_alive():  # else it waits for a replica that is gone, and ends with the process
-            with suppress(RuntimeError, ValueError):
-                dist.destroy_process_group(self._own)
+        # If it still waits for a replica that is gone, it keeps the connections, and ends with the process.
         self._thread = self._own = None
 
     def explained(self, error: BaseException, action: str) -> BaseException:
@@ -277,10 +275,10 @@ class ReplicaGroup:
         return works
 
     def _send(self, tensor: Tensor, at: int, tag: int) -> Any:
-        return dist.isend(tensor.view(torch.uint8), self.ranks[at], group=self._own, tag=tag)
+        return self._own.send([tensor.view(torch.uint8)], at, tag)
 
     def _receive(self, tensor: Tensor, at: int, tag: int) -> Any:
-        return dist.irecv(tensor.view(torch.uint8), self.ranks[at], group=self._own, tag=tag)
+        return self._own.recv([tensor.view(torch.uint8)], at, tag)
 
     def _await(self, works: Sequence[tuple[int, Any]]) -> None:
         for at, work in works:

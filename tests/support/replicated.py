@@ -29,14 +29,12 @@ class Replicated:
     dtype: str = "float32"
 
 
-def groups_of(group: Any, replicas: int) -> tuple[Any, Any, int, int]:
-    """Groups of the pipeline and of the replicas of this process, its stage's rank and its replica."""
-    size, here = dist.get_world_size(group), dist.get_rank(group)
-    ranks = size // replicas
-    of_pipe = [dist.get_global_rank(group, at) for at in range(here // ranks * ranks, here // ranks * ranks + ranks)]
-    of_replicas = [dist.get_global_rank(group, at) for at in range(here % ranks, size, ranks)]
-    pipe = dist.new_group(of_pipe, backend="gloo", use_local_synchronization=True)
-    return pipe, dist.new_group(of_replicas, backend="gloo", use_local_synchronization=True), here % ranks, here // ranks
+def groups_of(given: Replicated) -> list[Any]:
+    """Groups of all pipelines, then of all replicas; every process of the pool makes all of them."""
+    ranks = given.run.stages // given.run.chunks
+    pipes = [range(at * ranks, (at + 1) * ranks) for at in range(given.replicas)]
+    others = [range(at, given.replicas * ranks, ranks) for at in range(ranks)]
+    return [dist.new_group(list(one), backend="gloo") for one in (*pipes, *others)]
 
 
 def rows(given: Replicated, step: int, replica: int) -> tuple[Tensor, Tensor]:
@@ -48,10 +46,11 @@ def rows(given: Replicated, step: int, replica: int) -> tuple[Tensor, Tensor]:
     return x.to(getattr(torch, given.dtype)), y
 
 
-def make(group: Any, given: Replicated, **more: Any) -> tuple[Any, int]:
+def make(groups: list[Any], given: Replicated, **more: Any) -> tuple[Any, int]:
     """This process's schedule, and its replica."""
     run = given.run
-    pipe, others, rank, replica = groups_of(group, given.replicas)
+    replica, rank = divmod(dist.get_rank(), run.stages // run.chunks)
+    pipe, others = groups[replica], groups[given.replicas + rank]
     here = range(rank, run.stages, run.stages // run.chunks)
     modules = [module(at, run).to(getattr(torch, given.dtype)) for at in here]
     stages = [paci_rt.PipelineStage(one, at, run.stages, group=pipe) for one, at in zip(modules, here, strict=True)]
@@ -95,9 +94,13 @@ def drive(schedule: Any, given: Replicated, replica: int) -> dict[str, Any]:
     return {"params": params, "losses": history, "stats": schedule.stats(), "replica": replica}
 
 
-def train_replica(rank: int, group: Any, given: Replicated) -> dict[str, Any]:
+def train_replica(rank: int, group: Any, given: Replicated) -> dict[str, Any] | None:
+    """For all four processes of the pool; those that are not needed return None."""
     torch.manual_seed(0)
-    schedule, replica = make(group, given)
+    groups = groups_of(given)
+    if rank >= given.replicas * given.run.stages // given.run.chunks:
+        return None
+    schedule, replica = make(groups, given)
     try:
         return drive(schedule, given, replica)
     except paci_rt.PaciError as error:
