@@ -121,10 +121,6 @@ class ReplicaSums:
         wrong = sum(int(found.nonfinite[number].sum()) for number in live)
         return Sealed(live, math.nan if wrong else squares, wrong)
 
-    def reset_stats(self) -> None:
-        """Count seconds anew."""
-        self.reduce_s = self.waited_s = 0.0
-
     def forget(self) -> None:
         """The update has been made, or dropped."""
         self._found = None

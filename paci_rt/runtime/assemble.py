@@ -14,6 +14,7 @@ from paci_rt.clock import HostClock
 from paci_rt.optim.bind import bind_optimizer
 from paci_rt.optim.replicas import ReplicaSums
 from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.optim.update_stream import UpdateStream
 from paci_rt.runtime.argument_types import check_types
 from paci_rt.runtime.audit import RankAudit, StageAudit
 from paci_rt.runtime.executor import StageRuntime
@@ -123,7 +124,7 @@ def make_setup(
     policy = policies.resolve(family, shape, policy)
     safety = resolve_safety(safety, optimizers, family, shape, policy, tied_weights)
     settles = safety.settles(family, shape.num_stages)
-    check_replicas(replicas, family, shape, buffers, lookahead, safety, optimizers, tied_weights)
+    check_replicas(replicas, family, shape, policy, buffers, lookahead, safety, optimizers, tied_weights)
     both = 2 if shape.overlap else 1
     lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights), settles=settles)
     if tied_weights and policy == "2bw":
@@ -208,13 +209,17 @@ def bind(
     named = {name: param for name, param in named.items() if param not in followers}
     family, shape, policy = setup.lowering.family, setup.lowering.shape, setup.policy
     ignored = {*followers, *left}
-    bound = bind_optimizer(optimizer, named, buffers=setup.buffers, asynchronous=not family.flush, ignored=ignored)
+    among = setup.replicas.group if setup.replicas is not None and setup.replicas.shard_optimizer else None
+    asynchronous = not family.flush
+    bound = bind_optimizer(
+        optimizer, named, buffers=setup.buffers, asynchronous=asynchronous, ignored=ignored, shard_among=among
+    )
     try:
         if setup.replicas is not None:
             sharded = setup.replicas.shard_optimizer
             bound.replicas = ReplicaSums(bound, setup.replicas.group, stage=stage.stage_index, sharded=sharded)
         bound.compute_products_by(stage.wgrad)
-        if stage.update_stream is not None and bound.order is not None:
+        if stage.update_stream is not None and isinstance(bound.order, UpdateStream):
             bound.order.move_to(stage.update_stream)
         weights = make_weights(setup, bound, rank.rank, clock)
         if setup.lookahead_required:

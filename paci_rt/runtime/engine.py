@@ -23,7 +23,7 @@ from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.module_watch import ModuleWatch
 from paci_rt.runtime.pipeline_state import PipelineState
-from paci_rt.runtime.replicas import Replicas
+from paci_rt.runtime.replicas import Replicas, reset_reduce_stats
 from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.split_merge import ChunkSpecs
@@ -342,7 +342,7 @@ class Pipeline(PipelineState):
         """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
 
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
-        compute_s utilization exposed_comm_s replicas reduce_s exposed_reduce_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
+        compute_s utilization exposed_comm_s replicas reduce_s exposed_reduce_s exposed_gather_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
         peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; of gradients, by
         stage, ``nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows norm_lags``
         (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
@@ -352,7 +352,8 @@ class Pipeline(PipelineState):
         ``copied_input_bytes`` is what was copied of the caller's batches because :meth:`step` returned before their
         backwards; ``lookahead_s`` is the part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to
         bytes of weights, masters, optimizer, accumulators, versions (extra weights), activations (peak) and total.
-        ``reduce_s`` is what sums over replicas took, ``exposed_reduce_s`` what stages waited for them.
+        ``reduce_s`` is what sums over replicas took, ``exposed_reduce_s`` and ``exposed_gather_s`` what stages waited
+        for them and for weights of other replicas.
         """
         self._executor.settle()
         replicas = 1 if self.replicas is None else self.replicas.count
@@ -364,8 +365,7 @@ class Pipeline(PipelineState):
         for runtime in self._executor.runtimes.values():
             runtime.audit.reset()
             runtime.weights.reset_stats()
-            if runtime.optimizer.replicas is not None:
-                runtime.optimizer.replicas.reset_stats()
+            reset_reduce_stats(runtime.optimizer)
         self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
         self._executor.copied_input_bytes = 0
 

@@ -37,6 +37,7 @@ def check_replicas(
     replicas: Replicas | None,
     family: ScheduleFamily,
     shape: Shape,
+    policy: str,
     buffers: int | None,
     lookahead: bool | None,
     safety: Safety,
@@ -65,7 +66,12 @@ def check_replicas(
                 f"shard_optimizer=True with {name}, whose state cannot be cut at any element: use paci_rt's AdamW, NAdam, "
                 "Lion or SGD, or leave shard_optimizer out"
             )
-    if policies.looks_ahead(family, family.policies[0], lookahead):
+    if policy == "predict":
+        raise ValueError(
+            "shard_optimizer=True under policy 'predict', which needs the momentum of all parameters on each replica: "
+            "leave shard_optimizer out, or use another policy"
+        )
+    if policies.looks_ahead(family, policy, lookahead):
         raise ValueError(
             f"shard_optimizer=True under {family.name} with look-ahead, which needs the state of all parameters on each "
             "replica: give lookahead=False (--no-lookahead), or leave shard_optimizer out"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from paci_rt.errors import DisagreementError, shown
+from paci_rt.optim.shards import WeightGathers
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.state_dict import params_sha256
@@ -209,4 +210,13 @@ def merged_reduce_stats(bounds: Sequence[StageOptimizer]) -> Mapping[str, float]
     return {
         "reduce_s": sum(one.reduce_s for one in sums),
         "exposed_reduce_s": sum(one.waited_s for one in sums),
+        "exposed_gather_s": sum(one.order.waited_s for one in bounds if isinstance(one.order, WeightGathers)),
     }
+
+
+def reset_reduce_stats(bound: StageOptimizer) -> None:
+    """Count seconds anew."""
+    if bound.replicas is not None:
+        bound.replicas.reduce_s = bound.replicas.waited_s = 0.0
+    if isinstance(bound.order, WeightGathers):
+        bound.order.waited_s = 0.0
