@@ -11,6 +11,7 @@ import torch
 from paci_rt.runtime.agreement import among_processes
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.loss_scale import LossScaler
+from paci_rt.runtime.replicas import find_replicas
 from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.split_merge import NO_SPECS, ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
@@ -50,6 +51,10 @@ class _PipelineSchedule(Pipeline):
         max_grad_norm: float | None = None,
         skip_spikes: float | None = None,
         loss_scale: LossScaler | None = None,
+        mesh: Any = None,
+        replica_group: Any = None,
+        shard_optimizer: bool = False,
+        overlap: int | None = None,
     ) -> None:
         if not hasattr(type(self), "name"):
             raise TypeError(f"{type(self).__name__} is a base class: take a schedule of get_schedule_class(name)")
@@ -57,6 +62,14 @@ class _PipelineSchedule(Pipeline):
         tied_weights = declared_ties([stage.submod for stage in stages], tied_weights)
         if not stages:
             raise ValueError("stages is empty: give the stages of this rank")
+        replicas = find_replicas(
+            stages,
+            mesh=mesh,
+            replica_group=replica_group,
+            shard_optimizer=shard_optimizer,
+            overlap=overlap,
+            timeout_s=transfer_timeout_s,
+        )
         super().__init__(
             stages,
             self.name,
@@ -81,6 +94,7 @@ class _PipelineSchedule(Pipeline):
                 skip_spikes=skip_spikes,
                 loss_scale=loss_scale,
             ),
+            replicas=replicas,
         )
 
     # Torch's trainers read these.
@@ -113,8 +127,10 @@ class PipelineScheduleSingle(_PipelineSchedule):
             a name of :data:`paci_rt.transport.TRANSPORTS`, see :func:`paci_rt.transport.make_transport`, or a
             ready-made transport. ``transfer_timeout_s`` is the deadline of every single wait for another stage, in
             seconds; for a transport by name. ``on_nonfinite``, ``max_grad_norm``, ``skip_spikes`` and ``loss_scale``
-            say what to do about gradients that are not finite, or large: :class:`~paci_rt.runtime.safety.Safety`. The
-            others are those of :class:`~paci_rt.runtime.engine.Pipeline`.
+            say what to do about gradients that are not finite, or large: :class:`~paci_rt.runtime.safety.Safety`.
+            ``mesh`` or ``replica_group`` say which processes hold the same stages, for data parallelism, and
+            ``shard_optimizer`` and ``overlap`` how they share the work: :mod:`paci_rt.runtime.replicas`. The others are
+            those of :class:`~paci_rt.runtime.engine.Pipeline`.
 
     Raises:
         DisagreementError: processes were asked for different things; see :mod:`paci_rt.runtime.agreement`.

@@ -83,6 +83,8 @@ class GradAccumulator:
         >>> accumulator.release()
     """
 
+    agreed: tuple[bool, ...] | None = None
+    """Which parameters got a gradient in the finished window on any replica; None where this one alone counts."""
     product_by: Callable[..., None] | None = None
     """Computes weight gradients on a GPU, such as a :class:`paci_rt.kernels.WgradRoutes`; None is the default route."""
 
@@ -290,7 +292,7 @@ class GradAccumulator:
             AccumulatorStateError: no buffer is sealed.
         """
         self._consuming = consuming = self._native.consume(self._on(stream))
-        positions = [position for position, touched in enumerate(self._native.touched) if touched]
+        positions = [position for position, touched in enumerate(self.touched) if touched]
         return Window(self._tensors[consuming], positions)
 
     def continue_on(self, *, stream: Any = None) -> None:
@@ -309,7 +311,7 @@ class GradAccumulator:
         """
         before = None if self._consuming is None else (self._tensors[self._consuming], self.touched)
         self._native.release(self._on(stream))
-        self._consuming, self._before = None, before
+        self._consuming, self._before, self.agreed = None, before, None
 
     def sealed_views(self) -> list[tuple[int, Tensor]]:
         """Position and sum of each parameter that got a gradient in the window that is sealed or being consumed.
@@ -318,9 +320,16 @@ class GradAccumulator:
             AccumulatorStateError: no buffer is sealed or being consumed.
         """
         touched = self.touched
-        finished = next(at for at, state in enumerate(self.states) if state in ("consuming", "sealed"))
-        views = self._views[finished]
+        views = self._views[self._finished]
         return [(position, view) for position, view in enumerate(views) if touched[position]]
+
+    def finished_flat(self) -> Tensor:
+        """The flat buffer of the window that is sealed or being consumed."""
+        return self._tensors[self._finished]
+
+    @property
+    def _finished(self) -> int:
+        return next(at for at, state in enumerate(self.states) if state in ("consuming", "sealed"))
 
     def measured(self) -> tuple[Any, Any]:
         """Sum of squares and number of non-finite elements of the sealed buffer: numbers, or on a GPU fp64 tensors of
@@ -350,7 +359,7 @@ class GradAccumulator:
     @property
     def touched(self) -> tuple[bool, ...]:
         """Which parameters got a gradient in the sealed or consumed window."""
-        return tuple(self._native.touched)
+        return tuple(self._native.touched) if self.agreed is None else self.agreed
 
     @property
     def sealed_flat(self) -> Tensor:

@@ -22,6 +22,7 @@ from paci_rt.optim.muon import Muon
 from paci_rt.optim.sgd import SGD
 from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer, UpdateStats
 from paci_rt.optim.verdict import require_finite
+from paci_rt.transport.replicas import ReplicaGroup
 
 __all__ = [
     "SGD",
@@ -203,6 +204,7 @@ def bind_optimizer(
     buffers: int = 1,
     asynchronous: bool = True,
     ignored: Collection[nn.Parameter] = (),
+    shard_among: ReplicaGroup | None = None,
 ) -> StageOptimizer:
     """Flatten a stage's trainable parameters and put an optimizer over them.
 
@@ -214,6 +216,7 @@ def bind_optimizer(
         asynchronous: whether the schedule updates without a flush.
         ignored: parameters that the optimizer may list although the stage never updates them, such as a tied
             weight that follows another stage.
+        shard_among: replicas that share the optimizer's state; one of this package's that is ``shardable``.
 
     Raises:
         ValueError: the optimizer and the stage have different parameters, an option of it is not finite, or there is
@@ -242,7 +245,7 @@ def bind_optimizer(
             owners.append(param_group)
     if isinstance(optimizer, FusedOptimizer):
         _check_fused(optimizer, trainable)
-        return FusedStageOptimizer(optimizer, grouped, owners, frozen, buffers)
+        return FusedStageOptimizer(optimizer, grouped, owners, frozen, buffers, shard_among)
     _check_step(optimizer)
     return _AnyTorch(optimizer, grouped, frozen, buffers)
 

@@ -101,6 +101,10 @@ class FlatGroup:
         offset = self.offsets[position]
         return flat[offset : offset + self.numels[position]].view(self.params[position].shape)
 
+    def values(self, position: int) -> Tensor:
+        """The weights of one parameter, as its state is shaped."""
+        return self.params[position].detach()
+
     def views(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The parts of a flat buffer that belong to the parameters, in their shapes."""
         return tuple(self.view(flat, position) for position in range(len(self.params)))

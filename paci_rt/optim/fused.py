@@ -23,9 +23,11 @@ from paci_rt.optim import backend
 from paci_rt.optim.accumulator import Window
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.fused_state import FusedState
+from paci_rt.optim.shards import Shards, WeightGathers
 from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer
 from paci_rt.optim.steps_native import Ahead, FlatStep
 from paci_rt.optim.verdict import LARGEST
+from paci_rt.transport.replicas import Pending, ReplicaGroup
 
 OWNED_MESSAGE = (
     "the schedule owns the optimizer step: schedule.step() and schedule.drain() update every stage as soon as a window "
@@ -38,6 +40,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """What the native optimizers share: no step of their own, and state that survives ``load_state_dict`` in fp32."""
 
     fused_states: list[FusedState]
+    shardable = True
+    """Whether steps and state can be cut at any element, and shared out among replicas."""
     masks = True
     """Whether a step on a GPU can be told by a number in its memory to leave all as it is."""
 
@@ -166,10 +170,20 @@ class FusedStageOptimizer(StageOptimizer):
         owners: Sequence[dict[str, Any]],
         frozen: Iterable[Tensor],
         buffers: int,
+        shard_among: ReplicaGroup | None = None,
     ) -> None:
         super().__init__(grouped, frozen, buffers)
         self.optimizer: FusedOptimizer = optimizer
-        self._states = [optimizer.make_state(owner, group) for owner, group in zip(owners, self.groups, strict=True)]
+        groups: Sequence[FlatGroup] = self.groups
+        if shard_among is not None:
+            self.shards = Shards(self.groups, shard_among)
+            self.order = WeightGathers(self._send_weights)
+            groups = self.shards.groups
+            for shard in self.shards.groups:
+                for position, param in enumerate(shard.params):
+                    if optimizer.state.get(param):
+                        optimizer.state[param] = shard.cut(position, optimizer.state[param])
+        self._states = [optimizer.make_state(owner, group) for owner, group in zip(owners, groups, strict=True)]
         optimizer.fused_states = self._states
 
     @property
@@ -211,8 +225,35 @@ class FusedStageOptimizer(StageOptimizer):
     def _update(self, number: int, grad_sum: Tensor, positions: list[int], divisor: float) -> None:
         """Update the parameters at ``positions`` of flat group ``number``; the others keep weights and state."""
         state = self._states[number]
+        if self.shards is not None:
+            grad_sum = self.shards.groups[number].of(grad_sum)
         self.optimizer.run(state, positions, state.step(grad_sum, divisor, positions))
         state.count(positions)
+
+    def _send_weights(self, bucket: int) -> Pending[None]:
+        assert self.shards is not None
+        if self._buckets is None:
+            return self.shards.send_weights([None] * len(self.groups))
+        parts = [
+            self._buckets.part(bucket, number, range(len(group.params))) for number, group in enumerate(self.groups)
+        ]
+        return self.shards.send_weights(parts)
+
+    def state_by_name(self, *, copy: bool = True) -> dict[str, dict[str, Any]]:
+        if self.shards is None:
+            return super().state_by_name(copy=copy)
+        found: dict[str, dict[str, Any]] = {}
+        for number, (group, state) in enumerate(zip(self.groups, self._states, strict=True)):
+            state.refresh_masters()
+            flats = state.flat if state.master is None else {**state.flat, "master": state.master}
+            whole = {key: self.shards.whole(number, flat) for key, flat in flats.items()}
+            for position, name in enumerate(group.names):
+                if not state.has_state(position):
+                    found[name] = {}
+                    continue
+                numbers = {key: values[position].clone() for key, values in state.numbers.items()}
+                found[name] = numbers | {key: group.view(flat, position).clone() for key, flat in whole.items()}
+        return found
 
     def master(self, number: int) -> Tensor | None:
         self._states[number].refresh_masters()
@@ -244,10 +285,14 @@ class FusedStageOptimizer(StageOptimizer):
         return state.views(position) if state.has_state(position) else {}
 
     def _check_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
-        self._states[number].check(position, entry)
+        self._states[number].check(position, self._own(number, position, entry))
 
     def _load_state_of(self, number: int, position: int, entry: dict[str, Any]) -> None:
-        self._states[number].adopt(position, entry)
+        self._states[number].adopt(position, self._own(number, position, entry))
+
+    def _own(self, number: int, position: int, entry: dict[str, Any]) -> dict[str, Any]:
+        """The part of a parameter's state that this replica keeps."""
+        return entry if self.shards is None else self.shards.groups[number].cut(position, entry)
 
     def unbind(self) -> None:
         self.optimizer.fused_states = []

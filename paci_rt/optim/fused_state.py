@@ -109,11 +109,11 @@ class FusedState:
             for key, view in views.items():
                 view.fill_(self._first.get(key, 0.0))
             if self.master is not None:
-                views["master"].copy_(param.detach())
+                views["master"].copy_(self.group.values(position))
             self._optimizer.state.pop(param, None)
             return
         for key, view in views.items():
-            view.copy_(torch.as_tensor(given[key]) if key in given else param.detach())
+            view.copy_(torch.as_tensor(given[key]) if key in given else self.group.values(position))
         self._optimizer.state[param] = views
 
     def updates(self) -> list[int]:

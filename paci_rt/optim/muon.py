@@ -64,6 +64,7 @@ class Muon(FusedOptimizer):
         (['momentum_buffer'], ['exp_avg', 'exp_avg_sq', 'step'])
     """
 
+    shardable = False  # orthogonalising takes whole matrices
     masks = False
 
     def __init__(

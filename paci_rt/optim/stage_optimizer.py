@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from paci_rt.optim.accumulator import GradAccumulator, Window
 from paci_rt.optim.backend import make_accumulator, update_order
 from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.replicas import ReplicaSums
+from paci_rt.optim.shards import Shards, WeightGathers
 from paci_rt.optim.take_back import UpdateHistory
-from paci_rt.optim.update_stream import Buckets
+from paci_rt.optim.update_stream import Buckets, UpdateStream
 from paci_rt.optim.verdict import AS_IT_IS, Sealed, Verdict, require_finite
 
 
@@ -82,6 +84,8 @@ class StageOptimizer(GradSink):
         optimizer: the user's optimizer, None without one.
         order: who waits for updates, on a GPU; None on the CPU, where nobody has to.
         history: updates that may have to be taken back; None where none ever has.
+        replicas: sums over the replicas of the stage; None where there are none.
+        shards: the parts of optimizer state that replicas have; None where each has all of it.
     """
 
     optimizer: torch.optim.Optimizer | None = None
@@ -95,8 +99,10 @@ class StageOptimizer(GradSink):
             for number, group in enumerate(self.groups)
             for position, param in enumerate(group.params)
         }
-        self.order = update_order(self.groups[0].device if self.groups else None)
+        self.order: UpdateStream | WeightGathers | None = update_order(self.groups[0].device if self.groups else None)
         self.history: UpdateHistory | None = None
+        self.replicas: ReplicaSums | None = None
+        self.shards: Shards | None = None
         self._buckets: Buckets | None = None
         self._sealed: Sealed | None = None
 
@@ -156,6 +162,8 @@ class StageOptimizer(GradSink):
         Raises:
             StageError: a parameter was moved off its flat buffer.
         """
+        if self._sealed is None and self.replicas is not None:
+            self._sealed = self.replicas.finish()
         if self._sealed is None:
             for group in self.groups:
                 group.check_views()
@@ -202,6 +210,8 @@ class StageOptimizer(GradSink):
         sealed = self.seal_window()
         verdict = decide(sealed)
         self._sealed = None
+        if self.replicas is not None:
+            self.replicas.forget()
         with nullcontext() if self.order is None else self.order.updating():
             prepare()
             windows = {number: self.accumulators[number].consume() for number in sealed.live}
@@ -248,6 +258,7 @@ class StageOptimizer(GradSink):
     def restore(self, snapshot: Any) -> None:
         """Bring back what :meth:`snapshot` has copied; version counters stand still, as for an update."""
         weights, state = snapshot
+        self.before_reading()
         for group, weight in zip(self.groups, weights, strict=True):
             group.weight.copy_(weight)
         self._restore_state(state)

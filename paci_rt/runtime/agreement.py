@@ -27,6 +27,7 @@ import torch
 from paci_rt.errors import DisagreementError, TransportError
 from paci_rt.optim.group_options import OF_THIS_PLACE
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.replicas import facts_of_replicas, facts_of_stages, groups_given
 from paci_rt.runtime.schedulers import kind_of, settings_of
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.transport import DEFAULT_TIMEOUT_S
@@ -45,6 +46,7 @@ _REMEDIES = {
     "lr_scheduler's": "construct all schedulers with the same; for rates that differ by stage use LambdaLR, which "
     "starts from those of the groups",
     "source": "copy the same code to all hosts",
+    "the weights": "make the model with the same seed on all replicas, or load the same checkpoint before",
     "optimizer's": "construct all optimizers with the same; what is to differ goes into parameter groups, as in "
     'AdamW([{"params": params, "lr": 1e-4}], lr=1e-3)',
 }
@@ -62,17 +64,24 @@ def among_processes(
     @wraps(init)
     def wrapped(self: Schedule, *args: P.args, **kwargs: P.kwargs) -> None:
         given = args[0] if args else kwargs.get("stage", kwargs.get("stages"))
-        meeting = meeting_of(given, kwargs.get("transfer_timeout_s", DEFAULT_TIMEOUT_S))
+        timeout_s = kwargs.get("transfer_timeout_s", DEFAULT_TIMEOUT_S)
+        pipeline, replicas = groups_given(kwargs)
+        meeting = meeting_of(given, timeout_s, pipeline)
+        others = None if replicas is None else _meeting(replicas, timeout_s, kind="replicas agree")
         try:
             init(self, *args, **kwargs)
         except BaseException as error:
-            if meeting is not None:
-                meeting.tell(_TOPIC, {"failed": f"{type(error).__name__}: {error}"})
+            for one in (meeting, others):
+                if one is not None:
+                    one.tell(_TOPIC, {"failed": f"{type(error).__name__}: {error}"})
             raise
-        if meeting is None:
-            return
         try:
-            agree(meeting, facts_of(self))
+            facts = facts_of(self) if meeting is not None or others is not None else {}
+            if meeting is not None:
+                agree(meeting, facts)
+            if others is not None and self.replicas is not None:
+                agree(others, {**facts, **facts_of_stages(self.stages)}, self.replicas.group.ranks)
+                self.replicas.group.connect(f"{others.name}/{others.number}")
         except BaseException:
             self.close()
             raise
@@ -80,24 +89,35 @@ def among_processes(
     return wrapped
 
 
-def meeting_of(given: Any, timeout_s: Any) -> Meeting | None:
-    """Where the processes of a pipeline meet; None where this one has all stages, or torch.distributed does not run."""
+def meeting_of(given: Any, timeout_s: Any, group: Any = None) -> Meeting | None:
+    """Where the processes of a pipeline meet; None where this one has all stages, or torch.distributed does not run.
+
+    Args:
+        group: of the pipeline, where the stages do not say it.
+    """
     stages = list(given) if isinstance(given, Sequence) else [given]
-    timeout_s = timeout_s if isinstance(timeout_s, (int, float)) else DEFAULT_TIMEOUT_S  # the transport refuses others
     if not stages or not all(isinstance(stage, PipelineStage) for stage in stages):
         return None  # the schedule says what is wrong
-    chunks, num_stages, group = len(stages), stages[0].num_stages, stages[0].group
+    chunks, num_stages, group = len(stages), stages[0].num_stages, stages[0].group or group
     if chunks == num_stages or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     if torch.distributed.get_world_size(group) * chunks != num_stages:
         return None  # likewise
+    return _meeting(group, timeout_s, kind="agreement")
+
+
+def _meeting(group: Any, timeout_s: Any, *, kind: str) -> Meeting:
     from paci_rt.transport.rendezvous import Meeting  # imports torch.distributed
 
-    return Meeting(group, float(timeout_s), kind="agreement")
+    timeout_s = timeout_s if isinstance(timeout_s, (int, float)) else DEFAULT_TIMEOUT_S  # the transport refuses others
+    return Meeting(group, float(timeout_s), kind=kind)
 
 
-def agree(meeting: Meeting, facts: Mapping[str, Any]) -> None:
+def agree(meeting: Meeting, facts: Mapping[str, Any], ranks: Sequence[int] | None = None) -> None:
     """Tell the others ``facts`` (JSON-ready values by what they are called), and compare.
+
+    Args:
+        ranks: what the processes are called in an error; None is 0, 1, 2 ...
 
     Raises:
         DisagreementError: a process has others; the message names what differs, the values and the ranks.
@@ -107,11 +127,11 @@ def agree(meeting: Meeting, facts: Mapping[str, Any]) -> None:
     for rank, theirs in enumerate(told):
         if "failed" in theirs:
             raise TransportError(f"rank {rank} could not make its pipeline: {theirs['failed']}")
-    require_same([theirs["facts"] for theirs in told])
+    require_same([theirs["facts"] for theirs in told], ranks)
 
 
-def require_same(told: Sequence[Mapping[str, Any]]) -> None:
-    """Compare what each rank told.
+def require_same(told: Sequence[Mapping[str, Any]], ranks: Sequence[int] | None = None) -> None:
+    """Compare what each rank told; arguments as for :func:`agree`.
 
     Raises:
         DisagreementError: as for :func:`agree`.
@@ -121,14 +141,15 @@ def require_same(told: Sequence[Mapping[str, Any]]) -> None:
     for field in fields:
         if field.partition("'s ")[0] in wrong:
             continue  # the options of two optimizers of different classes
-        ranks: dict[str, list[int]] = {}
-        for rank, facts in enumerate(told):
+        values: dict[str, list[int]] = {}
+        for rank, facts in zip(range(len(told)) if ranks is None else ranks, told, strict=True):
             if field.startswith(_SOURCE) and field not in facts:
                 continue  # a stage without that class
-            ranks.setdefault(json.dumps(facts.get(field), sort_keys=True), []).append(rank)
-        if len(ranks) > 1:
-            said = " and ".join(f"{_shown(value)} on rank{_several(at)}" for value, at in ranks.items())
-            remedy = _REMEDIES.get(field) or _REMEDIES.get(field.split(" ")[0]) or "give all processes the same"
+            values.setdefault(json.dumps(facts.get(field), sort_keys=True), []).append(rank)
+        if len(values) > 1:
+            said = " and ".join(f"{_shown(value)} on rank{_several(at)}" for value, at in values.items())
+            by_kind = _REMEDIES.get(field.split(" ")[0]) or _REMEDIES.get(" ".join(field.split(" ")[:2]))
+            remedy = _REMEDIES.get(field) or by_kind or "give all processes the same"
             wrong[field] = f"{field} is {said} ({remedy})"
     if wrong:
         more = f"; and {len(wrong) - _SHOWN} more differ" if len(wrong) > _SHOWN else ""
@@ -164,7 +185,8 @@ def facts_of(pipeline: Pipeline) -> dict[str, Any]:
         "costs": _plain(shape.costs._asdict()) if family.takes_costs else None,
         "tied_weights": [_plain(asdict(tie)) for tie in asked.lowering.ties],
         **asked.safety.facts,
-        "scale_grads": asked.divisor == shape.accumulation,
+        "scale_grads": asked.scale_grads,
+        **facts_of_replicas(asked.replicas, shape.overlap),
         "optimizer": _distinct(optimizers, _kind),
         **_by_option("optimizer", _distinct(optimizers, _defaults)),
         "lr_scheduler": _distinct(schedulers, lambda one: None if one is None else kind_of(one)),

@@ -12,12 +12,16 @@ from torch import nn
 from paci_rt import schedules
 from paci_rt.clock import HostClock
 from paci_rt.optim.bind import bind_optimizer
+from paci_rt.optim.replicas import ReplicaSums
 from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.optim.update_stream import UpdateStream
 from paci_rt.runtime.argument_types import check_types
 from paci_rt.runtime.audit import RankAudit, StageAudit
 from paci_rt.runtime.executor import StageRuntime
 from paci_rt.runtime.guard import Guard
 from paci_rt.runtime.module_checks import check_parameters, check_wrappers
+from paci_rt.runtime.replicas import Replicas
+from paci_rt.runtime.replica_checks import check_replicas, overlap_of
 from paci_rt.runtime.safety import SKIPPING, Safety, resolve_safety
 from paci_rt.runtime.shared_memory import check_memory
 from paci_rt.runtime.stage import LossFn, PipelineStage
@@ -44,6 +48,7 @@ class Setup:
         forward_only: no backward, and so no gradients and no updates.
         loss_fn: of the last stage.
         safety: what is done about gradients that are not finite, or large.
+        replicas: of the stages of this process; None where it has none.
     """
 
     lowering: Lowering
@@ -55,6 +60,8 @@ class Setup:
     forward_only: bool
     loss_fn: LossFn | None
     safety: Safety
+    replicas: Replicas | None = None
+    scale_grads: bool = True
 
 
 def make_setup(
@@ -73,6 +80,7 @@ def make_setup(
     tied_weights: Sequence[TiedWeight],
     scale_grads: bool,
     safety: Safety | None,
+    replicas: Replicas | None = None,
 ) -> Setup:
     """Check the arguments of a pipeline against each other; they are those of :class:`paci_rt.runtime.engine.Pipeline`.
 
@@ -102,6 +110,7 @@ def make_setup(
         slack=slack,  # type: ignore[arg-type]  # Shape makes a tuple of any list
         chunks=chunks,
         costs=StepCosts() if costs is None else costs,
+        overlap=overlap_of(replicas, family, accumulation, policy),
     )
     check_takes(family, slack=shape.slack)
     forward_only = loss_fn is None and all(optimizer is None for optimizer in optimizers)
@@ -115,6 +124,8 @@ def make_setup(
     policy = policies.resolve(family, shape, policy)
     safety = resolve_safety(safety, optimizers, family, shape, policy, tied_weights)
     settles = safety.settles(family, shape.num_stages)
+    check_replicas(replicas, family, shape, policy, buffers, lookahead, safety, optimizers, tied_weights)
+    both = 2 if shape.overlap else 1
     lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights), settles=settles)
     if tied_weights and policy == "2bw":
         raise ValueError(
@@ -126,11 +137,13 @@ def make_setup(
         policy=policy,
         lookahead=policies.looks_ahead(family, policy, lookahead),
         lookahead_required=bool(lookahead),
-        divisor=accumulation if scale_grads else 1,
-        buffers=1 if buffers is None else buffers,
+        divisor=accumulation * (1 if replicas is None else replicas.count) if scale_grads else 1,
+        buffers=both if buffers is None else buffers,
         forward_only=forward_only,
         loss_fn=loss_fn,
         safety=safety,
+        replicas=replicas,
+        scale_grads=scale_grads,
     )
 
 
@@ -196,10 +209,17 @@ def bind(
     named = {name: param for name, param in named.items() if param not in followers}
     family, shape, policy = setup.lowering.family, setup.lowering.shape, setup.policy
     ignored = {*followers, *left}
-    bound = bind_optimizer(optimizer, named, buffers=setup.buffers, asynchronous=not family.flush, ignored=ignored)
+    among = setup.replicas.group if setup.replicas is not None and setup.replicas.shard_optimizer else None
+    asynchronous = not family.flush
+    bound = bind_optimizer(
+        optimizer, named, buffers=setup.buffers, asynchronous=asynchronous, ignored=ignored, shard_among=among
+    )
     try:
+        if setup.replicas is not None:
+            sharded = setup.replicas.shard_optimizer
+            bound.replicas = ReplicaSums(bound, setup.replicas.group, stage=stage.stage_index, sharded=sharded)
         bound.compute_products_by(stage.wgrad)
-        if stage.update_stream is not None and bound.order is not None:
+        if stage.update_stream is not None and isinstance(bound.order, UpdateStream):
             bound.order.move_to(stage.update_stream)
         weights = make_weights(setup, bound, rank.rank, clock)
         if setup.lookahead_required:
@@ -284,18 +304,19 @@ def make_weights(setup: Setup, bound: StageOptimizer, rank: int, clock: HostCloc
     family, shape, policy = setup.lowering.family, setup.lowering.shape, setup.policy
     if policy in ("stash", "2bw"):
         return KeptVersions(policy, bound.groups, policies.versions_held(policy, family, shape, rank))
-    if not family.drift_bound(shape, rank):  # no forward comes before an update of its micro-batch's
+    if not policies.bounds(policy, family, shape, rank)[1]:  # no forward comes before an update of its micro-batch's
         return StageWeights()
     if policy == "predict":
         return PredictedWeights(bound)
     if not setup.lookahead or not can_look_ahead(bound):
         return StageWeights()
-    early = family.in_flight_bound(shape, rank) - 1
     return AheadWeights(
         bound,
         accumulation=shape.accumulation,
         divisor=setup.divisor,
-        early=early,
+        early=policies.early_forwards(family, shape, rank),
+        replicas=1 if setup.replicas is None else setup.replicas.count,
+        overlap=shape.overlap,
         careful=setup.safety.on_nonfinite in SKIPPING,
         clock=clock,
     )

@@ -22,6 +22,7 @@ from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.evaluation import Evaluation, PipelineEvaluation
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.module_watch import ModuleWatch
+from paci_rt.runtime.replicas import Replicas, reset_reduce_stats
 from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.split_merge import ChunkSpecs
@@ -62,6 +63,7 @@ class Pipeline(PipelineEvaluation):
         trace: record an event for every compute action in ``events``.
         scale_grads: divide gradients by the number of micro-batches of the update, once, as torch does.
         specs, safety: how batches are cut and outputs put together; :class:`paci_rt.runtime.safety.Safety`.
+        replicas: other pipelines over the same stages, with which each update is made together.
 
     Raises:
         ValueError, ScheduleError, StageError: an argument that cannot work; nothing has been changed then.
@@ -88,6 +90,7 @@ class Pipeline(PipelineEvaluation):
         scale_grads: bool,
         specs: ChunkSpecs,
         safety: Safety | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         setup = make_setup(
             stages,
@@ -104,6 +107,7 @@ class Pipeline(PipelineEvaluation):
             tied_weights=tied_weights,
             scale_grads=scale_grads,
             safety=safety,
+            replicas=replicas,
         )
         self.asked_for = setup
         self._lowering, self._policy = setup.lowering, setup.policy
@@ -181,6 +185,11 @@ class Pipeline(PipelineEvaluation):
     def transfer_timeout_s(self) -> float:
         """Deadline of a wait for another stage, in seconds."""
         return float(getattr(self._executor.transport, "timeout_s", DEFAULT_TIMEOUT_S))
+
+    @property
+    def replicas(self) -> Replicas | None:
+        """The replicas of this process's stages; None where it was given none."""
+        return self.asked_for.replicas
 
     @property
     def has_first(self) -> bool:
@@ -301,6 +310,8 @@ class Pipeline(PipelineEvaluation):
                 raise
         unbind(self._executor.runtimes.values())
         self._executor.transport.close()
+        if self.replicas is not None:
+            self.replicas.group.close()
 
     @property
     def _optimizers(self) -> list[StageOptimizer]:
@@ -312,20 +323,24 @@ class Pipeline(PipelineEvaluation):
         """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
 
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
-        compute_s utilization evaluation_s exposed_comm_s drift max_drift drift_bound delay max_delay peak_in_flight
-        peak_pending peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; of
-        gradients, by stage, ``nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows
-        norm_lags`` (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
+        compute_s utilization evaluation_s exposed_comm_s replicas reduce_s exposed_reduce_s exposed_gather_s drift
+        max_drift drift_bound delay max_delay peak_in_flight peak_pending peak_rank_in_flight copied_input_bytes
+        lookahead_s lookahead_forwards memory peak_bytes``; of gradients, by stage, ``nonfinite_windows spiked_windows
+        skipped_windows taken_back_windows clipped_windows norm_lags``
+        (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
         (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes; ``utilization`` is
         ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (:mod:`paci_rt.schedules.policies`)
         map stage to a histogram over micro-batches; ``peak_pending`` counts micro-batches between I and W;
         ``evaluation_s`` are seconds of evaluation within steps, which are in no other; ``copied_input_bytes`` is what
         was copied of the caller's batches because :meth:`step` returned before their backwards; ``lookahead_s`` is the
         part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer,
-        accumulators, versions (extra weights), activations (peak) and total.
+        accumulators, versions (extra weights), activations (peak) and total. ``reduce_s`` is what sums over replicas
+        took, ``exposed_reduce_s`` and ``exposed_gather_s`` what stages waited for them and for weights of other
+        replicas.
         """
         self._executor.settle()
-        return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers)
+        replicas = 1 if self.replicas is None else self.replicas.count
+        return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers, replicas)
 
     def reset_stats(self) -> None:
         """Start counting anew, for example after the first window."""
@@ -333,6 +348,7 @@ class Pipeline(PipelineEvaluation):
         for runtime in self._executor.runtimes.values():
             runtime.audit.reset()
             runtime.weights.reset_stats()
+            reset_reduce_stats(runtime.optimizer)
         self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
         self._executor.copied_input_bytes = 0
 

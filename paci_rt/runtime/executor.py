@@ -22,6 +22,7 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.batch import Batch
 from paci_rt.runtime.guard import Guard
+from paci_rt.runtime.replica_windows import one_more, seal_for_replicas
 from paci_rt.runtime.modes import able_to_train, settings_now, without_autocast
 from paci_rt.runtime.schedulers import Follower
 from paci_rt.runtime.stage import PipelineStage
@@ -61,6 +62,7 @@ class StageRuntime:
     ties: TiedExchange | None = None
     guard: Guard | None = None
     owns_stage: bool = True
+    complete: int = 0  # gradients of the window in the making, where replicas add up its sums
     clock: HostClock = field(default_factory=HostClock)
     received: dict[tuple[Op, int], Message] = field(default_factory=dict)
     outgoing: dict[tuple[Op, int], Message] = field(default_factory=dict)
@@ -298,6 +300,8 @@ class Executor:
             audit.input_gradient(m, stage.pending_bytes(m))
         if not stage.is_first:
             runtime.outgoing[Op.SEND_B, m] = outgoing
+        if runtime.optimizer.replicas is not None and not split:
+            one_more(runtime, m)
         return version
 
     def _weight_gradients(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
@@ -305,6 +309,8 @@ class Executor:
         if runtime.guard is not None:
             runtime.guard.after_backward(action)
         runtime.audit.weight_gradient(action.index)
+        if runtime.optimizer.replicas is not None:
+            one_more(runtime, action.index)
         return runtime.audit.version
 
     def _update(self, runtime: StageRuntime, action: Action, batch: Batch) -> int:
@@ -312,7 +318,13 @@ class Executor:
         with without_autocast() if runtime.stage.mode.settings.autocast else _NOTHING:
             prepare = partial(runtime.weights.begin_update, version)
             decide = {} if runtime.guard is None else {"decide": runtime.guard.decider(action.index)}
+            replicas = runtime.optimizer.replicas
+            if replicas is not None:
+                before_s = replicas.waited_s
             done = runtime.optimizer.update(runtime.divisor, prepare, **decide)
+            if replicas is not None:  # a wait is no computing
+                runtime.audit.compute_s -= replicas.waited_s - before_s
+                runtime.audit.exposed_comm_s += replicas.waited_s - before_s
         runtime.audit.update(done.grad_norm, done.nonfinite)
         if runtime.after_update is not None:
             runtime.after_update()
@@ -345,6 +357,8 @@ class Executor:
             (tensor,) = moved(self.transport.recv(channel, action.index), runtime.stage.device).tensors
             assert tensor is not None
             put(channel.tied_weight, tensor)
+        if runtime.optimizer.replicas is not None and action.op is Op.RECV_TG:
+            seal_for_replicas(runtime, action.index)
 
     def _send_norms(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
         assert runtime.guard is not None

@@ -75,6 +75,7 @@ class Guard:
         # A gradient that leaves after the window's last backward says what this stage found in it.
         owns = any(tie.owner_stage == self._stage for tie in lowering.ties)
         self._early = self.travels and not stage.is_first and not family.split and not owns
+        self._early = self._early and optimizer.replicas is None
         self._probe = MicroBatchProbe(optimizer) if safety.on_nonfinite == "raise" else None
         if self.travels and safety.on_nonfinite == "skip-window":
             optimizer.history = UpdateHistory(optimizer)
@@ -138,14 +139,22 @@ class Guard:
             self._found, self._bad = window, False
             self._factor_there = self._late.note(window, sealed, self._probe.take())
             return
-        bad = bool(sealed.nonfinite) or (self._ties is not None and self._ties.nonfinite())
+        replicas = self._optimizer.replicas
+        own = replicas is None and self._ties is not None and self._ties.nonfinite()
+        bad = bool(sealed.nonfinite) or own or (replicas is not None and replicas.flagged)
         self._found = window
         if bad:
             self._counted.nonfinite_windows += 1
             if self._safety.on_nonfinite == "raise":
                 assert self._probe is not None
-                name, count = first_parameter(self._optimizer, list(self._order))
-                raise self._error(window, name, count, self._probe.first())
+                if replicas is None:
+                    name, count = first_parameter(self._optimizer, list(self._order))
+                else:
+                    name, count = replicas.first_nonfinite(list(self._order))
+                found = self._probe.first()
+                if found is not None and found // self._accumulation != window:
+                    found = None  # another replica's, and here one of the next window has come
+                raise self._error(window, name, count, found)
         elif self._judges_alone:
             bad = self._spikes(float(sealed.squares) ** 0.5 / (self._divisor * self._scale(window)))
         self._bad = bad
@@ -197,7 +206,8 @@ class Guard:
     @property
     def _divided(self) -> bool:
         """Whether exact norms need the sums divided first: where that is not exact by itself."""
-        return self._clips_exactly and self._divisor & (self._divisor - 1) != 0
+        odd = self._divisor & (self._divisor - 1) != 0
+        return self._clips_exactly and odd and self._optimizer.replicas is None
 
     def _add_own(self, settled: Settlement) -> None:
         norms = torch.zeros(0, device=self._device)
@@ -207,7 +217,9 @@ class Guard:
                 for _, _, total in self._optimizer.sealed_sums():
                     total.div_(self._divisor)
                 divisor = 1.0
-            if not self._bad:
+            if not self._bad and self._optimizer.replicas is not None:
+                norms = self._optimizer.replicas.norms(self._order) / divisor
+            elif not self._bad:
                 norms = parameter_norms(self._optimizer, self._order, divisor, self._device)
         settled.add(norms, bad=self._bad)
 

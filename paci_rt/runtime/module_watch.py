@@ -74,6 +74,11 @@ class ModuleWatch:
         stage = old.stage
         at = stage.stage_index
         what = self._facts[at].difference(stage.submod)
+        if old.optimizer.shards is not None:
+            raise StageError(
+                f"stage {at}: {what} since the schedule was made, and its optimizer's state is shared out among replicas: "
+                "save a checkpoint before such a change, and load it into a new schedule after it"
+            )
         self._failed.add(at)
         self._left[at].update(self._facts[at].trained())
         stage.detach()

@@ -7,6 +7,7 @@ from typing import Any
 
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.executor import Executor
+from paci_rt.runtime.replicas import merged_reduce_stats
 from paci_rt.schedules.lowering import Lowering
 
 WINDOW_COUNTS = ("nonfinite_windows", "spiked_windows", "skipped_windows", "taken_back_windows", "clipped_windows")
@@ -14,7 +15,7 @@ WINDOW_COUNTS = ("nonfinite_windows", "spiked_windows", "skipped_windows", "take
 
 
 def pipeline_stats(
-    lowering: Lowering, policy: str, executor: Executor, bounds: Sequence[StageOptimizer]
+    lowering: Lowering, policy: str, executor: Executor, bounds: Sequence[StageOptimizer], replicas: int
 ) -> dict[str, Any]:
     """The dictionary that ``Pipeline.stats`` documents."""
     runtimes = list(executor.runtimes.values())
@@ -48,6 +49,8 @@ def pipeline_stats(
         "utilization": compute_s / (wall_s * len(ranks)) if wall_s > 0 else 0.0,
         "evaluation_s": sum(audit.evaluation_s for audit in audits),
         "exposed_comm_s": sum(audit.exposed_comm_s for audit in audits),
+        "replicas": replicas,
+        **merged_reduce_stats(bounds),
         "drift": {audit.stage: dict(sorted(audit.drift.items())) for audit in audits},
         "max_drift": max((drift for audit in audits for drift in audit.drift), default=0),
         "drift_bound": max(audit.drift_bound for audit in audits),

@@ -54,6 +54,11 @@ class TiedExchange(GradSink):
         return set(self._read.values())
 
     @property
+    def owns(self) -> bool:
+        """Whether gradients of another stage enter sums of this one."""
+        return bool(self._owned)
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes of the weights that follow another stage's, and of the sums of their gradients."""
         return {

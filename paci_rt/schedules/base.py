@@ -131,6 +131,8 @@ class Shape:
             as a single number where one says it all (see :mod:`paci_rt.schedules.slack`).
         chunks: stages per rank, ``v``; rank ``r`` runs stages ``r, r + P, r + 2P ...``.
         costs: what a searched schedule is fitted to; the others ignore it.
+        overlap: micro-batches of the next window whose backwards come before a window's update, while its sums travel
+            between replicas.
 
     Raises:
         ValueError: a number out of range, stages that are not a multiple of ``chunks``, or slack that cannot be.
@@ -151,6 +153,7 @@ class Shape:
     slack: Slack = 0
     chunks: int = 1
     costs: StepCosts = field(default_factory=StepCosts)
+    overlap: int = 0
 
     def __post_init__(self) -> None:
         for name, most in (
@@ -165,6 +168,11 @@ class Shape:
                 "a multiple of chunks"
             )
         object.__setattr__(self, "slack", check_slack(self.slack, self.num_stages))
+        if type(self.overlap) is not int or not 0 <= self.overlap < self.accumulation:
+            raise ValueError(
+                f"overlap is {shown(self.overlap)} and accumulation {self.accumulation}: a window's update comes before "
+                f"the next window is complete, so give 0 to {self.accumulation - 1}"
+            )
 
     @property
     def ranks(self) -> int:
@@ -208,7 +216,7 @@ class ScheduleFamily:
     Attributes:
         flush: the pipeline is empty at every update.
         policies: which weights forwards and backwards may use (see ``paci_rt.schedules.policies``), the default first.
-        takes_slack, takes_chunks, takes_costs: whether those fields of the shape mean something.
+        takes_slack, takes_overlap, takes_chunks, takes_costs: whether those fields of the shape mean something.
         one_micro_batch_windows: updates after every backward.
         split: backwards come as I and W.
         looks_ahead: early forwards run at the weights to come (see ``paci_rt.weights.lookahead``), unless told
@@ -235,6 +243,7 @@ class ScheduleFamily:
     in_flight_bound: Callable[[Shape, int], int]
     policies: tuple[str, ...] = ("bounded", "recompute")
     takes_slack: bool = False
+    takes_overlap: bool = False
     takes_chunks: bool = False
     takes_costs: bool = False
     one_micro_batch_windows: bool = False

@@ -145,19 +145,19 @@ class Lowering:
     def _tied_arrival(self, k: int) -> int:
         """Micro-batch before whose forward the reader takes over the weight that the owner updated in window ``k``.
 
-        The owner updates right after its forward of micro-batch ``(k+1)a - 1 + w``; the next one that the reader
+        The owner updates right after its forward of micro-batch ``(k+1)a - 1 + w``, or ``overlap`` later; the next one that the reader
         sees is the first whose forward can use the new weight without waiting. A flush waits anyway.
         """
         if self.family.flush:
             return (k + 1) * self.shape.accumulation
         owners = {self.shape.rank_of(tie.owner_stage) for tie in self.ties}
         ahead = max(self.family.in_flight_bound(self.shape, rank) - 1 for rank in owners)
-        return (k + 1) * self.shape.accumulation + ahead
+        return (k + 1) * self.shape.accumulation + ahead + self.shape.overlap
 
     def _lower(self, compute: Iterable[Action], start: int | None) -> list[Action]:
         lowered: list[Action] = []
         last = self.shape.num_stages - 1
-        first_of_all, settled = self.settles and self.family.flush, -1
+        first_of_all, settled, overlap = self.settles and self.family.flush, -1, self.shape.overlap
         for action in compute:
             stage, op, index = action.stage, action.op, action.index
             if op is Op.U and first_of_all and index != settled:
@@ -169,15 +169,20 @@ class Lowering:
                     lowered.append(Action(stage, Op.RECV_F, index))
             elif op in (Op.B, Op.I) and stage < last:
                 lowered.append(Action(stage, Op.RECV_B, index))
-            elif op is Op.U and self._owns(stage) and not first_of_all:
+            elif op is Op.U and self._owns(stage) and not first_of_all and not overlap:
                 lowered.append(Action(stage, Op.RECV_TG, index))
             lowered.append(action)
             if op is Op.F and stage < last:
                 lowered.append(Action(stage, Op.SEND_F, index))
             elif op in (Op.B, Op.I) and stage > 0:
                 lowered.append(Action(stage, Op.SEND_B, index))
-            elif op is Op.U and self._reads(stage) and not first_of_all:
+            elif op is Op.U and self._reads(stage) and not first_of_all and not overlap:
                 lowered.append(Action(stage, Op.SEND_TG, index))
+            if overlap and op in (Op.B, Op.W) and (index + 1) % self.shape.accumulation == 0:
+                # Sums begin to travel between replicas when the window is complete, long before its update.
+                window = index // self.shape.accumulation
+                lowered += [Action(stage, Op.SEND_TG, window)] if self._reads(stage) else []
+                lowered += [Action(stage, Op.RECV_TG, window)] if self._owns(stage) else []
             if op is Op.U and self._owns(stage):
                 lowered.append(Action(stage, Op.SEND_TW, index))
         return lowered

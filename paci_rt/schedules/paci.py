@@ -4,6 +4,9 @@ Stage ``i`` runs ``w = P-1-i`` forwards ahead, and those of its slack (:mod:`pac
 F and B for ever. The backward that completes a window is followed at once by a local update; nothing is flushed,
 stashed or told to anyone. Between the forward and the backward of a micro-batch lie exactly ``w`` other backwards,
 hence at most ``ceil(w / a)`` updates.
+
+Where replicas add up a window's sums, its update comes ``overlap`` backwards later, and the sums travel meanwhile. A
+gradient then enters weights that are at most ``ceil((w + overlap) / a)`` updates ahead of its forward's.
 """
 
 from __future__ import annotations
@@ -12,15 +15,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from paci_rt.action import Codes, Op
-from paci_rt.schedules.base import ScheduleFamily, Shape, weave
+from paci_rt.schedules.base import ScheduleFamily, Shape, column, join, weave
 
 Column = tuple[Op, int, Codes, Any]
 
 
-def _backwards(shape: Shape, stage: int, m: Codes, has: Any, ops: tuple[Op, ...]) -> list[Column]:
-    """Columns of backwards, and of the updates after those that complete a window."""
-    update = (Op.U, stage, m // shape.accumulation, has & ((m + 1) % shape.accumulation == 0))
+def _backwards(shape: Shape, stage: int, m: Codes, has: Any, start: int, ops: tuple[Op, ...]) -> list[Column]:
+    """Columns of backwards, and of the updates after those that complete a window, or ``overlap`` later."""
+    done = m - shape.overlap
+    ends = has & ((done + 1) % shape.accumulation == 0) & (done >= start * shape.accumulation)
+    update = (Op.U, stage, done // shape.accumulation, ends)
     return [*((op, stage, m, has) for op in ops), update]
 
 
@@ -28,13 +35,14 @@ def _windows(shape: Shape, stage: int, first: int, end: int, start: int, *, ops:
     m = shape.micro_batches(first, end)
     back = m - shape.warm_up(stage)
     has = back >= start * shape.accumulation
-    return weave((Op.F, stage, m, True), *_backwards(shape, stage, back, has, ops))
+    return weave((Op.F, stage, m, True), *_backwards(shape, stage, back, has, start, ops))
 
 
 def _drain(shape: Shape, stage: int, start: int, end: int, *, ops: tuple[Op, ...] = (Op.B,)) -> Codes:
     m = shape.micro_batches(start, end)
     has = m >= end * shape.accumulation - shape.warm_up(stage)
-    return weave(*_backwards(shape, stage, m, has, ops))
+    left = weave(*_backwards(shape, stage, m, has, start, ops))
+    return join(left, column(Op.U, stage, np.arange(end - 1, end))) if shape.overlap else left
 
 
 def _drift_bound(shape: Shape, stage: int) -> int:
@@ -50,6 +58,7 @@ PACI = ScheduleFamily(
     in_flight_bound=lambda shape, stage: shape.warm_up(stage) + 1,
     policies=("bounded", "stash", "2bw", "predict", "recompute"),
     takes_slack=True,
+    takes_overlap=True,
     looks_ahead=True,
 )
 

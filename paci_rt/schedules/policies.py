@@ -99,7 +99,7 @@ def copies_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int, lo
     and one of the weights shared ahead.
     """
     if lookahead or policy == "predict":
-        early = family.in_flight_bound(shape, rank) - 1
+        early = early_forwards(family, shape, rank)
         return int(early > 0) + int(lookahead and shares_pass(shape.accumulation, early))
     return versions_held(policy, family, shape, rank) - 1
 
@@ -114,7 +114,15 @@ def bounds(policy: str, family: ScheduleFamily, shape: Shape, rank: int) -> tupl
     updates = family.drift_bound(shape, rank)
     if policy == "2bw":
         return 0, 1
+    if shape.overlap:
+        return updates, -(-(shape.warm_up(rank) + shape.overlap) // shape.accumulation)
     return (0 if policy == "stash" else updates), updates
+
+
+def early_forwards(family: ScheduleFamily, shape: Shape, rank: int) -> int:
+    """How many backwards come between a forward on ``rank`` and the update that its gradient enters, beyond its
+    window's: so many forwards of a window run before an update of theirs."""
+    return family.in_flight_bound(shape, rank) - 1 + shape.overlap
 
 
 def forward_version(policy: str, window: int, current: int, start: int) -> int:

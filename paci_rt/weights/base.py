@@ -34,6 +34,9 @@ class StageWeights:
         """Version for the backward of a micro-batch whose forward used version ``at_forward``, and its context."""
         return current, _CURRENT
 
+    def before_seal(self, window: int, current: int) -> None:
+        """All gradients of ``window`` are in, and its update may come later."""
+
     def begin_update(self, current: int) -> None:
         """Called before the update that makes version ``current + 1``."""
 

@@ -62,6 +62,7 @@ class LookAhead:
         careful: stay at the present weights while the gradients that are known are not finite: their window will be
             skipped.
         clock: tells what look-ahead takes, in ``seconds``; None is the host's.
+        replicas: whose gradients an update takes together; those of the window in the making are this one's alone.
 
     Raises:
         ValueError: an optimizer that cannot be asked for steps that it does not take.
@@ -76,11 +77,13 @@ class LookAhead:
         shares: bool,
         careful: bool = False,
         clock: HostClock | None = None,
+        replicas: int = 1,
     ) -> None:
         require_look_ahead(optimizer)
         assert isinstance(optimizer, FusedStageOptimizer)
         self._optimizer, self._true = optimizer, ScratchWeights(optimizer)
-        self._accumulation, self._share = accumulation, divisor / accumulation
+        self._accumulation, self._share = accumulation, divisor / (accumulation * replicas)
+        self._replicas = replicas
         self._careful = careful
         self._shared = [torch.zeros_like(group.weight) for group in optimizer.groups] if shares else []
         self._moved: list[list[int]] = []  # positions in each group, while the shared weights are of use
@@ -119,7 +122,7 @@ class LookAhead:
         before = micro_batches == 0
         if self._careful and not before and not self._finite():
             return []
-        divisor = (micro_batches or self._accumulation) * self._share
+        divisor = (micro_batches or self._accumulation * self._replicas) * self._share
         divisor *= (self.scales[0] if before else self.scales[1]) / (self.factor or 1.0)
         with _without_autocast(self._optimizer.groups[0].device):
             moved = [
@@ -131,6 +134,15 @@ class LookAhead:
             for shared, group in zip(self._shared, self._optimizer.groups, strict=True):
                 shared.copy_(group.weight)
         return moved
+
+    def before_seal(self, updates: int) -> None:
+        """The window is complete, and its update comes later: forwards until then run where it would lead by this
+        replica's gradients alone."""
+        clock, begin = self._clock, self._clock.mark()
+        self._known = 0
+        for number, positions in enumerate(self._make(updates, self._accumulation)):
+            self._true.restore(number, positions)
+        clock.between(begin, clock.mark(), self._count)
 
     def _finite(self) -> bool:
         ends = [torch.stack(torch.aminmax(one.sums()[0])) for one in self._optimizer.accumulators]
@@ -166,7 +178,8 @@ class AheadWeights(StageWeights):
         optimizer: the stage's optimizer, whose accumulators hold what is known of the coming updates.
         accumulation, divisor: as for :class:`~paci_rt.weights.lookahead.LookAhead`.
         early: forwards that the stage runs ahead of its backwards.
-        careful, clock: likewise.
+        careful, clock, replicas: likewise.
+        overlap: backwards of the next window that come before a window's update.
     """
 
     def __init__(
@@ -178,17 +191,28 @@ class AheadWeights(StageWeights):
         early: int,
         careful: bool = False,
         clock: HostClock | None = None,
+        replicas: int = 1,
+        overlap: int = 0,
     ) -> None:
-        shares = policies.shares_pass(accumulation, early)
+        shares = bool(overlap) or policies.shares_pass(accumulation, early)
         self._look_ahead = LookAhead(
-            optimizer, accumulation=accumulation, divisor=divisor, shares=shares, careful=careful, clock=clock
+            optimizer,
+            accumulation=accumulation,
+            divisor=divisor,
+            shares=shares,
+            careful=careful,
+            clock=clock,
+            replicas=replicas,
         )
+        self._accumulation, self._overlap = accumulation, overlap
+        self._warm_up = early - overlap
         self.extra_bytes = self._look_ahead.nbytes
         self._micro_batches = 0  # of the window in the making
 
     def for_forward(self, window: int, current: int, start: int) -> tuple[int, AbstractContextManager[None]]:
         ahead = window - current
-        context = nullcontext() if ahead <= 0 else self._look_ahead.ahead(ahead, self._micro_batches)
+        known = self._micro_batches % self._accumulation if self._overlap else self._micro_batches
+        context = nullcontext() if ahead <= 0 else self._look_ahead.ahead(ahead, known)
         return current, context
 
     @property
@@ -206,8 +230,13 @@ class AheadWeights(StageWeights):
         self._micro_batches += 1
         return current, nullcontext()
 
+    def before_seal(self, window: int, current: int) -> None:
+        if self._overlap:
+            self._look_ahead.before_seal(window + 1 + self._warm_up // self._accumulation - current)
+
     def begin_update(self, current: int) -> None:
-        self._micro_batches = 0
+        # With an overlap, backwards of the next window have come already.
+        self._micro_batches = max(0, self._micro_batches - self._accumulation) if self._overlap else 0
         self._look_ahead.window_ends()
 
     def clipped(self, factor: float) -> None:
@@ -220,4 +249,5 @@ class AheadWeights(StageWeights):
         self._look_ahead.window_ends()
 
     def restart(self, current: int) -> None:
+        self._micro_batches = 0
         self._look_ahead.restart()

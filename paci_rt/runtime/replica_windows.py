@@ -1,0 +1,27 @@
+"""When a window's sums begin to travel between replicas: as soon as its last gradient is in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paci_rt.runtime.executor import StageRuntime
+
+
+def one_more(runtime: StageRuntime, micro_batch: int) -> None:
+    """The gradients of a micro-batch are complete on a stage."""
+    runtime.complete += 1
+    if runtime.complete == runtime.accumulation:
+        runtime.complete = 0
+        if runtime.ties is None or not runtime.ties.owns:  # else the reader's come last
+            seal_for_replicas(runtime, micro_batch // runtime.accumulation)
+
+
+def seal_for_replicas(runtime: StageRuntime, window: int) -> None:
+    """All gradients of ``window`` are in: seal it, and let its sums travel."""
+    replicas = runtime.optimizer.replicas
+    assert replicas is not None
+    runtime.weights.before_seal(window, runtime.audit.version)
+    # A reader's gradients of a tied weight go to the owner by themselves; whether they are finite is for all to know.
+    flag = runtime.guard is not None and runtime.ties is not None and runtime.ties.nonfinite()
+    replicas.begin(window, flag=flag)
