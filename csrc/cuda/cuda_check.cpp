@@ -4,6 +4,8 @@
 #include <cstring>
 #include <string>
 
+#include "core/stream.hpp"
+
 namespace paci_rt {
 namespace {
 
@@ -87,6 +89,11 @@ void* driver_function(const char* name, int version) {
   PACI_RT_CUDA_CHECK(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result));
 #endif
   return result == cudaDriverEntryPointSuccess ? found : nullptr;
+}
+
+void check_gpu(int device) {
+  check_value(device != kCpu, "device -1 (the CPU) has neither streams nor SMs: name a GPU, from 0");
+  ops_for(device)->check_device(device);
 }
 
 DeviceGuard::DeviceGuard(int device) {

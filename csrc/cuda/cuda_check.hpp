@@ -26,6 +26,9 @@ void report_cuda_error(cudaError_t status, const char* file, int line, const cha
 // one. `version` is that of the CUDA whose driver was the first to have the function. Null: this driver has none.
 void* driver_function(const char* name, int version);
 
+// Throws unless `device` is a GPU that work can run on; -1, the CPU, is none.
+void check_gpu(int device);
+
 // Makes a device current for a scope. The context that was current comes back, also where there was none: setting the
 // former device by its number instead would create a context on device 0, and take its memory, where the thread had not
 // used any yet.

@@ -224,14 +224,14 @@ CudaDevices cuda_devices() {
 
 void cuda_spin(Stream stream, std::int64_t microseconds) {
   check_value(microseconds >= 0, "microseconds=", microseconds, ": at least 0");
-  device_ops_for(stream.device)->check_device(stream.device);
+  check_gpu(stream.device);
   const DeviceGuard guard(stream.device);
   PACI_RT_CUDA_CHECK(launch_spin(stream.handle, microseconds));
 }
 
 void cuda_fill(Stream stream, std::uintptr_t address, std::int64_t numel, float value) {
   check_value(numel >= 0, "numel=", numel, ": at least 0");
-  device_ops_for(stream.device)->check_device(stream.device);
+  check_gpu(stream.device);
   const DeviceGuard guard(stream.device);
   PACI_RT_CUDA_CHECK(launch_fill(stream.handle, reinterpret_cast<float*>(address), numel, value));
 }

@@ -3,7 +3,6 @@
 #include <cstdio>
 #include <string>
 
-#include "core/device_ops.hpp"
 #include "cuda/cuda_check.hpp"
 #include "cuda/test_kernels.hpp"
 
@@ -131,7 +130,7 @@ SmCounts documented(int device, int total) {
 }  // namespace
 
 SmCounts sm_counts(int device) {
-  device_ops_for(device)->check_device(device);
+  check_gpu(device);
   const DeviceGuard guard(device);
   const CUdevResource all = all_sms(device);
   SmCounts counts = documented(device, static_cast<int>(all.sm.smCount));
@@ -146,7 +145,7 @@ SmCounts sm_counts(int device) {
 
 int sm_groups(int device, int sms) {
   check_value(sms >= 1, "sms=", sms, ": a partition has at least 1 SM");
-  device_ops_for(device)->check_device(device);
+  check_gpu(device);
   const DeviceGuard guard(device);
   const CUdevResource all = all_sms(device);
   if (static_cast<unsigned>(sms) > all.sm.smCount) return 0;
@@ -168,7 +167,7 @@ StreamHandle make_stream(const SmPartition& partition, int priority) {
 SmSplit split_sms(int device, int count, int sms) {
   check_value(count >= 1, "count=", count, ": ask for at least 1 partition");
   check_value(sms >= 1, "sms=", sms, ": a partition has at least 1 SM");
-  device_ops_for(device)->check_device(device);
+  check_gpu(device);
   // Green contexts hold the device's primary context: with this it is there before, and is not made for each of them.
   const DeviceGuard guard(device);
   const CUdevResource all = all_sms(device);
@@ -191,7 +190,7 @@ SmSplit split_sms(int device, int count, int sms) {
 void mark_sms(Stream stream, std::uintptr_t flags, int blocks, std::int64_t microseconds) {
   check_value(blocks >= 1, "blocks=", blocks, ": at least 1");
   check_value(microseconds >= 0, "microseconds=", microseconds, ": at least 0");
-  device_ops_for(stream.device)->check_device(stream.device);
+  check_gpu(stream.device);
   const DeviceGuard guard(stream.device);
   PACI_RT_CUDA_CHECK(launch_mark_sms(stream.handle, reinterpret_cast<std::int32_t*>(flags), blocks, microseconds));
 }

@@ -25,6 +25,8 @@ UNSEEN_S = 60.0
 """A process of which nothing was ever heard has at least so long to start."""
 MOST_S = 1800.0
 """No wait is longer (unless the deadline is), whatever signs of life there are."""
+ANSWER_S = 3.0
+"""A store has at least so long to answer, on a machine that is busy."""
 GONE_S = 2.0
 """A process that is gone is waited for so long, for better words on why."""
 
@@ -39,7 +41,7 @@ class BoundedStore:
     """
 
     def __init__(self, store: Any, timeout_s: float) -> None:
-        self._store, self._timeout_s = store, timeout_s
+        self._store, self._timeout_s = store, max(timeout_s, ANSWER_S)
 
     def set(self, key: str, value: str | bytes) -> None:
         self._bounded(lambda: self._store.set(key, value))

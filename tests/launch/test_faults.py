@@ -18,7 +18,7 @@ import pytest
 
 import faults
 from paci_rt.checkpoint import read_index
-from support.deadlines import deadline, factor, wait_until
+from support.deadlines import deadline, wait_until
 
 TRAIN = [sys.executable, "-m", "paci_rt", "train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -59,7 +59,8 @@ def case(launcher: str, kind: str, phase: str, *, transport: str = "shm", rank: 
     ids=lambda one: f"{one.launcher}-{one.kind}-{one.phase}-{one.transport}",
 )
 def test_a_fault_ends_the_run_in_time(one: faults.Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "MARGIN_S", faults.MARGIN_S * factor())
+    for name in ("MARGIN_S", "HANG_S"):
+        monkeypatch.setattr(faults, name, deadline(getattr(faults, name)))
     done = faults.play(one)
     assert not done.problems, f"{done.problems}\n{done.said}"
 

@@ -92,7 +92,7 @@ def test_waits_in_a_circle_end_nowhere() -> None:
     assert end_of_waits({0: seen("0RECV_B3"), 1: seen("1RECV_F4")}) is None
 
 
-def test_a_store_that_does_not_answer_ends_the_wait() -> None:
+def test_a_store_that_does_not_answer_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mute:
         def check(self, keys: list[str]) -> bool:
             import time
@@ -100,6 +100,7 @@ def test_a_store_that_does_not_answer_ends_the_wait() -> None:
             time.sleep(3)
             return True
 
+    monkeypatch.setattr(patience, "ANSWER_S", 0.1)
     with pytest.raises(patience.TransportError, match=r"did not answer within 0\.1 s"):
         patience.BoundedStore(Mute(), 0.1).check(["a"])
 

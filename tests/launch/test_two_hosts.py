@@ -103,16 +103,18 @@ def test_hosts_with_disks_of_their_own(hosts: Hosts, tmp_path: Path) -> None:
 
 def wait_for_line(process: subprocess.Popen[str], words: str) -> None:
     assert process.stderr is not None
+    said = []
     for line in process.stderr:
+        said.append(line)
         if words in line:
             return
-    raise AssertionError(f"ended without {words!r}")
+    raise AssertionError(f"ended without {words!r}: {''.join(said)}")
 
 
 def test_a_link_that_is_cut_ends_both_sides(hosts: Hosts, tmp_path: Path) -> None:
     saved = str(tmp_path / "saved")
     locally(tmp_path, "--steps", "3", "--out", saved)
-    options = ["--steps", "1000000", "--eval-interval", "0", "--transfer-timeout", str(TIMEOUT_S)]
+    options = ["--steps", "1000000", "--eval-interval", "0", "--transfer-timeout", str(deadline(TIMEOUT_S))]
     both = start(hosts, *train(*options, "--resume", saved, "--out", saved))
     wait_for_line(both[0], "step ")
     hosts.cut()
@@ -152,7 +154,7 @@ def test_a_link_that_is_cut_during_a_save_leaves_the_checkpoint_before(hosts: Ho
     pytest.importorskip("paci_rt.transport.collective", reason="gathers have torch's own deadline of 30 minutes here")
     (tmp_path / "slow_save.py").write_text(SLOW_SAVE)
     options = [*train("--steps", "100", "--eval-interval", "0", "--save-interval", "2", "--out", "saved")[2:]]
-    both = start(hosts, "slow_save.py", *options, "--transfer-timeout", str(TIMEOUT_S))
+    both = start(hosts, "slow_save.py", *options, "--transfer-timeout", str(deadline(TIMEOUT_S)))
     until = time.monotonic() + deadline(120)
     while not (tmp_path / "saving").exists():
         assert time.monotonic() < until and both[0].poll() is None
