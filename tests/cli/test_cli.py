@@ -138,7 +138,8 @@ def test_compare(capsys, text_file):
     assert result.keys() >= {"runs", "target_loss", "speedup_vs"}
     assert [run["schedule"] for run in result["runs"]] == ["paci", "1f1b"]
     assert all(run.keys() >= TRAIN_KEYS | {"time_to_target_s"} for run in result["runs"])
-    assert result["target_loss"] == max(run["val_loss"] for run in result["runs"])
+    last = max(run["val_loss"] for run in result["runs"])
+    assert last <= result["target_loss"] < last + 0.1
     files = {
         "report.md",
         "loss_vs_tokens.png",
