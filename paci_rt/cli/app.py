@@ -1,4 +1,4 @@
-"""The command ``paci-rt``: train, prepare, compare, simulate, plan, doctor."""
+"""The command ``paci-rt``: train, prepare, compare, report, simulate, plan, doctor."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ Pipeline-parallel training without bubbles, on stock PyTorch.
   paci-rt train --stages 2 --steps 200              train a small GPT through two processes
   paci-rt prepare --data corpus.jsonl --out tokens  turn text into files of tokens for train --data tokens
   paci-rt compare --schedules 1f1b,paci --out DIR   which schedule reaches a target loss first?
+  paci-rt report runs/a runs/b --out report         figures and one page from any set of runs
   paci-rt simulate --schedule zb-h1 --plot zb.png   predict bubbles, memory and drift of a schedule; draw it
   paci-rt plan --stages 4 --memory-limit 2GiB       measure a model; choose a partition and a schedule
   paci-rt doctor                                    check this machine: what works, what is missing, how to fix it
@@ -44,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: command"):
-            message = "no command given: say train, prepare, compare, simulate, plan or doctor, or --help"
+            message = "no command given: say train, prepare, compare, report, simulate, plan or doctor, or --help"
         raise ValueError(message.removeprefix("argument "))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -115,7 +116,7 @@ def _in_one_line(error: Exception) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command that ``argv`` gives, with its options."""
     from paci_rt import __version__
-    from paci_rt.cli import compare, doctor, plan, prepare, simulate, train
+    from paci_rt.cli import compare, doctor, plan, prepare, report, simulate, train
 
     parser = _Parser(
         prog="paci-rt",
@@ -129,6 +130,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ("train", "train a GPT through a pipeline", train),
         ("prepare", "turn text into files of tokens, to train on", prepare),
         ("compare", "train under several schedules and compare the time to a target loss", compare),
+        ("report", "draw figures and a page from runs", report),
         ("simulate", "predict what a schedule does, without training", simulate),
         ("plan", "measure a model; choose a partition and a schedule", plan),
         ("doctor", "check what this machine can do, and how to fix the rest", doctor),

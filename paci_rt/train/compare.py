@@ -6,6 +6,7 @@ updates. What differs is how long a token takes, and how much it buys.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,12 +16,13 @@ from typing import Any
 from paci_rt import schedules
 from paci_rt.report import plots, text
 from paci_rt.report.machine import machine
+from paci_rt.report.runs import COMPARISON
+from paci_rt.report.spread import Ratio, first_reached, median, thresholds
 from paci_rt.schedules.policies import POLICIES
 from paci_rt.trace import write_perfetto
-from paci_rt.train.comparison import Comparison, Run, first_reached, median
+from paci_rt.train.comparison import Comparison, Run
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.results import RunResult
-from paci_rt.train.spread import Ratio, thresholds
 
 Execute = Callable[[TrainConfig, str], RunResult]
 TIMELINE_WINDOWS = 3
@@ -75,7 +77,7 @@ def compare(
 
     Args:
         target_loss: nats per token over the held-back set, one or several; None takes the lowest round numbers that
-            every run reached, see :func:`paci_rt.train.spread.thresholds`.
+            every run reached, see :func:`paci_rt.report.spread.thresholds`.
     """
     seeds = {config.seed for config in configs}
     width = max(len(config.schedule) for config in configs)
@@ -192,6 +194,8 @@ def write_report(folder: str | Path, comparison: Comparison) -> list[Path]:
         written.append(folder / f"trace-{result.schedule}.json")
         write_perfetto(written[-1], result.events)
     written[0].write_text(_report(comparison), encoding="utf-8")
+    written.append(folder / COMPARISON)
+    written[-1].write_text(json.dumps(comparison.to_json(), indent=2) + "\n", encoding="utf-8")
     return written
 
 

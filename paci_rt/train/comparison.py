@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from paci_rt import schedules
 from paci_rt.report.machine import machine
-from paci_rt.train.results import EvalPoint, RunResult
-from paci_rt.train.spread import Ratio, ratio
+from paci_rt.report.spread import Ratio, first_reached, median, ratio
+from paci_rt.train.results import RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,24 +106,6 @@ class Comparison:
         }
 
 
-def first_reached(evals: Sequence[EvalPoint], target: float | None) -> tuple[float | None, float | None]:
-    """Tokens and seconds at which the loss first was ``target``, on straight lines between validations."""
-    if target is None:
-        return None, None
-    before: EvalPoint | None = None
-    for point in evals:
-        if point.val_loss <= target:
-            if before is None or not math.isfinite(before.val_loss):
-                return float(point.tokens), point.elapsed_s
-            share = (before.val_loss - target) / (before.val_loss - point.val_loss)
-            return (
-                before.tokens + share * (point.tokens - before.tokens),
-                before.elapsed_s + share * (point.elapsed_s - before.elapsed_s),
-            )
-        before = point
-    return None, None
-
-
 def iso_loss_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """For every threshold and schedule: medians of ``tokens`` and ``seconds``, and ``speedup`` over the baseline."""
     rows = []
@@ -144,9 +123,3 @@ def iso_loss_rows(comparison: Comparison) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def median(values: Sequence[float | None]) -> float | None:
-    """None unless all values are there."""
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known and len(known) == len(values) else None

@@ -8,9 +8,10 @@ import random
 
 import pytest
 
+from paci_rt.report import spread
 from paci_rt.schedules import StepCosts
 from paci_rt.trace import Event
-from paci_rt.train import compare, spread
+from paci_rt.train import compare
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.results import EvalPoint, RunResult, StepPoint
 
@@ -190,6 +191,7 @@ def test_report_has_everything(tmp_path):
         "timeline.png",
         "trace-1f1b.json",
         "trace-paci.json",
+        "comparison.json",
     ]
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
@@ -197,7 +199,7 @@ def test_report_has_everything(tmp_path):
     assert report.startswith("# 1f1b against paci\n\npaci reached the target loss")
     assert compare.summary_table(comparison, markdown=True) in report
     assert compare.iso_loss_table(comparison, markdown=True) in report
-    for name in names[1:]:
+    for name in names[1:-1]:
         assert name in report
     for picture in written[1:4]:
         assert picture.read_bytes().startswith(b"\x89PNG")

@@ -6,12 +6,24 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 STEPS = (0.1, 0.01, 0.001)
 MOST_THRESHOLDS = 6
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t at 97.5 %, for 1, 2, 3 ... degrees of freedom."""
 NORMAL_QUANTILE = 1.960
+
+
+class Point(Protocol):
+    """A validation: tokens and seconds of training before it, and its loss in nats per token."""
+
+    @property
+    def tokens(self) -> float: ...
+    @property
+    def elapsed_s(self) -> float: ...
+    @property
+    def val_loss(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +97,27 @@ def thresholds(first: Sequence[float], last: Sequence[float]) -> tuple[float, ..
         if found:
             return tuple(round(value, 3) for value in reversed(found))
     return (bottom,)
+
+
+def first_reached(evals: Sequence[Point], target: float | None) -> tuple[float | None, float | None]:
+    """Tokens and seconds at which the loss first was ``target``, on straight lines between validations."""
+    if target is None:
+        return None, None
+    before: Point | None = None
+    for point in evals:
+        if point.val_loss <= target:
+            if before is None or not math.isfinite(before.val_loss):
+                return float(point.tokens), point.elapsed_s
+            share = (before.val_loss - target) / (before.val_loss - point.val_loss)
+            return (
+                before.tokens + share * (point.tokens - before.tokens),
+                before.elapsed_s + share * (point.elapsed_s - before.elapsed_s),
+            )
+        before = point
+    return None, None
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """None unless all values are there."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known and len(known) == len(values) else None
