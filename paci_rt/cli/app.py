@@ -1,4 +1,4 @@
-"""The command ``paci-rt``: train, prepare, compare, simulate, plan, doctor."""
+"""The command ``paci-rt``: train, prepare, compare, report, simulate, plan, doctor."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ Pipeline-parallel training without bubbles, on stock PyTorch.
   paci-rt sample RUN --prompt "Once upon"           text from a checkpoint
   paci-rt export RUN --to DIR                       a checkpoint as safetensors, for transformers
   paci-rt compare --schedules 1f1b,paci --out DIR   which schedule reaches a target loss first?
+  paci-rt report runs/a runs/b --out report         figures and one page from any set of runs
   paci-rt simulate --schedule zb-h1 --plot zb.png   predict bubbles, memory and drift of a schedule; draw it
   paci-rt plan --stages 4 --memory-limit 2GiB       measure a model; choose a partition and a schedule
   paci-rt doctor                                    check this machine: what works, what is missing, how to fix it
@@ -48,9 +49,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: command"):
-            message = (
-                "no command given: say train, prepare, eval, sample, export, compare, simulate, plan or doctor, or --help"
-            )
+            commands = "train, prepare, eval, sample, export, compare, report, simulate, plan or doctor"
+            message = f"no command given: say {commands}, or --help"
         raise ValueError(message.removeprefix("argument "))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -122,7 +122,7 @@ def _in_one_line(error: Exception) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command that ``argv`` gives, with its options."""
     from paci_rt import __version__
-    from paci_rt.cli import compare, doctor, evaluate, export, plan, prepare, sample, simulate, train
+    from paci_rt.cli import compare, doctor, evaluate, export, plan, prepare, report, sample, simulate, train
 
     parser = _Parser(
         prog="paci-rt",
@@ -139,6 +139,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ("sample", "text from a checkpoint", sample),
         ("export", "a checkpoint as a folder that transformers loads", export),
         ("compare", "train under several schedules and compare the time to a target loss", compare),
+        ("report", "draw figures and a page from runs", report),
         ("simulate", "predict what a schedule does, without training", simulate),
         ("plan", "measure a model; choose a partition and a schedule", plan),
         ("doctor", "check what this machine can do, and how to fix the rest", doctor),

@@ -15,7 +15,9 @@ trace-SCHEDULE.json per schedule, to open at ui.perfetto.dev.
 
 JSON_HELP = (
     "write the result: runs[] (each with the keys of train --json, time_to_target_s and tokens_to_target), "
-    "target_loss, and speedup_vs: {A: {B: how many times as fast as A schedule B reached the target}}"
+    "target_loss, speedup_vs: {A: {B: how many times as fast as A schedule B reached the target}}, "
+    "speedup_spread_vs: the same with low, high (95 %), seeds and differs, and iso_loss: a row for each threshold and "
+    "schedule"
 )
 
 
@@ -35,8 +37,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--target-loss",
         type=target_loss,
         default=None,
-        metavar="X|auto",
-        help="validation loss to reach, in nats per token; auto: the highest of the runs' final losses (default: auto)",
+        metavar="X,X,...|auto",
+        help="validation losses to reach, in nats per token, of which the lowest is the target; auto: the lowest round "
+        "numbers that every run reached (default: auto)",
     )
     group.add_argument(
         "--seeds",
@@ -82,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
     comparison = compare.compare(configs, target_loss=args.target_loss, execute=execute_one)
     written = compare.write_report(folder, comparison) if folder is not None else []
     outputs.write_json(args.json, comparison.to_json())
-    print(f"\n{compare.summary_table(comparison)}\n\n{compare.verdict(comparison)}")
+    print(f"\n{compare.summary_table(comparison)}\n")
+    if comparison.thresholds:
+        print(f"{compare.iso_loss_table(comparison)}\n")
+    print(compare.verdict(comparison))
     if written:
         print(f"\n{written[0]} has the whole report, with {', '.join(path.name for path in written[1:])} beside it.")
     return 0

@@ -76,17 +76,19 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def target_loss(text: str) -> float | None:
+def target_loss(text: str) -> tuple[float, ...] | None:
     """The type of ``--target-loss``; None is ``auto``."""
     if text == "auto":
         return None
     try:
-        value = float(text)
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a positive number of nats per token")
-    return value
+        values = (float("nan"),)
+    if not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither auto nor a positive number of nats per token, or several such as 3.5,3.2"
+        )
+    return values
 
 
 def slack_argument(typed: str) -> Slack | str:

@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from paci_rt import launch
     from paci_rt.cli import layers
     from paci_rt.cli.progress import Progress
+    from paci_rt.report.machine import machine
+    from paci_rt.report.runs import RESULT
     from paci_rt.trace import write_perfetto
     from paci_rt.train.run import check_torchrun, execute
 
@@ -95,7 +97,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.save_trace is not None:
         write_perfetto(outputs.ready(args.save_trace), result.events)
-    outputs.write_json(args.json, result.to_json())
+    told = {**result.to_json(), "machine": machine()}
+    outputs.write_json(args.json, told)
+    if config.out is not None:
+        outputs.write_json(os.path.join(config.out, RESULT), told)
     print(report_text(result))
     return 0
 

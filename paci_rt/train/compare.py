@@ -6,80 +6,31 @@ updates. What differs is how long a token takes, and how much it buys.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paci_rt import schedules
 from paci_rt.report import plots, text
 from paci_rt.report.machine import machine
+from paci_rt.report.runs import COMPARISON
+from paci_rt.report.spread import Ratio, first_reached, median, thresholds
 from paci_rt.schedules.policies import POLICIES
 from paci_rt.trace import write_perfetto
+from paci_rt.train.comparison import Comparison, Run
 from paci_rt.train.config import TrainConfig
-from paci_rt.train.results import EvalPoint, RunResult
+from paci_rt.train.results import RunResult
 
 Execute = Callable[[TrainConfig, str], RunResult]
 TIMELINE_WINDOWS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training run and when it reached the target.
-
-    Attributes:
-        tokens_to_target, time_to_target_s: interpolated between validations; None where it never got there.
-    """
-
-    seed: int
-    result: RunResult
-    tokens_to_target: float | None
-    time_to_target_s: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """All runs, in the order in which they ran; ``target_loss`` is None where no run ended with a finite loss."""
-
-    runs: tuple[Run, ...]
-    target_loss: float | None
-    automatic_target: bool
-
-    @property
-    def schedules(self) -> list[str]:
-        """Names, in the order in which they were asked for."""
-        return list(dict.fromkeys(run.result.schedule for run in self.runs))
-
-    def of(self, schedule: str) -> list[Run]:
-        """The runs of one schedule, one per seed."""
-        return [run for run in self.runs if run.result.schedule == schedule]
-
-    def time_to_target_s(self, schedule: str) -> float | None:
-        """Median over the seeds; None unless every one of them reached the target."""
-        return _median([run.time_to_target_s for run in self.of(schedule)])
-
-    def tokens_to_target(self, schedule: str) -> float | None:
-        """Median over the seeds; None unless every one of them reached the target."""
-        return _median([run.tokens_to_target for run in self.of(schedule)])
-
-    def speedups(self) -> dict[str, dict[str, float | None]]:
-        """``speedups()[a][b]``: how many times as fast as ``a`` schedule ``b`` reached the target."""
-        times = {name: self.time_to_target_s(name) for name in self.schedules}
-        return {a: {b: _ratio(times[a], times[b]) for b in times if b != a} for a in times}
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready values: ``runs`` (the keys of ``train --json`` and more), ``target_loss``, ``speedup_vs``."""
-        runs = []
-        for run in self.runs:
-            reached = {"time_to_target_s": run.time_to_target_s, "tokens_to_target": run.tokens_to_target}
-            runs.append({**run.result.to_json(), "seed": run.seed, **reached})
-        return {"runs": runs, "target_loss": self.target_loss, "speedup_vs": self.speedups(), "machine": machine()}
-
-
 def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[TrainConfig]:
-    """The configs of all runs: schedules take turns within each seed, so that a busy hour hits all of them.
+    """The configs of all runs: schedules take turns within each seed, so that a busy hour hits all of them, and every
+    second seed goes through them backwards, so that none always comes first.
 
     ``slack``, ``profile``, ``chunks``, ``step_costs``, ``lookahead`` and ``policy`` go to the schedules that can have
     them, and ``accumulation`` to all but those whose window is one micro-batch.
@@ -100,7 +51,7 @@ def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[Trai
     first_seed = options.get("seed", 0)
     configs = []
     for seed in range(first_seed, first_seed + seeds):
-        for family in families:
+        for family in families if (seed - first_seed) % 2 == 0 else reversed(families):
             mine = {**options, "schedule": family.name, "seed": seed}
             for name, can_have in (
                 ("slack", family.takes_slack),
@@ -119,12 +70,14 @@ def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[Trai
     return configs
 
 
-def compare(configs: Sequence[TrainConfig], *, target_loss: float | None, execute: Execute) -> Comparison:
+def compare(
+    configs: Sequence[TrainConfig], *, target_loss: float | Sequence[float] | None, execute: Execute
+) -> Comparison:
     """Run all configs with ``execute(config, label)`` and find out who reached the target when.
 
     Args:
-        target_loss: nats per token over the held-back set; None takes the highest of the runs' last losses, the best
-            that every run reached.
+        target_loss: nats per token over the held-back set, one or several; None takes the lowest round numbers that
+            every run reached, see :func:`paci_rt.report.spread.thresholds`.
     """
     seeds = {config.seed for config in configs}
     width = max(len(config.schedule) for config in configs)
@@ -132,33 +85,21 @@ def compare(configs: Sequence[TrainConfig], *, target_loss: float | None, execut
     for config in configs:
         label = config.schedule.ljust(width)
         results.append(execute(config, f"{label} seed {config.seed}" if len(seeds) > 1 else label))
-    target = target_loss
-    if target is None:
+    if target_loss is None:
         last = [result.val_loss for result in results]
-        target = max(last) if all(math.isfinite(value) for value in last) else None
+        fine = all(math.isfinite(value) for value in last)
+        losses = thresholds([result.evals[0].val_loss for result in results], last) if fine else ()
+    else:
+        given = target_loss if isinstance(target_loss, Sequence) else (target_loss,)
+        losses = tuple(sorted(set(given), reverse=True))
+    target = losses[-1] if losses else None
     runs = []
     for config, result in zip(configs, results, strict=True):
         tokens, elapsed_s = first_reached(result.evals, target)
         runs.append(Run(seed=config.seed, result=result, tokens_to_target=tokens, time_to_target_s=elapsed_s))
-    return Comparison(runs=tuple(runs), target_loss=target, automatic_target=target_loss is None)
-
-
-def first_reached(evals: Sequence[EvalPoint], target: float | None) -> tuple[float | None, float | None]:
-    """Tokens and seconds at which the loss first was ``target``, on straight lines between validations."""
-    if target is None:
-        return None, None
-    before: EvalPoint | None = None
-    for point in evals:
-        if point.val_loss <= target:
-            if before is None or not math.isfinite(before.val_loss):
-                return float(point.tokens), point.elapsed_s
-            share = (before.val_loss - target) / (before.val_loss - point.val_loss)
-            return (
-                before.tokens + share * (point.tokens - before.tokens),
-                before.elapsed_s + share * (point.elapsed_s - before.elapsed_s),
-            )
-        before = point
-    return None, None
+    return Comparison(
+        runs=tuple(runs), target_loss=target, automatic_target=target_loss is None, thresholds=tuple(losses)
+    )
 
 
 def summary_table(comparison: Comparison, *, markdown: bool = False) -> str:
@@ -189,16 +130,20 @@ def verdict(comparison: Comparison) -> str:
     if target is None:
         diverged = {run.result.schedule for run in comparison.runs if not math.isfinite(run.result.val_loss)}
         return f"No target: the loss of {', '.join(sorted(diverged))} ended as NaN or infinite. Try a smaller --lr."
-    how = " (the highest of the final losses, so every run reached it)" if comparison.automatic_target else ""
+    how = " (the lowest round number that every run reached)" if comparison.automatic_target else ""
     times = {name: comparison.time_to_target_s(name) for name in comparison.schedules}
     reached = sorted((seconds, name) for name, seconds in times.items() if seconds is not None)
     if not reached:
         return f"No schedule reached the target loss of {target:.4f}."
     best_s, best = reached[0]
-    sentences = [f"{best} reached the target loss of {target:.4f}{how} first, after {text.seconds(best_s)}."]
+    pairs = {name: comparison.speedup(name, best) for _, name in reached[1:]}
+    unsure = any(one is not None and not one.differs for one in pairs.values())
+    many = len(comparison.of(best)) > 1
+    first = f"reached the target loss of {target:.4f}{how}{'' if unsure and many else ' first'}"
+    sentences = [f"{best} {first}, after {text.seconds(best_s)}{' (median)' if many else ''}."]
     for seconds, name in reached[1:]:
-        ratio = f": {best} was {seconds / best_s:.2f} times as fast" if best_s > 0 else ""
-        sentences.append(f"{name} took {text.seconds(seconds)}{ratio}.")
+        one = pairs[name]
+        sentences.append(f"{name} took {text.seconds(seconds)}{'' if one is None else _against(best, one)}.")
     for name in (name for name, seconds in times.items() if seconds is None):
         runs = comparison.of(name)
         missed = sum(run.time_to_target_s is None for run in runs)
@@ -206,6 +151,33 @@ def verdict(comparison: Comparison) -> str:
             f"{name} did not reach it" + ("." if missed == len(runs) else f" in {missed} of {len(runs)} runs.")
         )
     return " ".join(sentences)
+
+
+def _against(best: str, one: Ratio) -> str:
+    return f": {one.words()}" if one.differs is False else f": {best} was {one.words()}"
+
+
+def iso_loss_table(comparison: Comparison, *, markdown: bool = False) -> str:
+    """As the paper has it: a row a threshold, with each schedule's time, tokens, and speed-up over the baseline."""
+    base, others = comparison.baseline, [name for name in comparison.schedules if name != comparison.baseline]
+    header = ["loss", "perplexity", f"{base}: time", "tokens"]
+    for name in others:
+        header += [f"{name}: time", "tokens", f"times as fast as {base}"]
+    rows = []
+    for loss in comparison.thresholds:
+        cells = [f"{loss:.3f}", f"{math.exp(min(loss, 700.0)):.4g}"]
+        for name in (base, *others):
+            found = comparison.reached(name, loss)
+            tokens = median([one for one, _ in found])
+            cells += [
+                text.seconds(median([one for _, one in found])),
+                text.NOTHING if tokens is None else f"{tokens:,.0f}",
+            ]
+            if name != base:
+                one = comparison.speedup(base, name, loss)
+                cells.append(text.NOTHING if one is None else one.text() + (" =" if one.differs is False else ""))
+        rows.append(tuple(cells))
+    return text.table(tuple(header), rows, markdown=markdown)
 
 
 def write_report(folder: str | Path, comparison: Comparison) -> list[Path]:
@@ -222,6 +194,8 @@ def write_report(folder: str | Path, comparison: Comparison) -> list[Path]:
         written.append(folder / f"trace-{result.schedule}.json")
         write_perfetto(written[-1], result.events)
     written[0].write_text(_report(comparison), encoding="utf-8")
+    written.append(folder / COMPARISON)
+    written[-1].write_text(json.dumps(comparison.to_json(), indent=2) + "\n", encoding="utf-8")
     return written
 
 
@@ -276,6 +250,10 @@ def _report(comparison: Comparison) -> str:
 
 {summary_table(comparison, markdown=True)}
 
+{iso_loss_table(comparison, markdown=True)}
+
+In brackets: where the ratio lies with a confidence of 95 %, from the seeds. "=" marks one that shows no difference.
+
 ![loss over time](loss_vs_time.png)
 
 ![loss over tokens](loss_vs_tokens.png)
@@ -310,12 +288,3 @@ def _accumulations(comparison: Comparison) -> str:
     if len(set(by_schedule.values())) == 1:
         return str(comparison.runs[0].result.accumulation)
     return ", ".join(f"{name} {count}" for name, count in by_schedule.items())
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known and len(known) == len(values) else None
-
-
-def _ratio(mine: float | None, other: float | None) -> float | None:
-    return mine / other if mine is not None and other else None

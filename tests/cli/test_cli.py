@@ -77,7 +77,7 @@ def error_of(capsys, *argv: str) -> str:
         ("compare --seeds 0", "--seeds is 0"),
         ("compare --out /proc/nowhere", "--out /proc/nowhere cannot be written"),
         ("doctor --json /proc/nowhere.json", "cannot be written"),
-        ("", "no command given: say train, prepare, eval, sample, export, compare, simulate, plan or doctor"),
+        ("", "no command given: say train, prepare, eval, sample, export, compare, report, simulate, plan or doctor"),
     ],
 )
 def test_bad_values_end_in_one_line(capsys, argv, words):
@@ -138,7 +138,8 @@ def test_compare(capsys, text_file):
     assert result.keys() >= {"runs", "target_loss", "speedup_vs"}
     assert [run["schedule"] for run in result["runs"]] == ["paci", "1f1b"]
     assert all(run.keys() >= TRAIN_KEYS | {"time_to_target_s"} for run in result["runs"])
-    assert result["target_loss"] == max(run["val_loss"] for run in result["runs"])
+    last = max(run["val_loss"] for run in result["runs"])
+    assert last <= result["target_loss"] < last + 0.1
     files = {
         "report.md",
         "loss_vs_tokens.png",

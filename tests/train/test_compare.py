@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
 
+from paci_rt.report import spread
 from paci_rt.schedules import StepCosts
 from paci_rt.trace import Event
 from paci_rt.train import compare
@@ -110,7 +112,7 @@ def test_automatic_target_speedup_and_sentences():
     assert speedups["paci"]["1f1b"] == pytest.approx(16 / 18)
     words = compare.verdict(comparison)
     assert words.startswith("paci reached the target loss of 3.5000")
-    assert "paci was 1.12 times as fast" in words
+    assert "paci was 1.12 times as fast, in one run each, which shows no spread" in words
     table = compare.summary_table(comparison).splitlines()
     assert [line.split()[0] for line in table[2:]] == ["1f1b", "paci"]
     assert "1 / 1" in table[3]
@@ -162,9 +164,9 @@ def test_plan_gives_each_schedule_what_it_takes():
         ("paci", 5, 4, 1, 8),
         ("1f1b", 5, 4, 0, 8),
         ("async-1f1b", 5, 1, 1, 8),
-        ("paci", 6, 4, 1, 8),
-        ("1f1b", 6, 4, 0, 8),
         ("async-1f1b", 6, 1, 1, 8),
+        ("1f1b", 6, 4, 0, 8),
+        ("paci", 6, 4, 1, 8),
     ]
     for names, seeds, options, words in (
         (["paci", "PACI"], 1, {}, "names paci twice"),
@@ -189,13 +191,15 @@ def test_report_has_everything(tmp_path):
         "timeline.png",
         "trace-1f1b.json",
         "trace-paci.json",
+        "comparison.json",
     ]
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
     report = written[0].read_text()
     assert report.startswith("# 1f1b against paci\n\npaci reached the target loss")
     assert compare.summary_table(comparison, markdown=True) in report
-    for name in names[1:]:
+    assert compare.iso_loss_table(comparison, markdown=True) in report
+    for name in names[1:-1]:
         assert name in report
     for picture in written[1:4]:
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -208,3 +212,82 @@ def test_the_timeline_shows_windows_between_two_validations():
     start_s, end_s = compare._middle(made_up_result(config, [5.0, 4.0, 3.0], 1.0))
     # windows of four seconds; validations after windows 4 and 8 of them, so 4 to 6 are shown
     assert (start_s, end_s) == pytest.approx((4 * 4 - 0.05, 7 * 4 - 0.05))
+
+
+def timed(seconds: dict[str, list[float]], target: float | None = 4.0) -> compare.Comparison:
+    """A comparison whose runs come down to a loss of 4 in these seconds, seed by seed."""
+    seeds = len(next(iter(seconds.values())))
+    options = {"steps": STEPS, "eval_interval": INTERVAL, "accumulation": 2, "batch_size": 4}
+    configs = compare.plan(list(seconds), seeds, options)
+
+    def execute(config: TrainConfig, label: str) -> RunResult:
+        return made_up_result(config, [5.0, 4.0, 3.5], seconds[config.schedule][config.seed] / INTERVAL)
+
+    return compare.compare(configs, target_loss=target, execute=execute)
+
+
+def test_two_seeds_far_apart_show_no_difference():
+    comparison = timed({"paci": [19.3, 1.9], "1f1b": [20.1, 20.3]})
+    words = compare.verdict(comparison)
+    assert "no difference that 2 seeds show" in words
+    assert "first" not in words
+    spread = comparison.to_json()["speedup_spread_vs"]["1f1b"]["paci"]
+    assert spread["low"] < 1 < spread["high"] and spread["differs"] is False
+
+
+def test_seeds_that_agree_show_a_difference_with_its_spread():
+    comparison = timed({"paci": [10.0, 11.0, 12.0], "1f1b": [15.0, 16.4, 18.1]})
+    words = compare.verdict(comparison)
+    assert words.startswith("paci reached the target loss of 4.0000 first, after 11.0 s (median).")
+    assert "1f1b took 16.4 s: paci was 1.50 (1.48 to 1.52) times as fast, over 3 seeds" in words
+    assert "=" not in compare.iso_loss_table(comparison)
+
+
+def test_seeds_are_paired_whatever_the_order_of_the_runs():
+    one = timed({"paci": [10.0, 100.0], "1f1b": [20.0, 200.0]}).speedup("1f1b", "paci")
+    assert one is not None
+    assert (one.value, one.low, one.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert one.differs
+
+
+def test_thresholds_fixed_beforehand_make_the_rows_of_the_table():
+    comparison = timed({"zb-1p": [9.0, 9.1], "1f1b": [15.0, 15.1]}, target=(3.6, 4.5, 4.0))
+    assert comparison.thresholds == (4.5, 4.0, 3.6)
+    assert comparison.target_loss == 3.6
+    rows = comparison.to_json()["iso_loss"]
+    assert [(row["loss"], row["schedule"]) for row in rows][:3] == [(4.5, "zb-1p"), (4.5, "1f1b"), (4.0, "zb-1p")]
+    assert rows[0]["seconds"] == pytest.approx(9.05 / 2)
+    assert rows[0]["speedup"]["value"] == pytest.approx(15.05 / 9.05, rel=1e-3)
+    assert rows[1]["speedup"] is None
+    table = compare.iso_loss_table(comparison).splitlines()
+    assert table[0].split("  ")[0] == "loss" and "times as fast as 1f1b" in table[0]
+    assert [line.split()[0] for line in table[2:]] == ["4.500", "4.000", "3.600"]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        ([5.5, 5.6], [4.87, 4.91], (5.4, 5.3, 5.2, 5.1, 5.0)),
+        ([5.5, 5.5], [3.0, 3.5], (4.0, 3.9, 3.8, 3.7, 3.6, 3.5)),
+        ([5.55, 5.55], [5.52, 5.51], (5.54, 5.53, 5.52)),
+        ([5.0], [5.0], (5.0,)),
+        ([4.0], [4.5], (4.5,)),
+    ],
+)
+def test_automatic_thresholds_are_round(first: list[float], last: list[float], expected: tuple[float, ...]):
+    assert spread.thresholds(first, last) == expected
+
+
+def test_an_interval_holds_what_it_says():
+    """Of intervals of ratios of random times, 95 % hold the true one."""
+    rng = random.Random(0)
+    held = 0
+    for _ in range(2000):
+        seeds = rng.choice((2, 3, 5, 20))
+        mine = [math.exp(rng.gauss(0.3, 0.2)) for _ in range(seeds)]
+        found = spread.ratio(mine, [math.exp(rng.gauss(0.0, 0.1)) for _ in range(seeds)])
+        assert found is not None and found.low is not None and found.high is not None
+        held += found.low <= math.exp(0.3) <= found.high
+    assert 0.935 < held / 2000 < 0.965
+    assert spread.ratio([1.0, None], [1.0, 2.0]) is None
+    assert spread.ratio([0.0], [1.0]) is None
