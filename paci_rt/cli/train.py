@@ -60,6 +60,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         "log", str, "DIR", "structured logs: a file of JSON lines per process, with rank, stages, phase and action"
     )
     options.add(
+        "log_interval",
+        int,
+        "N",
+        "local updates between two lines of log.jsonl, which is in DIR of --log or "
+        "else of --out (default: so many that there are at most 10,000)",
+    )
+    options.switch("tensorboard", "write the same numbers for TensorBoard, into the folder tensorboard beside it")
+    options.switch("wandb", "send the same numbers to Weights & Biases, project paci-rt")
+    options.add(
         "max_restarts",
         int,
         "N",
