@@ -20,7 +20,7 @@ from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
 from paci_rt.train.model import ModelShape, default_partition
-from paci_rt.train.option_checks import check_known, check_text, flag_of
+from paci_rt.train.option_checks import check_known, check_switch, check_text, flag_of
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 
 OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd")
@@ -197,8 +197,10 @@ class TrainConfig:
         for name in ("schedule", "model", "optimizer", "dtype", "transport", "device"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{flag_of(name)} is {shown(getattr(self, name))}: give a name")
-        for name in ("profile", "policy", "data", "out", "resume"):
+        for name in ("profile", "policy", "data", "out", "resume", "log"):
             check_text(flag_of(name), getattr(self, name))
+        for name in ("gather_checkpoints", "tensorboard", "wandb", "trace"):
+            check_switch(flag_of(name), getattr(self, name))
         check_known("--model", self.model, MODELS)
         check_known("--optimizer", self.optimizer, OPTIMIZERS)
         check_known("--dtype", self.dtype, DTYPES)

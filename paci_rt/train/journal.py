@@ -70,7 +70,7 @@ def stage_report(config: TrainConfig, step: int, stats: dict[str, Any], utilizat
         "restarts": getattr(ctx, "restarts", 0),
         "lr": config.lr * config.lr_factor(step - 1),
         "utilization": utilization,
-        "squares": sum(norm * norm for norm in stats["grad_norm"].values()),
+        "grad_norm": {str(stage): norm for stage, norm in stats["grad_norm"].items()},
         "max_drift": stats["max_drift"],
         "drift_bound": stats["drift_bound"],
         "exposed_comm_s": stats["exposed_comm_s"],
@@ -89,11 +89,11 @@ def merged(step: dict[str, Any], stages: list[dict[str, Any]]) -> dict[str, Any]
     """One line from the report of the last stage and those of the processes."""
     line = {key: step[key] for key in ("step", "tokens", "elapsed_s", "loss", "tokens_per_s")}
     if stages:
-        squares = sum(one["squares"] for one in stages)
+        norms = {stage: norm for one in stages for stage, norm in one["grad_norm"].items()}
         line |= {
             "lr": stages[0]["lr"],
             "utilization": sum(one["utilization"] for one in stages) / len(stages),
-            "grad_norm": math.sqrt(squares) if squares >= 0 else math.nan,
+            "grad_norm": math.hypot(*norms.values()),
             **{key: max(one[key] for one in stages) for key in ("max_drift", "drift_bound", "skipped_windows")},
             **{key: sum(one[key] for one in stages) for key in ("exposed_comm_s", "lookahead_s")},
         }

@@ -29,3 +29,9 @@ def check_text(flag: str, value: Any) -> None:
     text = os.fspath(value)
     if "\0" in text or not text:
         raise ValueError(f"{flag} is {shown(text)}: a name has characters, and no zero bytes")
+
+
+def check_switch(flag: str, value: Any) -> None:
+    """Raise ValueError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{flag} is {shown(value)}: give True or False")

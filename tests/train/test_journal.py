@@ -169,7 +169,7 @@ def test_reports_of_processes_come_in_any_order(seed: int) -> None:
             if queues[at]:
                 log(queues[at].pop(0))
     assert places() == EXPECTED[1:]
-    assert all(line["grad_norm"] == math.sqrt(9 + 16 + 25) for line in lines() if "loss" in line)
+    assert all(line["grad_norm"] == pytest.approx(math.sqrt(9 + 16 + 25)) for line in lines() if "loss" in line)
     assert [line["val_loss"] for line in lines() if "val_loss" in line] == [None, None]
     assert lines()[0]["exposed_comm_s"] == 1.5
 
