@@ -16,9 +16,10 @@ from fuzz_support import REFUSED, Target, attempt, floats, holds, huge, often, s
 from paci_rt import schedules
 from paci_rt.planner import BlockProfile, Profile, load_profile, parse_profile, plan
 from paci_rt.schedules import policies
+from paci_rt.train import config_file
 from paci_rt.train.config import DTYPES, OPTIMIZERS, TrainConfig
 from paci_rt.train.data import load_corpus
-from paci_rt.train.gpt import MODELS
+from paci_rt.train.families import FAMILIES, MODELS
 from paci_rt.transport import TRANSPORTS
 
 # ------------------------------------------------------------------------------------------------- configurations
@@ -57,6 +58,16 @@ for _name in ("lr_steps", "warmup_steps", "seed", "eval_interval", "eval_batches
     CONFIG[_name] = small(0, 50)
 for _name in ("lr", "min_lr", "weight_decay", "beta1", "beta2", "momentum", "transfer_timeout"):
     CONFIG[_name] = often(st.floats(0, 0.99), floats, weird)
+for _name in ("layers", "heads", "kv_heads", "width", "ffn_width", "vocab_size", "context"):
+    CONFIG[_name] = often(st.none(), st.sampled_from([1, 2, 4, 8, 64, 300]), huge, weird)
+CONFIG |= {
+    "family": often(st.none(), st.sampled_from(list(FAMILIES)), words, weird),
+    "rope_base": often(st.none(), floats, weird),
+    "tied": often(st.none(), st.booleans(), weird),
+    "warmup_share": often(st.floats(0, 0.99), floats, weird),
+    "log_interval": small(1, 10),
+    "log": often(st.none(), words, weird),
+}
 assert set(CONFIG) <= {field.name for field in fields(TrainConfig)}, "a new option: give it a strategy"
 
 
@@ -64,9 +75,46 @@ def check_config(options: dict[str, Any]) -> None:
     made = attempt("config", lambda: TrainConfig(**options))
     if made is REFUSED:
         return
-    holds(sum(made.partition) == made.gpt.layers and made.batch_size % made.accumulation == 0, f"{options}")
+    holds(sum(made.partition) == made.shape.layers and made.batch_size % made.accumulation == 0, f"{options}")
     holds(all(0 <= made.lr_factor(step) <= 1e6 for step in (0, 1, made.steps)) or made.min_lr > made.lr, f"{options}")
     json.dumps(made.to_json())
+    text = attempt("config file", lambda: config_file.text_of(made))
+    if text is REFUSED:  # a path that is no Unicode
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, config_file.NAME)
+        path.write_text(text, encoding="utf-8")
+        values = config_file.read(path)
+    derived = values.pop(config_file.DERIVED, [])
+    holds(list(made.derived) == derived, f"{options}")
+    holds(TrainConfig(**values, trace=made.trace) == made, f"{options}: {text}")
+
+
+def check_config_file(case: tuple[str, bytes]) -> None:
+    """Any bytes, and lines that are nearly right: options, or one line that says what is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "any.toml")
+        path.write_bytes(case[0].encode("utf-8", "surrogatepass") + case[1])
+        found = attempt("config file", lambda: config_file.read(path))
+    if found is not REFUSED:
+        holds(set(found) <= {*config_file.names(), config_file.RECIPE, config_file.DERIVED}, f"{case}")
+
+
+_LINES = st.lists(
+    st.builds(
+        "{} = {}\n".format,
+        st.sampled_from([*config_file.names(), "recipe", "derived", "json", "stepz", "a.b", '"x y"']) | words,
+        st.sampled_from(
+            ["1", "0.5", "true", '"auto"', '"default"', "[1, 2]", "{a = 1}", "nan", "1979-05-27", "'x'", "["]
+        )
+        | st.integers().map(str)
+        | floats.map(repr)
+        | words.map(json.dumps),
+    )
+    | st.sampled_from(["[table]\n", "[[steps]]\n", "\ufeff", "# \x00\n", "\r\n"]),
+    max_size=4,
+).map("".join)
+CONFIG_FILES = st.tuples(_LINES, often(st.just(b""), st.binary(max_size=8)))
 
 
 # -------------------------------------------------------------------------------------------- profiles and plans
@@ -196,6 +244,7 @@ contents = st.one_of(
 
 TARGETS = [
     Target("config", some_of(CONFIG), check_config, 1),
+    Target("config file", CONFIG_FILES, check_config_file, 1),
     Target(
         "profile",
         st.tuples(

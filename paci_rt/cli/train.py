@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from paci_rt.train.results import RunResult
 
 DESCRIPTION = """\
-Train a GPT through a pipeline. Every stage runs in its own process. This command starts the processes, or torchrun
-does: torchrun --nproc-per-node 2 -m paci_rt train ...
+Train a language model through a pipeline. Every stage runs in its own process. This command starts the processes, or
+torchrun does: torchrun --nproc-per-node 2 -m paci_rt train ...
 
 --batch-size counts the sequences of one local update. They are cut into --accumulation micro-batches, so that runs with
 different schedules and accumulations see the same number of tokens per update.
@@ -60,6 +60,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         "log", str, "DIR", "structured logs: a file of JSON lines per process, with rank, stages, phase and action"
     )
     options.add(
+        "log_interval",
+        int,
+        "N",
+        "local updates between two lines of log.jsonl, which is in DIR of --log or "
+        "else of --out (default: so many that there are at most 10,000)",
+    )
+    options.switch("tensorboard", "write the same numbers for TensorBoard, into the folder tensorboard beside it")
+    options.switch("wandb", "send the same numbers to Weights & Biases, project paci-rt")
+    options.add(
         "max_restarts",
         int,
         "N",
@@ -91,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
     outputs.check_file("--save-trace", args.save_trace)
     outputs.check_folder("--out", config.out)
     outputs.check_folder("--log", config.log)
+    if args.recipe is not None and config.data is None and os.environ.get("RANK", "0") == "0":
+        said = "without --data the bytes of Python's own library are trained on; paci-rt prepare makes tokens of a text"
+        print(f"paci-rt: --recipe {args.recipe} has no data: {said}", file=sys.stderr)
     with Progress(config.schedule) as progress:
         result = execute(config, on_report=progress)
     if result is None:

@@ -12,7 +12,7 @@ from paci_rt.transport.rendezvous import Meeting
 
 OWN = frozenset(
     {"data", "out", "resume", "profile", "device", "transport", "transfer_timeout", "threads", "port", "trace"}
-    | {"max_restarts", "grace_s", "log"}
+    | {"max_restarts", "grace_s", "log", "tensorboard", "wandb"}
 )
 """Options that a host may have for itself: paths, places and deadlines. The rest decides the numbers, or what the
 processes do together, such as validating."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from paci_rt import native, schedules
-from paci_rt.errors import TritonMissingError, shown, unknown
+from paci_rt.errors import TritonMissingError, shown
 from paci_rt.optim.backend import usable
 from paci_rt.planner import auto_slack
 from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
@@ -21,6 +20,7 @@ from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
 from paci_rt.train.model import ModelShape, default_partition
+from paci_rt.train.option_checks import check_known, check_switch, check_text, flag_of
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 from paci_rt.transport.base import MOST_TIMEOUT_S
 
@@ -93,7 +93,9 @@ class TrainConfig:
         threads, port: how the launcher starts the stages.
         max_restarts: how often the launcher starts all stages again after a failure, from the last checkpoint in out.
         grace_s: seconds that SIGTERM leaves to drain, save and end.
-        log: folder for structured logs, a file of JSON lines per process; None writes none.
+        log: folder for structured logs, a file of JSON lines per process, and for ``log.jsonl``, which is in ``out``
+            without. log_interval: steps between its lines, so that there are at most 10,000.
+        tensorboard, wandb: the same numbers there, too.
         trace: record every action, for a Perfetto file or a timeline.
 
     Raises:
@@ -157,6 +159,9 @@ class TrainConfig:
     max_restarts: int = 0
     grace_s: float = 30.0
     log: str | None = None
+    log_interval: int = AUTO
+    tensorboard: bool = False
+    wandb: bool = False
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -177,6 +182,7 @@ class TrainConfig:
         self._fill("warmup_steps", int(self.warmup_share * self.lr_steps))
         self._fill("min_lr", self.lr / 10)
         self._fill("eval_interval", max(1, self.steps // 10))
+        self._fill("log_interval", -(-self.steps // 10_000))
         self._check_floats()
         self._check_shape(family)
         derived = tuple(name for name in open_ones if getattr(self, name) is not None)
@@ -194,13 +200,15 @@ class TrainConfig:
     def _check_names(self) -> None:
         for name in ("schedule", "model", "optimizer", "dtype", "transport", "device"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{_flag(name)} is {shown(getattr(self, name))}: give a name")
-        for name in ("profile", "policy", "data", "out", "resume"):
-            _check_text(_flag(name), getattr(self, name))
-        _known("--model", self.model, MODELS)
-        _known("--optimizer", self.optimizer, OPTIMIZERS)
-        _known("--dtype", self.dtype, DTYPES)
-        _known("--on-nonfinite", self.on_nonfinite, SAFETY_POLICIES)
+                raise ValueError(f"{flag_of(name)} is {shown(getattr(self, name))}: give a name")
+        for name in ("profile", "policy", "data", "out", "resume", "log"):
+            check_text(flag_of(name), getattr(self, name))
+        for name in ("gather_checkpoints", "tensorboard", "wandb", "trace"):
+            check_switch(flag_of(name), getattr(self, name))
+        check_known("--model", self.model, MODELS)
+        check_known("--optimizer", self.optimizer, OPTIMIZERS)
+        check_known("--dtype", self.dtype, DTYPES)
+        check_known("--on-nonfinite", self.on_nonfinite, SAFETY_POLICIES)
         check_transport(self.transport, "--transport")
         self._check_device()
         if self.dtype == "bf16" and self.optimizer.startswith("torch-"):
@@ -249,13 +257,15 @@ class TrainConfig:
             "lr_steps",
             "eval_batches",
             "keep_checkpoints",
+            "log_interval",
             "threads",
         )
         not_negative = ("seed", "warmup_steps", "eval_interval", "save_interval", "port", "max_restarts")
         for name, least in [*((name, 1) for name in positive), *((name, 0) for name in not_negative)]:
             value = getattr(self, name)
-            if value is not None or name not in ("warmup_steps", "eval_interval"):  # which follow from the others
-                limits.check_integer(_flag(name), value, least, MOST.get(name, 2**53))
+            follows = name in ("warmup_steps", "eval_interval", "log_interval")  # from the others
+            if value is not None or not follows:
+                limits.check_integer(flag_of(name), value, least, MOST.get(name, 2**53))
         if not (self.buffers is None or (type(self.buffers) is int and self.buffers in (1, 2))):
             raise ValueError(f"--buffers is {shown(self.buffers)}: give 1 or 2")
 
@@ -264,10 +274,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not limits.is_number(value, MOST_FLOAT):
                 raise ValueError(
-                    f"{_flag(name)} is {shown(value)}: give a number of at least 0 and at most {MOST_FLOAT:g}"
+                    f"{flag_of(name)} is {shown(value)}: give a number of at least 0 and at most {MOST_FLOAT:g}"
                 )
             if name in ("beta1", "beta2", "momentum", "warmup_share") and value >= 1:
-                raise ValueError(f"{_flag(name)} is {value!r}: give a number below 1")
+                raise ValueError(f"{flag_of(name)} is {value!r}: give a number below 1")
         check_positive("--clip-grad-norm", self.clip_grad_norm, "such as 1.0, or leave it out to clip nothing")
         check_positive("--skip-spikes", self.skip_spikes, "of standard deviations such as 6.0, or leave it out")
         if self.skip_spikes is not None and self.on_nonfinite == "raise":
@@ -279,7 +289,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not limits.is_number(value, MOST_TIMEOUT_S) or not value:
                 raise ValueError(
-                    f"{_flag(name)} is {shown(value)}: give a number of seconds above 0 and up to {MOST_TIMEOUT_S:g}"
+                    f"{flag_of(name)} is {shown(value)}: give a number of seconds above 0 and up to {MOST_TIMEOUT_S:g}"
                 )
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
@@ -375,23 +385,3 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON-ready values."""
         return asdict(self)
-
-
-def _known(flag: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise unknown(flag, value, choices)
-
-
-def _check_text(flag: str, value: Any) -> None:
-    """Raise ValueError for what is neither None nor a name or path that the system can have."""
-    if value is None:
-        return
-    if not isinstance(value, (str, os.PathLike)) or isinstance(value, bytes):
-        raise ValueError(f"{flag} is {shown(value)}: give a name")
-    text = os.fspath(value)
-    if "\0" in text or not text:
-        raise ValueError(f"{flag} is {shown(text)}: a name has characters, and no zero bytes")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

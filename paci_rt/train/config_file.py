@@ -97,7 +97,8 @@ def _not_toml(path: str | os.PathLike[str], text: str, error: Exception) -> str:
         line = lines[int(found[1]) - 1].strip()
     key = re.match(r"([A-Za-z0-9_-]+)\s*=", line)
     if "overwrite" in said.lower() and key is not None:
-        return f"--config {path}: {key[1]} stands there twice, the second time as {shown(line)}: leave one of them"
+        name, again = shown(key[1])[1:-1], shown(line)
+        return f"--config {path}: {name} stands there twice, the second time as {again}: leave one of them"
     where = f", in {shown(line)}" if line else ""
     return f'--config {path} is not TOML: {said}{where}; write name = value, with texts as "text"'
 

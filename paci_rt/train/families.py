@@ -11,6 +11,7 @@ from paci_rt.errors import shown, unknown
 from paci_rt.schedules import limits
 from paci_rt.train import encoder, gpt, llama
 from paci_rt.train.model import ModelShape
+from paci_rt.train.option_checks import check_switch
 
 FAMILIES: dict[str, Mapping[str, ModelShape]] = {"gpt2": gpt.MODELS, "llama": llama.MODELS, "encoder": encoder.MODELS}
 """Models by family; the first is the family's default."""
@@ -76,8 +77,8 @@ def shape_of(model: str, options: Mapping[str, Any]) -> ModelShape:
             )
         if name in MOST:
             limits.check_integer(flag, value, 1, MOST[name])
-        elif name == "tied" and not isinstance(value, bool):
-            raise ValueError(f"{flag} is {shown(value)}: give True or False")
+        elif name == "tied":
+            check_switch(flag, value)
         elif name == "rope_base" and not (limits.is_number(value, 1e12) and value >= 1):
             raise ValueError(f"{flag} is {shown(value)}: give a number of at least 1 and at most 1e12")
     label = f"{model} with {', '.join(f'{name}={value}' for name, value in given.items())}"

@@ -1,7 +1,7 @@
 """Structured logs: one JSON object a line, one file a process, for programs that follow a run.
 
 Each line has ``unix_s rank stages event phase step action completed``; ``event`` is ``phase`` (another one began),
-``step`` and ``eval`` (with the numbers of the report), ``error`` (with ``error`` and ``message``) or ``end``.
+``step``, ``eval`` and ``saved`` (with the numbers of the report), ``error`` (with ``error`` and ``message``), ``end``.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def logged(folder: str | None, ctx: launch.Context, stages: list[int]) -> Iterat
 
     def report(values: dict[str, Any]) -> None:
         ctx.report(values)
+        if values["kind"] == "stage":  # for the log of the run
+            return
         log.write(values["kind"], **{key: value for key, value in values.items() if key not in ("kind", "steps")})
 
     board.listener = lambda: log.write("phase", **_begun(ctx))

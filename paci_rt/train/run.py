@@ -16,6 +16,7 @@ from paci_rt.errors import RunStopped
 from paci_rt.launch.reports import at_rank_0
 from paci_rt.train.clocks import offset_to_first, shifted
 from paci_rt.train.config import TrainConfig
+from paci_rt.train.journal import Journal
 from paci_rt.train.logs import logged
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge, with_earlier
 from paci_rt.train.trainer import DUMPS, preflight, train
@@ -38,6 +39,11 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
         PaciError: the run failed.
     """
     preflight(config)
+    with Journal(config) as journal:
+        return _execute(config, journal, on_report)
+
+
+def _execute(config: TrainConfig, journal: Journal, on_report: OnReport | None) -> RunResult | None:
     steps: list[StepPoint] = []
     evals: list[EvalPoint] = []
     dumps = None if config.out is None else Path(config.out) / DUMPS
@@ -47,6 +53,7 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
     def hear(report: dict[str, Any]) -> None:
         if config.max_restarts:
             remember(report, steps, evals)
+        journal(report)
         if on_report is not None:
             on_report(report)
 

@@ -27,7 +27,7 @@ import paci_rt
 from paci_rt import checkpoint, status
 from paci_rt.errors import CheckpointError
 from paci_rt.runtime.engine import Pipeline
-from paci_rt.train import config_file
+from paci_rt.train import config_file, journal
 from paci_rt.train.agree import agree_on_run
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
@@ -118,6 +118,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
             checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group, **how)
             if ctx.rank == 0 and not (restarts(ctx) and config.resume == config.out):  # whose options are there
                 config_file.save(config, config.out)
+            if ctx.rank == 0:
+                ctx.report({"kind": "saved", "step": step})
 
     clock.start()
     board.enter("training")
@@ -443,16 +445,21 @@ class Log:
         tokens = step * self._config.tokens_per_window
         if self._mark is None:
             self._mark = elapsed_s, self._pipeline.stats()["compute_s"], tokens
-        if not self._pipeline.has_last:
+        shows = journal.due(self._config, step)
+        if not self._pipeline.has_last and not shows:
             return
-        loss = float(torch.stack(losses).mean())
-        self._steps.append(StepPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, loss=loss))
         stats = self._pipeline.stats()
         steady_s, compute_s = self._steady(stats)
         rates = {"tokens_per_s": self._config.tokens_per_window / elapsed_s, "utilization": 0.0}
         if tokens > self._mark[2]:
             rates["tokens_per_s"] = (tokens - self._mark[2]) / (elapsed_s - self._mark[0])
             rates["utilization"] = compute_s / (steady_s * len(self._pipeline.ranks))
+        if shows:
+            self._ctx.report(journal.stage_report(self._config, step, stats, rates["utilization"], self._ctx))
+        if not self._pipeline.has_last:
+            return
+        loss = float(torch.stack(losses).mean())
+        self._steps.append(StepPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, loss=loss))
         more = {"skipped_windows": max(stats["skipped_windows"].values()), "data_stall_s": self._windows.stall_s}
         self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates, **more})
 

@@ -102,6 +102,14 @@ def test_help(capsys, command):
     assert "--json FILE" in out
 
 
+@pytest.mark.parametrize("command", ["eval RUN", "sample CHECKPOINT --prompt TEXT", "export CHECKPOINT --to DIR"])
+def test_help_of_commands_on_a_checkpoint(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command.split()[0], "--help"])
+    assert caught.value.code == 0
+    assert f"usage: paci-rt {command} [options]" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_train_gives_the_same_parameters_wherever_its_stages_live(capsys, text_file):
     """In one process, in spawned processes, under torchrun; then goes on from the checkpoint."""

@@ -112,6 +112,7 @@ def test_what_followed_from_the_others_is_found_anew_once_something_changes() ->
         ('derived = ["x"]', "derived is ['x']: leave it as the run saved it"),
         (f"seed = {'9' * 5000}", "run.toml"),
         (f"slack = {'[' * 5000}", "run.toml is not TOML"),
+        (f"{'x' * 3000} = 1\n" * 2, "xxx stands there twice, the second time as 'xxx"),
     ],
 )
 def test_bad_files_end_in_one_line(capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
@@ -191,3 +192,40 @@ def test_the_recipe_of_the_paper() -> None:
 def test_warm_up_is_a_twentieth_as_before() -> None:
     for steps in (*range(1, 400), 10**6, 381_470):
         assert TrainConfig(steps=steps).warmup_steps == steps // 20
+
+
+@pytest.mark.parametrize("name", ["gpt2-medium-owt", "llama-1b", "encoder"])
+def test_a_recipe_runs_made_small(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [
+        "--layers",
+        "2",
+        "--width",
+        "32",
+        "--heads",
+        "2",
+        "--vocab-size",
+        "300",
+        "--stages",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    small += ["--seq-len", "16", "--batch-size", "4", "--accumulation", "2", "--steps", "3", "--transport", "local"]
+    small += ["--device", "cpu", "--eval-batches", "1", "--json", "result.json"]
+    assert cli.main(["train", "--recipe", name, "--data", "text.txt", *small]) == 0
+    capsys.readouterr()
+    found = json.loads(Path("result.json").read_text())
+    assert (found["config"]["dtype"], found["config"]["warmup_steps"], found["steps"]) == ("bf16", 0, 3)
+    assert found["config"]["beta2"] == 0.95
+
+
+def test_a_recipe_without_data_says_what_it_trains_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paci_rt.train import run
+
+    monkeypatch.setattr(run, "execute", lambda config, on_report: None)
+    assert cli.main(["train", "--recipe", "gpt2", "--device", "cpu"]) == 0
+    assert "--recipe gpt2 has no data: without --data the bytes of Python's own library" in capsys.readouterr().err
+    assert cli.main(["train", "--recipe", "gpt2", "--device", "cpu", "--data", "text.txt"]) == 0
+    assert capsys.readouterr().err == ""

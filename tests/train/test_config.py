@@ -104,6 +104,9 @@ def test_only_matrices_decay(name: str, kind: type) -> None:
         ({"lr": math.nan}, "--lr is nan"),
         ({"beta2": 1.0}, "--beta2 is 1.0: give a number below 1"),
         ({"buffers": 3}, "--buffers is 3: give 1 or 2"),
+        ({"log": b"x"}, "--log is b'x': give a name"),
+        ({"wandb": 1}, "--wandb is 1: give True or False"),
+        ({"warmup_share": 1.0}, "--warmup-share is 1.0: give a number below 1"),
         ({"save_interval": 5}, "--save-interval 5 needs a folder.*--out DIR"),
     ],
 )

@@ -1,0 +1,37 @@
+"""Checks of single options of :class:`paci_rt.train.config.TrainConfig`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+from paci_rt.errors import shown, unknown
+
+
+def flag_of(name: str) -> str:
+    """``--batch-size`` of ``batch_size``."""
+    return "--" + name.replace("_", "-")
+
+
+def check_known(flag: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError for a name that is not one of ``choices``."""
+    if value not in choices:
+        raise unknown(flag, value, choices)
+
+
+def check_text(flag: str, value: Any) -> None:
+    """Raise ValueError for what is neither None nor a name or path that the system can have."""
+    if value is None:
+        return
+    if not isinstance(value, (str, os.PathLike)) or isinstance(value, bytes):
+        raise ValueError(f"{flag} is {shown(value)}: give a name")
+    text = os.fspath(value)
+    if "\0" in text or not text:
+        raise ValueError(f"{flag} is {shown(text)}: a name has characters, and no zero bytes")
+
+
+def check_switch(flag: str, value: Any) -> None:
+    """Raise ValueError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{flag} is {shown(value)}: give True or False")
