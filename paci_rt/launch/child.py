@@ -251,7 +251,7 @@ def describe(rank: int, error: BaseException) -> Failure:
     return Failure(
         rank=rank,
         cause=cause,
-        message=f"stage {rank}: {text}",
+        message=f"{status.board().read().name(rank)}: {text}",
         time_s=time.monotonic(),
         remote_traceback="".join(traceback.format_exception(error)),
         secondary=any(_is_consequence(link) for link in chain),

@@ -27,11 +27,13 @@ import paci_rt
 from paci_rt import checkpoint, status
 from paci_rt.errors import CheckpointError
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.replicas import require_same_weights
 from paci_rt.train.agree import agree_on_run
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gather import gathered_sha256
 from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
+from paci_rt.train.replicas import Place, find_place
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
 from paci_rt.transport import make_transport
 from paci_rt.transport.collective import barrier, new_group
@@ -73,9 +75,11 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     board.enter("meeting the other stages")
     if not ctx.local:
         agree_on_run(config, corpus, first_step)
-    pipeline, lr_schedulers = build_pipeline(config, ctx)
+    place = find_place(config, ctx.rank, local=ctx.local)
+    pipeline, lr_schedulers = build_pipeline(config, ctx, place)
     # A group of our own, because the default one carries the pipeline's messages.
-    group = None if ctx.local else new_group(timeout_s)
+    world = None if ctx.local else new_group(timeout_s)
+    group = world if place.pipeline is None else place.pipeline
     ties = tied_weights(config.gpt, config.stages * config.chunks)
     if config.out is not None:
         gathered = config.gather_checkpoints
@@ -85,8 +89,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         given = own_options(lr_schedulers)
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
         set_options(lr_schedulers, given, config, first_step)
-    clock = TrainingClock(barrier=lambda: None if group is None else meet(group, timeout_s))
-    log = Log(config, ctx, pipeline, clock)
+    clock = TrainingClock(barrier=lambda: None if world is None else meet(world, timeout_s))
+    log = Log(config, place.reports(ctx), pipeline, clock)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
 
     def rest(step: int, *, validate: bool, save: bool) -> None:
@@ -96,7 +100,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         pipeline.synchronize()
         clock.stop()
         val_loss = None
-        if validate:
+        if validate and place.first:
             board.enter("validation", step=step)
             val_loss = evaluate(pipeline, *held_back, config.batch_size)
             log.evaluated(step, val_loss)
@@ -114,7 +118,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         board.words[status.STEP] = step
         if should_stop(step):
             rest(step, validate=False, save=True)
-            return ended(log.result(None, stopped=step), pipeline, group)
+            return ended(log.result(None, stopped=step), pipeline, world)
         first = step == first_step and not restarts(ctx)
         validate = config.eval_interval > 0 and (step % config.eval_interval == 0 or first)
         save = config.save_interval > 0 and step % config.save_interval == 0 and step > first_step
@@ -123,7 +127,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
             clock.start()
             board.enter("training", step=step)
         x, y = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
-        x, y = pinned(pipeline, x, y)
+        x, y = pinned(pipeline, *place.own_rows(x, y))
         losses: list[Tensor] = []
         inputs = (x,) if pipeline.has_first else ()
         target = y if pipeline.has_last else None
@@ -132,8 +136,10 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     rest(config.steps, validate=True, save=True)
 
     board.enter("the final gather", step=config.steps)
-    digest = params_sha256(config, pipeline, ctx, group)
-    return ended(log.result(digest), pipeline, group)
+    if pipeline.replicas is not None:
+        require_same_weights(pipeline.replicas, pipeline.stages)
+    digest = params_sha256(config, pipeline, ctx, group) if place.first else None
+    return ended(log.result(digest), pipeline, world)
 
 
 def ended(result: StageResult, pipeline: Pipeline, group: dist.ProcessGroup | None) -> StageResult:
@@ -203,10 +209,11 @@ def preflight(config: TrainConfig, *, after_restart: bool = False) -> tuple[Corp
     return corpus, int(index["windows"])
 
 
-def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[LambdaLR]]:
+def build_pipeline(config: TrainConfig, ctx: Context, place: Place | None = None) -> tuple[Pipeline, list[LambdaLR]]:
     """The schedule with its stages and optimizers in this process, and one learning-rate scheduler per stage."""
     pieces = config.stages * config.chunks
-    here = range(pieces) if ctx.local else range(ctx.rank, pieces, config.stages)
+    place = Place(stage=ctx.rank) if place is None else place
+    here = range(pieces) if ctx.local else range(place.stage, pieces, config.stages)
     modules = [
         build_stage(config.gpt, at, pieces, seed=config.seed, dtype=config.torch_dtype, partition=config.partition)
         for at in here
@@ -234,10 +241,15 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
     device = config.torch_device(ctx.rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that no library makes a context on another one by accident
-    stages = [paci_rt.PipelineStage(module, at, pieces, device) for module, at in zip(modules, here, strict=True)]
-    options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
+    stages = [
+        paci_rt.PipelineStage(module, at, pieces, device, group=place.pipeline)
+        for module, at in zip(modules, here, strict=True)
+    ]
+    options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers, **place.options}
+    options["transfer_timeout_s"] = config.transfer_timeout
     options["transport"] = make_transport(
         config.transport,
+        group=place.pipeline,
         num_stages=pieces,
         chunks=config.chunks,
         timeout_s=config.transfer_timeout,
