@@ -14,6 +14,7 @@ from paci_rt import checkpoint
 from paci_rt.errors import StageFailed
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.run import execute
+from support.deadlines import deadline
 
 BASE: dict[str, Any] = {
     "schedule": "1f1b",
@@ -95,10 +96,9 @@ def _victim(ctx: Any, config: TrainConfig, rank: int) -> None:
     _stage(ctx, config)
 
 
-@pytest.mark.parametrize(("rank", "name"), [(1, "stage 1 of replica 0"), (2, "stage 0 of replica 1")])
-def test_a_killed_process_is_named_by_stage_and_replica(rank: int, name: str) -> None:
+def test_a_killed_process_is_named_by_stage_and_replica() -> None:
     from paci_rt import launch
 
-    config = replace(TrainConfig(**BASE), transfer_timeout=20.0)
-    with pytest.raises(StageFailed, match=f"{name} was killed by SIGKILL"):
-        launch.run(_victim, 4, (config, rank), transfer_timeout_s=20.0, timeout_s=120)
+    config = replace(TrainConfig(**BASE), transfer_timeout=30.0, eval_interval=0)
+    with pytest.raises(StageFailed, match="stage 0 of replica 1 was killed by SIGKILL"):
+        launch.run(_victim, 4, (config, 2), transfer_timeout_s=30.0, timeout_s=deadline(120))
