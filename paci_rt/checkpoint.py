@@ -34,6 +34,7 @@ from paci_rt.runtime.checkpoint_save import check_finite, check_seen, finish, in
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.folder_lock import FolderLock, Probe
 from paci_rt.runtime.generators import check_generators
+from paci_rt.runtime.replica_checkpoint import group_of, held_once, is_first_replica, on_all, save_once, several
 from paci_rt.runtime.together import FINE, alone, gather, raise_any, together
 from paci_rt.schedules.lowering import TiedWeight
 
@@ -50,7 +51,10 @@ def save(
     keep: int = 1,
     gathered: bool = False,
 ) -> None:
-    """Drain ``schedule`` and write its state; every process of the pipeline calls this.
+    """Drain ``schedule`` and write its state; every process of the pipeline calls this, and of its replicas.
+
+    Of replicas the first writes, once all have been found to have the same weights. State of random generators is its
+    own; the other replicas keep theirs.
 
     Args:
         directory: made if it does not exist; a checkpoint in it is replaced, or kept beside the new one.
@@ -83,7 +87,30 @@ def save(
     """
     if type(keep) is not int or keep < 1:
         raise ValueError(f"keep is {keep!r}: give an integer of at least 1")
-    folder = Path(directory)
+    replicas, own = several(schedule), group_of(schedule, group)
+    how: dict[str, Any] = {
+        "extra": extra,
+        "tied_weights": tied_weights,
+        "group": own,
+        "keep": keep,
+        "gathered": gathered,
+    }
+    if replicas is None:
+        _save(Path(directory), schedule, **how)
+    else:
+        save_once(replicas, schedule, extra, lambda: _save(Path(directory), schedule, **how))
+
+
+def _save(
+    folder: Path,
+    schedule: Pipeline,
+    *,
+    extra: Mapping[str, Any] | None,
+    tied_weights: Sequence[TiedWeight],
+    group: dist.ProcessGroup | None,
+    keep: int,
+    gathered: bool,
+) -> None:
     names = schedule.state_names()
     readers = {tie.reader for tie in tied_weights}
     names["params"] = [[name for name in ours if name not in readers] for ours in names["params"]]
@@ -152,7 +179,14 @@ def hold(
         >>> with tempfile.TemporaryDirectory() as folder, checkpoint.hold(folder, pipeline):
         ...     checkpoint.save(folder, pipeline)
     """
-    folder = Path(directory)
+    replicas = several(schedule)
+    held = _hold(Path(directory), schedule, group=group_of(schedule, group), gathered=gathered)
+    with held if replicas is None else held_once(replicas, held):
+        yield
+
+
+@contextmanager
+def _hold(folder: Path, schedule: Pipeline, *, group: dist.ProcessGroup | None, gathered: bool) -> Iterator[None]:
     lock: FolderLock | None = None
     probe: Probe | None = None
     new = False
@@ -282,6 +316,18 @@ def load(
         >>> torch.equal(cut.stages[1].submod.second.weight, whole.stages[0].submod.second.weight)
         True
     """
+    with on_all(several(schedule)):
+        return _load(directory, schedule, tied_weights, group_of(schedule, group), optimizer=optimizer)
+
+
+def _load(
+    directory: PathLike,
+    schedule: Pipeline,
+    tied_weights: Sequence[TiedWeight],
+    group: dist.ProcessGroup | None,
+    *,
+    optimizer: bool,
+) -> dict[str, Any]:
     source = {tie.reader: tie.owner for tie in tied_weights}
     wanted = {kind: [name for stage in names for name in stage] for kind, names in schedule.state_names().items()}
     index: dict[str, Any] = {}
@@ -305,7 +351,7 @@ def load(
         generators = state.pop("generators")
         if not optimizer:
             del state["optimizer"]
-        elif generators is not None:
+        elif generators is not None and is_first_replica(schedule):
             takes.append(check_generators(generators, schedule.stages))
         check_tensors(directory, state["params"], dict(schedule.named_parameters()))
         takes.insert(0, schedule.check_state_dict(state))

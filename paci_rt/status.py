@@ -55,6 +55,9 @@ _MAGIC = 0x7061636972743031
     STACKS_FD,
 ) = range(15)
 _TEXT_LENGTH = 15
+REPLICA, PLACE, PLACES = 16, 17, 18
+"""Of a pipeline that has replicas: which one, and the process's place in it, each from 1, and how many places there are;
+0 without replicas. Rank ``r`` of the run has place ``r % places`` of replica ``r // places``."""
 OP_CODES = {op: (code << 40) + 1 for code, op in enumerate(OPS)}
 """What an action's stage (shifted by 45) and index are added to, to make its number on the board; 0 is no action."""
 
@@ -70,6 +73,8 @@ class Standing:
         completed: the last action that ended; empty where none has.
         step: window that is being trained.
         beat_s: when its watcher last wrote; 0 without one. signs: grows while the process computes or writes.
+        replica, place, places: of a pipeline that has replicas, which one, the process's place in it, and how many
+            there are; -1, -1, 0 without.
         detail: what it waits for, or why it failed.
 
     Example:
@@ -93,6 +98,13 @@ class Standing:
     stop_at: int = -1
     failed_s: float = 0.0
     detail: str = ""
+    replica: int = -1
+    place: int = -1
+    places: int = 0
+
+    def name(self, rank: int) -> str:
+        """What a process is called: its stage, and which replica's."""
+        return f"stage {rank}" if self.replica < 0 else f"stage {self.place} of replica {self.replica}"
 
     def words(self) -> str:
         """In words, for error messages and logs."""
@@ -172,6 +184,10 @@ class Board:
         if self.listener is not None:
             self.listener()
 
+    def take_place(self, replica: int, place: int, places: int) -> None:
+        """Write which replica of a pipeline the process is of, its place in that, and how many places there are."""
+        self.words[REPLICA], self.words[PLACE], self.words[PLACES] = replica + 1, place + 1, places
+
     def say(self, detail: str) -> None:
         """Write what the process waits for, in words; empty: for nothing."""
         words, text = self.words, detail.encode()[:_MOST_TEXT]
@@ -187,7 +203,7 @@ class Board:
 
     def read(self) -> Standing:
         """What it says now."""
-        words = list(self.words[:16])
+        words = list(self.words[:19])
         length = min(words[_TEXT_LENGTH], _MOST_TEXT)
         phase = words[PHASE]
         return Standing(
@@ -204,6 +220,9 @@ class Board:
             stop_at=words[STOP_AT] - 1,
             failed_s=words[FAILED_NS] / 1e9,
             detail=bytes(self._memory[_TEXT : _TEXT + length]).decode(errors="replace"),
+            replica=words[REPLICA] - 1,
+            place=words[PLACE] - 1,
+            places=words[PLACES],
         )
 
     def beat(self, signs: int) -> None:

@@ -59,6 +59,8 @@ def end_of_waits(seen: Mapping[int, Seen]) -> int | None:
 def waited_for(rank: int, standing: Standing, size: int) -> set[int]:
     """The ranks that a process waits for: the neighbour of its message, or those missing at a meeting."""
     stage = standing.awaited_stage()
+    if stage is not None and standing.replica >= 0:
+        return {standing.replica * standing.places + stage % standing.places} - {rank}
     if stage is not None and size:
         return {stage % size} - {rank}
     marker = "waits for rank "
@@ -75,4 +77,4 @@ def tell(seen: Mapping[int, Seen]) -> str:
 
 def sentence(rank: int, one: Seen) -> str:
     """What one process did, as a sentence without its end."""
-    return f"stage {rank} (process {one.standing.pid}) {HELD[one.condition]}: {one.standing.words()}"
+    return f"{one.standing.name(rank)} (process {one.standing.pid}) {HELD[one.condition]}: {one.standing.words()}"

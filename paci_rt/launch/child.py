@@ -248,7 +248,7 @@ def describe(rank: int, error: BaseException) -> Failure:
         text = f"sys.exit({error.code!r}) was called"
     else:
         text = f"{cause}: {error}" if str(error) else cause
-    own = f"stage {rank}"
+    own = status.board().read().name(rank)
     return Failure(
         rank=rank,
         cause=cause,

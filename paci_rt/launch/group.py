@@ -163,15 +163,15 @@ class Group:
     def _died(self, child: Child) -> None:
         child.ended = True
         child.process.join(GRACE_S)
-        code = child.process.exitcode
+        code, name = child.process.exitcode, child.board.read().name(child.rank)
         if code is not None and code < 0:
             cause = signal.Signals(-code).name
-            message = f"stage {child.rank} was killed by {cause}"
+            message = f"{name} was killed by {cause}"
             if cause == "SIGKILL":
                 message += " (from outside, or by the system when memory ran out)"
         else:
             cause = f"exit code {code}"
-            message = f"stage {child.rank} ended with {cause} before its work was done"
+            message = f"{name} ended with {cause} before its work was done"
         message += f"; it stood at: {child.board.read().words()}"
         self.failures.append(Failure(rank=child.rank, cause=cause, message=message, time_s=time.monotonic(), died=True))
 
@@ -223,7 +223,11 @@ class Group:
         message = first.message
         others = [failure for failure in self.failures if failure is not first]
         if first.died or first.stopped:
-            message += "".join(f"; stage {f.rank} stopped at {f.action}" for f in others if f.secondary and f.action)
+            message += "".join(
+                f"; {seen[f.rank].standing.name(f.rank)} stopped at {f.action}"
+                for f in others
+                if f.secondary and f.action
+            )
         elif first.secondary and all(f.secondary for f in others):
             message += self._link(first, seen)
         where = ""
@@ -253,7 +257,9 @@ class Group:
         rank = end_of_waits(seen)
         if rank is None or rank in told:
             return first
-        message = f"stage {rank} holds the others up: {seen[rank].standing.words()}; {first.message}"
+        message = (
+            f"{seen[rank].standing.name(rank)} holds the others up: {seen[rank].standing.words()}; {first.message}"
+        )
         return replace(first, rank=rank, message=message)
 
     def _link(self, first: Failure, seen: dict[int, Seen]) -> str:
@@ -298,12 +304,13 @@ class GraceOver(Exception):
 
 
 def _stopped(child: Child, seconds: float) -> Failure:
-    words = child.board.read().words()
+    standing = child.board.read()
+    words, name = standing.words(), standing.name(child.rank)
     return Failure(
         rank=child.rank,
         cause="stopped",
         message=(
-            f"stage {child.rank} (process {child.process.pid}) is stopped (SIGSTOP or a debugger) for {seconds:.1f} s; "
+            f"{name} (process {child.process.pid}) is stopped (SIGSTOP or a debugger) for {seconds:.1f} s; "
             f"it stood at: {words}"
         ),
         time_s=time.monotonic(),

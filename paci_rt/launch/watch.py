@@ -169,6 +169,11 @@ def request_stop(number: int = signal.SIGTERM) -> None:
             _remote.ask()
 
 
+REPLICAS_AHEAD = 4
+"""Steps ahead that the leader decides where pipelines have replicas. Another replica's first stage is at most two steps
+ahead of the leader, whose sums it waits for, and what follows in its pipeline three."""
+
+
 def stop_at(step: int, *, leader: bool) -> bool:
     """Whether the run ends before ``step``, the same on all ranks, which all ask before each of their steps.
 
@@ -180,9 +185,10 @@ def stop_at(step: int, *, leader: bool) -> bool:
     """
     own = status.board()
     if leader and own.words[status.STOP] and not own.words[status.STOP_AT]:
-        own.words[status.STOP_AT] = step + 2  # after one more step
+        ahead = REPLICAS_AHEAD if own.words[status.REPLICA] else 1
+        own.words[status.STOP_AT] = step + ahead + 1  # after one more step
         if _remote is not None:
-            _remote.decide(step + 1)
+            _remote.decide(step + ahead)
     wanted = own.words[status.STOP_AT]
     if not leader and 0 in status.peers():
         wanted = status.peers()[0].words[status.STOP_AT]

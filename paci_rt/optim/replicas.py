@@ -108,9 +108,7 @@ class ReplicaSums:
         self.reduce_s += pending.seconds
         self._found, self.flagged = found, found.flagged
         live = []
-        for number, (accumulator, touched) in enumerate(
-            zip(self._optimizer.accumulators, found.touched, strict=True)
-        ):
+        for number, (accumulator, touched) in enumerate(zip(self._optimizer.accumulators, found.touched, strict=True)):
             accumulator.agreed = touched
             if any(touched):
                 live.append(number)

@@ -71,7 +71,9 @@ def find_replicas(
         raise ValueError(f"shard_optimizer is {shown(shard_optimizer)}: give True or False")
     if mesh is not None:
         if replica_group is not None:
-            raise ValueError("mesh and replica_group were given: the mesh has the replicas already, so give one of them")
+            raise ValueError(
+                "mesh and replica_group were given: the mesh has the replicas already, so give one of them"
+            )
         replica_group = _by_mesh(mesh, stages)
         if replica_group is None:
             return find_replicas(
@@ -184,12 +186,15 @@ def require_same_weights(replicas: Replicas, stages: Sequence[PipelineStage]) ->
         DisagreementError: they have not. MeetingError: one did not come in time.
     """
     own = {
-        f"stage {stage.stage_index}": params_sha256(sorted(stage.named_parameters(), key=lambda pair: pair[0]))[:16] for stage in stages
+        f"stage {stage.stage_index}": params_sha256(sorted(stage.named_parameters(), key=lambda pair: pair[0]))[:16]
+        for stage in stages
     }
     told = among(replicas, own, "have not come to compare their weights")
     wrong = [at for at in own if len({theirs[at] for theirs in told}) > 1]
     if wrong:
-        said = ", ".join(f"{theirs[wrong[0]]} on rank {at}" for at, theirs in zip(replicas.group.ranks, told, strict=True))
+        said = ", ".join(
+            f"{theirs[wrong[0]]} on rank {at}" for at, theirs in zip(replicas.group.ranks, told, strict=True)
+        )
         raise DisagreementError(
             f"the weights of {wrong[0]} differ between replicas ({said}): change weights on all of them alike, and "
             "start all with the same number of threads, on hosts of one kind"

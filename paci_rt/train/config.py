@@ -18,6 +18,7 @@ from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
 from paci_rt.runtime.safety import Safety, check_positive, resolve_safety
 from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
+from paci_rt.train.check_replicas import check_replicas
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
 from paci_rt.train.model import ModelShape, default_partition
 from paci_rt.train.option_checks import check_known, check_switch, check_text, flag_of
@@ -59,6 +60,8 @@ class TrainConfig:
             plan --profile`` wrote. It is replaced by the numbers, and ``profile`` by None.
         lookahead: as there; where the schedule does so of its own and the optimizer can.
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, or 2 where it takes several.
+        replicas: pipelines that train together, each on its share of batch_size. zero1: they share the optimizer's state.
+            overlap: micro-batches that run while they add up gradients; half a window under paci.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
         accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
         model: a name in ``paci_rt.train.families.MODELS``; ``gpt-tiny``, or the first of ``family``.
@@ -111,6 +114,9 @@ class TrainConfig:
     policy: str | None = None
     lookahead: bool = AUTO
     step_costs: schedules.StepCosts | None = None
+    replicas: int = 1
+    zero1: bool = False
+    overlap: int | None = None
     buffers: int | None = None
     model: str = AUTO
     family: str = AUTO
@@ -249,6 +255,7 @@ class TrainConfig:
     def _check_integers(self) -> None:
         positive = (
             "stages",
+            "replicas",
             "chunks",
             "accumulation",
             "steps",
@@ -295,10 +302,12 @@ class TrainConfig:
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
         accumulation, seq_len, model = self.accumulation, self.seq_len, self.shape
         check_takes(family, chunks=self.chunks, accumulation=accumulation, prefix="--")
-        if self.batch_size % accumulation:
+        parts, what = accumulation * self.replicas, "--accumulation"
+        if self.batch_size % parts:
+            what += " times --replicas" if self.replicas > 1 else ""
             raise ValueError(
-                f"--batch-size {self.batch_size} cannot be cut into {accumulation} equal micro-batches; "
-                f"use a multiple of --accumulation, such as {accumulation * -(-self.batch_size // accumulation)}"
+                f"--batch-size {self.batch_size} cannot be cut into {parts} equal micro-batches; "
+                f"use a multiple of {what}, such as {parts * -(-self.batch_size // parts)}"
             )
         if seq_len > model.context:
             raise ValueError(
@@ -331,6 +340,7 @@ class TrainConfig:
         self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
         resolve_safety(Safety(on_nonfinite=self.on_nonfinite), (True,), family, shape, self.policy or "", ())
         self._check_lookahead(family)
+        check_replicas(self)
         if self.save_interval and self.out is None:
             raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")
 

@@ -18,6 +18,7 @@ from paci_rt.train.clocks import offset_to_first, shifted
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.journal import Journal
 from paci_rt.train.logs import logged
+from paci_rt.train.replicas import of_first_replica
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge, with_earlier
 from paci_rt.train.trainer import DUMPS, preflight, train
 
@@ -62,17 +63,17 @@ def _execute(config: TrainConfig, journal: Journal, on_report: OnReport | None) 
     if launch.under_torchrun():
         check_torchrun(config)
         results = launch.run_under_torchrun(_stage_under_torchrun, (config,), **common)
-    elif config.transport == "local" or (config.transport == "auto" and config.stages == 1):
+    elif config.transport == "local" or (config.transport == "auto" and config.stages * config.replicas == 1):
         torch.set_num_threads(config.threads)
         with launch.alone(config.grace_s):
             results = [_stage(launch.Context(local=True, on_report=hear), config)]
     else:
         more: dict[str, Any] = {"port": config.port, "max_restarts": config.max_restarts}
-        results = launch.run(_stage, config.stages, (config,), **common, **more)
+        results = launch.run(_stage, config.stages * config.replicas, (config,), **common, **more)
     stopped = launch.stopped_before() if results is None else results[0].stopped
     if stopped is not None:
         raise RunStopped(stop_text(config, stopped), stopped)
-    return None if results is None else with_earlier(merge(config, results), steps, evals)
+    return None if results is None else with_earlier(merge(config, of_first_replica(config, results)), steps, evals)
 
 
 def stop_text(config: TrainConfig, step: int) -> str:
@@ -101,7 +102,7 @@ def remove_dumps(folder: Path) -> None:
 
 def _stage(ctx: launch.Context, config: TrainConfig) -> StageResult:
     pieces = config.stages * config.chunks
-    here = list(range(pieces)) if ctx.local else list(range(ctx.rank, pieces, config.stages))
+    here = list(range(pieces)) if ctx.local else list(range(ctx.rank % config.stages, pieces, config.stages))
     with logged(config.log, ctx, here) as told:
         return train(config, told)
 
@@ -120,8 +121,10 @@ def check_torchrun(config: TrainConfig) -> None:
     processes = int(os.environ["WORLD_SIZE"])
     if config.transport == "local":
         raise ValueError("--transport local runs all stages in one process: start it without torchrun")
-    if processes != config.stages:
+    wanted = config.stages * config.replicas
+    if processes != wanted:
+        what = f"{config.stages} stages" + (f" of {config.replicas} replicas" if config.replicas > 1 else "")
         raise ValueError(
-            f"torchrun started {processes} processes for {config.stages} stages: use --nproc-per-node {config.stages} "
-            f"or --stages {processes}"
+            f"torchrun started {processes} processes for {what}: use --nproc-per-node {wanted} "
+            f"or --stages {processes // config.replicas or 1}"
         )

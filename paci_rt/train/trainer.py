@@ -27,6 +27,7 @@ import paci_rt
 from paci_rt import checkpoint, status
 from paci_rt.errors import CheckpointError
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.runtime.replicas import require_same_weights
 from paci_rt.train import config_file, journal
 from paci_rt.train.agree import agree_on_run
 from paci_rt.train.config import TrainConfig
@@ -34,6 +35,7 @@ from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gather import gathered_sha256
 from paci_rt.train.model import HELD_BACK, build_stage, cross_entropy, parameter_shapes, tied_weights
 from paci_rt.train.prefetch import Prefetch
+from paci_rt.train.replicas import Place, find_place
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
 from paci_rt.train.saved import check_same_shape
 from paci_rt.train.validation import Validation
@@ -77,9 +79,11 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     board.enter("meeting the other stages")
     if not ctx.local:
         agree_on_run(config, corpus, first_step)
-    pipeline, lr_schedulers = build_pipeline(config, ctx)
+    place = find_place(config, ctx.rank, local=ctx.local)
+    pipeline, lr_schedulers = build_pipeline(config, ctx, place)
     # A group of our own, because the default one carries the pipeline's messages.
-    group = None if ctx.local else new_group(timeout_s)
+    world = None if ctx.local else new_group(timeout_s)
+    group = world if place.pipeline is None else place.pipeline
     ties = tied_weights(config.shape, config.stages * config.chunks)
     if config.out is not None:
         gathered = config.gather_checkpoints
@@ -90,10 +94,10 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
         set_options(lr_schedulers, given, config, first_step)
     clock = TrainingClock(
-        barrier=lambda: None if group is None else meet(group, timeout_s), left_out=lambda: pipeline.evaluation_s
+        barrier=lambda: None if world is None else meet(world, timeout_s), left_out=lambda: pipeline.evaluation_s
     )
-    windows = held.enter_context(batches(config, corpus, pipeline, first_step))
-    log = Log(config, ctx, pipeline, clock, windows)
+    windows = held.enter_context(batches(config, corpus, pipeline, first_step, place))
+    log = Log(config, place.reports(ctx), pipeline, clock, windows)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
     validation = Validation(pipeline, *config.shape.examples(*held_back, HELD_BACK), config.batch_size)
 
@@ -104,7 +108,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         pipeline.synchronize()
         clock.stop()
         val_loss = None
-        if validate:
+        if validate and place.first:
             board.enter("validation", step=step)
             validation.ask(drained=True)
             answer = validation.answer()
@@ -128,7 +132,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         board.words[status.STEP] = step
         if should_stop(step):
             rest(step, validate=False, save=True)
-            return ended(log.result(None, stopped=step), pipeline, group)
+            return ended(log.result(None, stopped=step), pipeline, world)
         first = step == first_step and not restarts(ctx)
         validate = config.eval_interval > 0 and (step % config.eval_interval == 0 or first)
         save = config.save_interval > 0 and step % config.save_interval == 0 and step > first_step
@@ -141,18 +145,21 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         losses: list[Tensor] = []
         inputs = () if x is None else (x,)
         target = y
-        if within:
+        asks = within and place.first
+        if asks:
             validation.ask(drained=False)
         seconds_of = clock.reading()
         pipeline.step(*inputs, target=target, losses=losses, return_outputs=False)
-        if within:
+        if asks:
             log.evaluated(step, validation.answer(), seconds_of(pipeline.evaluation_began_s))
         log.stepped(step + 1, losses)
     rest(config.steps, validate=True, save=True)
 
     board.enter("the final gather", step=config.steps)
-    digest = params_sha256(config, pipeline, ctx, group)
-    return ended(log.result(digest), pipeline, group)
+    if pipeline.replicas is not None:
+        require_same_weights(pipeline.replicas, pipeline.stages)
+    digest = params_sha256(config, pipeline, ctx, group) if place.first else None
+    return ended(log.result(digest), pipeline, world)
 
 
 def ended(result: StageResult, pipeline: Pipeline, group: dist.ProcessGroup | None) -> StageResult:
@@ -225,10 +232,11 @@ def preflight(config: TrainConfig, *, after_restart: bool = False) -> tuple[Corp
     return corpus, int(index["windows"])
 
 
-def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[LambdaLR]]:
+def build_pipeline(config: TrainConfig, ctx: Context, place: Place | None = None) -> tuple[Pipeline, list[LambdaLR]]:
     """The schedule with its stages and optimizers in this process, and one learning-rate scheduler per stage."""
     pieces = config.stages * config.chunks
-    here = range(pieces) if ctx.local else range(ctx.rank, pieces, config.stages)
+    place = Place(stage=ctx.rank) if place is None else place
+    here = range(pieces) if ctx.local else range(place.stage, pieces, config.stages)
     modules = [
         build_stage(config.shape, at, pieces, seed=config.seed, dtype=config.torch_dtype, partition=config.partition)
         for at in here
@@ -256,10 +264,15 @@ def build_pipeline(config: TrainConfig, ctx: Context) -> tuple[Pipeline, list[La
     device = config.torch_device(ctx.rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that no library makes a context on another one by accident
-    stages = [paci_rt.PipelineStage(module, at, pieces, device) for module, at in zip(modules, here, strict=True)]
-    options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers}
+    stages = [
+        paci_rt.PipelineStage(module, at, pieces, device, group=place.pipeline)
+        for module, at in zip(modules, here, strict=True)
+    ]
+    options |= {"optimizer": optimizers, "lr_scheduler": lr_schedulers, **place.options}
+    options["transfer_timeout_s"] = config.transfer_timeout
     options["transport"] = make_transport(
         config.transport,
+        group=place.pipeline,
         num_stages=pieces,
         chunks=config.chunks,
         timeout_s=config.transfer_timeout,
@@ -343,14 +356,16 @@ def require_finite(pipeline: Pipeline, step: int, val_loss: float | None) -> Non
 Window = tuple[Tensor | None, Tensor | None]
 
 
-def batches(config: TrainConfig, corpus: Corpus, pipeline: Pipeline, first_step: int) -> Prefetch[Window]:
+def batches(
+    config: TrainConfig, corpus: Corpus, pipeline: Pipeline, first_step: int, place: Place
+) -> Prefetch[Window]:
     """Inputs and targets of every window, those that this process needs, read ahead of the training."""
 
     def read(step: int) -> Window:
         if not (pipeline.has_first or pipeline.has_last):
             return None, None
         tokens = corpus.batch(step, config.batch_size, config.seq_len, config.seed)  # int64 [batch, seq], both
-        x, y = pinned(pipeline, *config.shape.examples(*tokens, config.seed, step))
+        x, y = pinned(pipeline, *place.own_rows(*config.shape.examples(*tokens, config.seed, step)))
         return x if pipeline.has_first else None, y if pipeline.has_last else None
 
     return Prefetch(read, range(first_step, config.steps))

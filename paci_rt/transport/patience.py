@@ -226,7 +226,7 @@ def describe(rank: int) -> str:
     standing = board.read()
     condition = status.condition(standing)
     state = {"stopped": "is stopped (SIGSTOP)", "gone": "is gone", "failed": "has failed"}.get(condition, "is there")
-    return f"stage {rank} (process {standing.pid}) {state}: {standing.words()}"
+    return f"{standing.name(rank)} (process {standing.pid}) {state}: {standing.words()}"
 
 
 def siblings() -> dict[int, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from support.replicated import Replicated, plain, train_replica
-from support.toy import Run, train_local
+import paci_rt
+from support.replicated import Replicated, drive, groups_of, make, plain, train_replica
+from support.toy import Run, loss_fn, make_optimizer, module, train_local
 
 
 def gathered(results: list[Any]) -> list[dict[str, Tensor]]:
@@ -147,3 +150,164 @@ def test_what_is_not_finite_on_one_replica_is_handled_on_all(workers: Any, sched
     assert all(max(one["stats"]["skipped_windows"].values()) == 1 for one in results)
     if schedule == "1f1b":
         require_equal(found[0], plain(given, skip=2))
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("schedule", ["paci", "zb-h1", "paci-split"])
+def test_replicas_of_the_same_rows_are_one_pipeline_bit_for_bit(workers: Any, schedule: str, lookahead: bool) -> None:
+    """Twice a sum, divided by twice as many micro-batches, is exact: nothing else may differ from one pipeline."""
+    if lookahead and schedule != "paci":
+        lookahead = False
+    run = Run(schedule=schedule, stages=2, accumulation=4, windows=6, batch=24, lookahead=lookahead)
+    found = gathered(workers.run(train_replica, 4, Replicated(run=run, overlap=0, same_rows=True)))
+    for one in found:
+        require_equal(one, train_local(run)["params"])
+
+
+def _made(rank: int, group: Any, given: Replicated, wrong: str) -> str:
+    """What making, or the first steps, of a schedule say where one replica differs."""
+    torch.manual_seed(0)
+    groups = groups_of(given)
+    replica = rank // given.run.stages
+    more: dict[str, Any] = {}
+    if replica == 1 and wrong == "optimizer":
+        given = replace(given, run=replace(given.run, optimizer="sgd"))
+    if replica == 1 and wrong == "max_grad_norm":
+        more["max_grad_norm"] = 2.0
+    if replica == 1 and wrong == "accumulation":
+        given = replace(given, run=replace(given.run, accumulation=2))
+    try:
+        schedule, _ = make(groups, given, shift=float(replica) if wrong == "weights" else 0.0, **more)
+    except paci_rt.PaciError as error:
+        return f"{type(error).__name__}: {error}"
+    try:
+        if wrong == "frozen" and replica == 1:
+            next(schedule.stages[0].parameters()).requires_grad_(False)
+        if wrong == "drain" and replica == 1:
+            schedule.drain()
+            drive(schedule, replace(given, run=replace(given.run, windows=1)), replica)
+            return "" if wrong != "drain" else "drained"
+        drive(schedule, given, replica)
+    except paci_rt.PaciError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        schedule.close()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ("optimizer", "optimizer"),
+        ("max_grad_norm", "max_grad_norm is "),
+        ("accumulation", "n_microbatches is 4 on rank"),
+        ("weights", "the weights of stage "),
+        ("frozen", "disagree about parameters that are trained"),
+    ],
+)
+def test_replicas_that_disagree_are_told(workers: Any, wrong: str, text: str) -> None:
+    run = Run(schedule="1f1b", stages=2, accumulation=4, windows=2, batch=48)
+    said = workers.run(_made, 4, Replicated(run=run), wrong)
+    assert all("Error: " in one for one in said), said
+    assert all("DisagreementError" in one or "PeerLostError" in one for one in said), said
+    assert sum("DisagreementError" in one and text in one for one in said) >= 2, said
+
+
+def _late(rank: int, group: Any, given: Replicated) -> str:
+    """The last replica goes away after its first step, and stays away."""
+    groups = groups_of(given)
+    if rank >= given.replicas:
+        return ""
+    schedule, replica = make(groups, given, transfer_timeout_s=3.0)
+    try:
+        steps = 1 if replica == given.replicas - 1 else given.run.windows
+        drive(schedule, replace(given, run=replace(given.run, windows=steps)), replica)
+        if steps == 1:
+            time.sleep(8.0)
+        return "done"
+    except paci_rt.PaciError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        schedule.close()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "paci"])
+def test_a_wait_for_another_replica_has_a_deadline(workers: Any, schedule: str) -> None:
+    run = Run(schedule=schedule, stages=1, accumulation=4, windows=3, batch=24)
+    said = workers.run(_late, 4, Replicated(run=run))
+    assert said[0].startswith("TransferTimeoutError: 0U1 timed out after 3 s"), said
+    assert "transfer_timeout_s" in said[0]
+    assert said[1] == "done"
+
+
+def _by_mesh(rank: int, group: Any, given: Replicated) -> Any:
+    """The same by a mesh; pipelines along its second dimension."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "pp"))
+    torch.manual_seed(0)
+    stage = paci_rt.PipelineStage(module(mesh.get_local_rank("pp"), given.run), mesh.get_local_rank("pp"), 2)
+    optimizer = make_optimizer(given.run.optimizer, stage.parameters())
+    schedule = paci_rt.Schedule1F1B(
+        stage, given.run.accumulation, loss_fn, optimizer=optimizer, mesh=mesh, transfer_timeout_s=30.0
+    )
+    try:
+        return drive(schedule, given, mesh.get_local_rank("dp"))
+    finally:
+        schedule.close()
+
+
+def test_a_mesh_says_the_same(workers: Any) -> None:
+    given = Replicated(run=Run(schedule="1f1b", stages=2, accumulation=3, optimizer="torch-adamw", batch=24))
+    for one in gathered(workers.run(_by_mesh, 4, given)):
+        require_equal(one, plain(given))
+
+
+def _refusals(rank: int, group: Any) -> list[str]:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    run = Run(schedule="1f1b", stages=2, accumulation=2)
+    square = torch.arange(4).view(2, 2)
+    good = DeviceMesh("cpu", square, mesh_dim_names=("dp", "pp"))
+    found = []
+    for options in (
+        {"mesh": DeviceMesh("cpu", square, mesh_dim_names=("dp", "tp"))},
+        {"mesh": DeviceMesh("cpu", square.view(1, 2, 2), mesh_dim_names=("dp", "pp", "tp"))},
+        {"mesh": DeviceMesh("cpu", square.view(4, 1), mesh_dim_names=("dp", "pp"))},
+        {"mesh": good, "replica_group": group},
+        {"mesh": "dp x pp"},
+        {"replica_group": "all"},
+        {"shard_optimizer": True},
+        {"overlap": 1},
+        {"mesh": good, "overlap": 1},
+    ):
+        at = good.get_local_rank("pp")
+        stage = paci_rt.PipelineStage(module(at, run), at, 2)
+        optimizer = make_optimizer("sgd", stage.parameters())
+        try:
+            paci_rt.Schedule1F1B(stage, 2, loss_fn, optimizer=optimizer, transfer_timeout_s=20.0, **options)
+            found.append("")
+        except (ValueError, paci_rt.PaciError) as error:
+            found.append(str(error))
+    return found
+
+
+def test_meshes_and_groups_that_do_not_match_are_refused(workers: Any) -> None:
+    for said in workers.run(_refusals, 4):
+        assert all("\n" not in one for one in said)
+        for text, one in zip(
+            (
+                "the mesh has dimensions dp of 2, tp of 2: give one with a dimension 'pp'",
+                "the mesh has dimensions dp of 1, pp of 2, tp of 2",
+                "give it 2 processes in dimension 'pp'",
+                "mesh and replica_group were given",
+                "mesh is 'dp x pp'",
+                "replica_group is 'all'",
+                "shard_optimizer is True and there are no replicas",
+                "overlap is 1 and there are no replicas",
+                "overlap is 1 under 1f1b",
+            ),
+            said,
+            strict=True,
+        ):
+            assert text in one, said

@@ -27,6 +27,7 @@ class Replicated:
     scale_grads: bool = True
     spoil: tuple[int, int, int] | None = None  # replica, window, row of its part: an infinite input
     dtype: str = "float32"
+    same_rows: bool = False
 
 
 def groups_of(given: Replicated) -> list[Any]:
@@ -40,19 +41,22 @@ def groups_of(given: Replicated) -> list[Any]:
 def rows(given: Replicated, step: int, replica: int) -> tuple[Tensor, Tensor]:
     """What one replica trains on: its part of the global batch."""
     x, y = batch(given.run, step)
-    x, y = x.tensor_split(given.replicas)[replica].clone(), y.tensor_split(given.replicas)[replica]
+    if not given.same_rows:
+        x, y = x.tensor_split(given.replicas)[replica].clone(), y.tensor_split(given.replicas)[replica]
     if given.spoil is not None and given.spoil[:2] == (replica, step):
         x[given.spoil[2]] = float("nan")
     return x.to(getattr(torch, given.dtype)), y
 
 
-def make(groups: list[Any], given: Replicated, **more: Any) -> tuple[Any, int]:
-    """This process's schedule, and its replica."""
+def make(groups: list[Any], given: Replicated, *, shift: float = 0.0, **more: Any) -> tuple[Any, int]:
+    """This process's schedule, and its replica; ``shift`` is added to a bias."""
     run = given.run
     replica, rank = divmod(dist.get_rank(), run.stages // run.chunks)
     pipe, others = groups[replica], groups[given.replicas + rank]
     here = range(rank, run.stages, run.stages // run.chunks)
-    modules = [module(at, run).to(getattr(torch, given.dtype)) for at in here]
+    modules: list[Any] = [module(at, run).to(getattr(torch, given.dtype)) for at in here]
+    for one in modules:
+        one[0].bias.data += shift
     stages = [paci_rt.PipelineStage(one, at, run.stages, group=pipe) for one, at in zip(modules, here, strict=True)]
     optimizers = [make_optimizer(run.optimizer, stage.parameters()) for stage in stages]
     options: dict[str, Any] = {

@@ -1,0 +1,61 @@
+"""Options about replicas that cannot work, refused before anything is started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paci_rt import schedules
+from paci_rt.errors import shown
+from paci_rt.runtime.replica_checks import OVERLAPPING
+
+if TYPE_CHECKING:
+    from paci_rt.train.config import TrainConfig
+
+SHARDABLE = ("adamw", "nadam", "lion", "sgd")
+"""Optimizers whose state can be cut at any element."""
+
+
+def check_replicas(config: TrainConfig) -> None:
+    """Raise ValueError for options that pipelines which train together cannot have."""
+    if config.replicas == 1:
+        for name, value in (("--zero1", config.zero1), ("--overlap", config.overlap)):
+            if value:
+                said = name if value is True else f"{name} {shown(value)}"
+                raise ValueError(f"{said} is for several replicas: give --replicas 2 or more, or leave it out")
+        return
+    if config.transport == "local":
+        raise ValueError(
+            f"--replicas {config.replicas} with --transport local, which has one process: use another transport"
+        )
+    if config.device != "cpu":
+        raise ValueError(f"--replicas {config.replicas} with --device {config.device}: replicas run on the CPU")
+    _check_overlap(config)
+    if not config.zero1:
+        return
+    if config.optimizer not in SHARDABLE:
+        raise ValueError(
+            f"--zero1 with --optimizer {config.optimizer}, whose state cannot be cut at any element: use "
+            f"{', '.join(SHARDABLE)}"
+        )
+    if config.lookahead:
+        raise ValueError(
+            f"--zero1 under {config.schedule} with look-ahead, which needs the state of all parameters: give "
+            "--no-lookahead"
+        )
+
+
+def _check_overlap(config: TrainConfig) -> None:
+    overlap = config.overlap
+    if overlap is None:
+        return
+    if type(overlap) is not int or not 0 <= overlap < config.accumulation:
+        raise ValueError(
+            f"--overlap is {shown(overlap)}: an update comes before the next window is complete; give 0 to "
+            f"{config.accumulation - 1}, less than --accumulation"
+        )
+    family = schedules.get(config.schedule)
+    if overlap and not (family.takes_overlap and not family.one_micro_batch_windows and config.policy in OVERLAPPING):
+        raise ValueError(
+            f"--overlap {overlap} under {family.name}, policy {config.policy}: an update can wait only under paci or "
+            f"paci-split with policy {' or '.join(OVERLAPPING)}; use --overlap 0"
+        )
