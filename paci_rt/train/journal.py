@@ -8,6 +8,8 @@ reports of all together and writes. A line has ``step`` and either the keys of a
 - ``grad_norm``: 2-norm of the mean gradient, all stages, each of its last update;
 - ``memory``: bytes by stage and part, at their peak.
 
+Of several replicas the first one reports, with the tokens of all.
+
 A log belongs to the checkpoint beside it: a run that goes on from one keeps the lines up to it, and one that begins
 anew in the folder of another replaces the log when it replaces the checkpoint, not before.
 """
@@ -66,7 +68,7 @@ def stage_report(config: TrainConfig, step: int, stats: dict[str, Any], utilizat
         "kind": "stage",
         "step": step,
         "rank": ctx.rank,
-        "processes": getattr(ctx, "world_size", 1),
+        "processes": min(getattr(ctx, "world_size", 1), config.stages),
         "restarts": getattr(ctx, "restarts", 0),
         "lr": config.lr * config.lr_factor(step - 1),
         "utilization": utilization,

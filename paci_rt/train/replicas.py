@@ -59,6 +59,8 @@ class Place:
 class Silent:
     """Reports to nobody: the first replica does."""
 
+    rank = -1
+
     def report(self, obj: dict[str, Any]) -> None:
         pass
 
