@@ -87,6 +87,16 @@ def due(config: TrainConfig, step: int) -> bool:
     return wanted(config) and (step % config.log_interval == 0 or step == config.steps)
 
 
+class Heard:
+    """A context whose reports come to a journal: every process reports to it, where else only the last stage does."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def merged(step: dict[str, Any], stages: list[dict[str, Any]]) -> dict[str, Any]:
     """One line from the report of the last stage and those of the processes."""
     line = {key: step[key] for key in ("step", "tokens", "elapsed_s", "loss", "tokens_per_s")}

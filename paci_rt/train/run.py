@@ -16,7 +16,7 @@ from paci_rt.errors import RunStopped
 from paci_rt.launch.reports import at_rank_0
 from paci_rt.train.clocks import offset_to_first, shifted
 from paci_rt.train.config import TrainConfig
-from paci_rt.train.journal import Journal
+from paci_rt.train.journal import Heard, Journal
 from paci_rt.train.logs import logged
 from paci_rt.train.replicas import of_first_replica
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge, with_earlier
@@ -104,7 +104,7 @@ def _stage(ctx: launch.Context, config: TrainConfig) -> StageResult:
     pieces = config.stages * config.chunks
     here = list(range(pieces)) if ctx.local else list(range(ctx.rank % config.stages, pieces, config.stages))
     with logged(config.log, ctx, here) as told:
-        return train(config, told)
+        return train(config, Heard(told))
 
 
 def _stage_under_torchrun(ctx: launch.Context, config: TrainConfig) -> StageResult:

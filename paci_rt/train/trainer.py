@@ -122,7 +122,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
             checkpoint.save(config.out, pipeline, extra=extra, tied_weights=ties, group=group, **how)
             if ctx.rank == 0 and not (restarts(ctx) and config.resume == config.out):  # whose options are there
                 config_file.save(config, config.out)
-            if ctx.rank == 0:
+            if ctx.rank == 0 and isinstance(ctx, journal.Heard):
                 ctx.report({"kind": "saved", "step": step})
 
     clock.start()
@@ -460,7 +460,7 @@ class Log:
         tokens = step * self._config.tokens_per_window
         if self._mark is None:
             self._mark = elapsed_s, self._pipeline.stats()["compute_s"], tokens
-        shows = journal.due(self._config, step)
+        shows = isinstance(self._ctx, journal.Heard) and journal.due(self._config, step)
         if not self._pipeline.has_last and not shows:
             return
         stats = self._pipeline.stats()
