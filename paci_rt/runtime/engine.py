@@ -342,8 +342,9 @@ class Pipeline(PipelineState):
         """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
 
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
-        compute_s utilization exposed_comm_s replicas reduce_s exposed_reduce_s exposed_gather_s drift max_drift drift_bound delay max_delay peak_in_flight peak_pending
-        peak_rank_in_flight copied_input_bytes lookahead_s lookahead_forwards memory peak_bytes``; of gradients, by
+        compute_s utilization exposed_comm_s replicas reduce_s exposed_reduce_s exposed_gather_s drift max_drift
+        drift_bound delay max_delay peak_in_flight peak_pending peak_rank_in_flight copied_input_bytes lookahead_s
+        lookahead_forwards memory peak_bytes``; of gradients, by
         stage, ``nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows norm_lags``
         (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
         (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes; ``utilization`` is
