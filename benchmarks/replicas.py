@@ -2,19 +2,22 @@
 
     python benchmarks/replicas.py [--parameters 2000000] [--emulate-ms 12,24] [--windows 8] [--json FILE]
 
-Two replicas of two stages, four processes on this host over gloo. Sleeps take the place of the model's computing, so that
-four processes find room on few cores; gradients, sums, updates and messages are real. A row for each way:
+Two replicas of two stages, four processes on this host over gloo. Sleeps take the place of the model's computing, so
+that four processes find room on few cores; gradients, sums, updates and messages are real. A row for each way:
 
 - *reduce*: milliseconds of a window in which sums travel, of the stage where they take longest.
 - *exposed*: milliseconds of a window in which a stage waits for them, and their share of the window. Asked is at most
   5 % with an overlap of half a window, where sums take at most half of one.
 - *gather*: milliseconds in which a stage waits for weights of the other replica (ZeRO-1).
 - bytes of optimizer state and masters per process by our count, and its resident memory by the operating system's.
+
+Times are medians over the windows, of the process where they are largest.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ REPLICAS, STAGES = 2, 2
 EXPOSED_PERCENT, MOST_REDUCE_PERCENT = 5.0, 50.0
 WARM_UP_WINDOWS = 2
 ROWS, WIDTH = 1, 16
+SECONDS = {"reduce_ms": "reduce_s", "exposed_ms": "exposed_reduce_s", "gather_ms": "exposed_gather_s"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +107,19 @@ def work(ctx: launch.Context, way: Way) -> dict[str, Any]:
     x = torch.ones(ROWS * way.accumulation, WIDTH, dtype=torch.bfloat16)
     for _ in range(WARM_UP_WINDOWS):
         schedule.step(x, target=x)
-    schedule.reset_stats()
-    begin = time.perf_counter()
+    samples: dict[str, list[float]] = {key: [] for key in ("window_ms", *SECONDS)}
     for _ in range(way.windows):
+        schedule.reset_stats()
+        begin = time.perf_counter()
         schedule.step(x, target=x)
-    seconds = time.perf_counter() - begin
-    stats = schedule.stats()
+        samples["window_ms"].append((time.perf_counter() - begin) * 1e3)
+        stats = schedule.stats()
+        for key, name in SECONDS.items():
+            samples[key].append(stats[name] * 1e3)
     schedule.drain()
     schedule.close()
     return {
-        "window_ms": seconds / way.windows * 1e3,
-        "reduce_ms": stats["reduce_s"] / way.windows * 1e3,
-        "exposed_ms": stats["exposed_reduce_s"] / way.windows * 1e3,
-        "gather_ms": stats["exposed_gather_s"] / way.windows * 1e3,
+        **{key: statistics.median(values) for key, values in samples.items()},
         "memory": stats["memory"][at],
         "resident_bytes": resident_bytes(),
     }

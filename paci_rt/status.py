@@ -56,8 +56,8 @@ _MAGIC = 0x7061636972743031
 ) = range(15)
 _TEXT_LENGTH = 15
 REPLICA, PLACE, PLACES = 16, 17, 18
-"""Of a pipeline that has replicas: which one, and the process's place in it, each from 1, and how many places there are;
-0 without replicas. Rank ``r`` of the run has place ``r % places`` of replica ``r // places``."""
+"""Of a pipeline that has replicas: which one, and the process's place in it, each from 1, and how many places there
+are; 0 without replicas. Rank ``r`` of the run has place ``r % places`` of replica ``r // places``."""
 OP_CODES = {op: (code << 40) + 1 for code, op in enumerate(OPS)}
 """What an action's stage (shifted by 45) and index are added to, to make its number on the board; 0 is no action."""
 

@@ -11,18 +11,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from paci_rt.errors import DisagreementError
+from paci_rt.optim.accumulator import GradAccumulator
+from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.verdict import Sealed
 from paci_rt.transport.replicas import Pending, Range, ReplicaGroup, shares
 
-if TYPE_CHECKING:
-    from paci_rt.optim.flat import FlatGroup
-    from paci_rt.optim.stage_optimizer import StageOptimizer
+
+class Summed(Protocol):
+    """What is asked of a stage's optimizer."""
+
+    groups: list[FlatGroup]
+    accumulators: list[GradAccumulator]
 
 
 @dataclass(kw_only=True)
@@ -56,7 +61,7 @@ class ReplicaSums:
         reduce_s, waited_s: seconds that sums took, and seconds of them that the stage waited.
     """
 
-    def __init__(self, optimizer: StageOptimizer, group: ReplicaGroup, *, stage: int, sharded: bool) -> None:
+    def __init__(self, optimizer: Summed, group: ReplicaGroup, *, stage: int, sharded: bool) -> None:
         self.group, self.sharded = group, sharded
         self._optimizer, self._stage = optimizer, stage
         self.parts = [shares(one.numel, group.size) for one in optimizer.groups]
@@ -174,8 +179,8 @@ class ReplicaSums:
             if at == 1:
                 said = ": " + ", ".join(f"replica {number} at {value}" for number, value in enumerate(values))
             raise DisagreementError(
-                f"the replicas of stage {self._stage} disagree about {what}{said}: let all replicas make the same calls "
-                "of step() and drain(), and freeze, replace or convert parameters on all of them alike"
+                f"the replicas of stage {self._stage} disagree about {what}{said}: let all replicas make the same "
+                "calls of step() and drain(), and freeze, replace or convert parameters on all of them alike"
             )
 
     def _measure(self, group: FlatGroup, flat: Tensor, part: Range) -> Tensor:

@@ -26,8 +26,8 @@ _LEAST = 16
 
 
 class ShardGroup(FlatGroup):
-    """One replica's part of a flat group, as the state of an optimizer sees it: parameters are pieces of themselves, 1-D,
-    and perhaps empty.
+    """One replica's part of a flat group, as the state of an optimizer sees it: parameters are pieces of themselves,
+    1-D, and perhaps empty.
 
     Args:
         whole: the group. part: start and end of the part in it.

@@ -20,8 +20,8 @@ from paci_rt.runtime.audit import RankAudit, StageAudit
 from paci_rt.runtime.executor import StageRuntime
 from paci_rt.runtime.guard import Guard
 from paci_rt.runtime.module_checks import check_parameters, check_wrappers
-from paci_rt.runtime.replicas import Replicas
 from paci_rt.runtime.replica_checks import check_replicas, overlap_of
+from paci_rt.runtime.replicas import Replicas
 from paci_rt.runtime.safety import SKIPPING, Safety, resolve_safety
 from paci_rt.runtime.shared_memory import check_memory
 from paci_rt.runtime.stage import LossFn, PipelineStage

@@ -22,8 +22,8 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.batch import Batch
 from paci_rt.runtime.guard import Guard
-from paci_rt.runtime.replica_windows import one_more, seal_for_replicas
 from paci_rt.runtime.modes import able_to_train, settings_now, without_autocast
+from paci_rt.runtime.replica_windows import one_more, seal_for_replicas
 from paci_rt.runtime.schedulers import Follower
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange

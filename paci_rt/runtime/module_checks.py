@@ -77,7 +77,7 @@ def _remedy(name: str) -> str:
     inner = "build the stage from the module as it was before"
     if name in ("DataParallel", "DistributedDataParallel", "DistributedDataParallelCPU", "DeepSpeedEngine"):
         inner = "give the stage the module inside (.module)"
-    return f"{inner}; a pipeline has one replica of each stage"
+    return f"{inner}; for data parallelism give the schedule mesh= or replica_group="
 
 
 def _distributed_tensor(tensor: Tensor) -> str | None:

@@ -76,8 +76,8 @@ class ModuleWatch:
         what = self._facts[at].difference(stage.submod)
         if old.optimizer.shards is not None:
             raise StageError(
-                f"stage {at}: {what} since the schedule was made, and its optimizer's state is shared out among replicas: "
-                "save a checkpoint before such a change, and load it into a new schedule after it"
+                f"stage {at}: {what} since the schedule was made, and its optimizer's state is shared out among "
+                "replicas: save a checkpoint before such a change, and load it into a new schedule after it"
             )
         self._failed.add(at)
         self._left[at].update(self._facts[at].trained())

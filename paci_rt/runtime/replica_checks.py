@@ -27,8 +27,8 @@ def overlap_of(replicas: Replicas | None, family: ScheduleFamily, accumulation: 
         return accumulation // 2 if possible else 0
     if replicas.overlap and not possible:
         raise ValueError(
-            f"overlap is {replicas.overlap} under {family.name}, policy {policy or family.policies[0]!r}: an update can "
-            f"wait only under paci or paci-split with policy {' or '.join(OVERLAPPING)}; use overlap 0"
+            f"overlap is {replicas.overlap} under {family.name}, policy {policy or family.policies[0]!r}: an update "
+            f"can wait only under paci or paci-split with policy {' or '.join(OVERLAPPING)}; use overlap 0"
         )
     return replicas.overlap
 
@@ -54,8 +54,8 @@ def check_replicas(
         )
     if safety.on_nonfinite == "skip-window" and not family.flush and ties and shape.num_stages > 1:
         raise ValueError(
-            "on_nonfinite='skip-window' with tied weights and replicas under a schedule that does not flush: the reader "
-            "would have weights of an update that is taken back; use on_nonfinite='skip-local' or 'raise'"
+            "on_nonfinite='skip-window' with tied weights and replicas under a schedule that does not flush: the "
+            "reader would have weights of an update that is taken back; use on_nonfinite='skip-local' or 'raise'"
         )
     if not replicas.shard_optimizer:
         return
@@ -63,8 +63,8 @@ def check_replicas(
         if not getattr(optimizer, "shardable", False):
             name = "no optimizer" if optimizer is None else type(optimizer).__name__
             raise ValueError(
-                f"shard_optimizer=True with {name}, whose state cannot be cut at any element: use paci_rt's AdamW, NAdam, "
-                "Lion or SGD, or leave shard_optimizer out"
+                f"shard_optimizer=True with {name}, whose state cannot be cut at any element: use paci_rt's AdamW, "
+                "NAdam, Lion or SGD, or leave shard_optimizer out"
             )
     if policy == "predict":
         raise ValueError(
@@ -73,6 +73,6 @@ def check_replicas(
         )
     if policies.looks_ahead(family, policy, lookahead):
         raise ValueError(
-            f"shard_optimizer=True under {family.name} with look-ahead, which needs the state of all parameters on each "
-            "replica: give lookahead=False (--no-lookahead), or leave shard_optimizer out"
+            f"shard_optimizer=True under {family.name} with look-ahead, which needs the state of all parameters on "
+            "each replica: give lookahead=False (--no-lookahead), or leave shard_optimizer out"
         )

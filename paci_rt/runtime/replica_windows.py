@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from paci_rt.runtime.executor import StageRuntime
+from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.runtime.audit import StageAudit
+from paci_rt.runtime.tied_weights import TiedExchange
+from paci_rt.weights.base import StageWeights
 
 
-def one_more(runtime: StageRuntime, micro_batch: int) -> None:
+class Trained(Protocol):
+    """What is asked of a stage's runtime."""
+
+    complete: int
+    accumulation: int
+    ties: TiedExchange | None
+    guard: Any
+    optimizer: StageOptimizer
+    weights: StageWeights
+    audit: StageAudit
+
+
+def one_more(runtime: Trained, micro_batch: int) -> None:
     """The gradients of a micro-batch are complete on a stage."""
     runtime.complete += 1
     if runtime.complete == runtime.accumulation:
@@ -17,7 +31,7 @@ def one_more(runtime: StageRuntime, micro_batch: int) -> None:
             seal_for_replicas(runtime, micro_batch // runtime.accumulation)
 
 
-def seal_for_replicas(runtime: StageRuntime, window: int) -> None:
+def seal_for_replicas(runtime: Trained, window: int) -> None:
     """All gradients of ``window`` are in: seal it, and let its sums travel."""
     replicas = runtime.optimizer.replicas
     assert replicas is not None

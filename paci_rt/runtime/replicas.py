@@ -1,7 +1,7 @@
 """Replicas of a pipeline: what a schedule was given, checked, and what all of them must have in common.
 
 Every stage has as many replicas as there are pipelines. They train on other micro-batches of one global batch and make
-one update of the sum, so that R replicas with windows of ``a`` micro-batches are one pipeline with windows of ``R * a``.
+one update of the sum. So R replicas with windows of ``a`` micro-batches are one pipeline with windows of ``R * a``.
 """
 
 from __future__ import annotations

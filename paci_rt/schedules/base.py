@@ -170,8 +170,8 @@ class Shape:
         object.__setattr__(self, "slack", check_slack(self.slack, self.num_stages))
         if type(self.overlap) is not int or not 0 <= self.overlap < self.accumulation:
             raise ValueError(
-                f"overlap is {shown(self.overlap)} and accumulation {self.accumulation}: a window's update comes before "
-                f"the next window is complete, so give 0 to {self.accumulation - 1}"
+                f"overlap is {shown(self.overlap)} and accumulation {self.accumulation}: a window's update comes "
+                f"before the next window is complete, so give 0 to {self.accumulation - 1}"
             )
 
     @property

@@ -145,8 +145,8 @@ class Lowering:
     def _tied_arrival(self, k: int) -> int:
         """Micro-batch before whose forward the reader takes over the weight that the owner updated in window ``k``.
 
-        The owner updates right after its forward of micro-batch ``(k+1)a - 1 + w``, or ``overlap`` later; the next one that the reader
-        sees is the first whose forward can use the new weight without waiting. A flush waits anyway.
+        The owner updates right after its forward of micro-batch ``(k+1)a - 1 + w``, or ``overlap`` later; the next one
+        that the reader sees is the first whose forward can use the new weight without waiting. A flush waits anyway.
         """
         if self.family.flush:
             return (k + 1) * self.shape.accumulation

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from paci_rt import schedules
 from paci_rt.errors import shown
 from paci_rt.runtime.replica_checks import OVERLAPPING
 
-if TYPE_CHECKING:
-    from paci_rt.train.config import TrainConfig
-
 SHARDABLE = ("adamw", "nadam", "lion", "sgd")
 """Optimizers whose state can be cut at any element."""
 
 
-def check_replicas(config: TrainConfig) -> None:
-    """Raise ValueError for options that pipelines which train together cannot have."""
+def check_replicas(config: Any) -> None:
+    """Raise ValueError for options of a ``TrainConfig`` that pipelines which train together cannot have."""
     if config.replicas == 1:
         for name, value in (("--zero1", config.zero1), ("--overlap", config.overlap)):
             if value:
@@ -44,7 +41,7 @@ def check_replicas(config: TrainConfig) -> None:
         )
 
 
-def _check_overlap(config: TrainConfig) -> None:
+def _check_overlap(config: Any) -> None:
     overlap = config.overlap
     if overlap is None:
         return

@@ -60,8 +60,8 @@ class TrainConfig:
             plan --profile`` wrote. It is replaced by the numbers, and ``profile`` by None.
         lookahead: as there; where the schedule does so of its own and the optimizer can.
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, or 2 where it takes several.
-        replicas: pipelines that train together, each on its share of batch_size. zero1: they share the optimizer's state.
-            overlap: micro-batches that run while they add up gradients; half a window under paci.
+        replicas: pipelines that train together, each on its share of batch_size. zero1: they share out the optimizer's
+            state. overlap: micro-batches that run while they add up gradients; half a window under paci.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
         accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
         model: a name in ``paci_rt.train.families.MODELS``; ``gpt-tiny``, or the first of ``family``.

@@ -177,7 +177,7 @@ class ReplicaGroup:
         said = str(error).splitlines()[0]
         if "timed out" in said.lower():
             text = (
-                f"{action} timed out after {self.timeout_s:g} s: this replica waits for the sums of another one; {other}. "
+                f"{action} timed out after {self.timeout_s:g} s: this replica waits for the sums of another; {other}. "
                 "Look for what holds it up, or, if it may take that long, raise transfer_timeout_s "
                 f"(--transfer-timeout), which is {self.timeout_s:g}"
             )
