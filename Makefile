@@ -68,6 +68,7 @@ bench: venv
 	@mkdir -p runs
 	$(BIN)/python benchmarks/kernels.py --json runs/kernels.json
 	$(BIN)/python benchmarks/executor_overhead.py --json runs/executor_overhead.json
+	$(BIN)/python benchmarks/evaluation.py --json runs/evaluation.json
 	$(BIN)/python benchmarks/pipeline_throughput.py --peer torch --json runs/pipeline_throughput.json
 	$(BIN)/python benchmarks/pipeline_throughput.py --stages 8 --accumulation 8 --emulate-ms 10,20 --slack 0,1 \
 	  --json runs/pipeline_throughput_emulated.json

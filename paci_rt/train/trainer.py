@@ -356,9 +356,7 @@ def require_finite(pipeline: Pipeline, step: int, val_loss: float | None) -> Non
 Window = tuple[Tensor | None, Tensor | None]
 
 
-def batches(
-    config: TrainConfig, corpus: Corpus, pipeline: Pipeline, first_step: int, place: Place
-) -> Prefetch[Window]:
+def batches(config: TrainConfig, corpus: Corpus, pipeline: Pipeline, first_step: int, place: Place) -> Prefetch[Window]:
     """Inputs and targets of every window, those that this process needs, read ahead of the training."""
 
     def read(step: int) -> Window:
