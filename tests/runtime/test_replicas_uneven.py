@@ -1,4 +1,4 @@
-"""Replicas whose modules do other things: parameters that only some use, modules that change, losses that are scaled."""
+"""Replicas with modules that do other things: parameters that only some use, modules that change, scaled losses."""
 
 from __future__ import annotations
 
