@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
-from runtime.test_replicas import gathered, require_equal
-from support.replicated import Replicated, groups_of
+from support.replicated import Replicated, gathered, groups_of, require_equal
 from support.toy import Run
 
 WIDTH = 6
