@@ -77,11 +77,12 @@ class ReplicaSums:
         """Whether a window is sealed whose update has not come."""
         return self._pending is not None or self._found is not None
 
-    def begin(self, window: int, *, flag: bool = False) -> None:
+    def begin(self, window: int, *, flag: bool = False, scale: float = 1.0) -> None:
         """All gradients of ``window`` are in: seal it, and let its sums travel.
 
         Args:
             flag: something that all replicas are to know.
+            scale: of the losses, which must be that of all replicas.
         """
         own: list[Tensor] = []
         for accumulator in self._optimizer.accumulators:
@@ -96,7 +97,7 @@ class ReplicaSums:
         flats = [accumulator.finished_flat() for accumulator in self._optimizer.accumulators]
         action = f"{self._stage}U{window}"
         self._window = window
-        self._pending = self.group.submit(action, lambda: self._travel(window, flag, own, flats))
+        self._pending = self.group.submit(action, lambda: self._travel(window, flag, scale, own, flats))
 
     def finish(self) -> Sealed:
         """The sums over all replicas, once they are there.
@@ -151,8 +152,9 @@ class ReplicaSums:
 
     # --- in the thread ---
 
-    def _travel(self, window: int, flag: bool, own: list[Tensor], flats: list[Tensor]) -> _Found:
-        head = torch.tensor([self._layout, window, int(flag)], dtype=torch.int64)
+    def _travel(self, window: int, flag: bool, scale: float, own: list[Tensor], flats: list[Tensor]) -> _Found:
+        scale_bits = int(torch.tensor(scale, dtype=torch.float64).view(torch.int64))
+        head = torch.tensor([self._layout, window, scale_bits, int(flag)], dtype=torch.int64)
         heads = self.group.exchange(head)
         self._check(heads)
         touched = [torch.stack(self.group.exchange(one)).amax(0) for one in own]
@@ -165,13 +167,13 @@ class ReplicaSums:
         totals = [sum(one[1:], one[0].clone()) for one in told]
         return _Found(
             touched=[tuple(bool(flag) for flag in one.tolist()) for one in touched],
-            flagged=any(int(one[2]) for one in heads),
+            flagged=any(int(one[3]) for one in heads),
             squares=[one[0] for one in totals],
             nonfinite=[one[1] for one in totals],
         )
 
     def _check(self, heads: Sequence[Tensor]) -> None:
-        for at, what in enumerate(("parameters that are trained", "a window")):
+        for at, what in enumerate(("parameters that are trained", "a window", "the loss scale")):
             values = [int(head[at]) for head in heads]
             if len(set(values)) == 1:
                 continue
@@ -180,7 +182,8 @@ class ReplicaSums:
                 said = ": " + ", ".join(f"replica {number} at {value}" for number, value in enumerate(values))
             raise DisagreementError(
                 f"the replicas of stage {self._stage} disagree about {what}{said}: let all replicas make the same "
-                "calls of step() and drain(), and freeze, replace or convert parameters on all of them alike"
+                "calls of step() and drain(), freeze, replace or convert parameters on all of them alike, and load the "
+                "same state into their scalers"
             )
 
     def _measure(self, group: FlatGroup, flat: Tensor, part: Range) -> Tensor:

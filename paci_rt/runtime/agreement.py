@@ -78,7 +78,7 @@ def among_processes(
         try:
             facts = facts_of(self) if meeting is not None or others is not None else {}
             if meeting is not None:
-                agree(meeting, facts)
+                _agree_first(meeting, others, facts)
             if others is not None and self.replicas is not None:
                 agree(others, {**facts, **facts_of_stages(self.stages)}, self.replicas.group.ranks)
                 self.replicas.group.connect(f"{others.name}/{others.number}")
@@ -87,6 +87,16 @@ def among_processes(
             raise
 
     return wrapped
+
+
+def _agree_first(meeting: Meeting, others: Meeting | None, facts: Mapping[str, Any]) -> None:
+    """As :func:`agree`, before the replicas do so; they learn of it where that fails."""
+    try:
+        agree(meeting, facts)
+    except BaseException as error:
+        if others is not None:
+            others.tell(_TOPIC, {"failed": f"{type(error).__name__}: {error}"})
+        raise
 
 
 def meeting_of(given: Any, timeout_s: Any, group: Any = None) -> Meeting | None:
@@ -124,8 +134,9 @@ def agree(meeting: Meeting, facts: Mapping[str, Any], ranks: Sequence[int] | Non
         TransportError: a process failed, or did not come in time.
     """
     told = meeting.exchange(_TOPIC, {"facts": dict(facts)})
-    for rank, theirs in enumerate(told):
+    for at, theirs in enumerate(told):
         if "failed" in theirs:
+            rank = at if ranks is None else ranks[at]
             raise TransportError(f"rank {rank} could not make its pipeline: {theirs['failed']}")
     require_same([theirs["facts"] for theirs in told], ranks)
 

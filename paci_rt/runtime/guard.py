@@ -103,7 +103,7 @@ class Guard:
             if self._news is not None:
                 self._news.begin(self._scales[window])
 
-    def _scale(self, window: int) -> float:
+    def scale(self, window: int) -> float:
         """What the losses of ``window`` were multiplied by, where that is known before all stages settle it."""
         if self._safety.loss_scale is None:
             return 1.0
@@ -120,7 +120,7 @@ class Guard:
         if self._probe is not None:
             self._probe.look(action.index)
         if self._safety.loss_scale is not None:
-            self._weights.scaled(self._scale(action.index // self._accumulation))
+            self._weights.scaled(self.scale(action.index // self._accumulation))
         if self._early and action.index % self._accumulation == self._accumulation - 1:
             self._find(action.index // self._accumulation)
 
@@ -156,12 +156,12 @@ class Guard:
                     found = None  # another replica's, and here one of the next window has come
                 raise self._error(window, name, count, found)
         elif self._judges_alone:
-            bad = self._spikes(float(sealed.squares) ** 0.5 / (self._divisor * self._scale(window)))
+            bad = self._spikes(float(sealed.squares) ** 0.5 / (self._divisor * self.scale(window)))
         self._bad = bad
         if self._probe is not None:
             self._probe.forget()
         if self._news is not None:
-            squares = None if bad else float(sealed.squares) / (self._divisor * self._scale(window)) ** 2
+            squares = None if bad else float(sealed.squares) / (self._divisor * self.scale(window)) ** 2
             self._news.decide(window, bad=bad, squares=squares)
 
     @property
@@ -180,7 +180,7 @@ class Guard:
             settled, self._settling = self._settling, None
         else:
             settled = Settlement(self._device)
-            settled.bad, settled.scale = self._bad, self._scale(window)
+            settled.bad, settled.scale = self._bad, self.scale(window)
             if self._clips_exactly:
                 self._add_own(settled)
                 self._conclude(window, settled)
@@ -225,7 +225,7 @@ class Guard:
 
     def _conclude(self, window: int, settled: Settlement) -> None:
         """The last stage has the norms of all."""
-        settled.scale = self._scale(window)
+        settled.scale = self.scale(window)
         settled.total = total_norm(settled.norms) / settled.scale
         if self._safety.skip_spikes is not None and not settled.bad:
             settled.spike = self._spikes(float(settled.total))

@@ -38,4 +38,5 @@ def seal_for_replicas(runtime: Trained, window: int) -> None:
     runtime.weights.before_seal(window, runtime.audit.version)
     # A reader's gradients of a tied weight go to the owner by themselves; whether they are finite is for all to know.
     flag = runtime.guard is not None and runtime.ties is not None and runtime.ties.nonfinite()
-    replicas.begin(window, flag=flag)
+    scale = 1.0 if runtime.guard is None else runtime.guard.scale(window)
+    replicas.begin(window, flag=flag, scale=scale)

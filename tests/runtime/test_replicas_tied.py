@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import paci_rt
-from runtime.test_replicas import gathered, require_equal
-from support.replicated import Replicated, groups_of
+from support.replicated import Replicated, gathered, groups_of, require_equal
 from support.toy import Run
 
 VOCABULARY, WIDTH, WINDOWS = 12, 6, 6

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import paci_rt
-from runtime.test_replicas import gathered, require_equal
-from support.replicated import Replicated, drive, groups_of, make, train_replica
+from support.replicated import Replicated, drive, gathered, groups_of, make, require_equal, train_replica
 from support.toy import Run
 
 RUNS = {

@@ -147,3 +147,17 @@ def plain(given: Replicated, *, skip: int | None = None) -> dict[str, Tensor]:
         for param in params:
             param.grad = None
     return {f"{at}.{name}": p.detach() for at, piece in enumerate(pieces) for name, p in piece.named_parameters()}
+
+
+def gathered(results: list[Any]) -> list[dict[str, Tensor]]:
+    """Parameters of each replica."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for one in filter(None, results):
+        found.setdefault(one["replica"], {}).update(one["params"])
+    return [found[at] for at in sorted(found)]
+
+
+def require_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    wrong = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not wrong, wrong

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from paci_rt import checkpoint
+from paci_rt import checkpoint, status
+from paci_rt.action import Op
 from paci_rt.errors import StageFailed
+from paci_rt.launch.blame import waited_for
+from paci_rt.launch.watch import REPLICAS_AHEAD, stop_at
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.run import execute
 from support.deadlines import deadline
@@ -102,3 +105,29 @@ def test_a_killed_process_is_named_by_stage_and_replica() -> None:
     config = replace(TrainConfig(**BASE), transfer_timeout=30.0, eval_interval=0)
     with pytest.raises(StageFailed, match="stage 0 of replica 1 was killed by SIGKILL"):
         launch.run(_victim, 4, (config, 2), transfer_timeout_s=30.0, timeout_s=deadline(120))
+
+
+def test_the_leader_decides_further_ahead_where_pipelines_have_replicas() -> None:
+    """Another replica may begin steps before it has a message that rank 0 sent after its decision."""
+    before = status.board()
+    try:
+        for replicas, ahead in ((False, 1), (True, REPLICAS_AHEAD)):
+            own = status.Board()
+            status.use(own)
+            if replicas:
+                own.take_place(0, 0, 2)
+            own.words[status.STOP] = 15
+            assert [stop_at(step, leader=True) for step in range(3, 5 + ahead)] == [False] * ahead + [True, True]
+    finally:
+        status.use(before)
+
+
+def test_waits_and_names_are_of_the_same_replica() -> None:
+    boards = {rank: status.Board() for rank in range(4)}
+    for rank, board in boards.items():
+        board.take_place(rank // 2, rank % 2, 2)
+        board.enter("training")
+    boards[2].words[status.CURRENT] = status.OP_CODES[Op.RECV_B] + 3  # of stage 0
+    assert waited_for(2, boards[2].read(), 4) == {3}
+    assert boards[3].read().name(3) == "stage 1 of replica 1"
+    assert status.Board().read().name(3) == "stage 3"
