@@ -34,7 +34,7 @@ from paci_rt.train.gather import gathered_sha256
 from paci_rt.train.gpt import build_stage, cross_entropy, parameter_shapes, tied_weights
 from paci_rt.train.prefetch import Prefetch
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
-from paci_rt.train.validation import Validation
+from paci_rt.train.validation import Validation, evaluate
 from paci_rt.transport import make_transport
 from paci_rt.transport.collective import barrier, new_group
 
@@ -104,10 +104,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         val_loss = None
         if validate:
             board.enter("validation", step=step)
-            validation.ask(drained=True)
-            answer = validation.answer()
-            val_loss = None if answer is None else float(answer)
-            log.evaluated(step, answer, clock.seconds())
+            val_loss = evaluate(pipeline, *held_back, config.batch_size)
+            log.evaluated(step, val_loss, clock.seconds())
         if save and config.out is not None:
             require_finite(pipeline, step, val_loss if config.on_nonfinite == "raise" else None)
             board.enter("saving the checkpoint", step=step)
@@ -411,7 +409,9 @@ class Log:
         self._steps: list[StepPoint] = []
         self._evals: list[EvalPoint] = []
         self._mark: tuple[float, float, int] | None = None  # clock, seconds of computing and tokens after one window
-        self._late: list[tuple[int, float, list[Tensor] | Tensor]] = []  # losses of a step, or that of a validation
+        self._late: list[
+            tuple[int, float, list[Tensor] | Tensor | float]
+        ] = []  # losses of a step, or that of a validation
         self._every = 1 if pipeline.stages[0].device.type == "cpu" else self.LATE
 
     def stepped(self, step: int, losses: list[Tensor]) -> None:
@@ -448,7 +448,7 @@ class Log:
         more = {"skipped_windows": max(stats["skipped_windows"].values()), "data_stall_s": self._windows.stall_s}
         self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates, **more})
 
-    def evaluated(self, step: int, val_loss: Tensor | None, elapsed_s: float) -> None:
+    def evaluated(self, step: int, val_loss: Tensor | float | None, elapsed_s: float) -> None:
         """The held-back set's loss after ``step`` windows and ``elapsed_s`` of training, on the last stage."""
         if val_loss is not None:
             self._late.append((step, elapsed_s, val_loss))
