@@ -199,6 +199,7 @@ class PipelineEvaluation(PipelineState):
         self._run(streams, one.batch)
         # Statistics are about training.
         clock.between(begin, clock.mark(), lambda start, end: self._executor.leave_out(end - start))
+        self._executor.transport.flush()  # the caller may close the pipeline, or end the process
         return batch_results(one.batch, self.stages[-1], one.losses, self._specs.outputs)
 
     def _evaluate_queued(self) -> None:

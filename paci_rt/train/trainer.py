@@ -38,7 +38,7 @@ from paci_rt.train.prefetch import Prefetch
 from paci_rt.train.replicas import Place, find_place
 from paci_rt.train.results import EvalPoint, StageResult, StepPoint
 from paci_rt.train.saved import check_same_shape
-from paci_rt.train.validation import Validation
+from paci_rt.train.validation import Validation, evaluate
 from paci_rt.transport import make_transport
 from paci_rt.transport.collective import barrier, new_group
 
@@ -99,7 +99,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     windows = held.enter_context(batches(config, corpus, pipeline, first_step, place))
     log = Log(config, place.reports(ctx), pipeline, clock, windows)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
-    validation = Validation(pipeline, *config.shape.examples(*held_back, HELD_BACK), config.batch_size)
+    held_back = config.shape.examples(*held_back, HELD_BACK)
+    validation = Validation(pipeline, *held_back, config.batch_size)
 
     def rest(step: int, *, validate: bool, save: bool) -> None:
         """Empty the pipeline and stop the clock for what is not training."""
@@ -110,10 +111,8 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         val_loss = None
         if validate and place.first:
             board.enter("validation", step=step)
-            validation.ask(drained=True)
-            answer = validation.answer()
-            val_loss = None if answer is None else float(answer)
-            log.evaluated(step, answer, clock.seconds())
+            val_loss = evaluate(pipeline, *held_back, config.batch_size)
+            log.evaluated(step, val_loss, clock.seconds())
         if save and config.out is not None:
             require_finite(pipeline, step, val_loss if config.on_nonfinite == "raise" else None)
             board.enter("saving the checkpoint", step=step)
@@ -434,7 +433,9 @@ class Log:
         self._steps: list[StepPoint] = []
         self._evals: list[EvalPoint] = []
         self._mark: tuple[float, float, int] | None = None  # clock, seconds of computing and tokens after one window
-        self._late: list[tuple[int, float, list[Tensor] | Tensor]] = []  # losses of a step, or that of a validation
+        self._late: list[
+            tuple[int, float, list[Tensor] | Tensor | float]
+        ] = []  # losses of a step, or that of a validation
         self._every = 1 if pipeline.stages[0].device.type == "cpu" else self.LATE
 
     def stepped(self, step: int, losses: list[Tensor]) -> None:
@@ -476,7 +477,7 @@ class Log:
         more = {"skipped_windows": max(stats["skipped_windows"].values()), "data_stall_s": self._windows.stall_s}
         self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates, **more})
 
-    def evaluated(self, step: int, val_loss: Tensor | None, elapsed_s: float) -> None:
+    def evaluated(self, step: int, val_loss: Tensor | float | None, elapsed_s: float) -> None:
         """The held-back set's loss after ``step`` windows and ``elapsed_s`` of training, on the last stage."""
         if val_loss is not None:
             self._late.append((step, elapsed_s, val_loss))

@@ -38,3 +38,12 @@ class Validation:
             return None
         # Micro-batches are equal, see TrainConfig.
         return torch.stack([torch.stack(losses).mean() for losses in self._losses]).mean()
+
+
+def evaluate(pipeline: Pipeline, x: Tensor, y: Tensor, batch_size: int) -> float | None:
+    """Mean nats per token over sequences x and their targets y, int64 ``[sequences, seq]``, after a drain; None off the
+    last stage."""
+    validation = Validation(pipeline, x, y, batch_size)
+    validation.ask(drained=True)
+    answer = validation.answer()
+    return None if answer is None else float(answer)

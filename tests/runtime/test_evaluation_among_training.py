@@ -125,6 +125,9 @@ def every_schedule() -> Iterator[Any]:
     yield pytest.param({"schedule": "paci", "n_microbatches": 6, "stages": 6}, id="paci-just-exact")
     yield pytest.param({"schedule": "paci", "lookahead": False}, id="paci-without-lookahead")
     yield pytest.param({"schedule": "paci", "buffers": 2}, id="paci-two-buffers")
+    for name in ("paci", "1f1b", "paci-split"):  # norms travel with messages, or before the updates
+        options = {"schedule": name, "max_grad_norm": 0.05, "on_nonfinite": "skip-window"}
+        yield pytest.param(options, id=f"{name}-clipped")
 
 
 @pytest.mark.parametrize("options", list(every_schedule()))
