@@ -16,7 +16,7 @@ trace-SCHEDULE.json per schedule, to open at ui.perfetto.dev.
 JSON_HELP = (
     "write the result: runs[] (each with the keys of train --json, time_to_target_s and tokens_to_target), "
     "target_loss, speedup_vs: {A: {B: how many times as fast as A schedule B reached the target}}, "
-    "speedup_spread_vs: the same with low, high (95 %), seeds and differs, and iso_loss: a row for each threshold and "
+    "speedup_spread_vs: the same with low, high (95 %%), seeds and differs, and iso_loss: a row for each threshold and "
     "schedule"
 )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_ARROWS = 4
+MOST_ARROWS = 3
 
 
 def loss_over_tokens(runs: Sequence[FoundRun]) -> Figure:
@@ -50,7 +50,7 @@ def perplexity_over_time(runs: Sequence[FoundRun], thresholds: Sequence[float], 
     axis.set_ylabel("validation perplexity")
     axis.yaxis.set_major_formatter(lambda value, _: _count(value))
     axis.yaxis.set_minor_formatter(lambda value, _: _count(value))
-    few = thresholds[-MOST_ARROWS:]
+    few = thresholds[-1::-2][:MOST_ARROWS] if len(thresholds) > MOST_ARROWS else thresholds
     for loss in few:
         _arrow(axis, runs, loss, baseline, unit)
     axis.legend(frameon=False)

@@ -155,6 +155,7 @@ def test_compare(capsys, text_file):
         "timeline.png",
         "trace-paci.json",
         "trace-1f1b.json",
+        "comparison.json",
     }
     assert set(os.listdir("demo")) == files
 
