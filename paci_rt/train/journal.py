@@ -205,7 +205,9 @@ class Journal:
         if self._path is None:
             return
         out, resume = self._config.out, self._config.resume
-        if resume is not None and (self._config.log is not None or (out is not None and _same(resume, out))):
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # another process began this log
+        resumed = resume is not None and (self._config.log is not None or (out is not None and _same(resume, out)))
+        if again or resumed:
             self._cut(at)
         elif self._config.log is None and (self._path.parent / "index.json").exists():
             self._held = []

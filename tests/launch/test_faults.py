@@ -126,6 +126,12 @@ def test_a_run_that_was_started_again_ends_with_the_bits_of_one_that_was_not(
     assert "stage 1 was killed by SIGKILL" in done.stderr
     assert "starting again (1 of 2 restarts)" in done.stderr
     assert curve(tmp_path / "again.json") == curve(tmp_path / "plain.json")
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("again", "plain")]
+    again_lines, plain_lines = ([json.loads(line) for line in lines] for lines in logs)
+    keys = ("step", "loss", "val_loss", "lr")  # the same steps, each once
+    assert [[line.get(key) for key in keys] for line in again_lines] == [
+        [line.get(key) for key in keys] for line in plain_lines
+    ]
 
 
 @pytest.mark.slow
@@ -141,6 +147,8 @@ def test_torchruns_own_restart_goes_on_from_the_last_checkpoint(tmp_path: Path) 
     assert again["params_sha256"] == plain_run["params_sha256"]
     assert 0 < len(again["losses"]) < 10  # it did not begin anew
     assert again["losses"] == plain_run["losses"][-len(again["losses"]) :]
+    lines = [json.loads(line) for line in (tmp_path / "again" / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines if "loss" in line] == plain_run["losses"]  # each step once
 
 
 @pytest.mark.slow
