@@ -129,8 +129,7 @@ def _store(timeout_s: float) -> tuple[Any, int, int]:
     least = timedelta(seconds=max(timeout_s, 1.0))
     try:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=least)))
-        # torchrun's store outlives a restart, and what was said before would be taken for what is said now.
-        return dist.PrefixStore(f"paci_rt/attempt_{_restarts()}", store), rank, size
+        return store, rank, size
     except (RuntimeError, OSError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TransportError(
