@@ -14,13 +14,14 @@ import torch
 from paci_rt import launch
 from paci_rt.errors import RunStopped
 from paci_rt.launch.reports import at_rank_0
+from paci_rt.train.build import DUMPS
 from paci_rt.train.clocks import offset_to_first, shifted
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.journal import Heard, Journal
 from paci_rt.train.logs import logged
 from paci_rt.train.replicas import of_first_replica
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge, with_earlier
-from paci_rt.train.trainer import DUMPS, preflight, train
+from paci_rt.train.trainer import preflight, train
 
 MEMORY_PARTS = ("weights", "masters", "optimizer", "accumulators", "versions", "activations", "total")
 

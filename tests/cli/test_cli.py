@@ -223,12 +223,12 @@ def test_ctrl_c_ends_the_run_without_noise(text_file):
 
 
 def test_an_error_inside_a_stage_comes_with_its_action(capsys, text_file, monkeypatch):
-    from paci_rt.train import trainer
+    from paci_rt.train import build
 
     def broken(logits, target):
         raise ZeroDivisionError("nothing to divide by")
 
-    monkeypatch.setattr(trainer, "cross_entropy", broken)
+    monkeypatch.setattr(build, "cross_entropy", broken)
     argv = ["train", *SMALL, "--data", text_file, "--transport", "local", "--eval-interval", "0"]
     assert cli.main([*argv, "--json", "result.json"]) == 1
     err = capsys.readouterr().err

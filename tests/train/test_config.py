@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import paci_rt
+from paci_rt.train.build import make_optimizer
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.gpt import build_stage
-from paci_rt.train.trainer import make_optimizer
 from support.small_gpt import SMALL
 
 

@@ -12,12 +12,13 @@ import torch
 
 import paci_rt
 from paci_rt.runtime.stats import WINDOW_COUNTS
-from paci_rt.train import trainer
+from paci_rt.train import progress, trainer
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import load_corpus
 from paci_rt.train.gpt import MODELS, build_stage, cross_entropy
+from paci_rt.train.progress import TrainingClock
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge
-from paci_rt.train.trainer import TrainingClock, train
+from paci_rt.train.trainer import train
 from support.marks import slow
 from support.small_gpt import SMALL
 
@@ -298,7 +299,7 @@ def test_merge_leaves_out_the_first_window_and_averages_over_stages() -> None:
 
 def test_clock_stands_still_but_counts_the_wait_for_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
 
     def wait() -> None:
         now[0] += 1.0

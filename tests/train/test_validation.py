@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from paci_rt.train import trainer
+from paci_rt.train import progress
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.results import RunResult
 from paci_rt.train.run import execute
@@ -78,9 +78,9 @@ def test_a_validation_beside_a_checkpoint_is_drained_with_it(text: str, tmp_path
 
 def test_the_clock_leaves_out_what_validations_take(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     left_out = [3.0]
-    clock = trainer.TrainingClock(barrier=lambda: None, left_out=lambda: left_out[0])
+    clock = progress.TrainingClock(barrier=lambda: None, left_out=lambda: left_out[0])
     assert clock.seconds() == 0 and clock.stopped
     clock.start()
     now[0] += 10

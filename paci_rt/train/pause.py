@@ -1,0 +1,107 @@
+"""What a run does between steps, with the pipeline empty and the clock stopped, and where it goes on after a restart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+import paci_rt
+from paci_rt import checkpoint, status
+from paci_rt.runtime.engine import Pipeline
+from paci_rt.train import config_file, journal
+from paci_rt.train.config import TrainConfig
+from paci_rt.train.progress import Context, Log, TrainingClock
+from paci_rt.train.validation import evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause:
+    """Validates and saves, as it is asked to.
+
+    Attributes:
+        validates: whether this process has a part in validations.
+        group: of the pipeline, beside the one for its messages.
+        ties: tied weights. held_back: inputs and targets, int64 ``[sequences, seq]``.
+    """
+
+    config: TrainConfig
+    ctx: Context
+    pipeline: Pipeline
+    validates: bool
+    group: dist.ProcessGroup | None
+    ties: Sequence[paci_rt.TiedWeight]
+    clock: TrainingClock
+    log: Log
+    held_back: tuple[Tensor, Tensor]
+
+    def __call__(self, step: int, *, validate: bool, save: bool) -> None:
+        """After ``step`` windows. The clock is left stopped."""
+        config, board = self.config, status.board()
+        self.pipeline.drain()
+        self.log.catch_up()
+        self.pipeline.synchronize()
+        self.clock.stop()
+        val_loss = None
+        if validate and self.validates:
+            board.enter("validation", step=step)
+            val_loss = evaluate(self.pipeline, *self.held_back, config.batch_size)
+            self.log.evaluated(step, val_loss, self.clock.seconds())
+        if save and config.out is not None:
+            require_finite(self.pipeline, step, val_loss if config.on_nonfinite == "raise" else None)
+            board.enter("saving the checkpoint", step=step)
+            self._save(step, config.out)
+
+    def _save(self, step: int, out: str) -> None:
+        config, ctx = self.config, self.ctx
+        extra = {"config": config.to_json(), "run": run_id(ctx)}
+        how: dict[str, Any] = {"keep": config.keep_checkpoints, "gathered": config.gather_checkpoints}
+        checkpoint.save(out, self.pipeline, extra=extra, tied_weights=self.ties, group=self.group, **how)
+        if ctx.rank == 0 and not (restarts(ctx) and config.resume == out):  # whose options are there
+            config_file.save(config, out)
+        if ctx.rank == 0 and isinstance(ctx, journal.Heard):
+            ctx.report({"kind": "saved", "step": step})
+
+
+def require_finite(pipeline: Pipeline, step: int, val_loss: float | None) -> None:
+    """Raise NonFiniteError rather than save, over a good checkpoint, what is not finite."""
+    wrong = [
+        (stage.stage_index, name)
+        for stage in pipeline.stages
+        for name, param in stage.named_parameters()
+        if not bool(param.detach().isfinite().all())
+    ]
+    last = pipeline.stages[-1].stage_index
+    at, name = wrong[0] if wrong else (last, "")
+    if not wrong and (val_loss is None or math.isfinite(val_loss)):
+        return
+    what = f"parameter {name!r} is not finite" if wrong else f"the validation loss is {val_loss}"
+    text = (
+        f"stage {at}: {what} after {step} local updates, so no checkpoint was written; lower the learning rate (--lr)"
+    )
+    raise paci_rt.NonFiniteError(f"{at}U{step - 1}", text, at, step - 1, None, name)
+
+
+def after_restart(config: TrainConfig, ctx: Context) -> TrainConfig:
+    """The options with which a run goes on that was started again: from its own last checkpoint, where it has one."""
+    if not restarts(ctx) or config.out is None or not run_id(ctx):
+        return config
+    try:
+        index = checkpoint.read_index(config.out)
+    except ValueError:
+        return config  # nothing was saved yet
+    return replace(config, resume=config.out) if index["extra"].get("run") == run_id(ctx) else config
+
+
+def restarts(ctx: Context) -> int:
+    """How often the run was started again before."""
+    return int(getattr(ctx, "restarts", 0))
+
+
+def run_id(ctx: Context) -> str:
+    """What tells the run from others; empty where nothing starts it again."""
+    return str(getattr(ctx, "run_id", ""))
