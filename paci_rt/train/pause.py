@@ -1,4 +1,4 @@
-"""What a run does between steps, with the pipeline empty and the clock stopped, and where it goes on after a restart."""
+"""What a run does between steps, with an empty pipeline and a stopped clock; where it goes on after a restart."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def reports(steps: range, *, restarts: int = 0, processes: int = 2) -> list[list
             stats = {"grad_norm": {rank: 3.0 + rank}, "max_drift": rank, "drift_bound": 1, "exposed_comm_s": 0.5}
             stats |= {"lookahead_s": 0.25, "skipped_windows": {rank: 0}, "memory": {rank: {"weights": restarts}}}
             ctx = types.SimpleNamespace(rank=rank, world_size=processes, restarts=restarts)
-            found[rank].append(journal.stage_report(config(), step, stats, 0.5, ctx))
+            found[rank].append(journal.stage_report(config(stages=processes), step, stats, 0.5, ctx))
         step_report = {"kind": "step", "step": step, "tokens": step, "elapsed_s": 1.0, "loss": 2.0, "tokens_per_s": 3.0}
         found[-1].append(step_report)
         if step % 3 == 0:

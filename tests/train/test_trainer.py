@@ -12,7 +12,7 @@ import torch
 
 import paci_rt
 from paci_rt.runtime.stats import WINDOW_COUNTS
-from paci_rt.train import progress, trainer
+from paci_rt.train import build, progress, trainer
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import load_corpus
 from paci_rt.train.gpt import MODELS, build_stage, cross_entropy
@@ -200,9 +200,9 @@ def test_a_transport_is_told_where_the_stages_are(text: str, monkeypatch: pytest
     class OneOfTwo(Alone):
         rank, local = 1, False
 
-    monkeypatch.setattr(trainer, "make_transport", make_transport)
+    monkeypatch.setattr(build, "make_transport", make_transport)
     with pytest.raises(Told) as told:
-        trainer.build_pipeline(config_of(text, stages=2), OneOfTwo())
+        build.build_pipeline(config_of(text, stages=2), OneOfTwo())
     assert told.value.args == ("auto", torch.device("cpu"))
 
 
