@@ -33,9 +33,9 @@ def check_transport(name: str, option: str = "transport") -> None:
     Example:
         >>> from paci_rt.transport import check_transport
         >>> check_transport("gloo")
-        >>> check_transport("gluu", option="--transport")
+        >>> check_transport("glooo", option="--transport")
         Traceback (most recent call last):
-        ValueError: unknown --transport 'gluu': did you mean 'gloo'? choose from auto, local, gloo, ...
+        ValueError: unknown --transport 'glooo': did you mean 'gloo'? choose from auto, local, gloo, ...
     """
     if name not in TRANSPORTS:
         raise unknown(option, name, TRANSPORTS)

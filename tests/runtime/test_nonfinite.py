@@ -354,7 +354,7 @@ def test_a_window_whose_norm_stands_out_is_skipped(schedule: str, how: str, stag
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"on_nonfinite": "skip"}, "unknown on_nonfinite 'skip': did you mean 'skip-window'"),
+        ({"on_nonfinite": "skip-windows"}, "unknown on_nonfinite 'skip-windows': did you mean 'skip-window'"),
         ({"on_nonfinite": 3}, "unknown on_nonfinite 3"),
         ({"max_grad_norm": 0}, "max_grad_norm is 0: give a finite number above 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),

@@ -3,6 +3,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 import slow_tests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,13 +22,14 @@ def test_the_longest_are_chosen_and_every_function_keeps_a_case() -> None:
     ]
     seconds = slow_tests.durations(log)
     assert seconds["tests/a.py::one[x]"] == 3.5 and len(seconds) == 5
-    assert slow_tests.choose(seconds, 100.0) == []
-    assert slow_tests.choose(seconds, 4.3) == ["tests/a.py::one[x]"]
-    assert slow_tests.choose(seconds, 0.8) == ["tests/a.py::one[a b]", "tests/a.py::one[x]", "tests/a.py::three"]
+    assert slow_tests.choose(seconds, 100.0, 1.0) == []
+    assert slow_tests.choose(seconds, 4.3, 1.0) == ["tests/a.py::one[x]"]
+    assert slow_tests.choose(seconds, 0.8, 1.0) == ["tests/a.py::one[a b]", "tests/a.py::one[x]", "tests/a.py::three"]
 
 
-def test_the_tests_of_the_table_exist() -> None:
-    lines = slow_tests.TABLE.read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("mark", slow_tests.TABLES)
+def test_the_tests_of_the_tables_exist(mark: str) -> None:
+    lines = (slow_tests.TESTS / f"{mark}.txt").read_text(encoding="utf-8").splitlines()
     assert lines == sorted(set(lines))
     for line in lines:
         file, _, name = line.partition("::")
