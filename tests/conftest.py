@@ -25,9 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Whole folders of tests run in two processes, where pytest-xdist is there and ``-n`` says nothing else.
+    """Whole folders of tests run in three processes, where pytest-xdist is there and ``-n`` says nothing else.
 
-    Many tests wait for processes of their own, or for a deadline. Without the slow ones three fit on two cores.
+    Many tests wait for processes of their own, or for a deadline, so that three fit on two cores.
     """
     option = config.option
     if (
@@ -38,7 +38,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return  # a worker itself, no pytest-xdist, or told otherwise
     folders = all(Path(path.split("::")[0]).is_dir() for path in config.args)
     if folders and not option.usepdb and not option.collectonly and (os.cpu_count() or 1) > 1:
-        option.numprocesses, option.dist = 3 if "not slow" in option.markexpr else 2, "worksteal"
+        option.numprocesses, option.dist = 3, "worksteal"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
