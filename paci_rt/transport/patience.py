@@ -2,7 +2,7 @@
 
 A wait for a message is short and has a plain deadline. A wait for a process that loads a model, validates or writes a
 file is not: it ends when that process has shown no sign of life for as long as the deadline says. Signs of life are
-what its board says (:mod:`paci_rt.status`), and CPU time while it starts or computes.
+what its board says (:mod:`paci_rt.status`), and CPU time or what it reads and writes while it starts or computes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from paci_rt import status
 from paci_rt.errors import MeetingError, TransportError
@@ -27,6 +27,8 @@ MOST_S = 1800.0
 """No wait is longer (unless the deadline is), whatever signs of life there are."""
 ANSWER_S = 3.0
 """A store has at least so long to answer, on a machine that is busy."""
+WORKING = 0.1
+"""CPU time is a sign of life from this share of a core on: threads that only wait use some too."""
 GONE_S = 2.0
 """A process that is gone is waited for so long, for better words on why."""
 
@@ -131,6 +133,19 @@ def _host() -> list[str]:
         return [str(os.getpid()), ""]  # nobody else's
 
 
+class _Sign(NamedTuple):
+    """The last sign of life of a process: what had changed, its CPU time, and when."""
+
+    life: Any
+    cpu_s: float
+    at_s: float
+
+
+def _work_of(pid: int) -> tuple[float, int]:
+    """Seconds of CPU time of a process, and bytes that it has read from disks and written to them."""
+    return status.cpu_ticks(pid) / os.sysconf("SC_CLK_TCK"), status.storage_bytes(pid)
+
+
 class Patience:
     """Ends one wait for other processes; ``check`` is called while some are missing.
 
@@ -142,7 +157,7 @@ class Patience:
     def __init__(self, timeout_s: float, boards: Boards, what: str) -> None:
         self._timeout_s, self._boards, self._what = timeout_s, boards, what
         self._begin = time.monotonic()
-        self._lives: dict[int, tuple[Any, float]] = {}
+        self._lives: dict[int, _Sign] = {}
         self._siblings: dict[int, int] | None = None
         self._next_look = 0.0
         self._waiting = False
@@ -162,12 +177,12 @@ class Patience:
             status.board().say(f"waits for rank {', '.join(map(str, missing))}, which {self._what}")
         self._boards.learn(missing)
         for rank in missing:
-            life, least_s = self._life(rank)
-            since = self._lives.get(rank)
-            if since is None or since[0] != life:
-                self._lives[rank] = life, (self._begin if since is None else now)
+            life, cpu_s, least_s = self._life(rank)
+            last = self._lives.get(rank)
+            if last is None or last.life != life or cpu_s - last.cpu_s > WORKING * (now - last.at_s):
+                last = self._lives[rank] = _Sign(life, cpu_s, self._begin if last is None else now)
             limit_s = min(self._timeout_s, GONE_S) if life == "gone" else max(self._timeout_s, least_s)
-            if now - self._lives[rank][1] > limit_s or now - self._begin > max(self._timeout_s, MOST_S):
+            if now - last.at_s > limit_s or now - self._begin > max(self._timeout_s, MOST_S):
                 self._raise(missing, rank, limit_s)
 
     def over(self) -> None:
@@ -175,29 +190,31 @@ class Patience:
         if self._waiting:
             status.board().say("")
 
-    def _life(self, rank: int) -> tuple[Any, float]:
-        """What changes while a process lives, and the least deadline where it does not."""
+    def _life(self, rank: int) -> tuple[Any, float, float]:
+        """What changes while a process lives, seconds of CPU time, and the least deadline where both stand still."""
         board = status.peers().get(rank)
         if board is not None:
             standing = board.read()
             state = status.process_state(standing.pid)
             if state in ("", "Z", "X"):
-                return "gone", 0.0
+                return "gone", 0.0, 0.0
             if state in status.STOPPED:
-                return ("stopped", status.cpu_ticks(standing.pid)), 0.0
-            ticks = 0 if status.waits_by_action(standing) or standing.detail else status.cpu_ticks(standing.pid)
+                return "stopped", 0.0, 0.0
+            waits = status.waits_by_action(standing) or bool(standing.detail)
+            cpu_s, moved = (0.0, 0) if waits else _work_of(standing.pid)
             # Before its first phase a process runs a script of the user, who may let it wait for other things.
-            return (standing.life(), ticks), 0.0 if standing.phase else LEAST_TIMEOUT_S
+            return (standing.life(), moved), cpu_s, 0.0 if standing.phase else LEAST_TIMEOUT_S
         with suppress(TransportError):
             beat = self._boards.remote(rank)
             if beat:
-                return beat, 0.0
+                return beat, 0.0, 0.0
             if self._boards.seen(rank):
-                return "elsewhere", 0.0
+                return "elsewhere", 0.0, 0.0
         pid = self._sibling(rank)
         if pid is None:
-            return "unseen", UNSEEN_S
-        return status.cpu_ticks(pid), 0.0
+            return "unseen", 0.0, UNSEEN_S
+        cpu_s, moved = _work_of(pid)
+        return moved, cpu_s, 0.0
 
     def _sibling(self, rank: int) -> int | None:
         """The process that torchrun has started beside this one as ``rank``, before it says anything itself."""

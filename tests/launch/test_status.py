@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from paci_rt import status
 from paci_rt.action import OPS, Action
 from paci_rt.cli.app import main
+from paci_rt.errors import MeetingError
 from paci_rt.launch.blame import Seen, end_of_waits, guilty, waited_for
 from paci_rt.launch.dumps import write_dump
 from paci_rt.status import CURRENT, LAST, OP_CODES, Standing
@@ -133,3 +135,34 @@ def test_dumps_are_private(tmp_path: Path) -> None:
     assert "doctor --run" in write_dump(tmp_path / "new", {}, "nothing")
     assert (tmp_path / "new" / "failure.json").stat().st_mode & 0o077 == 0
     os.chmod(tmp_path / "new", 0o700)
+
+
+@pytest.mark.parametrize(("share", "ends"), [(0.02, True), (0.5, False)], ids=["background threads", "work"])
+def test_threads_that_only_wait_are_no_sign_of_life(monkeypatch: pytest.MonkeyPatch, share: float, ends: bool) -> None:
+    class Nobody:
+        def learn(self, ranks: Any) -> None:
+            pass
+
+        def remote(self, rank: int) -> str:
+            return ""
+
+        def seen(self, rank: int) -> bool:
+            return False
+
+    now = [0.0]
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(patience, "siblings", lambda: {1: 4711})
+    monkeypatch.setattr(patience.status, "cpu_ticks", lambda pid: int(now[0] * share * os.sysconf("SC_CLK_TCK")))
+    wait: Any = patience.Patience(20.0, Nobody(), "have not come")  # type: ignore[arg-type]
+
+    def waits() -> None:
+        while now[0] < 100.0:
+            wait.check([1])
+            now[0] += 0.5
+
+    if ends:
+        with pytest.raises(MeetingError, match=r"rank 1 have not come within 20 s"):
+            waits()
+        assert 20.0 <= now[0] < 25.0
+    else:
+        waits()
