@@ -58,7 +58,8 @@ def test_measure_plan_and_write(capsys):
     assert "measured here over 1 micro-batch, and written to new/tiny.json" in out
     found = json.loads(Path("plan.json").read_text())
     assert found.keys() >= {"partition", "accumulation", "slack", "predicted", "schedule", "runners_up", "profile"}
-    assert sum(found["partition"]) == 8 and len(found["partition"]) == found["stages"] == 2
+    pieces, stages = len(found["partition"]), found["stages"]  # some schedules have several pieces in a stage
+    assert sum(found["partition"]) == 8 and stages == 2 and pieces in (2, 4)
     assert found["predicted"].keys() == {
         "micro_batches_per_s", "utilization", "peak_memory_bytes", "drift", "delay"
     }  # fmt: skip
