@@ -232,7 +232,7 @@ def trained(schedule: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "train.json"
         command = [sys.executable, "-m", "paci_rt", "train", "--schedule", schedule, "--stages", "2", "--steps", "4"]
-        command += ["--accumulation", "2", "--batch-size", "4", "--seq-len", "32", "--json", str(out)]
+        command += ["--accumulation", "2", "--batch-size", "4", "--seq-len", "32", "--eval-drained", "--json", str(out)]
         subprocess.run(command, check=True, capture_output=True, cwd=folder)
         result: str = json.loads(out.read_text())["params_sha256"]
     return result
