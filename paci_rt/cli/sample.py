@@ -47,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
     """``paci-rt sample``."""
     import torch
 
+    from paci_rt.data.tokenizers import find_tokenizer
     from paci_rt.train.sampling import generate
     from paci_rt.train.saved import config_of, load_model
-    from paci_rt.train.text import codec_of, codec_of_run
+    from paci_rt.train.text import tokenizer_of_run
 
     _check(args)
     outputs.check_file("--json", args.json)
@@ -60,13 +61,16 @@ def run(args: argparse.Namespace) -> int:
             "cannot go on with a text: give a checkpoint of gpt2 or llama"
         )
     config = config_of(model, config_options(args))
-    codec = codec_of_run(model.shape.vocab_size, config.data) if args.tokenizer is None else codec_of(args.tokenizer)
-    prompt = list(codec.encode(args.prompt))
+    if args.tokenizer is None:
+        tokenizer = tokenizer_of_run(model.shape.vocab_size, config.data)
+    else:
+        tokenizer = find_tokenizer(args.tokenizer)
+    prompt = list(tokenizer.encode([args.prompt])[0])
     if not prompt:
         raise ValueError(f"--prompt {args.prompt!r} has no tokens: give at least one character")
     if max(prompt) >= model.shape.vocab_size:
         raise ValueError(
-            f"--tokenizer {codec.name} makes token {max(prompt)} of the prompt, and the model's vocabulary has "
+            f"--tokenizer {tokenizer.name} makes token {max(prompt)} of the prompt, and the model's vocabulary has "
             f"{model.shape.vocab_size}: give the tokenizer that made the data"
         )
     torch.set_num_threads(config.threads)
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         seed=config.seed,
     ).tolist()
-    text = _decoded(codec.decode, [*prompt, *drawn], codec.name)
+    text = _decoded(tokenizer.decode, [*prompt, *drawn], tokenizer.name)
     found: dict[str, Any] = {"checkpoint": model.path, "model": model.shape.name, "steps": model.steps}
     found |= {"prompt": args.prompt, "text": text, "tokens": drawn, "seed": config.seed}
     outputs.write_json(args.json, found)

@@ -28,6 +28,7 @@ class Tokenizer:
         end_token: number put behind every document; None puts nothing there.
         sha256: of what decides the numbers; empty where the library does not show it.
         encode: numbers of several texts, in their order, without special ones.
+        decode: the text of numbers.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Tokenizer:
     end_token: int | None
     sha256: str
     encode: Callable[[Sequence[str]], list[Sequence[int]]]
+    decode: Callable[[Sequence[int]], str]
 
     def to_json(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -77,7 +79,12 @@ def _of_bytes(end_token: str | None) -> Tokenizer:
         return [text.encode() for text in texts]
 
     return Tokenizer(
-        name=BYTES, vocab_size=256, end_token=0 if end_token is None else None, sha256=_sha256(BYTES), encode=encode
+        name=BYTES,
+        vocab_size=256,
+        end_token=0 if end_token is None else None,
+        sha256=_sha256(BYTES),
+        encode=encode,
+        decode=lambda numbers: bytes(numbers).decode(errors="replace"),
     )
 
 
@@ -100,6 +107,7 @@ def _of_file(name: str, file: Path, end_token: str | None, config: dict[str, Any
         end_token=_end(name, end_token, known.get, config),
         sha256=_sha256(found.to_str()),
         encode=encode,
+        decode=lambda numbers: str(found.decode(list(numbers), skip_special_tokens=False)),
     )
 
 
@@ -125,6 +133,7 @@ def _of_transformers(name: str, where: str, end_token: str | None, *, local: boo
         end_token=_end(name, end_token, known.get, own or {}),
         sha256=_sha256(json.dumps(sorted(known.items()))),
         encode=encode,
+        decode=lambda numbers: str(found.decode(list(numbers))),
     )
 
 
@@ -146,7 +155,12 @@ def _of_tiktoken(name: str, which: str, end_token: str | None) -> Tokenizer:
         return list(found.encode_ordinary_batch(list(texts)))
 
     return Tokenizer(
-        name=name, vocab_size=found.n_vocab, end_token=_end(name, end_token, number, {}), sha256="", encode=encode
+        name=name,
+        vocab_size=found.n_vocab,
+        end_token=_end(name, end_token, number, {}),
+        sha256="",
+        encode=encode,
+        decode=lambda numbers: str(found.decode(list(numbers))),
     )
 
 
@@ -177,7 +191,7 @@ def _library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise DataError(f"this tokenizer needs {name}, which is not installed: pip install {name}") from None
+        raise DataError(f"--tokenizer needs {name}, which is not installed: pip install {name}") from None
 
 
 def _sha256(text: str) -> str:

@@ -55,10 +55,22 @@ def write_parts(
 def check_finite(schedule: Pipeline) -> None:
     """Make sure that nobody goes on from weights that are lost: an update may overflow though its gradient did not.
 
-    Frozen parameters and buffers may hold infinities on purpose, as masks do; NaN they may not.
-
     Raises:
         CheckpointError: with the first parameter or buffer that is not finite.
+    """
+    found = first_lost(schedule)
+    if found is not None:
+        stage, what = found
+        raise CheckpointError(
+            f"stage {stage}: {what}, so nothing was saved and what was saved before is intact: go on from that with a "
+            "lower learning rate or with max_grad_norm= (--clip-grad-norm)"
+        )
+
+
+def first_lost(schedule: Pipeline) -> tuple[int, str] | None:
+    """Stage and words for the first parameter or buffer that must not be saved; None where all may be.
+
+    Frozen parameters and buffers may hold infinities on purpose, as masks do; NaN they may not.
     """
     for stage in schedule.stages:
         kept: list[tuple[str, Tensor, bool]] = [(*one, one[1].requires_grad) for one in stage.named_parameters()]
@@ -70,11 +82,8 @@ def check_finite(schedule: Pipeline) -> None:
         bad = torch.stack([_lost(tensor.detach(), trained).to(device) for _, tensor, trained in kept]).tolist()
         for (name, _, trained), lost in zip(kept, bad, strict=True):
             if lost:
-                raise CheckpointError(
-                    f"stage {stage.stage_index}: {name!r} {'is not finite' if trained else 'has NaN'}, so nothing was "
-                    "saved and what was saved before is intact: go on from that with a lower learning rate or with "
-                    "max_grad_norm= (--clip-grad-norm)"
-                )
+                return stage.stage_index, f"{name!r} {'is not finite' if trained else 'has NaN'}"
+    return None
 
 
 def _lost(tensor: Tensor, trained: bool) -> Tensor:

@@ -59,15 +59,7 @@ class EncoderConfig(ModelShape):
             raise ValueError(
                 f"{self.name}: vocab_size {self.vocab_size} leaves no token beside the mask: give 2 or more"
             )
-        if self.width // self.heads % 2:
-            raise ValueError(
-                f"{self.name}: width {self.width} over {self.heads} heads gives heads of {self.width // self.heads}, "
-                "and rotary positions need an even number"
-            )
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+        self.check_rotary()
 
     @property
     def mask_token(self) -> int:

@@ -46,15 +46,7 @@ class LlamaConfig(ModelShape):
                 raise ValueError(f"{self.name}: {field} must be at least 1, got {getattr(self, field)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.name}: {self.heads} heads are not a multiple of its kv_heads {self.kv_heads}")
-        if self.width // self.heads % 2:
-            raise ValueError(
-                f"{self.name}: width {self.width} over {self.heads} heads gives heads of {self.width // self.heads}, "
-                "and rotary positions need an even number"
-            )
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+        self.check_rotary()
 
     def make_stage(self, blocks: range, *, first: bool, last: bool) -> LlamaStage:
         return LlamaStage(self, blocks, first=first, last=last)

@@ -80,6 +80,18 @@ class ModelShape(ABC):
         """Tokens of the data are below it."""
         return self.vocab_size
 
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    def check_rotary(self) -> None:
+        """Raise ValueError where heads cannot have rotary positions."""
+        if self.head_size % 2:
+            raise ValueError(
+                f"{self.name}: width {self.width} over {self.heads} heads gives heads of {self.head_size}, "
+                "and rotary positions need an even number"
+            )
+
     def examples(self, x: Tensor, y: Tensor, *key: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, from tokens and those that follow them, each int64 ``[batch, seq]``; a pure function.
 

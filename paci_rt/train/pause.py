@@ -12,6 +12,7 @@ from torch import Tensor
 
 import paci_rt
 from paci_rt import checkpoint, status
+from paci_rt.runtime.checkpoint_save import first_lost
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.train import config_file, journal
 from paci_rt.train.config import TrainConfig
@@ -69,21 +70,13 @@ class Pause:
 
 def require_finite(pipeline: Pipeline, step: int, val_loss: float | None) -> None:
     """Raise NonFiniteError rather than save, over a good checkpoint, what is not finite."""
-    wrong = [
-        (stage.stage_index, name)
-        for stage in pipeline.stages
-        for name, param in stage.named_parameters()
-        if not bool(param.detach().isfinite().all())
-    ]
-    last = pipeline.stages[-1].stage_index
-    at, name = wrong[0] if wrong else (last, "")
-    if not wrong and (val_loss is None or math.isfinite(val_loss)):
-        return
-    what = f"parameter {name!r} is not finite" if wrong else f"the validation loss is {val_loss}"
-    text = (
-        f"stage {at}: {what} after {step} local updates, so no checkpoint was written; lower the learning rate (--lr)"
-    )
-    raise paci_rt.NonFiniteError(f"{at}U{step - 1}", text, at, step - 1, None, name)
+    found = first_lost(pipeline)
+    if found is None and val_loss is not None and not math.isfinite(val_loss):
+        found = pipeline.stages[-1].stage_index, f"the validation loss is {val_loss}"
+    if found is not None:
+        at, what = found
+        text = f"stage {at}: {what} after update {step}, so no checkpoint was written; lower the learning rate (--lr)"
+        raise paci_rt.NonFiniteError(f"{at}U{step - 1}", text, at, step - 1)
 
 
 def after_restart(config: TrainConfig, ctx: Context) -> TrainConfig:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from paci_rt import cli
+from paci_rt.data.tokenizers import find_tokenizer
 from paci_rt.train.families import FAMILIES
 from paci_rt.train.saved import load_model
-from paci_rt.train.text import codec_of
 
 SMALL = ["--layers", "4", "--width", "32", "--heads", "4", "--steps", "4", "--batch-size", "4", "--accumulation", "2"]
 SMALL += ["--seq-len", "16", "--eval-batches", "2", "--transport", "local", "--eval-interval", "0", "--lr", "0.01"]
@@ -201,8 +201,12 @@ def test_tokenizers(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(runs / "gpt2")
     found = result_of(capsys, "sample", run, "--prompt", "w3 w5", "--tokenizer", fits, "--tokens", "2")
     assert found["text"].startswith("w3 w5")
-    assert codec_of(fits).encode("w3 w5") == [3, 5]
-    assert codec_of(f"{fits}/tokenizer.json").decode([3, 5]) == "w3 w5"
+    assert list(find_tokenizer(fits).encode(["w3 w5"])[0]) == [3, 5]
+    assert find_tokenizer(f"{fits}/tokenizer.json").decode([3, 5]) == "w3 w5"
+    saved = json.loads(Path(fits, "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    Path("cuts.json").write_text(json.dumps(saved))
+    assert list(find_tokenizer("cuts.json").encode(["w3 w5 w7"])[0]) == [3, 5, 7]  # whatever the file is set to
     Path("result.json").unlink()
     said = error_of(capsys, "sample", run, "--prompt", "w399", "--tokenizer", large)
     assert "makes token 399 of the prompt, and the model's vocabulary has 256" in said

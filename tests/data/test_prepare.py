@@ -177,7 +177,12 @@ def test_hugging_face_tokenizers_by_file_folder_and_transformers_agree(tmp_path:
 
 def test_large_vocabularies_are_uint32(tmp_path: Path) -> None:
     tokenizer = Tokenizer(
-        name="wide", vocab_size=128_000, end_token=127_999, sha256="", encode=lambda texts: [[70_000, 5]] * len(texts)
+        name="wide",
+        vocab_size=128_000,
+        end_token=127_999,
+        sha256="",
+        encode=lambda texts: [[70_000, 5]] * len(texts),
+        decode=str,
     )
     prepare(find_source([str(jsonl(tmp_path / "a.jsonl", TEXTS))]), tmp_path / "out", tokenizer)
     train, _ = tokens_in(tmp_path / "out")
