@@ -12,6 +12,8 @@ from torch import Tensor
 
 from paci_rt.hf.load import INDEX, WHOLE
 from paci_rt.hf.stage_module import StageOfModel
+from paci_rt.runtime.checkpoint_save import check_finite
+from paci_rt.runtime.together import together
 from paci_rt.transport.collective import gather
 
 _COMPILED = "_orig_mod."
@@ -30,6 +32,7 @@ def save_pretrained(schedule: Any, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the stages are none of those.
+        CheckpointError: a weight is not finite; nothing was written.
 
     Example:
         >>> import tempfile, transformers
@@ -51,6 +54,8 @@ def save_pretrained(schedule: Any, folder: str | os.PathLike[str]) -> None:
     schedule.drain()
     schedule.synchronize()
     stages = [_stage_of(one.submod) for one in schedule.stages]
+    with together(schedule, schedule.stages[0].group):
+        check_finite(schedule)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}

@@ -303,3 +303,15 @@ def test_looking_at_the_cut_leaves_the_modes_as_they_were() -> None:
     assert model.training and not model.transformer.h[1].training and model.transformer.h[0].training
     assert all(stage.training and stage._model[0].training for stage in stages)
     assert not paci_rt.hf.split(model.eval(), 2)[0]._model[0].training
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    stages = paci_rt.hf.split(make("llama"), num_stages=2)
+    pipe = paci_rt.LocalPipeline(
+        stages, n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=lambda params: paci_rt.SGD(params, lr=0.1)
+    )
+    with torch.no_grad():
+        next(iter(stages[1].parameters()))[0] = float("inf")
+    with pytest.raises(paci_rt.CheckpointError, match=r"stage 1: .* is not finite, so nothing was saved"):
+        paci_rt.hf.save_pretrained(pipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
