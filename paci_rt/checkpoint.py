@@ -191,22 +191,19 @@ def _hold(folder: Path, schedule: Pipeline, *, group: dist.ProcessGroup | None, 
     probe: Probe | None = None
     new = False
     try:
-        with together(schedule, group):
-            try:
-                first = schedule.stages[0].stage_index == 0
-                new = not folder.exists() and (first or not gathered)
-                if first or not gathered:
-                    folder.mkdir(parents=True, exist_ok=True)
-                if first:
-                    lock = FolderLock(folder)
-                if not alone(schedule) and not gathered:
-                    probe = Probe(folder)
-            except OSError as error:
-                raise CheckpointError(f"{folder} cannot be written: {reason(error)}: give another folder") from error
-        if probe is not None:
+        first = schedule.stages[0].stage_index == 0
+        with together(schedule, group), _writing(folder):
+            new = not folder.exists() and (first or not gathered)
+            if first or not gathered:
+                folder.mkdir(parents=True, exist_ok=True)
+            if first:
+                lock = FolderLock(folder)
+        if not alone(schedule) and not gathered:
+            with together(schedule, group), _writing(folder):  # nothing is written into a folder that another run holds
+                probe = Probe(folder)
             marks = gather((probe.mark, socket.gethostname()), schedule, group)
             with together(schedule, group):
-                if schedule.stages[0].stage_index == 0:
+                if first:
                     check_seen(folder, marks)
             probe.remove()
         yield
@@ -214,6 +211,15 @@ def _hold(folder: Path, schedule: Pipeline, *, group: dist.ProcessGroup | None, 
         if probe is not None:
             probe.remove()
         _leave(folder, lock, new)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the system says about writing in ``folder``, as an error of checkpoints."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {reason(error)}: give another folder") from error
 
 
 def read_index(directory: PathLike) -> dict[str, Any]:
