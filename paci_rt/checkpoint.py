@@ -29,7 +29,7 @@ from paci_rt.runtime import checkpoint_files as files_of
 from paci_rt.runtime.checkpoint_collect import collect
 from paci_rt.runtime.checkpoint_files import beside, check_savable, part_of
 from paci_rt.runtime.checkpoint_index import KINDS, digest_of, index_file, names_in, warn_of_age
-from paci_rt.runtime.checkpoint_load import check_same_model, check_tensors, in_one_line, some, state_for
+from paci_rt.runtime.checkpoint_load import check_same_model, check_tensors, in_one_line, remembered, some, state_for
 from paci_rt.runtime.checkpoint_save import check_finite, check_seen, finish, index_of, leave_to_one, write_parts
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.folder_lock import FolderLock, Probe
@@ -411,6 +411,8 @@ def reshard(source: PathLike, target: PathLike, layout: Sequence[Iterable[str]])
             state = files_of.read_parts(index_file(source).parent, index, names)
             content = part_of(state, {kind: placed[kind][at] for kind in KINDS}, state.get("optimizers", ()))
             parts.append(files_of.write_part(folder, content, index["windows"], at, len(groups)))
+        if (safety := remembered(index)) is not None:
+            parts[0]["safety"] = safety
         files_of.finish(folder, index_of(parts, index["windows"], index["extra"], index["version"]), keep=1)
     except BaseException:
         files_of.remove_parts(folder, [part["file"] for part in parts])

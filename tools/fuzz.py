@@ -37,8 +37,6 @@ TARGETS: list[Target] = [
     *fuzz_cli.TARGETS,
     *fuzz_api.TARGETS,
 ]
-CHECKPOINTS = fuzz_api.CHECKPOINTS
-"""Apart: ``--checkpoints`` adds them."""
 ROUND = 200
 """Cases of a target of cost 1 in one round; dearer ones get fewer."""
 MEMORY = 16 << 30
@@ -117,14 +115,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, help="one round, of so many cases a target")
-    parser.add_argument("--only", help="one target: " + ", ".join(target.name for target in TARGETS + CHECKPOINTS))
-    parser.add_argument("--checkpoints", action="store_true", help="damaged checkpoints too")
+    parser.add_argument("--only", help="one target: " + ", ".join(target.name for target in TARGETS))
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
-    targets = TARGETS + (CHECKPOINTS if options.checkpoints or options.only == "checkpoint" else [])
-    targets = [target for target in targets if options.only in (None, target.name)]
+    targets = [target for target in TARGETS if options.only in (None, target.name)]
     found = run(targets, seconds=options.seconds, first_seed=options.seed, cases=options.cases)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -317,8 +317,6 @@ TARGETS = [
         check_step,
         8,
     ),
-]
-CHECKPOINTS = [
     Target(
         "checkpoint", st.tuples(st.integers(0, 20), st.sampled_from(DAMAGES), flips, changes()), check_checkpoint, 15
     ),

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from paci_rt.errors import CheckpointError
 from paci_rt.files import open_plain, reason, replacing
+from paci_rt.runtime import guard_memory
 
 FORMAT = "paci_rt checkpoint"
 VERSION = 4
@@ -174,6 +175,9 @@ class _Checker:
         stages = file.get("generators")
         if stages is not None and not (isinstance(stages, list) and all(type(one) is int for one in stages)):
             self._wrong(f"{at}.generators", stages, "a list of stages")
+        problem = guard_memory.problem_of(file["safety"]) if "safety" in file else None
+        if problem is not None:
+            raise CheckpointError(f"{self._path} is damaged: {at}: {problem}")
 
     def _integer(self, at: str, value: Any, least: int) -> None:
         if type(value) is not int or not least <= value < 2**62:

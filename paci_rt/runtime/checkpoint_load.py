@@ -12,6 +12,7 @@ import torch
 
 from paci_rt.errors import CheckpointError, PaciError
 from paci_rt.files import reason
+from paci_rt.runtime import guard_memory
 from paci_rt.runtime.checkpoint_files import read_parts
 from paci_rt.runtime.checkpoint_index import KINDS, names_in
 
@@ -50,7 +51,14 @@ def state_for(
     state["params"] = {name: state["params"][source.get(name, name)] for name in wanted["params"]}
     state["optimizer"] = {name: value for name, value in state["optimizer"].items() if name in wanted["params"]}
     state["windows"] = index["windows"]
+    state["safety"] = remembered(index)
     return state
+
+
+def remembered(index: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the guards of all stages remembered; None where they had nothing to remember."""
+    parts = [file["safety"] for file in index["files"] if "safety" in file]
+    return guard_memory.joined(parts) if parts else None
 
 
 def check_same_model(

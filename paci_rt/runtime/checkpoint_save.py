@@ -43,6 +43,8 @@ def write_parts(
             parts.append(
                 files_of.write_part(folder, content, state["windows"], at, schedule.stages[0].num_stages, ours)
             )
+        if state["safety"]["of"]:
+            parts[0]["safety"] = state["safety"]
     except CheckpointError as error:
         return lock, parts, failure_of(error)
     except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter

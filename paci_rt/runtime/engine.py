@@ -21,6 +21,7 @@ from paci_rt.runtime.caller_memory import gradients_set_aside, keep_safe
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.evaluation import Evaluation, PipelineEvaluation
 from paci_rt.runtime.executor import Executor, StageRuntime
+from paci_rt.runtime.guard import Guard
 from paci_rt.runtime.module_watch import ModuleWatch
 from paci_rt.runtime.replicas import Replicas, reset_reduce_stats
 from paci_rt.runtime.safety import Safety
@@ -316,6 +317,10 @@ class Pipeline(PipelineEvaluation):
     @property
     def _optimizers(self) -> list[StageOptimizer]:
         return [runtime.optimizer for runtime in self._executor.runtimes.values()]
+
+    @property
+    def guards(self) -> dict[int, Guard | None]:
+        return {at: runtime.guard for at, runtime in self._executor.runtimes.items()}
 
     # --- looking ---
 

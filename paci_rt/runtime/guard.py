@@ -8,8 +8,9 @@ decides by what it has heard (:mod:`paci_rt.runtime.news`), and takes an update 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,6 +170,11 @@ class Guard:
         """Whether this stage tells spikes by its own norm: under a flush the last one does by the norm of all."""
         together = (self._flush and self._settles) or self._clips_exactly
         return self._safety.skip_spikes is not None and not together
+
+    @property
+    def _knows_all(self) -> bool:
+        """Whether the norms that this stage tells spikes by are those of all stages together."""
+        return self._alone or not self._judges_alone
 
     def _decide(self, window: int, sealed: Sealed) -> Verdict | None:
         self._find(window)
@@ -357,6 +363,21 @@ class Guard:
     def follow(self, other: Guard) -> None:
         """Go on for the same stage, which was bound anew."""
         self._counted, self._norms = other._counted, other._norms
+
+    @property
+    def remembered(self) -> dict[str, Any]:
+        """What goes into a checkpoint, JSON-ready: ``norms`` before this window, whether they are ``of_all`` stages,
+        and the state of the ``loss_scale``, None on stages that do not begin backwards."""
+        scale = None if self._scaler is None else self._scaler.state_dict()
+        return {"norms": list(self._norms), "of_all": self._knows_all, "loss_scale": scale}
+
+    def recall(self, remembered: Mapping[str, Any]) -> None:
+        """Take over what :attr:`remembered` was, as far as it means anything here."""
+        self._norms.clear()
+        if self._safety.skip_spikes is not None and remembered["of_all"] is self._knows_all:
+            self._norms.extend(remembered["norms"])
+        if self._scaler is not None and remembered["loss_scale"] is not None:
+            self._scaler.load_state_dict(remembered["loss_scale"])
 
     @property
     def extra_bytes(self) -> int:

@@ -74,7 +74,7 @@ class LossScaler:
             self._scale = min(self._scale * self.settings["growth_factor"], MOST)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scale and count of good windows, of the last stage's scaler: save it beside the checkpoint."""
+        """Scale and count of good windows, of the last stage's scaler. Checkpoints have it."""
         return {"scale": self._scale, "good_windows": self._good}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -83,10 +83,18 @@ class LossScaler:
         Raises:
             ValueError: it is something else.
         """
-        scale, good = state.get("scale"), state.get("good_windows")
-        if not isinstance(scale, float) or not LEAST <= scale <= MOST or not isinstance(good, int) or good < 0:
+        if not is_state(state):
             raise ValueError(f"{state!r} is no state of a LossScaler: give what its state_dict() returned")
-        self._scale, self._good = scale, good
+        self._scale, self._good = state["scale"], state["good_windows"]
+
+
+def is_state(state: Any) -> bool:
+    """Whether :meth:`LossScaler.load_state_dict` can take ``state``."""
+    if not isinstance(state, dict) or state.keys() != {"scale", "good_windows"}:
+        return False
+    scale, good = state["scale"], state["good_windows"]
+    power = isinstance(scale, float) and LEAST <= scale <= MOST and math.frexp(scale)[0] == 0.5
+    return power and type(good) is int and good >= 0
 
 
 LEAST, MOST = 2.0**-24, 2.0**60

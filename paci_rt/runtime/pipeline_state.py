@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from paci_rt.optim.stage_optimizer import StageOptimizer
+from paci_rt.runtime import guard_memory
+from paci_rt.runtime.guard import Guard
 from paci_rt.runtime.module_state import named_keepers
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.state_dict import Apply, Parts, check_state, collect_state
@@ -30,6 +32,11 @@ class PipelineState(ABC):
     @abstractmethod
     def transfer_timeout_s(self) -> float:
         """Deadline of a wait for another stage, in seconds."""
+
+    @property
+    @abstractmethod
+    def guards(self) -> Mapping[int, Guard | None]:
+        """By stage, what stands between gradients and weights; None where there is no optimizer."""
 
     @property
     @abstractmethod
@@ -84,14 +91,16 @@ class PipelineState(ABC):
         Keys: ``params``, ``buffers`` (persistent ones) and ``extra_state`` (of ``get_extra_state``) by name;
         ``optimizer``, the state of each parameter by its name; ``optimizers``, for each stage the class of its
         ``optimizer``, the options of its parameter ``groups`` with their members' names, and its ``lr_scheduler``;
-        ``windows``, the local updates so far. Random generators are the caller's.
+        ``windows``, the local updates so far; ``safety``, norms that spikes are told by, and loss scales.
+        Random generators are the caller's.
 
         Raises:
             ValueError: stages of this process share the name of a buffer and differ in its value.
         """
         self.drain()
         self._follow_modules()
-        return collect_state(self._parts, self._next_window)
+        state = collect_state(self._parts, self._next_window)
+        return {**state, "safety": guard_memory.collect(self.guards, self.stages[0].num_stages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Drain, then take over a state of :meth:`state_dict`. Without ``optimizer`` in it, optimizers, schedulers and
@@ -115,6 +124,8 @@ class PipelineState(ABC):
         self._follow_modules()
         take_parts = check_state(state, self._parts)
         windows = int(state["windows"]) if "optimizer" in state else None
+        guarded = windows is not None and state.get("safety") is not None
+        recall = guard_memory.check(state["safety"], self.guards, self.stages[0].num_stages) if guarded else None
 
         def take() -> None:
             self.drain()
@@ -122,5 +133,7 @@ class PipelineState(ABC):
             if windows is not None:
                 self._next_window = self._start_window = windows
             self._restart(self._next_window)
+            if recall is not None:
+                recall()
 
         return take

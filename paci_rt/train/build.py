@@ -46,6 +46,7 @@ def build_pipeline(config: TrainConfig, ctx: Context, place: Place | None = None
         "on_nonfinite": config.on_nonfinite,
         "max_grad_norm": config.clip_grad_norm,
         "skip_spikes": config.skip_spikes,
+        "loss_scale": paci_rt.LossScaler() if config.dtype == "fp16" else None,
     }
     if ctx.local:
         options |= {"schedule": config.schedule, "chunks": config.chunks}

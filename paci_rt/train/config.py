@@ -21,7 +21,7 @@ from paci_rt.schedules.base import check_takes
 from paci_rt.train.check_replicas import check_replicas
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
 from paci_rt.train.model import ModelShape, default_partition
-from paci_rt.train.option_checks import check_known, check_switch, check_text, flag_of
+from paci_rt.train.option_checks import check_dtype, check_known, check_switch, check_text, flag_of
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 from paci_rt.transport.base import MOST_TIMEOUT_S
 
@@ -45,7 +45,7 @@ MOST = {
 """Of integers; the others end at 2**53."""
 MOST_FLOAT = 1e30
 """Of rates and coefficients: it is a number in fp32 as well."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO: Any = None
 """Default of options that are derived from the others."""
 
@@ -79,6 +79,7 @@ class TrainConfig:
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
             autocast, which makes a bf16 copy of every weight in each forward that autograd keeps until the backward:
             2 bytes per parameter for every micro-batch in flight, the very weight stash that PACI does without.
+            ``fp16`` in the same way, with a ``paci_rt.LossScaler`` and ``on_nonfinite="skip-window"``.
         on_nonfinite, skip_spikes: as for ``paci_rt.SchedulePACI``; clip_grad_norm: its ``max_grad_norm``.
         seed: of weights and batches. device: ``cpu``; ``cuda``, the GPUs of this host, one per process, or all stages
             on the first with the local transport; ``cuda:N`` one of them; ``auto`` is ``cuda`` where it can be used.
@@ -145,7 +146,7 @@ class TrainConfig:
     beta2: float = AUTO
     momentum: float = AUTO
     clip_grad_norm: float | None = None
-    on_nonfinite: str = "raise"
+    on_nonfinite: str = AUTO
     skip_spikes: float | None = None
     dtype: str = "fp32"
     seed: int = 0
@@ -214,14 +215,11 @@ class TrainConfig:
         check_known("--model", self.model, MODELS)
         check_known("--optimizer", self.optimizer, OPTIMIZERS)
         check_known("--dtype", self.dtype, DTYPES)
+        self._fill("on_nonfinite", "skip-window" if self.dtype == "fp16" else "raise")
         check_known("--on-nonfinite", self.on_nonfinite, SAFETY_POLICIES)
         check_transport(self.transport, "--transport")
         self._check_device()
-        if self.dtype == "bf16" and self.optimizer.startswith("torch-"):
-            raise ValueError(
-                f"--dtype bf16 with --optimizer {self.optimizer}: torch's optimizers keep no fp32 masters, so small "
-                f"updates would be rounded away; use --optimizer {self.optimizer.removeprefix('torch-')}"
-            )
+        check_dtype(self.dtype, self.optimizer, self.on_nonfinite)
 
     def _check_device(self) -> None:
         """Resolve ``auto``, and refuse what cannot work."""

@@ -35,3 +35,17 @@ def check_switch(flag: str, value: Any) -> None:
     """Raise ValueError for what is neither True nor False."""
     if not isinstance(value, bool):
         raise ValueError(f"{flag} is {shown(value)}: give True or False")
+
+
+def check_dtype(dtype: str, optimizer: str, on_nonfinite: str) -> None:
+    """Raise ValueError for what does not go with parameters of ``dtype``."""
+    if dtype != "fp32" and optimizer.startswith("torch-"):
+        raise ValueError(
+            f"--dtype {dtype} with --optimizer {optimizer}: torch's optimizers keep no fp32 masters, so small "
+            f"updates would be rounded away; use --optimizer {optimizer.removeprefix('torch-')}"
+        )
+    if dtype == "fp16" and on_nonfinite != "skip-window":
+        raise ValueError(
+            f"--dtype fp16 with --on-nonfinite {on_nonfinite}: a loss scale that is too large shows in gradients that "
+            "are not finite, whose window all stages must skip; leave --on-nonfinite out"
+        )

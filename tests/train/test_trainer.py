@@ -248,6 +248,18 @@ def test_same_seed_same_parameters_other_seed_others(text: str) -> None:
     assert [point.step for point in first.evals] == [2]
 
 
+@pytest.mark.parametrize("schedule", ["paci", "1f1b"])
+def test_fp16_resumes_with_its_loss_scale(text: str, tmp_path: Path, schedule: str) -> None:
+    options = {"schedule": schedule, "dtype": "fp16", "steps": 24, "out": str(tmp_path), "save_interval": 12}
+    whole = run(config_of(text, **options))
+    assert whole.skipped_windows[0] == whole.skipped_windows[1]
+    assert abs(whole.val_loss - run(config_of(text, schedule=schedule, steps=24)).val_loss) < 0.1
+    older = tmp_path / "index-00000012.json"
+    assert older.exists()
+    again = run(config_of(text, **{**options, "out": None, "resume": str(older), "save_interval": 0}))
+    assert again.params_sha256 == whole.params_sha256
+
+
 def test_bf16_stays_near_fp32_and_halves_the_weights(text: str) -> None:
     low, full = (run(config_of(text, dtype=dtype, steps=20)) for dtype in ("bf16", "fp32"))
     # bf16 keeps 8 bits: the loss of some 4 nats is good to a few hundredths
