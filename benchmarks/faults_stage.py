@@ -91,8 +91,9 @@ def install() -> None:
 
     def executing(self: Executor, action: Any, batch: Any) -> None:
         standing = status.board().read()
-        wanted = {"warm-up": "training", "training": "training", "validation": "validation"}.get(phase)
-        if wanted == standing.phase and standing.rank == FAULT["rank"]:
+        wanted = {"warm-up": "training", "training": "training"}.get(phase)
+        among = phase == "validation" and (standing.phase == "validation" or not batch.training)
+        if (wanted == standing.phase or among) and standing.rank == FAULT["rank"]:
             countdown()
         execute(self, action, batch)
 

@@ -92,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exception(error.__cause__)
         print(f"paci-rt: error: {_who()}{_in_one_line(error)}", file=sys.stderr)
         return FAILED
+    except Exception as error:
+        if who := _who():  # of the tracebacks that follow nobody knows whose they are
+            said = f"{type(error).__name__}: {_in_one_line(error)}"
+            print(f"paci-rt: error: {who}{said}", file=sys.stderr, flush=True)
+        raise
 
 
 def say_once(line: str) -> None:

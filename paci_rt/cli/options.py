@@ -220,8 +220,8 @@ def add_training(options: ConfigOptions) -> None:
     options.add("batch_size", int, "N", "sequences per local update")
     options.add("seq_len", int, "N", "tokens per sequence (default: 128)")
     options.add("dtype", str, "NAME", f"{' or '.join(DTYPES)}; bf16 and fp16 keep fp32 master weights in the "
-                "optimizer, fp16 has a dynamic loss scale. Autocast is not used: its copies of every weight would stay in "
-                "memory until the backward")
+                "optimizer, fp16 has a dynamic loss scale. Autocast is not used: its copies of every weight would stay "
+                "in memory until the backward")
     options.group("optimization")
     options.add("steps", int, "N", "local updates of every stage")
     options.add("optimizer", str, "NAME", f"{', '.join(OPTIMIZERS)}; torch-* are torch's own, the "
