@@ -6,7 +6,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-SHAPES = ("cosine", "constant", "drops")
+SHAPES = ("cosine", "constant", "drops", "wsd")
+DECAY_SHARE = 0.2
+"""Of a run under ``wsd``, at its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +101,13 @@ class Case:
         method: a name in METHODS.
         lr: peak learning rate. seed: of weights and batches.
         updates: of every stage. warmup: of them with a rising learning rate.
-        shape: of the learning rate afterwards: ``cosine`` to a tenth, ``constant``, or ``drops`` (to a tenth after half
-            of the updates, to a hundredth after three quarters).
+        shape: of the learning rate afterwards: ``cosine`` to a tenth, ``constant``, ``drops`` (to a tenth after half
+            of the updates, to a hundredth after three quarters), or ``wsd`` (constant, then on a straight line to a
+            tenth over the last fifth of all updates).
         dtype: ``fp32``, or ``bf16`` parameters with fp32 masters.
         device: ``cpu`` or ``cuda``.
+        width, batch_size: in place of the task's own. beta2: second moment's decay. clip: largest gradient norm.
+        corpus: name and fingerprint of the text, as ``tasks.use_corpus`` returns them; None is Python's library.
     """
 
     task: str
@@ -117,6 +122,11 @@ class Case:
     shape: str = "cosine"
     dtype: str = "fp32"
     device: str = "cpu"
+    width: int | None = None
+    batch_size: int | None = None
+    beta2: float | None = None
+    clip: float | None = None
+    corpus: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -144,6 +154,9 @@ class Case:
         progress = min(1.0, (update - self.warmup) / max(1, self.updates - self.warmup))
         if self.shape == "constant":
             return 1.0
+        if self.shape == "wsd":
+            left = (self.updates - update) / max(1.0, DECAY_SHARE * self.updates)
+            return 1.0 if left >= 1 else 0.1 + 0.9 * left
         if self.shape == "drops":
             return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))

@@ -32,9 +32,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Named = list[tuple[str, nn.Parameter]]
 
 
-def make_optimizer(task: Task, method: Method, lr: float, named: Named) -> torch.optim.Optimizer:
+def make_optimizer(task: Task, method: Method, lr: float, named: Named, beta2: float = BETA2) -> torch.optim.Optimizer:
     """The optimizer of one stage. Weight decay is on matrices and embeddings, none on vectors."""
-    betas = (method.beta1, BETA2)
+    betas = (method.beta1, beta2)
     if method.optimizer in RIVALS:
         options = RivalOptions(lr=lr, weight_decay=WEIGHT_DECAY, betas=betas, is_hidden_matrix=task.is_hidden_matrix)
         return RIVALS[method.optimizer](named, options)
@@ -156,20 +156,27 @@ class Run:
         return cls(**{**values, "case": Case(**record["case"]), "curve": curve})
 
 
-def run(case: Case, *, on_point: Callable[[int, float], None] | None = None) -> Run:
+def task_of(case: Case) -> Task:
+    """What ``case`` trains."""
+    return make_task(case.task, layers=case.layers, width=case.width, batch_size=case.batch_size, corpus=case.corpus)
+
+
+def run(case: Case, *, points: int = POINTS, on_point: Callable[[int, float], None] | None = None) -> Run:
     """Run ``case`` to its end, or until it diverges.
 
     Args:
+        points: measurements along the run.
         on_point: called with updates and loss at every measurement.
     """
-    task, method = make_task(case.task, layers=case.layers), METHODS[case.method]
+    task, method = task_of(case), METHODS[case.method]
     modules = [module.to(case.device, DTYPES[case.dtype]) for module in task.build(case.stages, case.seed)]
     evaluator = Evaluator(task, case)
     for stage, module in enumerate(modules):
         evaluator.take(stage, 0, [param.detach().clone() for param in module.parameters()])
-    every = max(1, case.updates // POINTS)
+    every = max(1, case.updates // points)
     due = {*range(every, case.updates, every), case.updates}
-    optimizers = [make_optimizer(task, method, case.lr, list(module.named_parameters())) for module in modules]
+    beta2 = BETA2 if case.beta2 is None else case.beta2
+    optimizers = [make_optimizer(task, method, case.lr, list(module.named_parameters()), beta2) for module in modules]
     recorders = [
         StageRecorder(
             optimizer,
@@ -191,6 +198,7 @@ def run(case: Case, *, on_point: Callable[[int, float], None] | None = None) -> 
             loss_fn=task.loss,
             optimizer=optimizers,
             lr_scheduler=recorders,
+            max_grad_norm=case.clip,
         )
     if method.joined is not None:
         join_windows(pipeline, pipeline._optimizers, case.accumulation)

@@ -6,9 +6,11 @@ process.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from staleness import glyphs, models
 from staleness.draws import MASK_TOKEN, mask, seeded
 
 HELD_BACK_SEQUENCES = 48
+CORPUS_VARIABLE = "ISO_LOSS_CORPUS"
 HELD_BACK_MASKED = 192  # sequences; only about one position in seven of them is measured
 HELD_BACK_IMAGES = 256
 
@@ -68,15 +71,25 @@ class TextTask(Task):
     Attributes:
         model: its shape; ``layers`` of it are those of the task.
         seq_len: tokens per sequence.
+        text: name and fingerprint of another text, which :func:`use_corpus` has named.
     """
 
     model: GPTConfig
     seq_len: int
+    text: str | None = None
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The text, opened once."""
-        return load_corpus(None, vocab_size=self.model.vocab_size, seq_len=self.seq_len)
+        """The text, opened once.
+
+        Raises:
+            ValueError: it is not the one that the task names.
+        """
+        path = None if self.text is None else os.environ.get(CORPUS_VARIABLE)
+        corpus = load_corpus(path, vocab_size=self.model.vocab_size, seq_len=self.seq_len)
+        if self.text is not None and (path is None or self.text != _label(corpus, path)):
+            raise ValueError(f"the text is not {self.text}: give the same --corpus as when the runs were planned")
+        return corpus
 
     def build(self, num_stages: int, seed: int) -> list[nn.Module]:
         sizes = default_partition(self.model, num_stages, seq_len=self.seq_len)
@@ -174,20 +187,47 @@ TASKS: dict[str, Task] = {
 }
 
 
-def make_task(name: str, *, layers: int | None = None) -> Task:
-    """The task called ``name``, with another number of blocks where ``layers`` says so.
+def use_corpus(path: str) -> str:
+    """Let tasks in this process and those that it starts train on the text at ``path``.
+
+    Returns:
+        Its name and fingerprint, which name no place.
+    """
+    os.environ[CORPUS_VARIABLE] = path
+    return _label(load_corpus(path, vocab_size=NANO.vocab_size, seq_len=1), path)
+
+
+def _label(corpus: Corpus, path: str) -> str:
+    return f"{Path(path).name} {corpus.digest()}"
+
+
+def make_task(
+    name: str,
+    *,
+    layers: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+    corpus: str | None = None,
+) -> Task:
+    """The task called ``name``, with another number of blocks, width, batch or text where they are given.
 
     Raises:
-        ValueError: no task has that name, or ``layers`` is below 1.
+        ValueError: no task has that name, or a number is below 1 or not for that task.
     """
     if name not in TASKS:
         raise unknown("task", name, TASKS)
     task = TASKS[name]
-    if layers is None:
-        return task
-    if layers < 1:
+    if layers is not None and layers < 1:
         raise ValueError(f"layers={layers}: a model has at least one block")
-    changes: dict[str, object] = {"layers": layers}
-    if isinstance(task, TextTask):
-        changes["model"] = replace(task.model, layers=layers)
+    given = {"layers": layers, "batch_size": batch_size}
+    changes: dict[str, object] = {key: value for key, value in given.items() if value is not None}
+    if not isinstance(task, TextTask):
+        if width is not None or corpus is not None or batch_size is not None:
+            raise ValueError(f"{name} trains on images: it takes no width, batch size or corpus")
+        return replace(task, **changes)  # type: ignore[arg-type]
+    shape: dict[str, int] = {key: value for key, value in (("layers", layers), ("width", width)) if value is not None}
+    if width is not None and (width < 1 or width % task.model.heads):
+        raise ValueError(f"width={width}: give a multiple of the {task.model.heads} heads of {name}")
+    changes |= {"model": replace(task.model, **shape), "text": corpus}  # type: ignore[arg-type]
+    changes["units_per_update"] = task.seq_len * (batch_size or task.batch_size)
     return replace(task, **changes)  # type: ignore[arg-type]
