@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -159,7 +160,7 @@ def test_wsd_is_constant_and_then_a_straight_line_to_a_tenth() -> None:
     rates = shares("wsd")
     assert set(rates[10:81]) == {1.0}
     assert rates[90] == pytest.approx(0.55) and 0.1 < rates[99] < 0.15
-    steps = [a - b for a, b in zip(rates[80:-1], rates[81:], strict=True)]
+    steps = [a - b for a, b in itertools.pairwise(rates[80:])]
     assert max(steps) - min(steps) < 1e-12
 
 
