@@ -41,18 +41,18 @@ def test_forward_only(ranks: Any) -> None:
 
 def evaluation(side: Side, kind: str, many: bool) -> dict[str, Any]:
     """``eval`` computes losses and no gradients, with and without ``no_grad`` around it."""
-    schedule, modules, whole = stacked(side, kind, many, traced=True, count=RANKS, loss_fn=summed)
+    schedule, modules, whole = stacked(side, kind, many, traced=True, count=2 * RANKS, loss_fn=summed)
     x, target = data()
     losses: list[Tensor] = []
     if side.rank == 0:
         with torch.no_grad():
-            schedule.eval(x)
+            schedule.eval(x, **({"target": target, "losses": losses} if side.last else {}))
     elif side.last:
         schedule.eval(target=target, losses=losses)
     else:
         schedule.eval()
     assert all(param.grad is None for module in modules for param in module.parameters())
-    assert len(losses) == (RANKS if side.last else 0)
+    assert len(losses) == (2 * RANKS if side.last else 0)
     if side.last:
         with torch.no_grad():
             torch.testing.assert_close(sum(losses), summed(whole(x), target))
@@ -66,14 +66,15 @@ def test_evaluation_computes_losses_and_no_gradients(ranks: Any, kind: str, many
 
 def no_outputs(side: Side, kind: str, many: bool) -> dict[str, Any]:
     """``return_outputs=False`` returns None; every rank but the last is given the inputs."""
-    schedule, _, _ = stacked(side, kind, many, traced=True, count=RANKS, loss_fn=summed)
+    schedule, _, _ = stacked(side, kind, many, traced=True, count=2 * RANKS, loss_fn=summed)
     x, target = data()
     losses: list[Tensor] = []
     if side.last:
-        returned = schedule.step(target=target, losses=losses, return_outputs=False)
+        inputs = (x,) if side.rank == 0 else ()
+        returned = schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
     else:
         returned = schedule.step(x)
-    assert returned is None and len(losses) == (RANKS if side.last else 0)
+    assert returned is None and len(losses) == (2 * RANKS if side.last else 0)
     return {"losses": [loss.detach() for loss in losses]}
 
 
