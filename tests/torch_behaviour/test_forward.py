@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.torch_twin import RANKS, SEVERAL, SINGLE, Side, assert_alike, both, data, stacked, summed
+from support.torch_twin import IN_A_V, RANKS, SEVERAL, SINGLE, Side, assert_alike, both, data, stacked, summed
 
 
 def rounds(side: Side) -> dict[str, Any]:
@@ -59,9 +59,23 @@ def evaluation(side: Side, kind: str, many: bool) -> dict[str, Any]:
     return {"losses": [loss.detach() for loss in losses]}
 
 
-@pytest.mark.parametrize(("kind", "many"), [*SINGLE, *SEVERAL])
+@pytest.mark.parametrize(("kind", "many"), [*SINGLE, *(one for one in SEVERAL if one[0] not in IN_A_V)])
 def test_evaluation_computes_losses_and_no_gradients(ranks: Any, kind: str, many: bool) -> None:
     assert_alike(ranks.run(both, evaluation, kind, many))
+
+
+def ours_alone(rank: int, group: Any, kind: str) -> dict[str, Any]:
+    side = Side("ours", rank, group)
+    try:
+        return evaluation(side, kind, True)
+    finally:
+        for schedule in side.open:
+            schedule.close()
+
+
+@pytest.mark.parametrize("kind", IN_A_V)
+def test_evaluation_in_a_v_where_torchs_own_fails(ranks: Any, kind: str) -> None:
+    assert [len(one["losses"]) for one in ranks.run(ours_alone, kind)] == [2 * RANKS, 0, 0, 0]
 
 
 def no_outputs(side: Side, kind: str, many: bool) -> dict[str, Any]:
