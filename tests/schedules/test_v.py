@@ -104,7 +104,7 @@ def test_less_memory_costs_time_and_more_micro_batches_pay_for_it(ranks: int) ->
 
 
 def test_too_much_to_place_is_refused() -> None:
-    with pytest.raises(ValueError, match="building blocks is computed for at most 50,000 actions.*or use zb-v"):
+    with pytest.raises(ValueError, match=r"building blocks is computed for at most 50,000 actions.*or use zb-v"):
         FAMILIES["v-min"].check(shape_of(100, 1000))
     FAMILIES["zb-v"].check(shape_of(100, 1000))
 
@@ -128,6 +128,6 @@ def test_only_messages_between_ranks_need_room(capacity: int) -> None:
     validate(Lowering(family=FAMILIES["zb-v"], shape=shape_of(1, 8)), capacity=capacity)
     circle = Shape(num_stages=2, accumulation=8, chunks=2)
     validate(Lowering(family=FAMILIES["looped-bfs"], shape=circle), capacity=capacity)
+    two = Shape(num_stages=4, accumulation=8, chunks=2)
     with pytest.raises(ScheduleError, match="deadlocks"):
-        two = Shape(num_stages=4, accumulation=8, chunks=2)
         validate(Lowering(family=FAMILIES["looped-bfs"], shape=two), capacity=capacity)
