@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,9 @@ def write_perfetto(path: str | Path, events: Iterable[Event]) -> None:
 _MOST_ROWS = 64
 
 
-def format_timeline(events: Iterable[Event], *, ranks: int | None = None, width: int = 160) -> str:
+def format_timeline(
+    events: Iterable[Event], *, ranks: int | None = None, rank_of: Callable[[int], int] | None = None, width: int = 160
+) -> str:
     """Draw ``events`` with letters: what each rank did when, in columns of equal time.
 
     ::
@@ -114,8 +116,8 @@ def format_timeline(events: Iterable[Event], *, ranks: int | None = None, width:
 
     Args:
         events: executed or simulated actions.
-        ranks: rows; stage ``s`` is in row ``s % ranks``, and letters behind the numbers tell its stages apart. By
-            default as many as there are stages.
+        ranks: rows, by default as many as there are stages. Letters behind the numbers tell the stages of a row apart.
+        rank_of: the row of a stage; by default ``s % ranks`` for stage ``s``.
         width: characters a line may have.
 
     Returns:
@@ -135,6 +137,7 @@ def format_timeline(events: Iterable[Event], *, ranks: int | None = None, width:
         return "no events"
     stages = 1 + max(action.stage for action, _ in timed)
     rows = stages if ranks is None else ranks
+    row_of = rank_of or (lambda stage: stage % rows)
     durations = [event.end_s - event.start_s for action, event in timed if action.op is not Op.U]
     step_s = min((duration for duration in durations if duration > 0), default=0.0)
     if not step_s:
@@ -146,7 +149,7 @@ def format_timeline(events: Iterable[Event], *, ranks: int | None = None, width:
 
     lines = _Lines(rows, [_label(action, rows, stages) for action, _ in timed])
     for action, event in timed:
-        lines.add(action.stage % rows, _label(action, rows, stages), column(event.start_s), column(event.end_s))
+        lines.add(row_of(action.stage), _label(action, rows, stages), column(event.start_s), column(event.end_s))
     return "\n".join([f"1 column = {step_s * 1e3:.4g} ms", *lines.text(width), lines.legend(rows < stages)])
 
 

@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         from paci_rt.trace import format_timeline
 
         width = min(160, max(80, shutil.get_terminal_size((120, 24)).columns))
-        print("\n" + format_timeline(found.events, ranks=found.ranks, width=width))
+        print("\n" + format_timeline(found.events, ranks=found.ranks, rank_of=shape.rank_of, width=width))
     return 0
 
 
@@ -162,7 +162,7 @@ def _check_integers(args: argparse.Namespace) -> None:
 
 
 def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
-    chunks = args.chunks if args.chunks is not None else 2 if family.takes_chunks else 1
+    chunks = args.chunks if args.chunks is not None else family.chunks
     check_takes(family, chunks=chunks, prefix="--")
     if args.partition is not None:
         if args.profile is None:
@@ -181,6 +181,7 @@ def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
         accumulation=1 if family.one_micro_batch_windows else args.micro_batches,
         slack=auto_slack.checked(args.slack, family, args.stages * chunks),
         chunks=chunks,
+        placement=family.placement,
     )
     check_shape(family, shape)
     return shape
@@ -230,7 +231,9 @@ def _per_stage(flag: str, values: Sequence[float], shape: Shape, *, shared: bool
         pieces = f", or {shape.num_stages}, one for each piece" if shape.chunks > 1 else ""
         raise ValueError(f"{flag} has {len(values)} numbers: give 1, or {shape.ranks}, one for each stage{pieces}")
     cut = shape.chunks if shared and len(values) != shape.num_stages else 1
-    return tuple(values[stage % len(values)] / cut for stage in range(shape.num_stages))
+    of_rank = len(values) == shape.ranks < shape.num_stages
+    at = [shape.rank_of(stage) if of_rank else stage % len(values) for stage in range(shape.num_stages)]
+    return tuple(values[one] / cut for one in at)
 
 
 def _profiled(args: argparse.Namespace, shape: Shape) -> tuple[Costs, tuple[int, ...]]:

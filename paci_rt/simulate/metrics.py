@@ -27,8 +27,7 @@ class Simulation:
 
     Attributes:
         schedule, policy: names. lookahead: whether early forwards look ahead.
-        ranks, stages, windows, accumulation, slack: what was played; with several chunks per rank, ``stages`` counts
-            them all.
+        ranks, stages, placement, windows, accumulation, slack: what was played; ``stages`` counts those of all ranks.
         makespan_s: from the start to the end of the last action.
         bubble_rate: ``(C - work) / C``. Of a flushed schedule ``C`` is, per window, the longest that any rank takes
             from the start of its first F to the end of its last B or W, and ``work`` the mean over ranks of their F, B,
@@ -73,6 +72,7 @@ class Simulation:
     lookahead: bool
     ranks: int
     stages: int
+    placement: str | None
     windows: int
     accumulation: int
     slack: Slack
@@ -147,6 +147,7 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
         policy=work.policy,
         lookahead=work.lookahead,
         ranks=shape.ranks,
+        placement=shape.placement,
         stages=shape.num_stages,
         windows=work.windows,
         accumulation=shape.accumulation,
@@ -219,7 +220,7 @@ class _Versions:
 
 def _versions(work: Work, rank: int, row: _Rank) -> _Versions:
     shape, found = work.shape, _Versions(work.shape.chunks, work.micro_batches)
-    found.chunk = row.stage // shape.ranks
+    found.chunk = shape.places.chunk_of(row.stage)
     window = np.arange(work.micro_batches) // shape.accumulation
     for chunk in range(shape.chunks):
         mine = found.chunk == chunk

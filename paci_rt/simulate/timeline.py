@@ -55,11 +55,14 @@ class Work:
         sizes = costs.per_stage("message_bytes", shape.num_stages)
         # Gradients have the size of the output they belong to, which is that of the stage before.
         backwards = np.concatenate(([0.0], sizes[:-1]))
-        self.transfer_s = np.concatenate((sizes, backwards)) / costs.bandwidth_bytes_per_s
-        # One channel for the forwards and one for the gradients that each rank sends.
-        senders = np.arange(shape.num_stages) % shape.ranks
-        self.channel_of = np.concatenate((senders, shape.ranks + senders))
-        self.hop_s = costs.hop_s if shape.ranks > 1 else 0.0
+        # One channel for the forwards and one for the gradients that each rank sends, and one for what it keeps.
+        stages = np.arange(shape.num_stages)
+        senders = shape.rank_of(stages)
+        keeps = np.concatenate((senders[:-1] == senders[1:], [False], [False], senders[1:] == senders[:-1]))
+        self.channel_of = np.where(keeps, 2 * shape.ranks, np.repeat((0, shape.ranks), len(stages)))
+        self.channel_of += np.tile(senders, 2)
+        self.transfer_s = np.where(keeps, 0.0, np.concatenate((sizes, backwards)) / costs.bandwidth_bytes_per_s)
+        self.hop_s = np.where(keeps, 0.0, costs.hop_s)
         self.times = self._times()
         for rank in range(shape.ranks):
             self._add(rank)
@@ -93,14 +96,15 @@ class Work:
         """Which of ``stages`` run their forwards again."""
         ranks = range(self.shape.ranks)
         by_rank = [policies.recomputes(self.policy, self.family, self.shape, rank) for rank in ranks]
-        return np.array(by_rank)[stages % self.shape.ranks]
+        found: npt.NDArray[np.bool_] = np.array(by_rank)[self.shape.rank_of(stages)]
+        return found
 
     def _add(self, rank: int) -> None:
         stream, span, (stages, m) = self.streams[rank], self.span(rank), (self.shape.num_stages, self.micro_batches)
         stage, op, index = decode_fields(stream)
         forward, backward, update = op == _F, (op == _B) | (op == _I), op == _U
         limit = np.where(update, self.windows, m)
-        bad = (stage % self.shape.ranks != rank) | (stage >= stages) | (index >= limit) | ~(update | (_KIND[op] >= 0))
+        bad = (self.shape.rank_of(stage) != rank) | (stage >= stages) | (index >= limit) | ~(update | (_KIND[op] >= 0))
         self._refuse(rank, bad, "does not belong there")
         need, out, duration = self.need[span], self.out[span], self.duration[span]
         need[:] = self.ready
@@ -129,7 +133,7 @@ class Work:
         """Actions before which their own rank has not done all that they need: F before B or I, I before W, all
         backwards of a window before its U."""
         place = np.arange(len(op))
-        kind, chunk, update = _KIND[op], stage // self.shape.ranks, op == _U
+        kind, chunk, update = _KIND[op], self.shape.places.chunk_of(stage), op == _U
         places = np.full((3, self.shape.chunks, self.micro_batches), len(op))
         updates = np.full((self.shape.chunks, self.windows), len(op))
         places[kind[~update], chunk[~update], index[~update]] = place[~update]
@@ -162,10 +166,10 @@ def play_one_by_one(work: Work) -> Codes:
     need, out, duration = work.need.tolist(), work.out.tolist(), work.duration.tolist()
     arrival, start = work.arrival.tolist(), work.start.tolist()
     transfer_s, channel_of = work.transfer_s.tolist(), work.channel_of.tolist()
-    channel_free = [0.0] * (2 * len(work.streams))
+    channel_free = [0.0] * (3 * len(work.streams))
     at, stop = work.offsets[:-1].tolist(), work.offsets[1:].tolist()
     free = [0.0] * len(at)
-    m, hop_s, nothing = work.micro_batches, work.hop_s, work.nothing
+    m, hop_s, nothing = work.micro_batches, work.hop_s.tolist(), work.nothing
     progressed = True
     while progressed:
         progressed = False
@@ -185,7 +189,7 @@ def play_one_by_one(work: Work) -> Codes:
                     sent = channel_free[channel]
                     sent = (now if now > sent else sent) + transfer_s[lane]
                     channel_free[channel] = sent
-                    arrival[cell] = sent + hop_s
+                    arrival[cell] = sent + hop_s[lane]
                 here += 1
             progressed |= here > at[rank]
             free[rank], at[rank] = now, here
@@ -198,9 +202,10 @@ def play_all_at_once(work: Work) -> Codes:
     need, out, duration, arrival, start = work.need, work.out, work.duration, work.arrival, work.start
     ranks, m = len(work.streams), work.micro_batches
     # A turn may write the cell for "nothing sent", whose lane comes last: its channel is always free.
-    transfer_s, channel_of = np.append(work.transfer_s, 0.0), np.append(work.channel_of, 2 * ranks)
+    transfer_s, channel_of = np.append(work.transfer_s, 0.0), np.append(work.channel_of, 3 * ranks)
+    hop_s = np.append(work.hop_s, 0.0)
     instant = not transfer_s.any()  # then no message ever waits for the one before
-    channel_free = np.zeros(2 * ranks + 1)
+    channel_free = np.zeros(3 * ranks + 1)
     at, stop = work.offsets[:-1].copy(), work.offsets[1:]
     free = np.zeros(ranks)
     next_need = need[at]
@@ -217,14 +222,14 @@ def play_all_at_once(work: Work) -> Codes:
         free[go] = begin
         cell = out[here]
         if instant:
-            arrival[cell] = begin + work.hop_s
+            arrival[cell] = begin + hop_s[cell // m]
         else:
             lane = cell // m
             channel = channel_of[lane]
             sent = np.maximum(begin, channel_free[channel]) + transfer_s[lane]
             channel_free[channel] = sent
             channel_free[-1] = 0.0
-            arrival[cell] = sent + work.hop_s
+            arrival[cell] = sent + hop_s[lane]
         here += 1
         at[go] = here
         next_need[go] = np.where(here < stop[go], need[here], work.never)
