@@ -8,6 +8,7 @@ from paci_rt.schedules.flush import GPIPE, ONE_F_ONE_B
 from paci_rt.schedules.interleaved import INTERLEAVED_1F1B, INTERLEAVED_ZB, LOOPED_BFS
 from paci_rt.schedules.paci import ASYNC_1F1B, PACI, PACI_SPLIT
 from paci_rt.schedules.pipedream import PIPEDREAM, PIPEDREAM_2BW
+from paci_rt.schedules.placement import Placement
 from paci_rt.schedules.search import ZB_1P, ZB_2P
 from paci_rt.schedules.slack import AUTO, Slack, plan_slack, steady_period
 from paci_rt.schedules.zero_bubble import ZB_H1, ZB_H2
@@ -48,6 +49,7 @@ def get(name: str) -> ScheduleFamily:
 __all__ = [
     "AUTO",
     "FAMILIES",
+    "Placement",
     "ScheduleFamily",
     "Shape",
     "Slack",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,22 +16,44 @@ import numpy as np
 from paci_rt.action import OPS, Codes, Op, decode_fields, encode
 from paci_rt.errors import shown
 from paci_rt.schedules import limits
+from paci_rt.schedules.placement import CIRCLE, LINE, Placement, V
 from paci_rt.schedules.slack import Slack, check_slack, slack_text
 
 
 def check_shape(family: ScheduleFamily, shape: Shape) -> None:
     """Raise ValueError for a shape that ``family`` cannot have."""
-    check_takes(family, slack=shape.slack, chunks=shape.chunks, accumulation=shape.accumulation)
+    check_takes(family, slack=shape.slack, accumulation=shape.accumulation)
+    check_placement(family, shape)
     family.check(shape)
 
 
+def check_placement(family: ScheduleFamily, shape: Shape) -> None:
+    """Raise ValueError unless ``shape`` places its stages where ``family`` has them."""
+    check_takes(family, chunks=shape.chunks)
+    if (shape.placement == V) != (family.placement == V):
+        raise ValueError(
+            f"placement is {shape.placement!r}: {family.name} places its stages in a {family.placement}; "
+            f"give placement {family.placement!r}"
+        )
+
+
 def check_takes(
-    family: ScheduleFamily, *, slack: Slack | str = 0, chunks: int = 1, accumulation: int = 1, prefix: str = ""
+    family: ScheduleFamily,
+    *,
+    slack: Slack | str = 0,
+    chunks: int | None = None,
+    accumulation: int = 1,
+    prefix: str = "",
 ) -> None:
     """Raise ValueError for a value that ``family`` cannot use; ``prefix`` stands before its name, such as ``--``."""
     if slack and not family.takes_slack:
         raise ValueError(f"{prefix}slack is {slack_text(slack)}: {family.name} takes no slack; use {prefix}slack 0")
-    if chunks > 1 and not family.takes_chunks:
+    if family.placement == V and chunks not in (None, 2):
+        raise ValueError(
+            f"{prefix}chunks is {chunks}: {family.name} has two stages a rank, r and 2P-1-r of P ranks; "
+            f"use {prefix}chunks 2"
+        )
+    if family.placement == LINE and chunks not in (None, 1):
         raise ValueError(
             f"{prefix}chunks is {chunks}: {family.name} takes no chunks; use {prefix}chunks 1, or interleaved-1f1b"
         )
@@ -129,7 +152,9 @@ class Shape:
         accumulation: micro-batches per window, ``a``.
         slack: warm-up forwards on top of the strict order: on every stage but the last, or one number per stage; kept
             as a single number where one says it all (see :mod:`paci_rt.schedules.slack`).
-        chunks: stages per rank, ``v``; rank ``r`` runs stages ``r, r + P, r + 2P ...``.
+        chunks: stages per rank, ``v``.
+        placement: which of them, see :class:`paci_rt.schedules.Placement`: a line for one stage a rank, a circle for
+            more, or a V, where the schedule wants one.
         costs: what a searched schedule is fitted to; the others ignore it.
         overlap: micro-batches of the next window whose backwards come before a window's update, while its sums travel
             between replicas.
@@ -154,25 +179,22 @@ class Shape:
     chunks: int = 1
     costs: StepCosts = field(default_factory=StepCosts)
     overlap: int = 0
+    placement: str | None = None
 
     def __post_init__(self) -> None:
-        for name, most in (
-            ("num_stages", limits.MOST_STAGES),
-            ("accumulation", limits.MOST_MICRO_BATCHES),
-            ("chunks", limits.MOST_STAGES),
-        ):
-            limits.check_integer(name, getattr(self, name), 1, most)
-        if self.num_stages % self.chunks:
-            raise ValueError(
-                f"num_stages is {self.num_stages} and chunks {self.chunks}: every rank holds as many stages, so give "
-                "a multiple of chunks"
-            )
+        limits.check_integer("accumulation", self.accumulation, 1, limits.MOST_MICRO_BATCHES)
+        object.__setattr__(self, "placement", self.places.name)
         object.__setattr__(self, "slack", check_slack(self.slack, self.num_stages))
         if type(self.overlap) is not int or not 0 <= self.overlap < self.accumulation:
             raise ValueError(
                 f"overlap is {shown(self.overlap)} and accumulation {self.accumulation}: a window's update comes "
                 f"before the next window is complete, so give 0 to {self.accumulation - 1}"
             )
+
+    @cached_property
+    def places(self) -> Placement:
+        """Which rank holds which stages."""
+        return Placement(num_stages=self.num_stages, chunks=self.chunks, name=self.placement)
 
     @property
     def ranks(self) -> int:
@@ -191,13 +213,13 @@ class Shape:
         """The largest :meth:`warm_up` of any stage, which is the first one's: no order runs in which it is not."""
         return self.warm_up(0)
 
-    def rank_of(self, stage: int) -> int:
-        """The process that runs ``stage``."""
-        return stage % self.ranks
+    def rank_of(self, stage: Any) -> Any:
+        """The process that runs ``stage``; with an array of stages, an array."""
+        return self.places.rank_of(stage)
 
     def stages_of(self, rank: int) -> range:
-        """The stages that ``rank`` runs."""
-        return range(rank, self.num_stages, self.ranks)
+        """The stages that ``rank`` runs, in the order of the model."""
+        return self.places.stages_of(rank)
 
     def micro_batches(self, first: int, end: int) -> Codes:
         """Micro-batches of windows ``first ... end - 1``."""
@@ -216,7 +238,8 @@ class ScheduleFamily:
     Attributes:
         flush: the pipeline is empty at every update.
         policies: which weights forwards and backwards may use (see ``paci_rt.schedules.policies``), the default first.
-        takes_slack, takes_overlap, takes_chunks, takes_costs: whether those fields of the shape mean something.
+        placement: which rank holds which stages: one each in a line, as many as the shape says in a circle, two in a V.
+        takes_slack, takes_overlap, takes_costs: whether those fields of the shape mean something.
         one_micro_batch_windows: updates after every backward.
         split: backwards come as I and W.
         looks_ahead: early forwards run at the weights to come (see ``paci_rt.weights.lookahead``), unless told
@@ -242,14 +265,24 @@ class ScheduleFamily:
     drift_bound: Callable[[Shape, int], int]
     in_flight_bound: Callable[[Shape, int], int]
     policies: tuple[str, ...] = ("bounded", "recompute")
+    placement: str = LINE
     takes_slack: bool = False
     takes_overlap: bool = False
-    takes_chunks: bool = False
     takes_costs: bool = False
     one_micro_batch_windows: bool = False
     split: bool = False
     looks_ahead: bool = False
     check: Callable[[Shape], None] = lambda shape: None
+
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether a rank may have any number of stages."""
+        return self.placement == CIRCLE
+
+    @property
+    def chunks(self) -> int:
+        """Stages of a rank where nobody says how many."""
+        return 1 if self.placement == LINE else 2
 
     def stream(self, shape: Shape, rank: int, windows: int) -> Codes:
         """All compute actions of ``rank`` over ``windows`` windows, from an empty pipeline to an empty pipeline."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from paci_rt.action import Codes, Op
 from paci_rt.schedules.base import Shape, column, flush_family, join, weave
+from paci_rt.schedules.placement import CIRCLE
 
 
 def _passes(shape: Shape, rank: int, group: int, k: Codes) -> tuple[Codes, Codes, Codes]:
@@ -56,7 +57,7 @@ INTERLEAVED_1F1B = flush_family(
     "interleaved-1f1b",
     _order,
     lambda shape, rank: min(_warm_up(shape, rank) + 1, shape.accumulation * shape.chunks),
-    takes_chunks=True,
+    placement=CIRCLE,
     check=_check,
 )
 
@@ -102,7 +103,7 @@ INTERLEAVED_ZB = flush_family(
     "interleaved-zb",
     _split_order,
     lambda shape, rank: min(_split_warm_up(shape, rank) + 1, shape.accumulation * shape.chunks),
-    takes_chunks=True,
+    placement=CIRCLE,
     split=True,
     check=_check_split,
 )
@@ -120,5 +121,5 @@ LOOPED_BFS = flush_family(
     "looped-bfs",
     _breadth_first,
     lambda shape, rank: shape.accumulation * shape.chunks,
-    takes_chunks=True,
+    placement=CIRCLE,
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from paci_rt.action import COMPUTE_OPS, Action, Op, decode
 from paci_rt.errors import ScheduleError
-from paci_rt.schedules.base import ScheduleFamily, Shape
+from paci_rt.schedules.base import ScheduleFamily, Shape, check_placement
 from paci_rt.schedules.channel import Channel
 
 
@@ -69,6 +69,7 @@ class Lowering:
     settles: bool = False
 
     def __post_init__(self) -> None:
+        check_placement(self.family, self.shape)
         self.family.check(self.shape)
         last = self.shape.num_stages - 1
         for tie in self.ties:
