@@ -17,7 +17,6 @@ All times are integers, so that every machine finds the same.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ ORDERS: Ints = np.array([perm for perm in _PERMS for _ in range(16)])
 GAPS: Ints = np.array([gaps for _ in _PERMS for gaps in itertools.product(range(4), repeat=2)])
 """[96, 2]: after which place of the order W of the first piece comes, and W of the second."""
 _PLACE: Ints = np.argsort(ORDERS, axis=1)
+_SPARE = 24  # how many times as many states are looked at as are kept, because many have the same places
 _MIX = 0x9E3779B97F4A7C15 - 2**64
 _LATER = np.array([False, True, False, True])  # seen from the inner rank: b and d follow it, a and c go before it
 
@@ -69,13 +69,30 @@ class Times(NamedTuple):
         return np.asarray(room)
 
 
-class Pattern(NamedTuple):
-    """A complete timetable: for each rank which of ``ORDERS``, where in the period the four actions start (relative to
-    A, and in the order A, B, C, D), and the true times from A to B, from B to C and from C to D."""
+class Timetables(NamedTuple):
+    """Complete timetables, one a row: those whose activations live shortest first.
 
-    orders: tuple[int, ...]
-    starts: Ints
+    Attributes:
+        order [n, P]: which of ``ORDERS`` each rank has.
+        start [n, P, 4]: where in the period its four actions start, in the order A, B, C, D.
+        spans [n, P, 3]: true times from A to B, from B to C and from C to D.
+    """
+
+    order: Ints
+    start: Ints
     spans: Ints
+
+    def behind(self, period: int) -> Ints:
+        """[n, P, 4]: how many micro-batches A is ahead of each action of the same round, from A on in cyclic order."""
+        since = np.concatenate((np.zeros_like(self.spans[..., :1]), np.cumsum(self.spans, axis=2)), axis=2)
+        return np.asarray((since - (self.start - self.start[..., :1]) % period) // period)
+
+    def in_flight(self, period: int) -> Ints:
+        """[n]: pieces of micro-batches between their F and their I on the fullest rank."""
+        behind = self.behind(period)
+        before = behind[..., D] + behind[..., C] - behind[..., B]
+        change = np.where(ORDERS <= B, 1, -1).cumsum(axis=1).max(axis=1)
+        return np.asarray((before + change[self.order]).max(axis=1))
 
 
 class _States(NamedTuple):
@@ -100,8 +117,8 @@ class _States(NamedTuple):
         return _States(*(column[rows] for column in self))
 
 
-def patterns(times: Times, period: int, width: int) -> Iterator[Pattern]:
-    """Timetables of ``period`` ticks, those whose activations live shortest first; at most ``width``.
+def timetables(times: Times, period: int, width: int) -> Timetables:
+    """Timetables of ``period`` ticks, at most ``width``.
 
     Args:
         times: of the pieces; every F and I takes at least one tick.
@@ -110,35 +127,35 @@ def patterns(times: Times, period: int, width: int) -> Iterator[Pattern]:
     """
     beams = [_best(_innermost(times, period), width, period)]
     for rank in range(times.ranks - 2, -1, -1):
-        beams.append(_best(_outward(beams[-1], times, rank, period), width, period))
+        beams.append(_outward(beams[-1], times, rank, period, width))
     final = beams[-1]
-    turn = (final.start[:, C] - final.start[:, B]) % period
-    total = final.held + 2 * turn
-    for row in np.lexsort((np.arange(len(total)), turn, total)).tolist():
-        yield _trace(beams, row, int(turn[row]))
-
-
-def _trace(beams: list[_States], row: int, middle: int) -> Pattern:
-    """Follow a row of the last beam back to the innermost rank; ``middle`` is the time from B to C on the first."""
-    orders, starts, spans = [], [], []
-    for beam in reversed(beams):
-        orders.append(int(beam.order[row]))
-        starts.append(beam.start[row])
-        out, back = beam.spans[row].tolist()
-        spans.append((out, middle, back))
-        middle += int(beam.link[row])
-        row = int(beam.parent[row])
-    return Pattern(tuple(orders), np.array(starts), np.array(spans))
+    middle = (final.start[:, C] - final.start[:, B]) % period  # from B to C
+    row = np.lexsort((np.arange(len(middle)), middle, final.held + 2 * middle))
+    middle, orders, starts, spans = middle[row], [], [], []
+    for beam in reversed(beams):  # back to the innermost rank
+        here = beam.take(row)
+        orders.append(here.order)
+        starts.append(here.start)
+        spans.append(np.stack((here.spans[:, 0], middle, here.spans[:, 1]), axis=1))
+        middle, row = middle + here.link, here.parent
+    return Timetables(np.stack(orders, axis=1), np.stack(starts, axis=1), np.stack(spans, axis=1))
 
 
 def _best(states: _States, width: int, period: int) -> _States:
     """The ``width`` states with the least held; of those at the same places only one."""
-    now = states.spans.sum(axis=1)
-    rows = np.lexsort((np.arange(len(now)), now, states.held))[: 24 * width]
+    states = _shortest(states, _SPARE * width)
+    rows = np.lexsort((np.arange(len(states.held)), states.spans.sum(axis=1), states.held))
     places = (states.start[rows, 1:] - states.start[rows, :1]) % period
     key = (places[:, 0] * _MIX + places[:, 1]) * _MIX + places[:, 2]  # wraps around, the same everywhere
     _, first = np.unique(key, return_index=True)
     return states.take(rows[np.sort(first)[:width]])
+
+
+def _shortest(states: _States, count: int) -> _States:
+    """At least the ``count`` states with the least held."""
+    if len(states.held) <= count:
+        return states
+    return states.take(np.flatnonzero(states.held <= np.partition(states.held, count - 1)[count - 1]))
 
 
 def _innermost(times: Times, period: int) -> _States:
@@ -158,21 +175,23 @@ def _innermost(times: Times, period: int) -> _States:
     return _States(order, start, spans, none, spans.sum(axis=1), none)
 
 
-def _outward(beam: _States, times: Times, rank: int, period: int) -> _States:
-    """All that can be made of the states of ``rank + 1`` on ``rank``."""
+def _outward(beam: _States, times: Times, rank: int, period: int, width: int) -> _States:
+    """The best that can be made of the states of ``rank + 1`` on ``rank``."""
     other, hop = len(times.forward) - 1 - rank, times.hop
     # From the start of an action to that of the next in its sweep: A here to there, B there to here, and so on.
-    step = np.array((times.forward[rank], times.forward[other - 1], times.input_grad[other], times.input_grad[rank + 1]))
-    step += hop
-    ready = beam.start + np.where(_LATER, step, -step)
-    found = [_placed(ready, times.room(rank), anchor, period) for anchor in range(4)]
-    parent, order, start = (np.concatenate(columns) for columns in zip(*found, strict=True))
-    wait = np.where(_LATER, start - ready[parent], ready[parent] - start) % period
-    took = step + wait
-    spans = beam.spans[parent] + np.stack((took[:, A] + took[:, B], took[:, C] + took[:, D]), axis=1)
-    link = took[:, B] + took[:, C]
-    held = np.maximum(beam.held[parent] + 2 * link, spans.sum(axis=1))
-    return _States(order, start, spans, link, held, parent)
+    step = hop + np.array(
+        (times.forward[rank], times.forward[other - 1], times.input_grad[other], times.input_grad[rank + 1])
+    )
+    ready = (beam.start + np.where(_LATER, step, -step)) % period
+    found = []
+    for anchor in range(4):
+        parent, order, start = _placed(ready, times.room(rank), anchor, period)
+        took = step + np.where(_LATER, start - ready[parent], ready[parent] - start) % period
+        spans = beam.spans[parent] + took[:, ::2] + took[:, 1::2]
+        link = took[:, B] + took[:, C]
+        held = np.maximum(beam.held[parent] + 2 * link, spans.sum(axis=1))
+        found.append(_shortest(_States(order, start, spans, link, held, parent), _SPARE * width))
+    return _best(_States(*(np.concatenate(columns) for columns in zip(*found, strict=True))), width, period)
 
 
 def _placed(ready: Ints, room: Ints, anchor: int, period: int) -> tuple[Ints, Ints, Ints]:
