@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,13 @@ def write_perfetto(path: str | Path, events: Iterable[Event]) -> None:
 _MOST_ROWS = 64
 
 
-def format_timeline(events: Iterable[Event], *, ranks: int | None = None, width: int = 160) -> str:
+def format_timeline(
+    events: Iterable[Event],
+    *,
+    ranks: int | None = None,
+    width: int = 160,
+    rank_of: Callable[[int], int] | None = None,
+) -> str:
     """Draw ``events`` with letters: what each rank did when, in columns of equal time.
 
     ::
@@ -114,9 +120,9 @@ def format_timeline(events: Iterable[Event], *, ranks: int | None = None, width:
 
     Args:
         events: executed or simulated actions.
-        ranks: rows; stage ``s`` is in row ``s % ranks``, and letters behind the numbers tell its stages apart. By
-            default as many as there are stages.
+        ranks: rows; letters behind the numbers tell the stages of a row apart. By default as many as there are stages.
         width: characters a line may have.
+        rank_of: the row of a stage; by default stage ``s`` is in row ``s % ranks``.
 
     Returns:
         Lines of text without a line end behind the last.
@@ -146,7 +152,8 @@ def format_timeline(events: Iterable[Event], *, ranks: int | None = None, width:
 
     lines = _Lines(rows, [_label(action, rows, stages) for action, _ in timed])
     for action, event in timed:
-        lines.add(action.stage % rows, _label(action, rows, stages), column(event.start_s), column(event.end_s))
+        row = action.stage % rows if rank_of is None else rank_of(action.stage)
+        lines.add(row, _label(action, rows, stages), column(event.start_s), column(event.end_s))
     return "\n".join([f"1 column = {step_s * 1e3:.4g} ms", *lines.text(width), lines.legend(rows < stages)])
 
 

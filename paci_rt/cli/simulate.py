@@ -17,6 +17,7 @@ from paci_rt.cli.simulate_report import PRICE, report_text, to_json
 from paci_rt.planner import auto_slack
 from paci_rt.schedules import AUTO, ScheduleFamily, Shape, Slack, StepCosts, limits, policies
 from paci_rt.schedules.base import check_shape, check_takes
+from paci_rt.schedules.placement import V
 from paci_rt.simulate import Costs, Simulation, simulate
 from paci_rt.simulate.costs import LEAST_BANDWIDTH, most_of
 
@@ -77,6 +78,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     option(group, "--slack", slack_argument, "S|S,S,...,0|auto", "extra warm-up forwards: one number for all "
            "stages but the last, or one per stage, or auto: as many as hide the latency (default: 0)", 0)  # fmt: skip
     option(group, "--chunks", int, "V", "pieces of the model in each stage (interleaved and looped ones, default 2)")
+    option(group, "--activation-limit", number, "X", "of paci-v: what a stage may hold, in whole stages of two pieces "
+           "each (default: the least at full rate)")  # fmt: skip
     option(group, "--policy", str, "NAME", f"{', '.join(policies.POLICIES)} (default: the schedule's own)")
     group.add_argument(
         "--lookahead",
@@ -113,11 +116,7 @@ def run(args: argparse.Namespace) -> int:
         shape = replace(shape, slack=_planned(costs, family, shape, policy))
         policies.resolve(family, shape, policy)
     if family.takes_costs:
-        shape = Shape(
-            num_stages=shape.num_stages,
-            accumulation=shape.accumulation,
-            costs=_step_costs(costs, family, shape, policy),
-        )
+        shape = replace(shape, costs=_step_costs(costs, family, shape, policy))
         check_shape(family, shape)
     windows = _windows(args, family, shape)
     _check_size(args, family, shape, windows)
@@ -139,7 +138,8 @@ def run(args: argparse.Namespace) -> int:
         from paci_rt.trace import format_timeline
 
         width = min(160, max(80, shutil.get_terminal_size((120, 24)).columns))
-        print("\n" + format_timeline(found.events, ranks=found.ranks, width=width))
+        rank_of = found.places.rank_of
+        print("\n" + format_timeline(found.events, ranks=found.ranks, width=width, rank_of=rank_of))
     return 0
 
 
@@ -162,8 +162,9 @@ def _check_integers(args: argparse.Namespace) -> None:
 
 
 def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
-    chunks = args.chunks if args.chunks is not None else 2 if family.takes_chunks else 1
-    check_takes(family, chunks=chunks, prefix="--")
+    chunks = family.chunks if args.chunks is None else args.chunks
+    limits.check_activation_limit(args.activation_limit, "--activation-limit")
+    check_takes(family, chunks=chunks, activation_limit=args.activation_limit, prefix="--")
     if args.partition is not None:
         if args.profile is None:
             raise ValueError("--partition cuts the blocks of a profile: give --profile FILE with it")
@@ -181,6 +182,8 @@ def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
         accumulation=1 if family.one_micro_batch_windows else args.micro_batches,
         slack=auto_slack.checked(args.slack, family, args.stages * chunks),
         chunks=chunks,
+        placement=V if family.placement == V else None,
+        activation_limit=args.activation_limit,
     )
     check_shape(family, shape)
     return shape
@@ -229,8 +232,10 @@ def _per_stage(flag: str, values: Sequence[float], shape: Shape, *, shared: bool
     if len(values) not in (1, shape.ranks, shape.num_stages):
         pieces = f", or {shape.num_stages}, one for each piece" if shape.chunks > 1 else ""
         raise ValueError(f"{flag} has {len(values)} numbers: give 1, or {shape.ranks}, one for each stage{pieces}")
-    cut = shape.chunks if shared and len(values) != shape.num_stages else 1
-    return tuple(values[stage % len(values)] / cut for stage in range(shape.num_stages))
+    if len(values) == shape.num_stages:
+        return tuple(values)
+    cut = shape.chunks if shared else 1
+    return tuple(values[shape.rank_of(stage) % len(values)] / cut for stage in range(shape.num_stages))
 
 
 def _profiled(args: argparse.Namespace, shape: Shape) -> tuple[Costs, tuple[int, ...]]:

@@ -6,7 +6,7 @@ optional (``pip install "paci-rt[plot]"``) and used without its global state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,14 +64,15 @@ class Lane:
         title: stands above it.
         events: what was executed or simulated.
         start_s: where the picture starts, on the events' own clock.
-        ranks: rows; stage ``s`` is in row ``s % ranks``, later stages of a rank in lighter colours;
-            None: one per stage.
+        ranks: rows, later stages of a rank in lighter colours; None: one per stage.
+        rank_of: the row of a stage; None: stage ``s`` is in row ``s % ranks``.
     """
 
     title: str
     events: Sequence[Event]
     start_s: float
     ranks: int | None = None
+    rank_of: Callable[[int], int] | None = None
 
     @property
     def stages(self) -> int:
@@ -106,7 +107,13 @@ def simulated_lane(simulation: Simulation, *, start_s: float = 0.0) -> Lane:
     if simulation.max_drift or simulation.max_delay:
         facts[2:2] = [f"steady utilization {simulation.steady_utilization:.4f}"]
         facts.append(f"largest drift {simulation.max_drift}, delay {simulation.max_delay}")
-    return Lane(title="   ".join(facts), events=simulation.events, start_s=start_s, ranks=simulation.ranks)
+    return Lane(
+        title="   ".join(facts),
+        events=simulation.events,
+        start_s=start_s,
+        ranks=simulation.ranks,
+        rank_of=simulation.places.rank_of,
+    )
 
 
 def timeline(path: str | Path, lanes: Sequence[Lane], *, span_s: float, width_inch: float = LEAST_INCH) -> None:
@@ -212,13 +219,14 @@ def _lane(axis: Axes, lane: Lane, span_s: float, scale: float) -> set[str]:
     from matplotlib.patches import Rectangle
 
     rows, chunks = lane.rows, -(-lane.stages // lane.rows)
+    row_of = lane.rank_of or (lambda stage: stage % rows)
     points = axis.get_window_extent().width / DPI * POINTS_PER_INCH / (span_s * scale)  # in a unit of the axis
     boxes: dict[tuple[str, int], list[list[tuple[float, float]]]] = {}
     ends = [0.0]
     for event in lane.events:
         left, right = max(event.start_s - lane.start_s, 0.0) * scale, min(event.end_s - lane.start_s, span_s) * scale
         action = Action.parse(event.action)
-        op, row = action.op.value, event.stage % rows
+        op, row = action.op.value, row_of(event.stage)
         if right < left or (right == left and event.end_s > event.start_s):
             continue
         ends.append(right)

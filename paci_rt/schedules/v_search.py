@@ -17,7 +17,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from paci_rt.errors import shown
 from paci_rt.schedules import limits
 from paci_rt.schedules.base import StepCosts
 from paci_rt.schedules.cycle_time import least_period
@@ -59,15 +58,11 @@ class Found:
     early: int
 
 
-def check_activation_limit(limit: object) -> None:
-    """Raise ValueError unless ``limit`` is None or a number of whole stages, of at least 1."""
-    if limit is None:
-        return
-    if not limits.is_number(limit, float(limits.MOST_MICRO_BATCHES)) or float(limit) < 1:  # type: ignore[arg-type]
-        raise ValueError(
-            f"activation_limit is {shown(limit)}: give the activations that a rank may hold, in whole stages (two "
-            "pieces each): at least 1, such as 4.5, or None for the least at full rate"
-        )
+def check(ranks: int, costs: StepCosts, activation_limit: float | None) -> None:
+    """Raise ValueError for what no order can be searched for."""
+    limits.check_integer("ranks", ranks, 1, MOST_RANKS)
+    limits.check_activation_limit(activation_limit)
+    costs.per_stage(2 * ranks)
 
 
 def find(ranks: int, costs: StepCosts, activation_limit: float | None = None) -> Found:
@@ -89,8 +84,7 @@ def find(ranks: int, costs: StepCosts, activation_limit: float | None = None) ->
         >>> [round(find(8, costs, limit).utilization, 2) for limit in (2, 3, 4.5)]
         [0.64, 0.94, 1.0]
     """
-    limits.check_integer("ranks", ranks, 1, MOST_RANKS)
-    check_activation_limit(activation_limit)
+    check(ranks, costs, activation_limit)
     return _find(ranks, costs.per_stage(2 * ranks), activation_limit)
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from paci_rt.action import OPS, Codes, Op, decode, decode_fields
 from paci_rt.schedules import policies
+from paci_rt.schedules.placement import Placement
 from paci_rt.schedules.slack import Slack
 from paci_rt.simulate.costs import Floats
 from paci_rt.simulate.timeline import Work
@@ -28,7 +29,7 @@ class Simulation:
     Attributes:
         schedule, policy: names. lookahead: whether early forwards look ahead.
         ranks, stages, windows, accumulation, slack: what was played; with several chunks per rank, ``stages`` counts
-            them all.
+            them all. placement: which rank holds which of them.
         makespan_s: from the start to the end of the last action.
         bubble_rate: ``(C - work) / C``. Of a flushed schedule ``C`` is, per window, the longest that any rank takes
             from the start of its first F to the end of its last B or W, and ``work`` the mean over ranks of their F, B,
@@ -73,6 +74,7 @@ class Simulation:
     lookahead: bool
     ranks: int
     stages: int
+    placement: str
     windows: int
     accumulation: int
     slack: Slack
@@ -93,6 +95,11 @@ class Simulation:
     busy_s: dict[int, float]
     window_end_s: tuple[float, ...]
     events: list[Event] = field(default_factory=list, repr=False)
+
+    @property
+    def places(self) -> Placement:
+        """Which rank holds which stages."""
+        return Placement(num_stages=self.stages, chunks=self.stages // self.ranks, name=self.placement)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values without the events; what goes by rank comes as a list."""
@@ -148,6 +155,7 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
         lookahead=work.lookahead,
         ranks=shape.ranks,
         stages=shape.num_stages,
+        placement=shape.places.name,
         windows=work.windows,
         accumulation=shape.accumulation,
         slack=shape.slack,
@@ -160,7 +168,7 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
         peak_stashes={rank: peaks[rank][1] for rank in ranks},
         peak_activation_bytes={rank: peaks[rank][2] for rank in ranks},
         weight_versions=dict(enumerate(held)),
-        extra_weight_bytes={rank: copies[rank] * float(weight_bytes[rank :: shape.ranks].sum()) for rank in ranks},
+        extra_weight_bytes={rank: copies[rank] * float(weight_bytes[list(shape.stages_of(rank))].sum()) for rank in ranks},
         drift={rank: versions[rank].drift for rank in ranks},
         delay={rank: versions[rank].delay for rank in ranks},
         max_drift=max(max(used.drift) for used in versions),
@@ -219,7 +227,7 @@ class _Versions:
 
 def _versions(work: Work, rank: int, row: _Rank) -> _Versions:
     shape, found = work.shape, _Versions(work.shape.chunks, work.micro_batches)
-    found.chunk = row.stage // shape.ranks
+    found.chunk = shape.places.chunk_of(row.stage)
     window = np.arange(work.micro_batches) // shape.accumulation
     for chunk in range(shape.chunks):
         mine = found.chunk == chunk

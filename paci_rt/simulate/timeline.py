@@ -56,10 +56,8 @@ class Work:
         # Gradients have the size of the output they belong to, which is that of the stage before.
         backwards = np.concatenate(([0.0], sizes[:-1]))
         self.transfer_s = np.concatenate((sizes, backwards)) / costs.bandwidth_bytes_per_s
-        # One channel for the forwards and one for the gradients that each rank sends.
-        senders = np.arange(shape.num_stages) % shape.ranks
-        self.channel_of = np.concatenate((senders, shape.ranks + senders))
-        self.hop_s = costs.hop_s if shape.ranks > 1 else 0.0
+        self.channel_of, self.hop_of, local = self._channels()
+        self.transfer_s[local] = 0.0
         self.times = self._times()
         for rank in range(shape.ranks):
             self._add(rank)
@@ -77,6 +75,19 @@ class Work:
         left = zip(self.streams, self.offsets, self.offsets[1:], at, strict=False)
         return np.array([stream[here - first] for stream, first, end, here in left if here < end], dtype=np.int64)
 
+    def _channels(self) -> tuple[Codes, Floats, npt.NDArray[np.bool_]]:
+        """For the forwards of every stage, then for its gradients: their channel, its latency, and whether they stay
+        on their rank. There is one channel for the forwards and one for the gradients from each rank to each."""
+        shape = self.shape
+        stages = np.arange(shape.num_stages)
+        sender = np.tile(shape.rank_of(stages), 2)
+        neighbour = np.concatenate((np.minimum(stages + 1, shape.num_stages - 1), np.maximum(stages - 1, 0)))
+        receiver = shape.rank_of(neighbour)
+        local = sender == receiver
+        kind = np.repeat((0, 1), shape.num_stages)
+        _, channel = np.unique((kind * shape.ranks + sender) * shape.ranks + receiver, return_inverse=True)
+        return channel, np.where(local, 0.0, self.costs.hop_s), local
+
     def _times(self) -> Floats:
         """Seconds by operation and stage."""
         forward, input_grad, weight_grad, update = (
@@ -93,14 +104,14 @@ class Work:
         """Which of ``stages`` run their forwards again."""
         ranks = range(self.shape.ranks)
         by_rank = [policies.recomputes(self.policy, self.family, self.shape, rank) for rank in ranks]
-        return np.array(by_rank)[stages % self.shape.ranks]
+        return np.array(by_rank)[self.shape.rank_of(stages)]
 
     def _add(self, rank: int) -> None:
         stream, span, (stages, m) = self.streams[rank], self.span(rank), (self.shape.num_stages, self.micro_batches)
         stage, op, index = decode_fields(stream)
         forward, backward, update = op == _F, (op == _B) | (op == _I), op == _U
         limit = np.where(update, self.windows, m)
-        bad = (stage % self.shape.ranks != rank) | (stage >= stages) | (index >= limit) | ~(update | (_KIND[op] >= 0))
+        bad = (self.shape.rank_of(stage) != rank) | (stage >= stages) | (index >= limit) | ~(update | (_KIND[op] >= 0))
         self._refuse(rank, bad, "does not belong there")
         need, out, duration = self.need[span], self.out[span], self.duration[span]
         need[:] = self.ready
@@ -115,7 +126,8 @@ class Work:
         predicted = np.zeros(len(stream))
         if self.lookahead or self.policy == "predict":
             predict_s = self.costs.per_stage("predict_s", stages)[stage]
-            late = forward & (index // self.shape.accumulation > np.cumsum(update))  # with one stage a rank
+            updated = sum(np.cumsum(update & (stage == one)) * (stage == one) for one in self.shape.stages_of(rank))
+            late = forward & (index // self.shape.accumulation > updated)
             predicted[late] = predict_s[late]
         factors = np.array(self.costs.micro_batch_factors)
         duration[:] = predicted + self.times[op, stage] * np.where(update, 1.0, factors[index % len(factors)])
@@ -129,7 +141,7 @@ class Work:
         """Actions before which their own rank has not done all that they need: F before B or I, I before W, all
         backwards of a window before its U."""
         place = np.arange(len(op))
-        kind, chunk, update = _KIND[op], stage // self.shape.ranks, op == _U
+        kind, chunk, update = _KIND[op], self.shape.places.chunk_of(stage), op == _U
         places = np.full((3, self.shape.chunks, self.micro_batches), len(op))
         updates = np.full((self.shape.chunks, self.windows), len(op))
         places[kind[~update], chunk[~update], index[~update]] = place[~update]
@@ -162,10 +174,11 @@ def play_one_by_one(work: Work) -> Codes:
     need, out, duration = work.need.tolist(), work.out.tolist(), work.duration.tolist()
     arrival, start = work.arrival.tolist(), work.start.tolist()
     transfer_s, channel_of = work.transfer_s.tolist(), work.channel_of.tolist()
-    channel_free = [0.0] * (2 * len(work.streams))
+    hop_of = work.hop_of.tolist()
+    channel_free = [0.0] * (1 + max(channel_of))
     at, stop = work.offsets[:-1].tolist(), work.offsets[1:].tolist()
     free = [0.0] * len(at)
-    m, hop_s, nothing = work.micro_batches, work.hop_s, work.nothing
+    m, nothing = work.micro_batches, work.nothing
     progressed = True
     while progressed:
         progressed = False
@@ -185,7 +198,7 @@ def play_one_by_one(work: Work) -> Codes:
                     sent = channel_free[channel]
                     sent = (now if now > sent else sent) + transfer_s[lane]
                     channel_free[channel] = sent
-                    arrival[cell] = sent + hop_s
+                    arrival[cell] = sent + hop_of[lane]
                 here += 1
             progressed |= here > at[rank]
             free[rank], at[rank] = now, here
@@ -196,11 +209,12 @@ def play_one_by_one(work: Work) -> Codes:
 def play_all_at_once(work: Work) -> Codes:
     """In every turn run one action of each rank whose next one can run."""
     need, out, duration, arrival, start = work.need, work.out, work.duration, work.arrival, work.start
-    ranks, m = len(work.streams), work.micro_batches
+    ranks, m, channels = len(work.streams), work.micro_batches, 1 + int(work.channel_of.max())
     # A turn may write the cell for "nothing sent", whose lane comes last: its channel is always free.
-    transfer_s, channel_of = np.append(work.transfer_s, 0.0), np.append(work.channel_of, 2 * ranks)
+    transfer_s, channel_of = np.append(work.transfer_s, 0.0), np.append(work.channel_of, channels)
+    hop_of = np.append(work.hop_of, 0.0)
     instant = not transfer_s.any()  # then no message ever waits for the one before
-    channel_free = np.zeros(2 * ranks + 1)
+    channel_free = np.zeros(channels + 1)
     at, stop = work.offsets[:-1].copy(), work.offsets[1:]
     free = np.zeros(ranks)
     next_need = need[at]
@@ -217,14 +231,14 @@ def play_all_at_once(work: Work) -> Codes:
         free[go] = begin
         cell = out[here]
         if instant:
-            arrival[cell] = begin + work.hop_s
+            arrival[cell] = begin + hop_of[cell // m]
         else:
             lane = cell // m
             channel = channel_of[lane]
             sent = np.maximum(begin, channel_free[channel]) + transfer_s[lane]
             channel_free[channel] = sent
             channel_free[-1] = 0.0
-            arrival[cell] = sent + work.hop_s
+            arrival[cell] = sent + hop_of[lane]
         here += 1
         at[go] = here
         next_need[go] = np.where(here < stop[go], need[here], work.never)
