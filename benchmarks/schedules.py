@@ -44,6 +44,7 @@ def family_and_shape(case: Case) -> tuple[schedules.ScheduleFamily, schedules.Sh
         accumulation=1 if family.one_micro_batch_windows else case.accumulation,
         slack=case.slack,
         chunks=case.chunks,
+        placement=family.placement,
         costs=schedules.StepCosts() if case.costs is None else case.costs,
     )
     return family, shape
@@ -308,7 +309,7 @@ def make_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
             case = Case(
                 schedule=name,
                 accumulation=accumulation,
-                chunks=args.chunks if family.takes_chunks else 1,
+                chunks=args.chunks if family.takes_chunks else family.chunks,
                 policy=policy or None,
                 costs=costs if family.takes_costs else None,
                 **case_options(args),

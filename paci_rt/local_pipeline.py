@@ -18,7 +18,9 @@ from paci_rt.runtime.tied_weights import declared_ties
 from paci_rt.runtime.torch_stages import check_replicated, from_one_pipe
 from paci_rt.schedule_base import chunk_specs, one_each
 from paci_rt.schedules import Slack, StepCosts
+from paci_rt.schedules import get as get_family
 from paci_rt.schedules.lowering import TiedWeight
+from paci_rt.schedules.placement import V
 from paci_rt.transport import LocalTransport, Transport
 
 NamedParams = list[tuple[str, nn.Parameter]]
@@ -31,8 +33,9 @@ class LocalPipeline(Pipeline):
     run, bit for bit; only the seconds are not.
 
     Args:
-        modules: one slice per stage, first to last; with ``chunks`` for each rank in turn, so ``chunks`` times as many.
+        modules: one slice per stage, first to last: ``chunks`` times as many as ranks.
         schedule: name of the schedule.
+        chunks: stages per rank; None is 2 where they lie in a V, else 1.
         n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec: as for the schedules.
         optimizer: a function from one stage's list of ``(name, parameter)`` pairs to its optimizer, for example
             ``lambda params: paci_rt.AdamW(params, lr=3e-4)``; or a list of optimizers, one per stage; or None.
@@ -71,7 +74,7 @@ class LocalPipeline(Pipeline):
         output_merge_spec: Any = None,
         optimizer: Callable[[NamedParams], torch.optim.Optimizer] | Sequence[torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[[torch.optim.Optimizer], Any] | Sequence[Any] | None = None,
-        chunks: int = 1,
+        chunks: int | None = None,
         slack: Slack | Sequence[int] = 0,
         policy: str | None = None,
         lookahead: bool | None = None,
@@ -110,7 +113,7 @@ class LocalPipeline(Pipeline):
             loss_fn,
             optimizers=optimizers,
             lr_schedulers=lr_scheduler,
-            chunks=chunks,
+            chunks=_chunks(schedule, chunks),
             slack=slack,
             policy=policy,
             lookahead=lookahead,
@@ -128,6 +131,12 @@ class LocalPipeline(Pipeline):
                 loss_scale=loss_scale,
             ),
         )
+
+
+def _chunks(schedule: str, chunks: int | None) -> int:
+    if chunks is None and isinstance(schedule, str):
+        return 2 if get_family(schedule).placement == V else 1
+    return 1 if chunks is None else chunks
 
 
 def _check_modules(modules: Sequence[nn.Module], tied_weights: Sequence[TiedWeight]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from paci_rt import schedules
 from paci_rt.runtime.stage import LossFn, PipelineStage
@@ -13,6 +13,10 @@ from paci_rt.schedule_base import (
     _PipelineSchedule,
     register_with_torch,
 )
+from paci_rt.v_pipelining import ScheduleDualPipeV as ScheduleDualPipeV
+from paci_rt.v_pipelining import ScheduleVHalf as ScheduleVHalf
+from paci_rt.v_pipelining import ScheduleVMin as ScheduleVMin
+from paci_rt.v_pipelining import ScheduleZBVZeroBubble as ScheduleZBVZeroBubble
 
 
 class SchedulePACI(PipelineScheduleSingle):
@@ -297,42 +301,11 @@ class _ScheduleForwardOnly(PipelineScheduleSingle):
         return super().step(*args, **options)
 
 
-class _NotThere(PipelineScheduleMulti):
-    """A schedule of torch that is not here yet: there to be imported and compared with, and refused by name."""
-
-    reason: ClassVar[str]
+class _PipelineScheduleRuntime(PipelineScheduleMulti):
+    """Torch's runtime for schedules from CSV files: there to be imported and compared with, and refused."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        raise ValueError(self.reason)
-
-
-class ScheduleZBVZeroBubble(_NotThere):
-    """Torch's zero-bubble schedule with stages placed in a V; refused, since it is not here yet.
-
-    Example:
-        >>> issubclass(paci_rt.ScheduleZBVZeroBubble, paci_rt.PipelineScheduleMulti)
-        True
-    """
-
-    reason = "ZBVZeroBubble waits for stages placed in a V: use 'zb-1p' or 'zb-2p' with one stage a rank until then"
-
-
-class ScheduleDualPipeV(_NotThere):
-    """Torch's DualPipeV, with stages placed in a V; refused, since it is not here yet.
-
-    Example:
-        >>> paci_rt.get_schedule_class("dualpipev")
-        Traceback (most recent call last):
-        ValueError: DualPipeV waits for stages placed in a V: use 'zb-1p' or 'zb-2p' with one stage a rank until then
-    """
-
-    reason = "DualPipeV waits for stages placed in a V: use 'zb-1p' or 'zb-2p' with one stage a rank until then"
-
-
-class _PipelineScheduleRuntime(_NotThere):
-    """Torch's runtime for schedules from CSV files."""
-
-    reason = "schedules are not read from CSV files: take one by get_schedule_class(name)"
+        raise ValueError("schedules are not read from CSV files: take one by get_schedule_class(name)")
 
 
 _TORCHS: dict[str, type[_PipelineSchedule]] = {
@@ -345,17 +318,17 @@ _TORCHS: dict[str, type[_PipelineSchedule]] = {
     "dualpipev": ScheduleDualPipeV,
 }
 """Names that torch has and that are not ours in lower case."""
+_BY_CLASS = {cls.__name__.lower(): cls for cls in _CLASSES.values()}
 
 
 def get_schedule_class(schedule_name: str) -> type[_PipelineSchedule]:
     """The schedule class of a name, in any case, as torch's function of that name.
 
     Args:
-        schedule_name: one of :data:`paci_rt.SCHEDULES`, or a name that torch's function takes.
+        schedule_name: one of :data:`paci_rt.SCHEDULES`, a name that torch's function takes, or the name of a class.
 
     Raises:
-        ValueError: no schedule has that name, and the message suggests the nearest; or torch has it and it is not here
-            yet, and the message says what to use.
+        ValueError: no schedule has that name; the message suggests the nearest.
 
     Example:
         >>> paci_rt.get_schedule_class("ZB-2p").__name__
@@ -367,12 +340,8 @@ def get_schedule_class(schedule_name: str) -> type[_PipelineSchedule]:
         ValueError: unknown schedule 'pacy': did you mean 'paci'? ...
     """
     register_with_torch()
-    torchs = _TORCHS.get(schedule_name.lower())
-    if torchs is None:
-        return _CLASSES[schedules.get(schedule_name).name]
-    if issubclass(torchs, _NotThere):
-        raise ValueError(torchs.reason)
-    return torchs
+    torchs = _TORCHS.get(schedule_name.lower()) or _BY_CLASS.get(schedule_name.lower())
+    return _CLASSES[schedules.get(schedule_name).name] if torchs is None else torchs
 
 
 register_with_torch()

@@ -18,6 +18,7 @@ from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.tied_weights import declared_ties
 from paci_rt.runtime.torch_stages import adopt
 from paci_rt.schedules import Slack, StepCosts
+from paci_rt.schedules import get as get_family
 from paci_rt.schedules.lowering import TiedWeight
 from paci_rt.transport import DEFAULT_TIMEOUT_S, Transport, make_transport
 
@@ -62,6 +63,10 @@ class _PipelineSchedule(Pipeline):
         tied_weights = declared_ties([stage.submod for stage in stages], tied_weights)
         if not stages:
             raise ValueError("stages is empty: give the stages of this rank")
+        order = sorted(range(len(stages)), key=lambda at: stages[at].stage_index)
+        optimizers = one_each("optimizer", optimizer, stages) or [None] * len(stages)
+        lr_schedulers = one_each("lr_scheduler", lr_scheduler, stages)
+        stages = [stages[at] for at in order]
         replicas = find_replicas(
             stages,
             mesh=mesh,
@@ -75,8 +80,8 @@ class _PipelineSchedule(Pipeline):
             self.name,
             n_microbatches,
             loss_fn,
-            optimizers=one_each("optimizer", optimizer, stages) or [None] * len(stages),
-            lr_schedulers=one_each("lr_scheduler", lr_scheduler, stages),
+            optimizers=[optimizers[at] for at in order],
+            lr_schedulers=None if lr_schedulers is None else [lr_schedulers[at] for at in order],
             chunks=len(stages),
             slack=slack,
             policy=policy,
@@ -84,7 +89,7 @@ class _PipelineSchedule(Pipeline):
             costs=costs,
             buffers=buffers,
             tied_weights=tied_weights,
-            transport=_find_transport(transport, stages, transfer_timeout_s),
+            transport=_find_transport(transport, stages, self.name, transfer_timeout_s),
             trace=trace,
             scale_grads=scale_grads,
             specs=specs,
@@ -164,12 +169,13 @@ class PipelineScheduleMulti(_PipelineSchedule):
     """Base class of the schedules with several stages per rank, with torch's constructor.
 
     Args:
-        stages: this process's stages, in order.
+        stages: this process's stages, in any order: which they are says the schedule's placement
+            (:class:`paci_rt.schedules.Placement`).
         backward_requires_autograd, defer_pp_recv: accepted because torch has them. Backwards always run through
             autograd, and a receive is waited for only where its tensors are used.
 
     The other arguments are those of :class:`PipelineScheduleSingle`; ``optimizer`` and ``lr_scheduler`` are lists, one
-    for each stage.
+    for each stage, in the order of ``stages``.
 
     Example:
         >>> paci_rt.get_schedule_class("Interleaved1F1B").__mro__[1].__name__
@@ -228,7 +234,9 @@ def one_each(name: str, given: Any, stages: Sequence[PipelineStage]) -> list[Any
     return listed
 
 
-def _find_transport(transport: Transport | str | None, stages: Sequence[PipelineStage], timeout_s: float) -> Transport:
+def _find_transport(
+    transport: Transport | str | None, stages: Sequence[PipelineStage], schedule: str, timeout_s: float
+) -> Transport:
     if transport is not None and not isinstance(transport, str):
         return transport
     return make_transport(
@@ -236,6 +244,7 @@ def _find_transport(transport: Transport | str | None, stages: Sequence[Pipeline
         group=stages[0].group,
         num_stages=stages[0].num_stages,
         chunks=len(stages),
+        placement=get_family(schedule).placement,
         timeout_s=timeout_s,
         device=stages[0].device,
     )

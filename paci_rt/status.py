@@ -55,9 +55,10 @@ _MAGIC = 0x7061636972743031
     STACKS_FD,
 ) = range(15)
 _TEXT_LENGTH = 15
-REPLICA, PLACE, PLACES = 16, 17, 18
+REPLICA, PLACE, PLACES, IN_A_V = 16, 17, 18, 19
 """Of a pipeline that has replicas: which one, and the process's place in it, each from 1, and how many places there
-are; 0 without replicas. Rank ``r`` of the run has place ``r % places`` of replica ``r // places``."""
+are; 0 without replicas. Rank ``r`` of the run has place ``r % places`` of replica ``r // places``. The last one is 1
+where the stages of a pipeline are placed in a V."""
 OP_CODES = {op: (code << 40) + 1 for code, op in enumerate(OPS)}
 """What an action's stage (shifted by 45) and index are added to, to make its number on the board; 0 is no action."""
 
@@ -74,7 +75,7 @@ class Standing:
         step: window that is being trained.
         beat_s: when its watcher last wrote; 0 without one. signs: grows while the process computes or writes.
         replica, place, places: of a pipeline that has replicas, which one, the process's place in it, and how many
-            there are; -1, -1, 0 without.
+            there are; -1, -1, 0 without. in_a_v: whether its stages are placed in a V.
         detail: what it waits for, or why it failed.
 
     Example:
@@ -101,6 +102,7 @@ class Standing:
     replica: int = -1
     place: int = -1
     places: int = 0
+    in_a_v: bool = False
 
     def name(self, rank: int) -> str:
         """What a process is called: its stage, and which replica's."""
@@ -203,7 +205,7 @@ class Board:
 
     def read(self) -> Standing:
         """What it says now."""
-        words = list(self.words[:19])
+        words = list(self.words[:20])
         length = min(words[_TEXT_LENGTH], _MOST_TEXT)
         phase = words[PHASE]
         return Standing(
@@ -223,6 +225,7 @@ class Board:
             replica=words[REPLICA] - 1,
             place=words[PLACE] - 1,
             places=words[PLACES],
+            in_a_v=bool(words[IN_A_V]),
         )
 
     def beat(self, signs: int) -> None:

@@ -98,11 +98,7 @@ _MOST_ROWS = 64
 
 
 def format_timeline(
-    events: Iterable[Event],
-    *,
-    ranks: int | None = None,
-    width: int = 160,
-    rank_of: Callable[[int], int] | None = None,
+    events: Iterable[Event], *, ranks: int | None = None, rank_of: Callable[[int], int] | None = None, width: int = 160
 ) -> str:
     """Draw ``events`` with letters: what each rank did when, in columns of equal time.
 
@@ -120,9 +116,9 @@ def format_timeline(
 
     Args:
         events: executed or simulated actions.
-        ranks: rows; letters behind the numbers tell the stages of a row apart. By default as many as there are stages.
+        ranks: rows, by default as many as there are stages. Letters behind the numbers tell the stages of a row apart.
+        rank_of: the row of a stage; by default ``s % ranks`` for stage ``s``.
         width: characters a line may have.
-        rank_of: the row of a stage; by default stage ``s`` is in row ``s % ranks``.
 
     Returns:
         Lines of text without a line end behind the last.
@@ -141,6 +137,7 @@ def format_timeline(
         return "no events"
     stages = 1 + max(action.stage for action, _ in timed)
     rows = stages if ranks is None else ranks
+    row_of = rank_of or (lambda stage: stage % rows)
     durations = [event.end_s - event.start_s for action, event in timed if action.op is not Op.U]
     step_s = min((duration for duration in durations if duration > 0), default=0.0)
     if not step_s:
@@ -152,8 +149,7 @@ def format_timeline(
 
     lines = _Lines(rows, [_label(action, rows, stages) for action, _ in timed])
     for action, event in timed:
-        row = action.stage % rows if rank_of is None else rank_of(action.stage)
-        lines.add(row, _label(action, rows, stages), column(event.start_s), column(event.end_s))
+        lines.add(row_of(action.stage), _label(action, rows, stages), column(event.start_s), column(event.end_s))
     return "\n".join([f"1 column = {step_s * 1e3:.4g} ms", *lines.text(width), lines.legend(rows < stages)])
 
 

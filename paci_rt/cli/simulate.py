@@ -17,7 +17,6 @@ from paci_rt.cli.simulate_report import PRICE, report_text, to_json
 from paci_rt.planner import auto_slack
 from paci_rt.schedules import AUTO, ScheduleFamily, Shape, Slack, StepCosts, limits, policies
 from paci_rt.schedules.base import check_shape, check_takes
-from paci_rt.schedules.placement import V
 from paci_rt.simulate import Costs, Simulation, simulate
 from paci_rt.simulate.costs import LEAST_BANDWIDTH, most_of
 
@@ -138,8 +137,7 @@ def run(args: argparse.Namespace) -> int:
         from paci_rt.trace import format_timeline
 
         width = min(160, max(80, shutil.get_terminal_size((120, 24)).columns))
-        rank_of = found.places.rank_of
-        print("\n" + format_timeline(found.events, ranks=found.ranks, width=width, rank_of=rank_of))
+        print("\n" + format_timeline(found.events, ranks=found.ranks, rank_of=shape.rank_of, width=width))
     return 0
 
 
@@ -182,7 +180,7 @@ def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
         accumulation=1 if family.one_micro_batch_windows else args.micro_batches,
         slack=auto_slack.checked(args.slack, family, args.stages * chunks),
         chunks=chunks,
-        placement=V if family.placement == V else None,
+        placement=family.placement,
         activation_limit=args.activation_limit,
     )
     check_shape(family, shape)
@@ -232,10 +230,10 @@ def _per_stage(flag: str, values: Sequence[float], shape: Shape, *, shared: bool
     if len(values) not in (1, shape.ranks, shape.num_stages):
         pieces = f", or {shape.num_stages}, one for each piece" if shape.chunks > 1 else ""
         raise ValueError(f"{flag} has {len(values)} numbers: give 1, or {shape.ranks}, one for each stage{pieces}")
-    if len(values) == shape.num_stages:
-        return tuple(values)
-    cut = shape.chunks if shared else 1
-    return tuple(values[shape.rank_of(stage) % len(values)] / cut for stage in range(shape.num_stages))
+    cut = shape.chunks if shared and len(values) != shape.num_stages else 1
+    of_rank = len(values) == shape.ranks < shape.num_stages
+    at = [shape.rank_of(stage) if of_rank else stage % len(values) for stage in range(shape.num_stages)]
+    return tuple(values[one] / cut for one in at)
 
 
 def _profiled(args: argparse.Namespace, shape: Shape) -> tuple[Costs, tuple[int, ...]]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from paci_rt import status
+from paci_rt.schedules import Placement
+from paci_rt.schedules.placement import V
 from paci_rt.status import Standing
 
 
@@ -59,10 +61,12 @@ def end_of_waits(seen: Mapping[int, Seen]) -> int | None:
 def waited_for(rank: int, standing: Standing, size: int) -> set[int]:
     """The ranks that a process waits for: the neighbour of its message, or those missing at a meeting."""
     stage = standing.awaited_stage()
+    placement = V if standing.in_a_v else None
     if stage is not None and standing.replica >= 0:
-        return {standing.replica * standing.places + stage % standing.places} - {rank}
+        places = Placement.over(standing.places, placement)
+        return {standing.replica * standing.places + places.rank_of(stage)} - {rank}
     if stage is not None and size:
-        return {stage % size} - {rank}
+        return {Placement.over(size, placement).rank_of(stage)} - {rank}
     marker = "waits for rank "
     if standing.detail.startswith(marker):
         names = standing.detail.removeprefix(marker).partition(", which ")[0]

@@ -97,6 +97,7 @@ class Candidate:
             accumulation=self.accumulation,
             slack=self.slack,
             chunks=self.chunks,
+            placement=schedules.get(self.schedule).placement,
             costs=costs,
         )
 

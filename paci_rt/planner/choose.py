@@ -214,7 +214,7 @@ def _groups(
                 )
                 for count, pieces in itertools.product(
                     _accumulations(takes, accumulations),
-                    dict.fromkeys(chunks) if takes.takes_chunks else (1,),
+                    dict.fromkeys(chunks) if takes.takes_chunks else (takes.chunks,),
                 )
             ]
     if not found:

@@ -175,10 +175,11 @@ class Evaluator:
         if not any(map(math.isfinite, self.limits.memory_bytes)):
             keeps = None
         stages, again = self.ranks * one.chunks, one.recomputing(self.ranks)
-        key = (stages, again, None if keeps is None else tuple(keeps))
+        shape = one.shape(self.ranks)
+        key = (stages, shape.placement, again, None if keeps is None else tuple(keeps))
         if key not in self._partitions:
             spans = Spans(profile=self.profile, stages=stages)
-            times = self._time_of(spans, again=again)
+            times = self._time_of(spans, again=again, rank_of=shape.rank_of)
 
             def cost_of(stage: int) -> Floats:
                 if keeps is None:
@@ -189,7 +190,9 @@ class Evaluator:
             self._partitions[key] = best_partition(cost_of, stages, self.profile.middle)
         return self._partitions[key]
 
-    def _time_of(self, spans: Spans, *, again: tuple[bool, ...]) -> Callable[[int], Floats]:
+    def _time_of(
+        self, spans: Spans, *, again: tuple[bool, ...], rank_of: Callable[[int], int]
+    ) -> Callable[[int], Floats]:
         """Seconds of one micro-batch on each stage, by what it holds; ``again``: whether its forward runs twice."""
         allowed = spans.allowed()
 
@@ -197,7 +200,7 @@ class Evaluator:
             seconds = spans.total("compute_s", stage)
             if again[stage]:
                 seconds = seconds + spans.total("forward_s", stage)
-            return np.where(allowed, seconds / self.speeds[stage % self.ranks], np.inf)
+            return np.where(allowed, seconds / self.speeds[rank_of(stage)], np.inf)
 
         return time_of
 
@@ -206,7 +209,8 @@ class Evaluator:
 
     def _costs(self, one: Candidate) -> Costs:
         assert one.partition is not None
-        return stage_costs(self.profile, one.partition, device_speeds=self.speeds)
+        placement = one.shape(self.ranks).placement
+        return stage_costs(self.profile, one.partition, device_speeds=self.speeds, placement=placement)
 
     # --- why not ---
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from paci_rt.errors import shown
 from paci_rt.planner.profile import Profile
-from paci_rt.schedules import StepCosts
+from paci_rt.schedules import Placement, StepCosts
 from paci_rt.schedules.slack import Loops
 from paci_rt.simulate.costs import Costs, Floats
 
@@ -40,14 +40,20 @@ def device_speeds_of(speeds: Sequence[float] | None, ranks: int) -> tuple[float,
     return tuple(map(float, speeds))
 
 
-def stage_costs(profile: Profile, partition: Sequence[int], *, device_speeds: Sequence[float] | None = None) -> Costs:
+def stage_costs(
+    profile: Profile,
+    partition: Sequence[int],
+    *,
+    device_speeds: Sequence[float] | None = None,
+    placement: str | None = None,
+) -> Costs:
     """Costs of every stage of ``partition``, for the simulator.
 
     Args:
         profile: of the model.
         partition: middle blocks of each stage; the first stage also has the blocks before them, the last those after.
-        device_speeds: how many times as fast as the profiled one each device is; stage ``s`` runs on device
-            ``s mod len(device_speeds)``. By default all are as fast.
+        device_speeds: how many times as fast as the profiled one each device is. By default all are as fast.
+        placement: which stages each device runs, see :class:`paci_rt.schedules.Placement`.
 
     Raises:
         ValueError: a partition that does not hold all blocks, or speeds that do not fit.
@@ -69,11 +75,13 @@ def stage_costs(profile: Profile, partition: Sequence[int], *, device_speeds: Se
     if stages % ranks:
         raise ValueError(f"{stages} stages on {ranks} devices: every device holds as many, so give a multiple")
 
+    places = Placement(num_stages=stages, chunks=stages // ranks, name=placement)
+
     def total(name: str) -> list[float]:
         return [sum(getattr(block, name) for block in profile.blocks[start:end]) for start, end in bounds]
 
     def seconds(values: list[float]) -> tuple[float, ...]:
-        return tuple(value / speeds[stage % ranks] for stage, value in enumerate(values))
+        return tuple(value / speeds[places.rank_of(stage)] for stage, value in enumerate(values))
 
     updates = [profile.update_s_per_byte * size for size in total("parameter_bytes")]
     arriving = [profile.input_bytes, *(block.boundary_bytes for block in profile.blocks)]

@@ -126,6 +126,7 @@ def _simulated(run: FoundRun, *, keep_events: bool = False) -> Any:
             num_stages=int(run.facts["stages"]) * chunks,
             accumulation=int(run.facts["accumulation"]),
             chunks=chunks,
+            placement=schedules.get(run.schedule).placement,
             slack=tuple(slack) if isinstance(slack, list) else slack,
         )
         unit = Costs(forward_s=(1.0,), input_grad_s=(1.0,), weight_grad_s=(1.0,), update_s=(0.2,))

@@ -6,13 +6,14 @@ optional (``pip install "paci-rt[plot]"``) and used without its global state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paci_rt.action import Action
+from paci_rt.schedules import Placement
 from paci_rt.trace import Event
 
 if TYPE_CHECKING:
@@ -65,14 +66,14 @@ class Lane:
         events: what was executed or simulated.
         start_s: where the picture starts, on the events' own clock.
         ranks: rows, later stages of a rank in lighter colours; None: one per stage.
-        rank_of: the row of a stage; None: stage ``s`` is in row ``s % ranks``.
+        placement: which stages a rank has, see :class:`paci_rt.schedules.Placement`.
     """
 
     title: str
     events: Sequence[Event]
     start_s: float
     ranks: int | None = None
-    rank_of: Callable[[int], int] | None = None
+    placement: str | None = None
 
     @property
     def stages(self) -> int:
@@ -82,6 +83,11 @@ class Lane:
     @property
     def rows(self) -> int:
         return self.stages if self.ranks is None else self.ranks
+
+    @property
+    def places(self) -> Placement:
+        """Which row each stage is in."""
+        return Placement.over(self.rows, self.placement)
 
 
 def require_matplotlib(flag: str = "--out") -> None:
@@ -112,7 +118,7 @@ def simulated_lane(simulation: Simulation, *, start_s: float = 0.0) -> Lane:
         events=simulation.events,
         start_s=start_s,
         ranks=simulation.ranks,
-        rank_of=simulation.places.rank_of,
+        placement=simulation.placement,
     )
 
 
@@ -218,15 +224,14 @@ def _lane(axis: Axes, lane: Lane, span_s: float, scale: float) -> set[str]:
     from matplotlib.collections import PolyCollection
     from matplotlib.patches import Rectangle
 
-    rows, chunks = lane.rows, -(-lane.stages // lane.rows)
-    row_of = lane.rank_of or (lambda stage: stage % rows)
+    rows, chunks, places = lane.rows, -(-lane.stages // lane.rows), lane.places
     points = axis.get_window_extent().width / DPI * POINTS_PER_INCH / (span_s * scale)  # in a unit of the axis
     boxes: dict[tuple[str, int], list[list[tuple[float, float]]]] = {}
     ends = [0.0]
     for event in lane.events:
         left, right = max(event.start_s - lane.start_s, 0.0) * scale, min(event.end_s - lane.start_s, span_s) * scale
         action = Action.parse(event.action)
-        op, row = action.op.value, row_of(event.stage)
+        op, row = action.op.value, places.rank_of(event.stage)
         if right < left or (right == left and event.end_s > event.start_s):
             continue
         ends.append(right)
@@ -236,7 +241,7 @@ def _lane(axis: Axes, lane: Lane, span_s: float, scale: float) -> set[str]:
         else:
             low, high = row - 0.44, row + 0.44
             corners = [(left, low), (right, low), (right, high), (left, high)]
-            boxes.setdefault((op, event.stage // rows), []).append(corners)
+            boxes.setdefault((op, places.chunk_of(event.stage)), []).append(corners)
             _label(axis, (left + right) / 2, row, (right - left) * points, action.index, event.version)
     for row in range(rows):
         axis.add_patch(Rectangle((0, row - 0.44), max(ends), 0.88, facecolor=IDLE_COLOUR, edgecolor="none", zorder=0))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from paci_rt import schedules
@@ -109,6 +110,7 @@ def make_setup(
         accumulation=accumulation,
         slack=slack,  # type: ignore[arg-type]  # Shape makes a tuple of any list
         chunks=chunks,
+        placement=family.placement,
         costs=StepCosts() if costs is None else costs,
         overlap=overlap_of(replicas, family, accumulation, policy),
     )
@@ -173,10 +175,22 @@ def ranks_here(stages: Sequence[PipelineStage], shape: Shape) -> list[int]:
     rank = shape.rank_of(indices[0])
     if indices != list(shape.stages_of(rank)):
         raise ValueError(
-            f"this process has stages {indices} of {shape.num_stages}: with {shape.chunks} a rank, rank {rank} runs "
-            f"{list(shape.stages_of(rank))}, in that order"
+            f"this process has stages {indices} of {shape.num_stages}: with {shape.chunks} a rank in a "
+            f"{shape.placement}, rank {rank} of {shape.ranks} runs {list(shape.stages_of(rank))}"
+        )
+    place = place_among_processes(stages, shape)
+    if place not in (None, rank):
+        raise ValueError(
+            f"this process is number {place} of its group and has stages {indices} of {shape.num_stages}, which in a "
+            f"{shape.placement} are those of rank {rank}: give it stages {list(shape.stages_of(place))}"
         )
     return [rank]
+
+
+def place_among_processes(stages: Sequence[PipelineStage], shape: Shape) -> int | None:
+    """This process's number in the group of its pipeline; None where there is no such group."""
+    sized = dist.is_available() and dist.is_initialized() and stages[0].group_size == shape.ranks
+    return stages[0].group_rank if sized else None
 
 
 def bind(

@@ -31,16 +31,18 @@ from paci_rt.runtime.stats import pipeline_stats
 from paci_rt.runtime.streams import joined
 from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules.lowering import TiedWeight
+from paci_rt.schedules.placement import V
 from paci_rt.schedules.validate import validate
+from paci_rt.status import IN_A_V, board
 from paci_rt.trace import Event
-from paci_rt.transport import DEFAULT_TIMEOUT_S, Transport
+from paci_rt.transport import DEFAULT_TIMEOUT_S, Transport, hand_over
 
 
 class Pipeline(PipelineEvaluation):
     """What all schedules share; use one of the subclasses or :class:`LocalPipeline`.
 
     Args:
-        stages: the stages of this process, in order.
+        stages: the stages of this process, in the order of the model.
         schedule: name of the schedule family.
         n_microbatches: micro-batches that one ``step`` cuts its batch into; the window ``a`` of an asynchronous
             schedule (``async-1f1b`` alone updates after each of them).
@@ -48,7 +50,7 @@ class Pipeline(PipelineEvaluation):
             only, under any schedule.
         optimizers: one per stage, or None to leave gradients in ``.grad`` (flush schedules only).
         lr_schedulers: one per stage or None, stepped after each local update; :mod:`paci_rt.runtime.schedulers`.
-        chunks: stages per rank (``interleaved-1f1b``, ``interleaved-zb``, ``looped-bfs``).
+        chunks: stages per rank, see :class:`paci_rt.schedules.Placement`.
         slack: additional warm-up forwards (asynchronous schedules): one number for every stage but the last, or one a
             stage; :func:`paci_rt.plan_slack` says how many hide the latency of links.
         policy: which weights forwards and backwards use, see :mod:`paci_rt.schedules.policies`; None is the schedule's
@@ -111,9 +113,11 @@ class Pipeline(PipelineEvaluation):
         )
         self.asked_for = setup
         self._lowering, self._policy = setup.lowering, setup.policy
+        transport = hand_over(transport, self._lowering.shape.places)
         validate(self._lowering, capacity=transport.capacity)
         self._ranks = ranks_here(stages, self._lowering.shape)
         self._has_backward = not setup.forward_only
+        board().words[IN_A_V] = int(self._lowering.shape.placement == V)
         for stage in stages if self._has_backward else ():
             stage.require_free()
             stage.has_backward = True

@@ -102,7 +102,8 @@ class Executor:
         self.runtimes = {runtime.stage.stage_index: runtime for runtime in runtimes}
         self.transport = transport
         for one in runtimes:
-            one.stage.lent = transport.polled
+            # What stages of one process hand to each other is memory of both.
+            one.stage.lent = transport.polled or one.stage.stage_index in getattr(transport, "handed_over", ())
         self.events: list[Event] = []
         self.first_start_s: float | None = None
         self.last_end_s = 0.0

@@ -12,13 +12,15 @@ from paci_rt.schedules.pipedream import PIPEDREAM, PIPEDREAM_2BW
 from paci_rt.schedules.placement import Placement
 from paci_rt.schedules.search import ZB_1P, ZB_2P
 from paci_rt.schedules.slack import AUTO, Slack, plan_slack, steady_period
+from paci_rt.schedules.v_blocks import V_HALF, V_MIN
+from paci_rt.schedules.v_flush import DUALPIPE_V, ZB_V
 from paci_rt.schedules.zero_bubble import ZB_H1, ZB_H2
 
 FAMILIES: dict[str, ScheduleFamily] = {
     family.name: family
     for family in (
         *(PACI, PACI_SPLIT, PACI_V, ONE_F_ONE_B, GPIPE, INTERLEAVED_1F1B, LOOPED_BFS, ZB_H1, ZB_H2, ZB_1P, ZB_2P),
-        INTERLEAVED_ZB,
+        *(INTERLEAVED_ZB, ZB_V, V_HALF, V_MIN, DUALPIPE_V),
         *(ASYNC_1F1B, PIPEDREAM, PIPEDREAM_2BW),
     )
 }

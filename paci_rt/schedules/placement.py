@@ -57,10 +57,21 @@ class Placement:
                 "a multiple of chunks"
             )
 
+    @classmethod
+    def over(cls, ranks: int, name: str | None) -> Placement:
+        """The placement called ``name`` on ``ranks`` ranks, where their stages need not be known: to find the rank of
+        one that ran."""
+        return cls(num_stages=2 * ranks, chunks=2, name=V) if name == V else cls(num_stages=ranks)
+
     @property
     def ranks(self) -> int:
         """Processes of the pipeline, ``P``."""
         return self.num_stages // self.chunks
+
+    @property
+    def last_rank(self) -> int:
+        """The rank that holds the last stage."""
+        return int(self.rank_of(self.num_stages - 1))
 
     def rank_of(self, stage: Any) -> Any:
         """The rank that holds ``stage``: an integer, or an array of them."""

@@ -105,11 +105,17 @@ class _Player:
 
     def _send(self, action: Action) -> bool:
         queues = self._queues(action)
-        if self.capacity is not None and any(len(queue) >= self.capacity for queue in queues):
+        if not all(map(self._has_room, self.channels[action.stage][action.op])):
             return False
         for queue in queues:
             queue.append(action.index)
         return True
+
+    def _has_room(self, channel: Channel) -> bool:
+        if self.capacity is None or len(self.queues[channel]) < self.capacity:
+            return True
+        rank_of = self.lowering.shape.rank_of  # what stays on a rank is handed over, however much there is
+        return bool(rank_of(channel.sender) == rank_of(channel.receiver))
 
     def _receive(self, action: Action) -> bool:
         queues = self._queues(action)

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from paci_rt.action import OPS, Codes, Op, decode, decode_fields
 from paci_rt.schedules import policies
-from paci_rt.schedules.placement import Placement
 from paci_rt.schedules.slack import Slack
 from paci_rt.simulate.costs import Floats
 from paci_rt.simulate.timeline import Work
@@ -28,8 +27,7 @@ class Simulation:
 
     Attributes:
         schedule, policy: names. lookahead: whether early forwards look ahead.
-        ranks, stages, windows, accumulation, slack: what was played; with several chunks per rank, ``stages`` counts
-            them all. placement: which rank holds which of them.
+        ranks, stages, placement, windows, accumulation, slack: what was played; ``stages`` counts those of all ranks.
         makespan_s: from the start to the end of the last action.
         bubble_rate: ``(C - work) / C``. Of a flushed schedule ``C`` is, per window, the longest that any rank takes
             from the start of its first F to the end of its last B or W, and ``work`` the mean over ranks of their F, B,
@@ -74,7 +72,7 @@ class Simulation:
     lookahead: bool
     ranks: int
     stages: int
-    placement: str
+    placement: str | None
     windows: int
     accumulation: int
     slack: Slack
@@ -95,11 +93,6 @@ class Simulation:
     busy_s: dict[int, float]
     window_end_s: tuple[float, ...]
     events: list[Event] = field(default_factory=list, repr=False)
-
-    @property
-    def places(self) -> Placement:
-        """Which rank holds which stages."""
-        return Placement(num_stages=self.stages, chunks=self.stages // self.ranks, name=self.placement)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values without the events; what goes by rank comes as a list."""
@@ -154,8 +147,8 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
         policy=work.policy,
         lookahead=work.lookahead,
         ranks=shape.ranks,
+        placement=shape.placement,
         stages=shape.num_stages,
-        placement=shape.places.name,
         windows=work.windows,
         accumulation=shape.accumulation,
         slack=shape.slack,

@@ -55,9 +55,9 @@ class Work:
         sizes = costs.per_stage("message_bytes", shape.num_stages)
         # Gradients have the size of the output they belong to, which is that of the stage before.
         backwards = np.concatenate(([0.0], sizes[:-1]))
-        self.transfer_s = np.concatenate((sizes, backwards)) / costs.bandwidth_bytes_per_s
-        self.channel_of, self.hop_of, local = self._channels()
-        self.transfer_s[local] = 0.0
+        self.channel_of, keeps = self._channels()
+        self.transfer_s = np.where(keeps, 0.0, np.concatenate((sizes, backwards)) / costs.bandwidth_bytes_per_s)
+        self.hop_s = np.where(keeps, 0.0, costs.hop_s)
         self.times = self._times()
         for rank in range(shape.ranks):
             self._add(rank)
@@ -75,18 +75,19 @@ class Work:
         left = zip(self.streams, self.offsets, self.offsets[1:], at, strict=False)
         return np.array([stream[here - first] for stream, first, end, here in left if here < end], dtype=np.int64)
 
-    def _channels(self) -> tuple[Codes, Floats, npt.NDArray[np.bool_]]:
-        """For the forwards of every stage, then for its gradients: their channel, its latency, and whether they stay
-        on their rank. There is one channel for the forwards and one for the gradients from each rank to each."""
+    def _channels(self) -> tuple[Codes, npt.NDArray[np.bool_]]:
+        """For the forwards of every stage, then for its gradients: their channel, and whether they stay on their rank.
+
+        There is one channel for the forwards and one for the gradients from each rank to each of its neighbours.
+        """
         shape = self.shape
         stages = np.arange(shape.num_stages)
         sender = np.tile(shape.rank_of(stages), 2)
-        neighbour = np.concatenate((np.minimum(stages + 1, shape.num_stages - 1), np.maximum(stages - 1, 0)))
-        receiver = shape.rank_of(neighbour)
-        local = sender == receiver
+        neighbours = np.concatenate((np.minimum(stages + 1, shape.num_stages - 1), np.maximum(stages - 1, 0)))
+        receiver = shape.rank_of(neighbours)
         kind = np.repeat((0, 1), shape.num_stages)
         _, channel = np.unique((kind * shape.ranks + sender) * shape.ranks + receiver, return_inverse=True)
-        return channel, np.where(local, 0.0, self.costs.hop_s), local
+        return channel, sender == receiver
 
     def _times(self) -> Floats:
         """Seconds by operation and stage."""
@@ -104,7 +105,8 @@ class Work:
         """Which of ``stages`` run their forwards again."""
         ranks = range(self.shape.ranks)
         by_rank = [policies.recomputes(self.policy, self.family, self.shape, rank) for rank in ranks]
-        return np.array(by_rank)[self.shape.rank_of(stages)]
+        found: npt.NDArray[np.bool_] = np.array(by_rank)[self.shape.rank_of(stages)]
+        return found
 
     def _add(self, rank: int) -> None:
         stream, span, (stages, m) = self.streams[rank], self.span(rank), (self.shape.num_stages, self.micro_batches)
@@ -174,11 +176,10 @@ def play_one_by_one(work: Work) -> Codes:
     need, out, duration = work.need.tolist(), work.out.tolist(), work.duration.tolist()
     arrival, start = work.arrival.tolist(), work.start.tolist()
     transfer_s, channel_of = work.transfer_s.tolist(), work.channel_of.tolist()
-    hop_of = work.hop_of.tolist()
     channel_free = [0.0] * (1 + max(channel_of))
     at, stop = work.offsets[:-1].tolist(), work.offsets[1:].tolist()
     free = [0.0] * len(at)
-    m, nothing = work.micro_batches, work.nothing
+    m, hop_s, nothing = work.micro_batches, work.hop_s.tolist(), work.nothing
     progressed = True
     while progressed:
         progressed = False
@@ -198,7 +199,7 @@ def play_one_by_one(work: Work) -> Codes:
                     sent = channel_free[channel]
                     sent = (now if now > sent else sent) + transfer_s[lane]
                     channel_free[channel] = sent
-                    arrival[cell] = sent + hop_of[lane]
+                    arrival[cell] = sent + hop_s[lane]
                 here += 1
             progressed |= here > at[rank]
             free[rank], at[rank] = now, here
@@ -212,7 +213,7 @@ def play_all_at_once(work: Work) -> Codes:
     ranks, m, channels = len(work.streams), work.micro_batches, 1 + int(work.channel_of.max())
     # A turn may write the cell for "nothing sent", whose lane comes last: its channel is always free.
     transfer_s, channel_of = np.append(work.transfer_s, 0.0), np.append(work.channel_of, channels)
-    hop_of = np.append(work.hop_of, 0.0)
+    hop_s = np.append(work.hop_s, 0.0)
     instant = not transfer_s.any()  # then no message ever waits for the one before
     channel_free = np.zeros(channels + 1)
     at, stop = work.offsets[:-1].copy(), work.offsets[1:]
@@ -231,14 +232,14 @@ def play_all_at_once(work: Work) -> Codes:
         free[go] = begin
         cell = out[here]
         if instant:
-            arrival[cell] = begin + hop_of[cell // m]
+            arrival[cell] = begin + hop_s[cell // m]
         else:
             lane = cell // m
             channel = channel_of[lane]
             sent = np.maximum(begin, channel_free[channel]) + transfer_s[lane]
             channel_free[channel] = sent
             channel_free[-1] = 0.0
-            arrival[cell] = sent + hop_of[lane]
+            arrival[cell] = sent + hop_s[lane]
         here += 1
         at[go] = here
         next_need[go] = np.where(here < stop[go], need[here], work.never)

@@ -26,7 +26,7 @@ def build_pipeline(config: TrainConfig, ctx: Context, place: Place | None = None
     """The schedule with its stages and optimizers in this process, and one learning-rate scheduler per stage."""
     pieces = config.stages * config.chunks
     place = Place(stage=ctx.rank) if place is None else place
-    here = range(pieces) if ctx.local else range(place.stage, pieces, config.stages)
+    here = range(pieces) if ctx.local else config.places.stages_of(place.stage)
     modules = [
         build_stage(config.shape, at, pieces, seed=config.seed, dtype=config.torch_dtype, partition=config.partition)
         for at in here
@@ -65,6 +65,7 @@ def build_pipeline(config: TrainConfig, ctx: Context, place: Place | None = None
         group=place.pipeline,
         num_stages=pieces,
         chunks=config.chunks,
+        placement=config.places.name,
         timeout_s=config.transfer_timeout,
         events_dir="" if config.out is None else Path(config.out) / DUMPS,
         device=device,

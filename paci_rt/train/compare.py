@@ -206,7 +206,9 @@ def write_timeline(path: str | Path, results: Sequence[RunResult]) -> None:
     lanes = []
     for result, (start_s, _) in zip(results, cuts, strict=True):
         title = f"{result.schedule}: {text.share(result.utilization)} of the time computing"
-        lanes.append(plots.Lane(title=title, events=result.events, start_s=start_s, ranks=result.stages))
+        placement = schedules.get(result.schedule).placement
+        lane = plots.Lane(title=title, events=result.events, start_s=start_s, ranks=result.stages, placement=placement)
+        lanes.append(lane)
     plots.timeline(path, lanes, span_s=span_s)
 
 

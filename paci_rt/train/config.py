@@ -59,7 +59,7 @@ class TrainConfig:
         slack: as there, or ``"auto"``: as much as hides the latency of messages, by ``profile``, a file that ``paci-rt
             plan --profile`` wrote. It is replaced by the numbers, and ``profile`` by None.
         lookahead: as there; where the schedule does so of its own and the optimizer can.
-        stages: processes of the pipeline. chunks: pieces of the model in each; 1, or 2 where it takes several.
+        stages: processes of the pipeline. chunks: pieces of the model in each; 1, or 2 where it has several.
         replicas: pipelines that train together, each on its share of batch_size. zero1: they share out the optimizer's
             state. overlap: micro-batches that run while they add up gradients; half a window under paci.
         step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
@@ -178,7 +178,7 @@ class TrainConfig:
         family = schedules.get(self.schedule)
         self._fill("schedule", family.name, always=True)
         self._fill("accumulation", 1 if family.one_micro_batch_windows else 4)
-        self._fill("chunks", 2 if family.takes_chunks else 1)
+        self._fill("chunks", family.chunks)
         self._fill("seq_len", min(128, self.shape.context))
         self._fill("lr_steps", self.steps)
         self._fill("beta2", BETA2.get(self.optimizer, 0.95))
@@ -198,6 +198,12 @@ class TrainConfig:
     def derived(self) -> tuple[str, ...]:
         """The options that were not given and follow from the others."""
         return self._derived  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def places(self) -> schedules.Placement:
+        """Which process holds which pieces of the model."""
+        name = schedules.get(self.schedule).placement
+        return schedules.Placement(num_stages=self.stages * self.chunks, chunks=self.chunks, name=name)
 
     def _fill(self, name: str, default: Any, *, always: bool = False) -> None:
         if always or getattr(self, name) is None:
@@ -319,6 +325,7 @@ class TrainConfig:
             accumulation=accumulation,
             slack=auto_slack.checked(self.slack, family, pieces),
             chunks=self.chunks,
+            placement=family.placement,
             costs=self.step_costs or schedules.StepCosts(),
         )
         family.check(shape)

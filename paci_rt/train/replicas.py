@@ -102,9 +102,10 @@ def of_first_replica(config: TrainConfig, results: list[StageResult]) -> list[St
         return results
     pipelines = [results[at : at + config.stages] for at in range(0, len(results), config.stages)]
     mine = [replace(one[0], wall_s=max(other.wall_s for other in one)) for one in zip(*pipelines, strict=True)]
-    curves = [one[-1].steps for one in pipelines]
+    last = config.places.last_rank
+    curves = [one[last].steps for one in pipelines]
     steps = tuple(_mean(points) for points in zip(*curves, strict=True))
-    return [*mine[:-1], replace(mine[-1], steps=steps)]
+    return [*mine[:last], replace(mine[last], steps=steps), *mine[last + 1 :]]
 
 
 def _mean(points: tuple[StepPoint, ...]) -> StepPoint:

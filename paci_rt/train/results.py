@@ -132,7 +132,8 @@ class RunResult:
 
 def merge(config: TrainConfig, results: Sequence[StageResult]) -> RunResult:
     """One result from those of all processes, in the order of their ranks."""
-    last = results[-1]  # sees the losses, and the end of the first window everywhere
+    # The one that sees the losses, and the end of the first window everywhere.
+    last = results[config.places.last_rank if len(results) > 1 else 0]
     assert last.evals
     assert results[0].params_sha256 is not None
     stats = [result.stats for result in results]

@@ -103,7 +103,7 @@ def remove_dumps(folder: Path) -> None:
 
 def _stage(ctx: launch.Context, config: TrainConfig) -> StageResult:
     pieces = config.stages * config.chunks
-    here = list(range(pieces)) if ctx.local else list(range(ctx.rank % config.stages, pieces, config.stages))
+    here = list(range(pieces)) if ctx.local else list(config.places.stages_of(ctx.rank % config.stages))
     with logged(config.log, ctx, here) as told:
         return train(config, Heard(told))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, Transport
 from paci_rt.transport.factory import TRANSPORTS, check_transport, make_transport
+from paci_rt.transport.hand_over import hand_over
 from paci_rt.transport.local import LocalTransport
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "Message",
     "Transport",
     "check_transport",
+    "hand_over",
     "make_transport",
 ]

@@ -47,6 +47,7 @@ def make_transport(
     group: dist.ProcessGroup | None = None,
     num_stages: int,
     chunks: int = 1,
+    placement: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     slots: int | None = None,
     events_dir: str | os.PathLike[str] | None = None,
@@ -62,6 +63,7 @@ def make_transport(
         name: one of ``TRANSPORTS``.
         num_stages: stages of the whole pipeline.
         chunks: stages of this process.
+        placement: which: see :class:`paci_rt.schedules.Placement`; a schedule's is ``get(name).placement``.
         group: process group of the pipeline's processes, None for the default group.
         timeout_s: deadline of every single wait for another stage, in seconds.
         slots: messages that fit into a channel before its next send waits; None is the transport's default.
@@ -90,7 +92,7 @@ def make_transport(
     check_group(group, num_stages, chunks, name)
     on_gpus = device is not None and device.type == "cuda"
     one_host = _agree(Meeting(group, timeout_s), name, on_gpus)
-    place, options = _Place(group, num_stages, chunks), _Options(timeout_s, slots, events_dir)
+    place, options = _Place(group, num_stages, chunks, placement), _Options(timeout_s, slots, events_dir)
     if name in ON_GPUS or (name == "auto" and on_gpus):
         return _between_gpus(name, place, device, options)
     if name == "shm":
@@ -119,6 +121,7 @@ class _Place(NamedTuple):
     group: dist.ProcessGroup | None
     num_stages: int
     chunks: int
+    placement: str | None
 
 
 class _Options(NamedTuple):

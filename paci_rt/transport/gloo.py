@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paci_rt.errors import PaciError, PeerLostError, ScheduleError, StageError, TransferTimeoutError
+from paci_rt.schedules import Placement
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport import payload, wire
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, WaitingTransport, check_timeout
@@ -256,12 +257,13 @@ class _Incoming:
 
 
 class GlooTransport(WaitingTransport):
-    """Stage ``i`` of a pipeline over ``P`` processes is on rank ``i mod P`` of ``group``.
+    """Stages on the ranks of ``group`` that their placement says: stage ``i`` on ``i mod P`` in a circle.
 
     Args:
         group: a gloo process group, or None for the default group.
         num_stages: stages of the pipeline.
         chunks: stages per process.
+        placement: which of them, see :class:`paci_rt.schedules.Placement`.
         timeout_s: deadline of every single wait, in seconds.
         events_dir: folder for the last events of every channel, written when a wait ends badly; None is the system's
             folder for temporary files, empty writes none.
@@ -281,6 +283,7 @@ class GlooTransport(WaitingTransport):
         *,
         num_stages: int,
         chunks: int = 1,
+        placement: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         events_dir: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -289,7 +292,8 @@ class GlooTransport(WaitingTransport):
         if "gloo" not in backend:
             raise ValueError(f"the process group's backend is {backend!r}: the gloo transport needs a gloo group")
         check_timeout(timeout_s)
-        self._group, self._ranks, self._chunks = group, num_stages // chunks, chunks
+        self.places = Placement(num_stages=num_stages, chunks=chunks, name=placement)
+        self._group, self._chunks = group, chunks
         self._timeout, self.timeout_s = timedelta(seconds=timeout_s), timeout_s
         # All processes make their pipelines in the same order, so they agree on the number without talking.
         members = dist.group.WORLD if group is None else group
@@ -356,11 +360,11 @@ class GlooTransport(WaitingTransport):
         return incoming
 
     def _tags(self, channel: Channel) -> _Tags:
-        chunk = min(channel.sender, channel.receiver) // self._ranks
+        chunk = self.places.chunk_of(min(channel.sender, channel.receiver))
         return _Tags(self._number, channel, chunk, self._chunks)
 
     def _rank(self, stage: int) -> int:
-        rank = stage % self._ranks
+        rank = self.places.rank_of(stage)
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
     @contextmanager

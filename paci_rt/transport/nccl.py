@@ -73,6 +73,7 @@ class NcclTransport(GpuTransport):
         num_stages: int,
         device: torch.device,
         chunks: int = 1,
+        placement: str | None = None,
         options: DeviceOptions | None = None,
     ) -> None:
         self._measure = measure
@@ -81,7 +82,9 @@ class NcclTransport(GpuTransport):
         if measure:
             self.candidates = (NCCL, REGISTERED, IPC)
         options = options or DeviceOptions()
-        super().__init__(group, num_stages=num_stages, device=device, chunks=chunks, options=options)
+        super().__init__(
+            group, num_stages=num_stages, device=device, chunks=chunks, placement=placement, options=options
+        )
         channels, multiprocessors = 4 * chunks, self._engine.multiprocessors
         if options.max_ctas * channels > multiprocessors // 2:
             most = max(1, multiprocessors // (2 * channels))

@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from paci_rt import native
 from paci_rt.errors import PaciError, PeerLostError, StageError, TransferTimeoutError, TransportError
+from paci_rt.schedules import Placement
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Message, check_slots, check_timeout
 from paci_rt.transport.diagnosis import origin_of
@@ -35,7 +36,7 @@ HELD = 64
 
 
 class ShmTransport(NativeTransport):
-    """Stage ``i`` of a pipeline over ``P`` processes is on rank ``i mod P`` of ``group``; all on one host.
+    """Stages on the ranks of ``group`` that their placement says, in a circle ``i`` on ``i mod P``; all on one host.
 
     Received tensors are views of shared memory, writable and aligned to 64 bytes, which goes back to the channel when
     the last of a message's tensors dies. Small messages, and those beyond the number that may be held, are copies.
@@ -46,6 +47,7 @@ class ShmTransport(NativeTransport):
         group: any process group, or None for the default group; only its store is used.
         num_stages: stages of the pipeline.
         chunks: stages per process.
+        placement: which of them, see :class:`paci_rt.schedules.Placement`.
         timeout_s: deadline of every single wait, in seconds.
         slots: messages that may be under way on a channel before its next send waits.
         held: received messages of a channel whose memory may be kept; see ``HELD``.
@@ -68,6 +70,7 @@ class ShmTransport(NativeTransport):
         slots: int = SLOTS,
         held: int = HELD,
         chunks: int = 1,
+        placement: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         events_dir: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -80,7 +83,7 @@ class ShmTransport(NativeTransport):
         self._structures = Structures()
         self.capacity = slots
         self._held, self.timeout_s = held, timeout_s
-        self._ranks, self._group = num_stages // chunks, group
+        self.places, self._group = Placement(num_stages=num_stages, chunks=chunks, name=placement), group
         self._peers: dict[int, ShmSegment] = {}
         self._own, self._addresses = self._meet(Meeting(group, timeout_s))
         self._peers[self._rank] = self._own
@@ -179,11 +182,11 @@ class ShmTransport(NativeTransport):
             )
 
     def _global_rank(self, stage: int) -> int:
-        rank = stage % self._ranks
+        rank = self.places.rank_of(stage)
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
     def _peer(self, stage: int) -> ShmSegment:
-        rank = stage % self._ranks
+        rank = self.places.rank_of(stage)
         segment = self._peers.get(rank)
         if segment is None:
             segment = self._peers[rank] = native.attach_shm_segment(*self._addresses[rank])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import paci_rt
 from paci_rt.errors import ScheduleError
 from paci_rt.optim.bind import bind_optimizer
-from paci_rt.schedules import FAMILIES, Shape
+from paci_rt.schedules import FAMILIES
 from paci_rt.schedules.lowering import Lowering
 from paci_rt.schedules.validate import validate
 from paci_rt.transport import LocalTransport
@@ -101,7 +101,7 @@ def test_distributed_equals_local_bit_for_bit(workers: WorkerPool, run: Run) -> 
         params |= rank["params"]
     same(params, local["params"])
     assert sha(params) == sha(local["params"])
-    assert ranks[-1]["losses"] == local["losses"]
+    assert ranks[run.places.last_rank]["losses"] == local["losses"]
     for number, rank in enumerate(ranks):
         keys = ["drift", "delay", "peak_in_flight", "peak_pending"]
         keys += [] if run.wide else ["memory"]  # where shapes change, a receive may be posted with room to spare
@@ -163,10 +163,9 @@ def test_paci_split_is_paci_to_the_bit(policy: str, slack: Any) -> None:
 @pytest.mark.parametrize("schedule", FAMILIES)
 def test_bounded_mailboxes_run_what_the_validator_has_proved(schedule: str) -> None:
     """With the fewest messages a channel for which the validator finds an end, the executor finds it too."""
-    chunks = 2 if FAMILIES[schedule].takes_chunks else 1
+    chunks = FAMILIES[schedule].chunks
     run = Run(schedule=schedule, stages=4, accumulation=4, chunks=chunks, windows=3)
-    accumulation = 1 if FAMILIES[schedule].one_micro_batch_windows else 4
-    lowering = Lowering(family=FAMILIES[schedule], shape=Shape(num_stages=4, accumulation=accumulation, chunks=chunks))
+    lowering = Lowering(family=FAMILIES[schedule], shape=run.shape)
     enough = next(room for room in range(1, 9) if _runs(lowering, room))
     unbounded = train_local(run)
     bounded = train_local(run, transport=LocalTransport(capacity=enough))
@@ -228,5 +227,10 @@ def test_bad_combinations_end_in_one_clear_line(schedule: str, options: dict[str
 
 def test_a_process_with_the_wrong_stages_is_told_which_are_its() -> None:
     stages = [paci_rt.PipelineStage(nn.Linear(4, 4), at, 4) for at in (0, 1)]
-    with pytest.raises(ValueError, match=r"stages \[0, 1\] of 4: .*rank 0 runs \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"stages \[0, 1\] of 4: .*in a circle, rank 0 of 2 runs \[0, 2\]"):
         paci_rt.ScheduleInterleaved1F1B(stages, 4, loss_fn, transport=LocalTransport())
+    stages = [paci_rt.PipelineStage(nn.Linear(4, 4), at, 4) for at in (0, 2)]
+    with pytest.raises(ValueError, match=r"stages \[0, 2\] of 4: with 2 a rank in a v, rank 0 of 2 runs \[0, 3\]"):
+        paci_rt.ScheduleZBVZeroBubble(stages, 4, loss_fn, transport=LocalTransport())
+    with pytest.raises(ValueError, match=r"chunks is 1: zb-v has two stages a rank"):
+        paci_rt.ScheduleZBVZeroBubble(stages[:1], 4, loss_fn, transport=LocalTransport())

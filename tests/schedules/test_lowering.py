@@ -16,7 +16,8 @@ def lowering(
     name: str, stages: int, accumulation: int, slack: int = 0, tied: bool = False, chunks: int = 1
 ) -> Lowering:
     ties = (TiedWeight(owner_stage=0, owner="a", reader_stage=stages - 1, reader="b"),) if tied else ()
-    shape = Shape(num_stages=stages, accumulation=accumulation, slack=slack, chunks=chunks)
+    placement = FAMILIES[name].placement
+    shape = Shape(num_stages=stages, accumulation=accumulation, slack=slack, chunks=chunks, placement=placement)
     FAMILIES[name].check(shape)
     return Lowering(family=FAMILIES[name], shape=shape, ties=ties)
 
@@ -29,7 +30,7 @@ def streams(low: Lowering, windows: int = 3) -> list[list[Action]]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_schedule_runs_to_its_end(name: str, tied: bool) -> None:
     slacks = (0, 2) if FAMILIES[name].takes_slack else (0,)
-    chunks = (1, 2, 3) if FAMILIES[name].takes_chunks else (1,)
+    chunks = (1, 2, 3) if FAMILIES[name].takes_chunks else (FAMILIES[name].chunks,)
     for ranks, accumulation, slack, v in itertools.product((1, 2, 3, 5, 8), (1, 2, 3, 8), slacks, chunks):
         if FAMILIES[name].takes_chunks:
             accumulation *= ranks
@@ -38,7 +39,7 @@ def test_every_schedule_runs_to_its_end(name: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("name", [slow(name) if FAMILIES[name].takes_chunks else name for name in sorted(FAMILIES)])
 def test_channels_of_few_messages_are_enough_where_hops_are_short(name: str) -> None:
-    chunks = (1, 2, 4) if FAMILIES[name].takes_chunks else (1,)
+    chunks = (1, 2, 4) if FAMILIES[name].takes_chunks else (FAMILIES[name].chunks,)
     for ranks, accumulation, v in itertools.product((1, 2, 3, 4, 8), (1, 2, 4, 24), chunks):
         if FAMILIES[name].takes_chunks:
             accumulation *= ranks

@@ -53,7 +53,7 @@ def make(groups: list[Any], given: Replicated, *, shift: float = 0.0, **more: An
     run = given.run
     replica, rank = divmod(dist.get_rank(), run.stages // run.chunks)
     pipe, others = groups[replica], groups[given.replicas + rank]
-    here = range(rank, run.stages, run.stages // run.chunks)
+    here = run.places.stages_of(rank)
     modules: list[Any] = [module(at, run).to(getattr(torch, given.dtype)) for at in here]
     for one in modules:
         one[0].bias.data += shift

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
+from paci_rt.schedules import Placement, Shape, get
 
 WIDTH, CLASSES = 16, 5
 
@@ -29,6 +30,22 @@ class Run:
     wide: bool = False  # outputs too large for an inline message
     eval_every: int = 0
     transport: str = "auto"  # between processes
+
+    def __post_init__(self) -> None:
+        if get(self.schedule).placement == "v" and self.chunks == 1:  # two pieces a rank
+            object.__setattr__(self, "chunks", 2)
+            object.__setattr__(self, "stages", 2 * self.stages)
+
+    @property
+    def places(self) -> Placement:
+        return Placement(num_stages=self.stages, chunks=self.chunks, name=get(self.schedule).placement)
+
+    @property
+    def shape(self) -> Shape:
+        family = get(self.schedule)
+        accumulation = 1 if family.one_micro_batch_windows else self.accumulation
+        placement = family.placement
+        return Shape(num_stages=self.stages, accumulation=accumulation, chunks=self.chunks, placement=placement)
 
 
 def module(stage: int, run: Run) -> nn.Module:
@@ -101,7 +118,7 @@ def train(pipe: Any, run: Run) -> dict[str, Any]:
 
 def train_rank(rank: int, group: Any, run: Run) -> dict[str, Any]:
     torch.manual_seed(0)
-    here = range(rank, run.stages, run.stages // run.chunks)
+    here = run.places.stages_of(rank)
     stages = [paci_rt.PipelineStage(module(at, run), at, run.stages, "cpu", group=group) for at in here]
     schedule = paci_rt.get_schedule_class(run.schedule)(
         stages if run.chunks > 1 else stages[0],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paci_rt import native
 from paci_rt.errors import StageError, TransportError
+from paci_rt.schedules import Placement
 from paci_rt.transport import wire
 from paci_rt.transport.device.backends import Candidate
 from paci_rt.transport.device.hardware import find_hardware
@@ -66,7 +67,7 @@ class CudaHardware:
 
 
 class GpuTransport(DeviceTransport):
-    """Stage ``i`` of a pipeline over ``P`` processes is on rank ``i mod P`` of ``group``, each on a GPU.
+    """Stages on the ranks of ``group`` that their placement says, each on a GPU.
 
     All processes of the group must construct their transports, in the same order; they meet there.
 
@@ -75,6 +76,7 @@ class GpuTransport(DeviceTransport):
         num_stages: stages of the pipeline.
         device: the GPU of this process's stages.
         chunks: stages per process.
+        placement: which of them, see :class:`paci_rt.schedules.Placement`.
         options: see :class:`~paci_rt.transport.device.pairing.DeviceOptions`.
 
     Raises:
@@ -93,13 +95,15 @@ class GpuTransport(DeviceTransport):
         num_stages: int,
         device: torch.device,
         chunks: int = 1,
+        placement: str | None = None,
         options: DeviceOptions | None = None,
     ) -> None:
         options = options or DeviceOptions()
         check_group(group, num_stages, chunks, self.name)
         meeting = Meeting(group, options.timeout_s)
         hardware = find_hardware(meeting, lambda: self._hardware_of(device, 4 * chunks))
-        super().__init__(self.name, meeting, hardware, candidates=self.candidates, options=options)
+        places = Placement(num_stages=num_stages, chunks=chunks, name=placement)
+        super().__init__(self.name, meeting, hardware, candidates=self.candidates, options=options, places=places)
 
     def _hardware_of(self, device: torch.device, channels: int) -> CudaHardware:
         """The hardware behind ``device``, which ``channels`` channels are to share."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from paci_rt import native
 from paci_rt.errors import PaciError, TransportError
+from paci_rt.schedules import Placement
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, check_slots, check_timeout
 from paci_rt.transport.device.backends import Candidate, Measured, choose
@@ -56,7 +57,8 @@ class Pairing:
     NCCL), ``unique_id`` (of the communicator, in hexadecimal), ``measured``.
 
     Args:
-        gathering: all processes of the pipeline, which meet here; stage ``i`` is on rank ``i mod size``.
+        gathering: all processes of the pipeline, which meet here.
+        places: which stages are where; None is one a process.
         candidates: what may move the bytes, in order of preference; where several can, they are measured.
     """
 
@@ -67,8 +69,10 @@ class Pairing:
         *,
         candidates: Sequence[Candidate],
         options: DeviceOptions,
+        places: Placement | None = None,
     ) -> None:
-        self.rank, self._ranks = gathering.rank, gathering.size
+        self.rank = gathering.rank
+        self._places = Placement(num_stages=gathering.size) if places is None else places
         self._hardware, self._options = hardware, options
         self._candidates = tuple(candidates)
         hosts = gathering.exchange("host", host_identity())
@@ -90,7 +94,8 @@ class Pairing:
         return native.core().DeviceEngine(hardware.index, self.rank, options.slots, options.timeout_s, hardware.ops)
 
     def rank_of(self, stage: int) -> int:
-        return stage % self._ranks
+        rank: int = self._places.rank_of(stage)
+        return rank
 
     def within(self, channel: Channel) -> bool:
         """Whether both ends are here."""

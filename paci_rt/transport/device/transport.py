@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from paci_rt.errors import PeerLostError, ScheduleError, StageError, TransferTimeoutError
+from paci_rt.schedules import Placement
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport import wire
 from paci_rt.transport.base import Message
@@ -39,6 +40,7 @@ class DeviceTransport(NativeTransport):
         gathering: all processes of the pipeline.
         hardware: the device of this one.
         candidates: what may move the bytes, in order of preference; where several can, they are measured.
+        places: which stages are where; None is one a process.
     """
 
     capacity = None  # messages beyond the slots wait on the host, and their sender goes on
@@ -52,11 +54,12 @@ class DeviceTransport(NativeTransport):
         *,
         candidates: Sequence[Candidate],
         options: DeviceOptions,
+        places: Placement | None = None,
     ) -> None:
         super().__init__(gathering.rank, options.events_dir)
-        self.name = name
+        self.name, self.places = name, places
         self._hardware = hardware
-        self._pairing = Pairing(gathering, hardware, candidates=candidates, options=options)
+        self._pairing = Pairing(gathering, hardware, candidates=candidates, options=options, places=places)
         self._engine = self._pairing.make_engine()
         self._sent: dict[Channel, int] = {}  # messages between stages of this process that have not been taken
         self._backends: dict[Channel, str] = {}
