@@ -22,9 +22,7 @@ from paci_rt.schedules.slack import Slack, check_slack, slack_text
 
 def check_shape(family: ScheduleFamily, shape: Shape) -> None:
     """Raise ValueError for a shape that ``family`` cannot have."""
-    check_takes(
-        family, slack=shape.slack, accumulation=shape.accumulation, activation_limit=shape.activation_limit
-    )
+    check_takes(family, slack=shape.slack, accumulation=shape.accumulation, activation_limit=shape.activation_limit)
     check_placement(family, shape)
     family.check(shape)
 

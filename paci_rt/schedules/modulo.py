@@ -163,8 +163,11 @@ def _innermost(times: Times, period: int) -> _States:
     rank = times.ranks - 1
     room = times.room(rank)
     idle = period - int(times.work()[rank])
-    parts = [np.eye(4, dtype=np.int64)[i] * (idle // 2) + np.eye(4, dtype=np.int64)[j] * (idle - idle // 2)
-             for i in range(4) for j in range(i, 4)]
+    parts = [
+        np.eye(4, dtype=np.int64)[i] * (idle // 2) + np.eye(4, dtype=np.int64)[j] * (idle - idle // 2)
+        for i in range(4)
+        for j in range(i, 4)
+    ]
     spread = np.array(parts if idle else parts[:1])  # [10, 4]
     wide = room[None, :, :3] + spread[:, None, :3]
     places = np.concatenate((np.zeros((*wide.shape[:2], 1), dtype=np.int64), np.cumsum(wide, axis=2)), axis=2)

@@ -94,6 +94,13 @@ class VOrder:
         behind = self._behind
         return behind["W", piece] - behind["F", piece] - (0 if later else 1)
 
+    def ties(self) -> bool:
+        """Whether the last stage is done with a micro-batch before the first is, on the rank that has both: then the
+        gradient of a weight tied between them is complete when the first stage updates it."""
+        at = {op + str(piece): number for number, (op, piece, _) in enumerate(self.rounds[0])}
+        first, last = (("W", piece) for piece in (0, 2 * self.ranks - 1))
+        return (self._behind[last], at[f"W{last[1]}"]) < (self._behind[first], at["W0"])
+
     def most_behind(self, rank: int) -> int:
         """Rounds after which the last action of a micro-batch has run."""
         return max(entry.behind for entry in self.rounds[rank])
@@ -121,7 +128,9 @@ class VOrder:
         pieces, behind = 2 * self.ranks, self._behind
         chain = [(("F", one), ("F", one + 1)) for one in range(pieces - 1)]
         chain += [(("I", one), ("I", one - 1)) for one in range(pieces - 1, 0, -1)]
-        chain += [(("F", one), ("I", one)) for one in range(pieces)] + [(("I", one), ("W", one)) for one in range(pieces)]
+        chain += [(("F", one), ("I", one)) for one in range(pieces)] + [
+            (("I", one), ("W", one)) for one in range(pieces)
+        ]
         for sender, receiver in chain:
             op, piece = sender
             far = sender[1] != receiver[1] and piece + receiver[1] != pieces - 1
@@ -147,6 +156,6 @@ def order_of(found: Timetables, row: int, period: int) -> VOrder:
                 for half, gap in ((D, GAPS[number, 0]), (C, GAPS[number, 1]))
                 if gap == at
             ]
-            entries += sorted(late, key=lambda entry: -entry.behind)
+            entries += sorted(late, key=lambda entry: (-entry.behind, -entry.piece))
         rounds.append(tuple(entries))
     return VOrder(tuple(rounds))

@@ -122,9 +122,7 @@ def _find(ranks: int, costs: StepCosts, limit: float | None) -> Found:
 
 def _fits(order: VOrder, limit: float, stash: float) -> bool:
     most = 2 * limit + _SMALL
-    return all(
-        order.in_flight(rank) <= most and order.held(rank, stash) <= most + stash for rank in range(order.ranks)
-    )
+    return all(order.in_flight(rank) <= most and order.held(rank, stash) <= most + stash for rank in range(order.ranks))
 
 
 def _at(times: Times, period: int, width: int, limit: float | None, stash: float) -> tuple[int, VOrder] | None:
@@ -135,12 +133,10 @@ def _at(times: Times, period: int, width: int, limit: float | None, stash: float
     tables = timetables(times, period, width)
     in_flight = tables.in_flight(period)
     rows = np.argsort(in_flight, kind="stable")
-    if limit is None:
-        rows = rows[in_flight[rows] == in_flight[rows[0]]]
-    else:
+    if limit is not None:
         rows = rows[in_flight[rows] <= 2 * limit + _SMALL]
     orders = dict.fromkeys(order_of(tables, row, period) for row in rows[: 8 * _MEASURED].tolist())
-    fitting = [one for one in orders if limit is None or _fits(one, limit, stash)]
+    fitting = [one for one in orders if one.ties() and (limit is None or _fits(one, limit, stash))]
     fitting.sort(key=lambda one: _preference(one, stash))
     if not fitting:
         return None
