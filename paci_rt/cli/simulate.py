@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paci_rt import schedules
-from paci_rt.cli import outputs
+from paci_rt.cli import outputs, simulate_frontier
 from paci_rt.cli.options import MS, integers, number, numbers, slack_argument
 from paci_rt.cli.simulate_report import PRICE, report_text, to_json
 from paci_rt.planner import auto_slack
@@ -98,6 +98,8 @@ def add(parser: argparse.ArgumentParser) -> None:
            "(default: balanced by time)")  # fmt: skip
     group = parser.add_argument_group("results")
     option(group, "--plot", str, "FILE.png", "draw the timeline")
+    group.add_argument("--frontier", action="store_true", help="of paci-v: print what more and fewer activations buy, "
+                       "and paci's slack beside it; --json writes rows")  # fmt: skip
     option(group, "--trace", str, "FILE.json", "write the timeline, to open at ui.perfetto.dev")
     group.add_argument("--grid", action="store_true", help="print the timeline as text")
 
@@ -117,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
     if family.takes_costs:
         shape = replace(shape, costs=_step_costs(costs, family, shape, policy))
         check_shape(family, shape)
+    if args.frontier:
+        return simulate_frontier.run(args, family, shape, costs)
     windows = _windows(args, family, shape)
     _check_size(args, family, shape, windows)
     if args.plot is not None:

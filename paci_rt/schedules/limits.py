@@ -39,8 +39,8 @@ def check_activation_limit(limit: Any, name: str = "activation_limit") -> None:
     """Raise ValueError unless ``limit`` is None or a number of whole stages, of at least 1."""
     if limit is not None and not (is_number(limit, MOST_MICRO_BATCHES) and limit >= 1):
         raise ValueError(
-            f"{name} is {shown(limit)}: give what a rank may hold, in whole stages of two pieces each: at least 1, such "
-            "as 4.5; or leave it out for the least at full rate"
+            f"{name} is {shown(limit)}: give what a rank may hold, in whole stages of two pieces each: at least 1, "
+            "such as 4.5; or leave it out for the least at full rate"
         )
 
 

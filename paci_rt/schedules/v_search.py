@@ -20,7 +20,7 @@ import numpy as np
 from paci_rt.schedules import limits
 from paci_rt.schedules.base import StepCosts
 from paci_rt.schedules.cycle_time import least_period
-from paci_rt.schedules.modulo import Times, timetables
+from paci_rt.schedules.modulo import Ints, Times, timetables
 from paci_rt.schedules.v_order import VOrder, order_of
 
 MOST_RANKS = 512
@@ -93,11 +93,13 @@ def ticks_of(costs: StepCosts, ranks: int) -> tuple[Times, float]:
     stages = range(2 * ranks)
     whole = [costs.forward[one] + costs.input_grad[one] + costs.weight_grad[one] for one in stages]
     unit = max(max(whole[rank] + whole[-1 - rank] for rank in range(ranks)), costs.hop) / TICKS or 1.0
-    # Not 0, so that what needs each other never starts at the same time.
-    forward, input_grad = (np.maximum(1, np.rint(np.array(one) / unit)) for one in (costs.forward, costs.input_grad))
-    weight_grad = np.rint(np.array(costs.weight_grad) / unit)
-    times = Times(*(one.astype(np.int64) for one in (forward, input_grad, weight_grad)), hop=round(costs.hop / unit))
-    return times, unit
+
+    def ticks(values: tuple[float, ...]) -> Ints:
+        return np.rint(np.array(values) / unit).astype(np.int64)
+
+    # F and I are never 0, so that what needs each other never starts at the same time.
+    forward, input_grad = np.maximum(1, ticks(costs.forward)), np.maximum(1, ticks(costs.input_grad))
+    return Times(forward, input_grad, ticks(costs.weight_grad), round(costs.hop / unit)), unit
 
 
 @lru_cache(maxsize=64)
