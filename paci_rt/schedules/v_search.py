@@ -24,9 +24,11 @@ from paci_rt.schedules.modulo import Ints, Times, timetables
 from paci_rt.schedules.v_order import VOrder, order_of
 
 MOST_RANKS = 512
+MOST_HELD = 1024
+"""Activations, in whole stages, up to which full rate is taken without a limit."""
 TICKS = 1 << 20
 """What the work of the slowest rank is measured in."""
-_STATES = 2400
+_STATES = 1200
 _COARSE, _FINE, _MISSES = 0.02, 0.004, 4
 _MEASURED = 6
 _SMALL = 1e-6
@@ -75,7 +77,7 @@ def find(ranks: int, costs: StepCosts, activation_limit: float | None = None) ->
             stand, not more. None is the least with which no time is lost.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: numbers out of range; or no limit, and messages that take thousands of rounds.
 
     Example:
         >>> from paci_rt.schedules import StepCosts
@@ -106,12 +108,17 @@ def ticks_of(costs: StepCosts, ranks: int) -> tuple[Times, float]:
 def _find(ranks: int, costs: StepCosts, limit: float | None) -> Found:
     times, unit = ticks_of(costs, ranks)
     shortest = int(times.work().max())
-    width = max(32, min(300, _STATES // ranks))
+    width = max(32, min(200, _STATES // ranks))
     found = _at(times, shortest, width, None, costs.stash)
     assert found is not None
     if limit is not None and not _fits(found[1], limit, costs.stash):
         found = _under(times, limit, width, costs.stash)
     period, order = found
+    if order.peak() > 2 * MOST_HELD:
+        raise ValueError(
+            f"messages take so long (hop {costs.hop:g}) that at full rate a rank holds {order.peak() / 2:g} activations: "
+            "give an activation_limit"
+        )
     work = times.work()
     return Found(
         order=order,

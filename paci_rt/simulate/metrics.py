@@ -162,9 +162,7 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
         peak_stashes={rank: peaks[rank][1] for rank in ranks},
         peak_activation_bytes={rank: peaks[rank][2] for rank in ranks},
         weight_versions=dict(enumerate(held)),
-        extra_weight_bytes={
-            rank: copies[rank] * of_rank[rank] for rank in ranks
-        },
+        extra_weight_bytes={rank: copies[rank] * of_rank[rank] for rank in ranks},
         drift={rank: versions[rank].drift for rank in ranks},
         delay={rank: versions[rank].delay for rank in ranks},
         max_drift=max(max(used.drift) for used in versions),
