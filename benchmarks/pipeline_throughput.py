@@ -20,7 +20,8 @@ from common import finish, list_of, median_spread, positive, print_table
 from paci_rt import launch, schedules
 from paci_rt.profiling.link import SMALL_BYTES, measure_link
 from paci_rt.schedules.slack import check_slack
-from pipelines import PEERS, Case, Measured, add_options, case_options, describe, measure
+from peers import FUSED, PEERS, TORCHS, name_of
+from pipelines import Case, Measured, add_options, case_options, describe, measure
 
 LARGE_BYTES = 4 << 20
 LARGE_UTILIZATION, LARGE_EXPOSED_PERCENT = 0.95, 3.0
@@ -91,7 +92,8 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_name = {(row["schedule"], row["accumulation"]): row for row in rows}
     found = []
     for (name, accumulation), row in by_name.items():
-        for base_name in ("1f1b", *PEERS) if not row["hop_ms"] else ():
+        bases = dict.fromkeys(("1f1b", "torch-1f1b", FUSED, f"torch-{name}"))
+        for base_name in bases if not row["hop_ms"] else ():
             base = by_name.get((base_name, accumulation))
             if base is None or base is row or name in PEERS:
                 continue
@@ -185,7 +187,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--transport", choices=("auto", "shm", "gloo"), default="auto", help="between paci_rt's stages (torch's: gloo)"
     )
-    parser.add_argument("--peer", choices=["torch"], default=None, help="also run torch.distributed.pipelining")
+    parser.add_argument(
+        "--peer",
+        choices=["torch"],
+        default=None,
+        help="also run all of torch.distributed.pipelining, with ours",
+    )
     add_options(parser, windows=8, repeats=5)
     args = parser.parse_args()
     if schedules.AUTO in args.slack and args.emulate_ms is None:
@@ -245,8 +252,11 @@ def make_cases(args: argparse.Namespace, link_ms: float = 0.0) -> dict[Case, boo
     """The cases, and whether the slack of each was planned for its hop, which takes ``link_ms`` at least."""
     cases: dict[Case, bool] = {}
     hops = dict.fromkeys([0.0, *args.hop_ms])
-    for accumulation, name in itertools.product(args.accumulation, [*args.schedules, *(PEERS if args.peer else ())]):
+    names = dict.fromkeys([*args.schedules, *((*TORCHS, *PEERS) if args.peer else ())])
+    for accumulation, name in itertools.product(args.accumulation, names):
         ours = name not in PEERS
+        if not _runs(name, args.stages, accumulation):
+            continue
         for hop_ms, slack in itertools.product(hops if ours else [0.0], args.slack):
             if slack and not (ours and schedules.get(name).takes_slack):
                 continue
@@ -258,11 +268,27 @@ def make_cases(args: argparse.Namespace, link_ms: float = 0.0) -> dict[Case, boo
                 accumulation=accumulation,
                 slack=slack,
                 hop_ms=hop_ms,
+                chunks=schedules.get(name_of(name)).chunks,
                 **case_options(args),
             )
             cases[replace(case, slack=0, hop_ms=0.0)] = False  # what the others are measured by
             cases[case] = cases.get(case, False) or planned
     return cases
+
+
+def _runs(name: str, ranks: int, accumulation: int) -> bool:
+    """Whether a schedule takes so many micro-batches; torch's DualPipeV wants as many as there are pieces."""
+    family = schedules.get(name_of(name))
+    if name == "torch-dualpipe-v" and accumulation < ranks * family.chunks:
+        return False
+    one = 1 if family.one_micro_batch_windows else accumulation
+    where = {"chunks": family.chunks, "placement": family.placement}
+    try:
+        family.check(schedules.Shape(num_stages=ranks * family.chunks, accumulation=one, **where))
+    except ValueError as error:
+        print(f"  {name} is left out: {error}")
+        return False
+    return True
 
 
 def emulated_compute(args: argparse.Namespace) -> str | None:

@@ -22,9 +22,9 @@ from paci_rt.schedules import Slack
 from paci_rt.schedules.slack import slack_by_stage, slack_text
 from paci_rt.train.gpt import MODELS, build_stage
 from paci_rt.transport import make_transport
+from peers import FUSED, PEERS, SavedBytes, make, places_of, state_bytes
 
 PR_SET_TIMERSLACK = 29
-PEERS = ("torch-1f1b", "torch-1f1b-fused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Case:
     """One pipeline to measure.
 
     Attributes:
-        schedule: a schedule of paci_rt, or one of ``PEERS``: ``torch.distributed.pipelining.Schedule1F1B`` with
+        schedule: a schedule of paci_rt, or one of ``PEERS``: that of ``torch.distributed.pipelining`` with
             ``torch.optim.AdamW`` as its tutorial writes it, or with ``fused=True``, the fastest that torch has.
         stages, chunks: processes, and pieces of the model in each.
         slack, policy, costs: as for ``paci_rt.SchedulePACI``.
@@ -79,6 +79,11 @@ class Case:
     def pieces(self) -> int:
         """Stages of the whole pipeline, those of all ranks."""
         return self.stages * self.chunks
+
+    @property
+    def placed(self) -> dict[str, Any]:
+        """Which of them each rank has, as a transport takes it."""
+        return {"chunks": self.chunks, "placement": places_of(self.schedule, self.stages, self.chunks).name}
 
     @property
     def numbers(self) -> int:
@@ -205,7 +210,7 @@ def _transport(case: Case, stages: list[paci_rt.PipelineStage]) -> DelayedTransp
     """The case's transport, behind links with latency where it asks for them."""
     if not case.hop_ms:
         return case.transport
-    inner = make_transport(case.transport, group=stages[0].group, num_stages=case.pieces, chunks=case.chunks)
+    inner = make_transport(case.transport, group=stages[0].group, num_stages=case.pieces, **case.placed)
     return DelayedTransport(inner, case.hop_ms / 1e3)
 
 
@@ -214,7 +219,10 @@ class Pipe:
 
     def __init__(self, case: Case, rank: int, *, trace: bool = False) -> None:
         self.case, self.rank, self.trace = case, rank, trace
-        self.is_first, self.is_last = rank == 0, rank == case.stages - 1
+        places = places_of(case.schedule, case.stages, case.chunks)
+        self.pieces = list(places.stages_of(rank))
+        self.is_first, self.is_last = rank == 0, rank == places.last_rank
+        self.saved: SavedBytes | None = None
         self.optimizer: Any = None
         if case.emulate_ms is None:
             config = MODELS[case.model]
@@ -228,7 +236,7 @@ class Pipe:
             self.y = torch.zeros(case.accumulation, 1)
         loss_fn = cross_entropy if case.emulate_ms is None else _first_element
         if case.schedule in PEERS:
-            self._build_torch(self._module(rank), loss_fn)
+            self._build_torch(loss_fn)
         else:
             self._build_ours(loss_fn)
 
@@ -236,7 +244,7 @@ class Pipe:
         case = self.case
         if case.emulate_ms is None:
             return build_stage(MODELS[case.model], piece, case.pieces, seed=0, dtype=torch.float32)
-        forward_ms, backward_ms = case.emulate_ms
+        forward_ms, backward_ms = (ms / case.chunks for ms in case.emulate_ms)
         return EmulatedStage(forward_ms / 1e3, backward_ms / 1e3, self._messages(piece))
 
     def _messages(self, piece: int) -> Messages:
@@ -253,7 +261,7 @@ class Pipe:
 
     def _build_ours(self, loss_fn: Any) -> None:
         case = self.case
-        stages = [self._stage(piece) for piece in range(self.rank, case.pieces, case.stages)]
+        stages = [self._stage(piece) for piece in self.pieces]
         cls = paci_rt.get_schedule_class(case.schedule)
         self.schedule: Any = cls(
             stages,
@@ -268,13 +276,20 @@ class Pipe:
             trace=self.trace,
         )
 
-    def _build_torch(self, module: nn.Module, loss_fn: Any) -> None:
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+    def _build_torch(self, loss_fn: Any) -> None:
+        case = self.case
+        modules = [self._module(piece) for piece in self.pieces]
+        self.schedule = make(case.schedule, modules, self.pieces, case.pieces, case.accumulation, loss_fn)
+        self.params = [param for module in modules for param in module.parameters()]
+        self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=True if case.schedule == FUSED else None)
 
-        stage = PipelineStage(module, self.rank, self.case.stages, torch.device("cpu"))
-        self.schedule = Schedule1F1B(stage, self.case.accumulation, loss_fn)
-        fused = True if self.case.schedule == "torch-1f1b-fused" else None
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=fused)
+    def _peak_bytes(self) -> int:
+        """What torch's schedule takes, counted in a step that is not measured."""
+        if self.saved is None:
+            self.saved = SavedBytes(self.params)
+            with self.saved:
+                self.step()
+        return self.saved.peak_bytes + state_bytes(self.params, self.optimizer)
 
     def step(self) -> None:
         args = (self.x,) if self.is_first else ()
@@ -291,6 +306,7 @@ class Pipe:
         # Until every stage has left its warm-up behind, whose waiting is not the steady state's.
         for _ in range(self.case.windows_to_steady):
             self.step()
+        peak_bytes = 0 if ours else self._peak_bytes()
         if ours:
             self.schedule.reset_stats()
         start = time.perf_counter()
@@ -307,7 +323,7 @@ class Pipe:
             "compute_s": stats.get("compute_s", float("nan")),
             "exposed_comm_s": stats.get("exposed_comm_s", float("nan")),
             "max_drift": stats.get("max_drift", 0),
-            "peak_weight_and_activation_bytes": stats.get("peak_bytes", 0),
+            "peak_weight_and_activation_bytes": stats.get("peak_bytes", peak_bytes),
             "stats": stats,
         }
 

@@ -300,12 +300,12 @@ def _clips(first: float, rank: int, group: Any, second: float) -> None:
 def test_streams_with_norms_run_to_their_end_in_channels_of_few_messages(name: str, is_tied: bool) -> None:
     family = FAMILIES[name]
     for ranks, a, chunks in [(1, 1, 1), (2, 2, 1), (3, 6, 1), (4, 8, 1), (5, 3, 1), (2, 4, 2), (3, 6, 3), (1, 2, 2)]:
-        chunks = chunks if family.takes_chunks else 1
+        chunks = chunks if family.takes_chunks else family.chunks
         if ranks * chunks == 1 and is_tied:
             continue
         if family.takes_chunks:
             a *= ranks
         ties = (TiedWeight(owner_stage=0, owner="a", reader_stage=ranks * chunks - 1, reader="b"),) if is_tied else ()
-        shape = Shape(num_stages=ranks * chunks, accumulation=a, chunks=chunks)
+        shape = Shape(num_stages=ranks * chunks, accumulation=a, chunks=chunks, placement=family.placement)
         room = {"interleaved-zb": ranks, "looped-bfs": a}.get(name, 1)
         validate(Lowering(family=family, shape=shape, ties=ties, settles=ranks * chunks > 1), capacity=room)

@@ -114,7 +114,7 @@ def drained(windows: int, **options: Any) -> Tensor:
 
 def every_schedule() -> Iterator[Any]:
     for name, family in schedules.FAMILIES.items():
-        chunks = 2 if family.takes_chunks else 1
+        chunks = family.chunks
         options = {"schedule": name, "chunks": chunks, "stages": 3}
         yield pytest.param(options, id=name)
         for policy in family.policies[1:]:
@@ -212,8 +212,9 @@ def test_streams_with_evaluations_run_to_their_end(capacity: int | None) -> None
         for ranks in (1, 2, 5):
             for accumulation in (1, 2, 7):
                 for slack in (0, 2) if family.takes_slack else (0,):
-                    chunks = 2 if family.takes_chunks else 1
+                    chunks = family.chunks
                     shape = {"num_stages": ranks * chunks, "accumulation": accumulation, "chunks": chunks}
+                    shape["placement"] = family.placement
                     try:
                         lowering = Lowering(family=family, shape=Shape(**shape, slack=slack if ranks > 1 else 0))
                         streams = [lowering.stream(rank, 5) for rank in range(ranks)]

@@ -88,7 +88,7 @@ def test_flush_schedules_never_drift_and_hold_what_they_say() -> None:
 @pytest.mark.parametrize("name", sorted(name for name, family in FAMILIES.items() if family.flush))
 def test_flush_schedules_repeat_window_by_window(name: str) -> None:
     family = FAMILIES[name]
-    shape = Shape(num_stages=4, accumulation=4, chunks=2 if family.takes_chunks else 1)
+    shape = Shape(num_stages=4, accumulation=4, chunks=family.chunks, placement=family.placement)
     for rank in range(shape.ranks):
         one, three = (decode(family.stream(shape, rank, windows)) for windows in (1, 3))
         assert len(three) == 3 * len(one) and decode(family.drain(shape, rank, 0, 3)) == []

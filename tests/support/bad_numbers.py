@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
-from paci_rt.schedules import FAMILIES
+from paci_rt.schedules import FAMILIES, Placement
 from support.toy import make_optimizer
 
 WIDTH, ROWS, OUT = 6, 12, 3
 FLUSHES = [name for name, family in FAMILIES.items() if family.flush]
-CHUNKED = ("interleaved-1f1b", "interleaved-zb", "looped-bfs")
+CHUNKED = tuple(name for name, family in FAMILIES.items() if family.placement != "line")
 
 
 class _Spoil(torch.autograd.Function):
@@ -127,7 +127,8 @@ def local(run: Bad, **more: Any) -> paci_rt.LocalPipeline:
 
 
 def on_rank(rank: int, group: Any, run: Bad) -> dict[str, Any]:
-    here = range(rank, run.stages, run.stages // chunks(run))
+    places = Placement(num_stages=run.stages, chunks=chunks(run), name=FAMILIES[run.schedule].placement)
+    here = places.stages_of(rank)
     pieces = modules(run)
     stages = [paci_rt.PipelineStage(pieces[at], at, run.stages, group=group) for at in here]
     schedule = paci_rt.get_schedule_class(run.schedule)(

@@ -22,7 +22,11 @@ import paci_rt
 
 WIDTH, ROWS, RANKS = 16, 64, 4
 SINGLE = [("ScheduleGPipe", False), ("Schedule1F1B", False)]
-SEVERAL = [(f"Schedule{name}", True) for name in ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")]
+IN_A_V = ("ScheduleZBVZeroBubble", "ScheduleDualPipeV")
+SEVERAL = [
+    *((f"Schedule{name}", True) for name in ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")),
+    *((name, True) for name in IN_A_V),
+]
 """Torch's schedules, and whether they have several stages a rank."""
 GIVE_UP_S = 6.0
 """Of a wait for another rank, which may have refused the call that this one took."""
@@ -78,6 +82,12 @@ class Side:
     rank: int
     group: Any
     open: list[Any] = field(default_factory=list)
+    kind: str = ""  # of the schedule, where there is one
+
+    @property
+    def indices(self) -> list[int]:
+        """The stages of this rank, where it has two."""
+        return [self.rank, 2 * RANKS - 1 - self.rank if self.kind in IN_A_V else self.rank + RANKS]
 
     def stage(self, module: nn.Module, index: int, count: int, **options: Any) -> Any:
         kind = pipelining.PipelineStage if self.name == "torch" else paci_rt.PipelineStage
@@ -105,12 +115,12 @@ class Side:
 
     @property
     def last(self) -> bool:
-        return self.rank == RANKS - 1
+        return self.rank == (0 if self.kind in IN_A_V else RANKS - 1)
 
     def step(self, schedule: Any, x: Tensor, target: Tensor, losses: list[Tensor]) -> Any:
         """One step as torch's tests call it: inputs on the first rank, targets on the last, nothing between."""
         if self.rank == 0:
-            return schedule.step(x)
+            return schedule.step(x, target=target, losses=losses) if self.last else schedule.step(x)
         return schedule.step(target=target, losses=losses) if self.last else schedule.step()
 
 
@@ -135,13 +145,13 @@ def grads_of(modules: Sequence[nn.Module]) -> dict[str, Tensor | None]:
 def stacked(side: Side, kind: str, several: bool, traced: bool, **options: Any) -> tuple[Any, list[nn.Module], Stack]:
     """A schedule over a :class:`Stack` of the right height, the modules of this rank, and the uncut model."""
     torch.manual_seed(7)
+    side.kind = kind
     model = Stack(2 * RANKS if several else RANKS)
     whole, count = copy.deepcopy(model), options.pop("count", 2 * RANKS)
     x, _ = data()
     if several:
-        indices = [side.rank, side.rank + RANKS]
-        modules = [model.layers[at] for at in indices]
-        stage = [side.stage(one, at, 2 * RANKS) for one, at in zip(modules, indices, strict=True)]
+        modules = [model.layers[at] for at in side.indices]
+        stage = [side.stage(one, at, 2 * RANKS) for one, at in zip(modules, side.indices, strict=True)]
     elif traced:
         stage, module = side.traced(model, (x.chunk(count)[0],))
         modules = [module]

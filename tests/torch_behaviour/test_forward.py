@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.torch_twin import RANKS, SEVERAL, SINGLE, Side, assert_alike, both, data, stacked, summed
+from support.torch_twin import IN_A_V, RANKS, SEVERAL, SINGLE, Side, assert_alike, both, data, stacked, summed
 
 
 def rounds(side: Side) -> dict[str, Any]:
@@ -41,39 +41,54 @@ def test_forward_only(ranks: Any) -> None:
 
 def evaluation(side: Side, kind: str, many: bool) -> dict[str, Any]:
     """``eval`` computes losses and no gradients, with and without ``no_grad`` around it."""
-    schedule, modules, whole = stacked(side, kind, many, traced=True, count=RANKS, loss_fn=summed)
+    schedule, modules, whole = stacked(side, kind, many, traced=True, count=2 * RANKS, loss_fn=summed)
     x, target = data()
     losses: list[Tensor] = []
     if side.rank == 0:
         with torch.no_grad():
-            schedule.eval(x)
+            schedule.eval(x, **({"target": target, "losses": losses} if side.last else {}))
     elif side.last:
         schedule.eval(target=target, losses=losses)
     else:
         schedule.eval()
     assert all(param.grad is None for module in modules for param in module.parameters())
-    assert len(losses) == (RANKS if side.last else 0)
+    assert len(losses) == (2 * RANKS if side.last else 0)
     if side.last:
         with torch.no_grad():
             torch.testing.assert_close(sum(losses), summed(whole(x), target))
     return {"losses": [loss.detach() for loss in losses]}
 
 
-@pytest.mark.parametrize(("kind", "many"), [*SINGLE, *SEVERAL])
+@pytest.mark.parametrize(("kind", "many"), [*SINGLE, *(one for one in SEVERAL if one[0] not in IN_A_V)])
 def test_evaluation_computes_losses_and_no_gradients(ranks: Any, kind: str, many: bool) -> None:
     assert_alike(ranks.run(both, evaluation, kind, many))
 
 
+def ours_alone(rank: int, group: Any, kind: str) -> dict[str, Any]:
+    side = Side("ours", rank, group)
+    try:
+        return evaluation(side, kind, True)
+    finally:
+        for schedule in side.open:
+            schedule.close()
+
+
+@pytest.mark.parametrize("kind", IN_A_V)
+def test_evaluation_in_a_v_where_torchs_own_fails(ranks: Any, kind: str) -> None:
+    assert [len(one["losses"]) for one in ranks.run(ours_alone, kind)] == [2 * RANKS, 0, 0, 0]
+
+
 def no_outputs(side: Side, kind: str, many: bool) -> dict[str, Any]:
     """``return_outputs=False`` returns None; every rank but the last is given the inputs."""
-    schedule, _, _ = stacked(side, kind, many, traced=True, count=RANKS, loss_fn=summed)
+    schedule, _, _ = stacked(side, kind, many, traced=True, count=2 * RANKS, loss_fn=summed)
     x, target = data()
     losses: list[Tensor] = []
     if side.last:
-        returned = schedule.step(target=target, losses=losses, return_outputs=False)
+        inputs = (x,) if side.rank == 0 else ()
+        returned = schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
     else:
         returned = schedule.step(x)
-    assert returned is None and len(losses) == (RANKS if side.last else 0)
+    assert returned is None and len(losses) == (2 * RANKS if side.last else 0)
     return {"losses": [loss.detach() for loss in losses]}
 
 

@@ -64,7 +64,7 @@ def _named(side: Side, modules: list[nn.Module], many: bool, traced: bool) -> li
     """Parameters of this rank under their names in the uncut model."""
     if traced:
         return list(modules[0].named_parameters())
-    indices = [side.rank, side.rank + RANKS] if many else [side.rank]
+    indices = side.indices if many else [side.rank]
     return [
         (f"layers.{at}.{name}", param)
         for at, module in zip(indices, modules, strict=True)
