@@ -14,6 +14,7 @@ from paci_rt.schedule_base import (
     register_with_torch,
 )
 from paci_rt.v_pipelining import ScheduleDualPipeV as ScheduleDualPipeV
+from paci_rt.v_pipelining import SchedulePACIV as SchedulePACIV
 from paci_rt.v_pipelining import ScheduleVHalf as ScheduleVHalf
 from paci_rt.v_pipelining import ScheduleVMin as ScheduleVMin
 from paci_rt.v_pipelining import ScheduleZBVZeroBubble as ScheduleZBVZeroBubble

@@ -63,6 +63,28 @@ class ScheduleVHalf(PipelineScheduleMulti):
     name = "v-half"
 
 
+class SchedulePACIV(PipelineScheduleMulti):
+    """PACI in a V: never flushed, in an order that is searched for ``costs`` under an ``activation_limit``.
+
+    Both are options by keyword, see :class:`~paci_rt.runtime.engine.Pipeline`; the first argument is a list of stages.
+
+    Example:
+        At F = I = W eight ranks hold three stages' activations, where the first rank of PACI holds eight:
+
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(4, 4) for _ in range(16)], schedule=paci_rt.SchedulePACIV.name, n_microbatches=8,
+        ...     loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW,
+        ... )
+        >>> for _ in range(3):
+        ...     _ = pipeline.step(torch.ones(8, 4), target=torch.ones(8, 4))
+        >>> pipeline.drain()
+        >>> max(pipeline.stats()["peak_rank_in_flight"].values())  # pieces, half a stage each
+        6
+    """
+
+    name = "paci-v"
+
+
 class ScheduleVMin(PipelineScheduleMulti):
     """Split backwards in a V with about a third of 1F1B's activations, the same on all ranks (arXiv 2405.15362).
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paci_rt import schedules
-from paci_rt.cli import outputs
+from paci_rt.cli import outputs, simulate_frontier
 from paci_rt.cli.options import MS, integers, number, numbers, slack_argument
 from paci_rt.cli.simulate_report import PRICE, report_text, to_json
 from paci_rt.planner import auto_slack
@@ -77,6 +77,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     option(group, "--slack", slack_argument, "S|S,S,...,0|auto", "extra warm-up forwards: one number for all "
            "stages but the last, or one per stage, or auto: as many as hide the latency (default: 0)", 0)  # fmt: skip
     option(group, "--chunks", int, "V", "pieces of the model in each stage (interleaved and looped ones, default 2)")
+    option(group, "--activation-limit", number, "X", "of paci-v: what a stage may hold, in whole stages of two pieces "
+           "each (default: the least at full rate)")  # fmt: skip
     option(group, "--policy", str, "NAME", f"{', '.join(policies.POLICIES)} (default: the schedule's own)")
     group.add_argument(
         "--lookahead",
@@ -96,6 +98,8 @@ def add(parser: argparse.ArgumentParser) -> None:
            "(default: balanced by time)")  # fmt: skip
     group = parser.add_argument_group("results")
     option(group, "--plot", str, "FILE.png", "draw the timeline")
+    group.add_argument("--frontier", action="store_true", help="of paci-v: print what more and fewer activations buy, "
+                       "and paci's slack beside it; --json writes rows")  # fmt: skip
     option(group, "--trace", str, "FILE.json", "write the timeline, to open at ui.perfetto.dev")
     group.add_argument("--grid", action="store_true", help="print the timeline as text")
 
@@ -113,12 +117,10 @@ def run(args: argparse.Namespace) -> int:
         shape = replace(shape, slack=_planned(costs, family, shape, policy))
         policies.resolve(family, shape, policy)
     if family.takes_costs:
-        shape = Shape(
-            num_stages=shape.num_stages,
-            accumulation=shape.accumulation,
-            costs=_step_costs(costs, family, shape, policy),
-        )
+        shape = replace(shape, costs=_step_costs(costs, family, shape, policy))
         check_shape(family, shape)
+    if args.frontier:
+        return simulate_frontier.run(args, family, shape, costs)
     windows = _windows(args, family, shape)
     _check_size(args, family, shape, windows)
     if args.plot is not None:
@@ -162,8 +164,9 @@ def _check_integers(args: argparse.Namespace) -> None:
 
 
 def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
-    chunks = args.chunks if args.chunks is not None else family.chunks
-    check_takes(family, chunks=chunks, prefix="--")
+    chunks = family.chunks if args.chunks is None else args.chunks
+    limits.check_activation_limit(args.activation_limit, "--activation-limit")
+    check_takes(family, chunks=chunks, activation_limit=args.activation_limit, prefix="--")
     if args.partition is not None:
         if args.profile is None:
             raise ValueError("--partition cuts the blocks of a profile: give --profile FILE with it")
@@ -182,6 +185,7 @@ def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
         slack=auto_slack.checked(args.slack, family, args.stages * chunks),
         chunks=chunks,
         placement=family.placement,
+        activation_limit=args.activation_limit,
     )
     check_shape(family, shape)
     return shape

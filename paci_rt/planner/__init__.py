@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paci_rt.planner.candidate import Candidate, Prediction
 from paci_rt.planner.choose import AS_FAST, Plan, plan
+from paci_rt.planner.frontier import FrontierPoint, frontier
 from paci_rt.planner.profile import BlockProfile, Profile, load_profile, parse_profile
 from paci_rt.planner.stage_costs import stage_costs, step_costs
 
@@ -11,9 +12,11 @@ __all__ = [
     "AS_FAST",
     "BlockProfile",
     "Candidate",
+    "FrontierPoint",
     "Plan",
     "Prediction",
     "Profile",
+    "frontier",
     "load_profile",
     "parse_profile",
     "plan",

@@ -194,6 +194,7 @@ def facts_of(pipeline: Pipeline) -> dict[str, Any]:
         "policy": asked.policy,
         "lookahead": asked.lookahead,
         "costs": _plain(shape.costs._asdict()) if family.takes_costs else None,
+        "activation_limit": shape.activation_limit,
         "tied_weights": [_plain(asdict(tie)) for tie in asked.lowering.ties],
         **asked.safety.facts,
         "scale_grads": asked.scale_grads,

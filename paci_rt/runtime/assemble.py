@@ -77,6 +77,7 @@ def make_setup(
     policy: str | None,
     lookahead: bool | None,
     costs: StepCosts | None,
+    activation_limit: float | None,
     buffers: int | None,
     tied_weights: Sequence[TiedWeight],
     scale_grads: bool,
@@ -112,9 +113,10 @@ def make_setup(
         chunks=chunks,
         placement=family.placement,
         costs=StepCosts() if costs is None else costs,
+        activation_limit=activation_limit,
         overlap=overlap_of(replicas, family, accumulation, policy),
     )
-    check_takes(family, slack=shape.slack)
+    check_takes(family, slack=shape.slack, activation_limit=activation_limit)
     forward_only = loss_fn is None and all(optimizer is None for optimizer in optimizers)
     if loss_fn is None and stages[-1].is_last and not forward_only:
         raise ValueError(
@@ -235,7 +237,7 @@ def bind(
         bound.compute_products_by(stage.wgrad)
         if stage.update_stream is not None and isinstance(bound.order, UpdateStream):
             bound.order.move_to(stage.update_stream)
-        weights = make_weights(setup, bound, rank.rank, clock)
+        weights = make_weights(setup, bound, rank.rank, clock, stage.stage_index)
         if setup.lookahead_required:
             require_look_ahead(bound)
         if ties is not None:
@@ -309,7 +311,9 @@ def unbind(runtimes: Iterable[StageRuntime]) -> None:
         runtime.optimizer.unbind()
 
 
-def make_weights(setup: Setup, bound: StageOptimizer, rank: int, clock: HostClock) -> StageWeights:
+def make_weights(
+    setup: Setup, bound: StageOptimizer, rank: int, clock: HostClock, stage: int | None = None
+) -> StageWeights:
     """The weights of a stage of ``rank`` under the policy of ``setup``.
 
     Raises:
@@ -328,7 +332,7 @@ def make_weights(setup: Setup, bound: StageOptimizer, rank: int, clock: HostCloc
         bound,
         accumulation=shape.accumulation,
         divisor=setup.divisor,
-        early=policies.early_forwards(family, shape, rank),
+        early=policies.early_forwards(family, shape, rank, stage),
         replicas=1 if setup.replicas is None else setup.replicas.count,
         overlap=shape.overlap,
         careful=setup.safety.on_nonfinite in SKIPPING,

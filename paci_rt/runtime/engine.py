@@ -60,6 +60,8 @@ class Pipeline(PipelineEvaluation):
             would make of the present ones (asynchronous schedules; :mod:`paci_rt.weights.lookahead`). None does so
             under ``paci`` with policy ``bounded`` or ``recompute``, where the optimizer can.
         costs: what a searched schedule is fitted to; None means forward, I and W of equal length and no hop.
+        activation_limit: what a rank may hold under ``paci-v``, in whole stages of two pieces each; None is the least
+            that costs no time.
         buffers: 1 runs the update in line in one gradient buffer, 2 double-buffers; None means 1 on the CPU.
         tied_weights: weights that live on two stages.
         transport: how stages reach each other.
@@ -86,6 +88,7 @@ class Pipeline(PipelineEvaluation):
         policy: str | None,
         lookahead: bool | None,
         costs: StepCosts | None,
+        activation_limit: float | None,
         buffers: int | None,
         tied_weights: Sequence[TiedWeight],
         transport: Transport,
@@ -106,6 +109,7 @@ class Pipeline(PipelineEvaluation):
             policy=policy,
             lookahead=lookahead,
             costs=costs,
+            activation_limit=activation_limit,
             buffers=buffers,
             tied_weights=tied_weights,
             scale_grads=scale_grads,

@@ -7,6 +7,7 @@ from paci_rt.schedules.base import ScheduleFamily, Shape, StepCosts
 from paci_rt.schedules.flush import GPIPE, ONE_F_ONE_B
 from paci_rt.schedules.interleaved import INTERLEAVED_1F1B, INTERLEAVED_ZB, LOOPED_BFS
 from paci_rt.schedules.paci import ASYNC_1F1B, PACI, PACI_SPLIT
+from paci_rt.schedules.paci_v import PACI_V
 from paci_rt.schedules.pipedream import PIPEDREAM, PIPEDREAM_2BW
 from paci_rt.schedules.placement import Placement
 from paci_rt.schedules.search import ZB_1P, ZB_2P
@@ -18,7 +19,7 @@ from paci_rt.schedules.zero_bubble import ZB_H1, ZB_H2
 FAMILIES: dict[str, ScheduleFamily] = {
     family.name: family
     for family in (
-        *(PACI, PACI_SPLIT, ONE_F_ONE_B, GPIPE, INTERLEAVED_1F1B, LOOPED_BFS, ZB_H1, ZB_H2, ZB_1P, ZB_2P),
+        *(PACI, PACI_SPLIT, PACI_V, ONE_F_ONE_B, GPIPE, INTERLEAVED_1F1B, LOOPED_BFS, ZB_H1, ZB_H2, ZB_1P, ZB_2P),
         *(INTERLEAVED_ZB, ZB_V, V_HALF, V_MIN, DUALPIPE_V),
         *(ASYNC_1F1B, PIPEDREAM, PIPEDREAM_2BW),
     )

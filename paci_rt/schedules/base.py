@@ -22,7 +22,7 @@ from paci_rt.schedules.slack import Slack, check_slack, slack_text
 
 def check_shape(family: ScheduleFamily, shape: Shape) -> None:
     """Raise ValueError for a shape that ``family`` cannot have."""
-    check_takes(family, slack=shape.slack, accumulation=shape.accumulation)
+    check_takes(family, slack=shape.slack, accumulation=shape.accumulation, activation_limit=shape.activation_limit)
     check_placement(family, shape)
     family.check(shape)
 
@@ -43,6 +43,7 @@ def check_takes(
     slack: Slack | str = 0,
     chunks: int | None = None,
     accumulation: int = 1,
+    activation_limit: float | None = None,
     prefix: str = "",
 ) -> None:
     """Raise ValueError for a value that ``family`` cannot use; ``prefix`` stands before its name, such as ``--``."""
@@ -57,6 +58,9 @@ def check_takes(
         raise ValueError(
             f"{prefix}chunks is {chunks}: {family.name} takes no chunks; use {prefix}chunks 1, or interleaved-1f1b"
         )
+    if activation_limit is not None and not family.takes_activation_limit:
+        name = f"--activation-limit is {activation_limit:g}" if prefix else f"activation_limit is {activation_limit:g}"
+        raise ValueError(f"{name}: {family.name} takes none; leave it out, or use paci-v")
     if family.one_micro_batch_windows and accumulation != 1:
         raise ValueError(
             f"{prefix}accumulation is {accumulation}: {family.name} updates after every micro-batch; "
@@ -158,6 +162,8 @@ class Shape:
         costs: what a searched schedule is fitted to; the others ignore it.
         overlap: micro-batches of the next window whose backwards come before a window's update, while its sums travel
             between replicas.
+        activation_limit: of ``paci-v``: what a rank may hold, in whole stages (two pieces each); None is the least at
+            full rate.
 
     Raises:
         ValueError: a number out of range, stages that are not a multiple of ``chunks``, or slack that cannot be.
@@ -180,8 +186,10 @@ class Shape:
     costs: StepCosts = field(default_factory=StepCosts)
     overlap: int = 0
     placement: str | None = None
+    activation_limit: float | None = None
 
     def __post_init__(self) -> None:
+        limits.check_activation_limit(self.activation_limit)
         limits.check_integer("accumulation", self.accumulation, 1, limits.MOST_MICRO_BATCHES)
         object.__setattr__(self, "placement", self.places.name)
         object.__setattr__(self, "slack", check_slack(self.slack, self.num_stages))
@@ -239,11 +247,14 @@ class ScheduleFamily:
         flush: the pipeline is empty at every update.
         policies: which weights forwards and backwards may use (see ``paci_rt.schedules.policies``), the default first.
         placement: which rank holds which stages: one each in a line, as many as the shape says in a circle, two in a V.
-        takes_slack, takes_overlap, takes_costs: whether those fields of the shape mean something.
+        takes_slack, takes_overlap, takes_costs, takes_activation_limit: whether those fields of the shape mean
+            something.
         one_micro_batch_windows: updates after every backward.
         split: backwards come as I and W.
         looks_ahead: early forwards run at the weights to come (see ``paci_rt.weights.lookahead``), unless told
             otherwise.
+        early: of a stage, how many of its gradients enter their sums between a micro-batch's forward and its own
+            gradient; None where that follows from ``in_flight_bound``.
         check: raises ValueError for a shape that the schedule cannot have.
 
     Example:
@@ -269,9 +280,11 @@ class ScheduleFamily:
     takes_slack: bool = False
     takes_overlap: bool = False
     takes_costs: bool = False
+    takes_activation_limit: bool = False
     one_micro_batch_windows: bool = False
     split: bool = False
     looks_ahead: bool = False
+    early: Callable[[Shape, int], int] | None = None
     check: Callable[[Shape], None] = lambda shape: None
 
     @property

@@ -35,6 +35,15 @@ def check_integer(name: str, value: Any, least: int, most: int) -> None:
         raise ValueError(f"{name} is {shown(value)}: give at most {most:,}")
 
 
+def check_activation_limit(limit: Any, name: str = "activation_limit") -> None:
+    """Raise ValueError unless ``limit`` is None or a number of whole stages, of at least 1."""
+    if limit is not None and not (is_number(limit, MOST_MICRO_BATCHES) and limit >= 1):
+        raise ValueError(
+            f"{name} is {shown(limit)}: give what a rank may hold, in whole stages of two pieces each: at least 1, "
+            "such as 4.5; or leave it out for the least at full rate"
+        )
+
+
 def check_actions(count: int, what: str, most: int, remedy: str) -> None:
     """Raise ValueError where ``what`` would have more actions than ``most``."""
     if count > most:

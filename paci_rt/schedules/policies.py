@@ -46,7 +46,7 @@ def resolve(family: ScheduleFamily, shape: Shape, policy: str | None) -> str:
             f"policy {policy!r} under {family.name}: {why}; use {' or '.join(family.policies)}, or the schedule paci"
         )
     if policy == "2bw":
-        ahead = max(family.in_flight_bound(shape, rank) for rank in range(shape.ranks)) - 1
+        ahead = max(early_forwards(family, shape, rank) - shape.overlap for rank in range(shape.ranks))
         if shape.accumulation < ahead:
             raise ValueError(
                 f"accumulation is {shape.accumulation}: with two versions of the weights, {family.name} over "
@@ -119,9 +119,11 @@ def bounds(policy: str, family: ScheduleFamily, shape: Shape, rank: int) -> tupl
     return (0 if policy == "stash" else updates), updates
 
 
-def early_forwards(family: ScheduleFamily, shape: Shape, rank: int) -> int:
+def early_forwards(family: ScheduleFamily, shape: Shape, rank: int, stage: int | None = None) -> int:
     """How many backwards come between a forward on ``rank`` and the update that its gradient enters, beyond its
-    window's: so many forwards of a window run before an update of theirs."""
+    window's: so many forwards of a window run before an update of theirs. Of its ``stage``, or the most of any."""
+    if family.early is not None:
+        return max(family.early(shape, one) for one in (shape.stages_of(rank) if stage is None else (stage,)))
     return family.in_flight_bound(shape, rank) - 1 + shape.overlap
 
 

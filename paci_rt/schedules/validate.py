@@ -30,7 +30,8 @@ def validate(lowering: Lowering, *, windows: int | None = None, capacity: int | 
     """
     shape = lowering.shape
     if windows is None:
-        ahead = 0 if lowering.family.flush else 2 * (1 + shape.most_ahead)
+        held = max(lowering.family.in_flight_bound(shape, rank) for rank in range(shape.ranks))
+        ahead = 0 if lowering.family.flush else 2 * held
         windows = 2 + -(-ahead // shape.accumulation)
     size = shape.num_stages * shape.accumulation * windows * (3 if lowering.family.split else 2)
     limits.check_actions(

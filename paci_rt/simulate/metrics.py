@@ -141,6 +141,7 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
     utilization, per_s, steady_windows = spans.steady()
     held = [policies.versions_held(work.policy, family, shape, rank) for rank in ranks]
     weight_bytes = work.costs.per_stage("weight_bytes", shape.num_stages)
+    of_rank = [float(weight_bytes[list(shape.stages_of(rank))].sum()) for rank in ranks]
     copies = [policies.copies_held(work.policy, family, shape, rank, work.lookahead) for rank in ranks]
     return Simulation(
         schedule=family.name,
@@ -161,7 +162,7 @@ def measure(work: Work, *, keep_events: bool) -> Simulation:
         peak_stashes={rank: peaks[rank][1] for rank in ranks},
         peak_activation_bytes={rank: peaks[rank][2] for rank in ranks},
         weight_versions=dict(enumerate(held)),
-        extra_weight_bytes={rank: copies[rank] * float(weight_bytes[rank :: shape.ranks].sum()) for rank in ranks},
+        extra_weight_bytes={rank: copies[rank] * of_rank[rank] for rank in ranks},
         drift={rank: versions[rank].drift for rank in ranks},
         delay={rank: versions[rank].delay for rank in ranks},
         max_drift=max(max(used.drift) for used in versions),

@@ -55,12 +55,7 @@ class Work:
         sizes = costs.per_stage("message_bytes", shape.num_stages)
         # Gradients have the size of the output they belong to, which is that of the stage before.
         backwards = np.concatenate(([0.0], sizes[:-1]))
-        # One channel for the forwards and one for the gradients that each rank sends, and one for what it keeps.
-        stages = np.arange(shape.num_stages)
-        senders = shape.rank_of(stages)
-        keeps = np.concatenate((senders[:-1] == senders[1:], [False], [False], senders[1:] == senders[:-1]))
-        self.channel_of = np.where(keeps, 2 * shape.ranks, np.repeat((0, shape.ranks), len(stages)))
-        self.channel_of += np.tile(senders, 2)
+        self.channel_of, keeps = self._channels()
         self.transfer_s = np.where(keeps, 0.0, np.concatenate((sizes, backwards)) / costs.bandwidth_bytes_per_s)
         self.hop_s = np.where(keeps, 0.0, costs.hop_s)
         self.times = self._times()
@@ -79,6 +74,20 @@ class Work:
         """The next action of every rank that has not reached its end, where ``at`` says how far each has got."""
         left = zip(self.streams, self.offsets, self.offsets[1:], at, strict=False)
         return np.array([stream[here - first] for stream, first, end, here in left if here < end], dtype=np.int64)
+
+    def _channels(self) -> tuple[Codes, npt.NDArray[np.bool_]]:
+        """For the forwards of every stage, then for its gradients: their channel, and whether they stay on their rank.
+
+        There is one channel for the forwards and one for the gradients from each rank to each of its neighbours.
+        """
+        shape = self.shape
+        stages = np.arange(shape.num_stages)
+        sender = np.tile(shape.rank_of(stages), 2)
+        neighbours = np.concatenate((np.minimum(stages + 1, shape.num_stages - 1), np.maximum(stages - 1, 0)))
+        receiver = shape.rank_of(neighbours)
+        kind = np.repeat((0, 1), shape.num_stages)
+        _, channel = np.unique((kind * shape.ranks + sender) * shape.ranks + receiver, return_inverse=True)
+        return channel, sender == receiver
 
     def _times(self) -> Floats:
         """Seconds by operation and stage."""
@@ -119,7 +128,8 @@ class Work:
         predicted = np.zeros(len(stream))
         if self.lookahead or self.policy == "predict":
             predict_s = self.costs.per_stage("predict_s", stages)[stage]
-            late = forward & (index // self.shape.accumulation > np.cumsum(update))  # with one stage a rank
+            updated = sum(np.cumsum(update & (stage == one)) * (stage == one) for one in self.shape.stages_of(rank))
+            late = forward & (index // self.shape.accumulation > updated)
             predicted[late] = predict_s[late]
         factors = np.array(self.costs.micro_batch_factors)
         duration[:] = predicted + self.times[op, stage] * np.where(update, 1.0, factors[index % len(factors)])
@@ -166,7 +176,7 @@ def play_one_by_one(work: Work) -> Codes:
     need, out, duration = work.need.tolist(), work.out.tolist(), work.duration.tolist()
     arrival, start = work.arrival.tolist(), work.start.tolist()
     transfer_s, channel_of = work.transfer_s.tolist(), work.channel_of.tolist()
-    channel_free = [0.0] * (3 * len(work.streams))
+    channel_free = [0.0] * (1 + max(channel_of))
     at, stop = work.offsets[:-1].tolist(), work.offsets[1:].tolist()
     free = [0.0] * len(at)
     m, hop_s, nothing = work.micro_batches, work.hop_s.tolist(), work.nothing
@@ -200,12 +210,12 @@ def play_one_by_one(work: Work) -> Codes:
 def play_all_at_once(work: Work) -> Codes:
     """In every turn run one action of each rank whose next one can run."""
     need, out, duration, arrival, start = work.need, work.out, work.duration, work.arrival, work.start
-    ranks, m = len(work.streams), work.micro_batches
+    ranks, m, channels = len(work.streams), work.micro_batches, 1 + int(work.channel_of.max())
     # A turn may write the cell for "nothing sent", whose lane comes last: its channel is always free.
-    transfer_s, channel_of = np.append(work.transfer_s, 0.0), np.append(work.channel_of, 3 * ranks)
+    transfer_s, channel_of = np.append(work.transfer_s, 0.0), np.append(work.channel_of, channels)
     hop_s = np.append(work.hop_s, 0.0)
     instant = not transfer_s.any()  # then no message ever waits for the one before
-    channel_free = np.zeros(3 * ranks + 1)
+    channel_free = np.zeros(channels + 1)
     at, stop = work.offsets[:-1].copy(), work.offsets[1:]
     free = np.zeros(ranks)
     next_need = need[at]

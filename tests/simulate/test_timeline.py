@@ -48,9 +48,11 @@ def plainly(name: str, shape: Shape, costs: Costs, windows: int) -> dict[str, tu
     for rank, stream in enumerate(streams):
         for action in stream:
             forward = action.op is Op.F
-            if action.op in (Op.F, Op.B, Op.I) and 0 <= action.stage + (1 if forward else -1) < shape.num_stages:
-                sent_before[action] = last.get((rank, forward))
-                last[rank, forward] = action
+            to = action.stage + (1 if forward else -1)
+            if action.op in (Op.F, Op.B, Op.I) and 0 <= to < shape.num_stages and shape.rank_of(to) != rank:
+                channel = rank, shape.rank_of(to), forward
+                sent_before[action] = last.get(channel)
+                last[channel] = action
     known: dict[Action, tuple[float, float]] = {}
 
     def at(name: str, stage: int) -> float:
@@ -58,6 +60,8 @@ def plainly(name: str, shape: Shape, costs: Costs, windows: int) -> dict[str, tu
         return values[stage] if len(values) > 1 else values[0]
 
     def sent(action: Action) -> float:
+        if action not in sent_before:  # it stays on its rank
+            return span(action)[1]
         stage = action.stage if action.op is Op.F else action.stage - 1
         free = sent(sent_before[action]) if sent_before[action] else 0.0
         return max(span(action)[1], free) + at("message_bytes", stage) / costs.bandwidth_bytes_per_s
@@ -69,7 +73,7 @@ def plainly(name: str, shape: Shape, costs: Costs, windows: int) -> dict[str, tu
                 if needed.stage == action.stage:
                     start = max(start, span(needed)[1])
                 else:
-                    start = max(start, sent(needed) + (costs.hop_s if shape.ranks > 1 else 0.0))
+                    start = max(start, sent(needed) + (costs.hop_s if needed in sent_before else 0.0))
             names = {"F": ["forward_s"], "I": ["input_grad_s"], "W": ["weight_grad_s"], "U": ["update_s"]}
             names["B"] = [*names["I"], *names["W"]]
             factor = 1.0 if action.op is Op.U else costs.micro_batch_factors[action.index % 3]
@@ -88,6 +92,9 @@ CASES = [
     ("zb-2p", {"accumulation": 8}, 1),
     ("interleaved-1f1b", {"accumulation": 4, "chunks": 2}, 2),
     ("interleaved-1f1b", {"accumulation": 4, "chunks": 4}, 1),
+    ("paci-v", {"accumulation": 3, "chunks": 2, "placement": "v"}, 4),
+    ("paci-v", {"accumulation": 2, "chunks": 2, "placement": "v", "activation_limit": 1}, 4),
+    ("zb-v", {"accumulation": 6, "chunks": 2, "placement": "v"}, 2),
     ("pipedream-2bw", {"accumulation": 4}, 3),
     ("async-1f1b", {"accumulation": 1}, 9),
 ]
