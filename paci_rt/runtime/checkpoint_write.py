@@ -147,7 +147,7 @@ def claimed(target: Target, schedule: Pipeline, group: dist.ProcessGroup | None)
     stage, own, failure = schedule.stages[0].stage_index, None, FINE
     try:
         try:
-            json.dumps(dict(target.extra or {}))
+            target.extra = json.loads(json.dumps(dict(target.extra or {})))  # the caller's may change
             target.new = not target.folder.exists()
             target.folder.mkdir(parents=True, exist_ok=True)
             target.lock = FolderLock(target.folder) if stage == 0 else None

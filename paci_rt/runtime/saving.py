@@ -61,6 +61,11 @@ class Saving:
         """Whether nothing is written any more: the checkpoint is whole, or it failed, which :meth:`wait` says."""
         return self._done.is_set()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is known that the checkpoint is not whole."""
+        return self._failure is not None
+
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the checkpoint of all processes is whole.
 
