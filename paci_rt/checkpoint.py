@@ -75,7 +75,7 @@ def save(
     Returns:
         None, or with ``blocking=False`` what to wait for. An error of the thread comes out of its ``wait``, or else of
         the next step, save, :meth:`~paci_rt.runtime.engine.Pipeline.close` or end of :func:`hold`, as a
-        CheckpointError. Every process must come to one of the last three before its process group is destroyed.
+        CheckpointWriteError. Every process must come to one of the last three before its process group is destroyed.
 
     Raises:
         ValueError: two stages have a parameter of the same name; nothing is written then.

@@ -18,7 +18,7 @@ from torch import nn
 
 import paci_rt
 from paci_rt import checkpoint
-from paci_rt.errors import CheckpointError
+from paci_rt.errors import CheckpointError, CheckpointWriteError
 from paci_rt.runtime import checkpoint_files
 from support.deadlines import deadline, wait_until
 from test_checkpoint import pipeline, sha, train
@@ -217,7 +217,7 @@ def test_an_error_of_the_writer_comes_once(tmp_path: Path, gate: Gate, where: st
     text = (
         r"cannot write the checkpoint: stage 0: .*No space left on device: make room.*; what was saved before is intact"
     )
-    fails = pytest.raises(CheckpointError, match=text)
+    fails = pytest.raises(CheckpointWriteError, match=text)
     full = OSError(28, os.strerror(28))
     if where == "hold":
         with fails, checkpoint.hold(tmp_path, pipe):

@@ -88,7 +88,7 @@ class _Hashing:
             if self._given_up is not None and self._given_up.is_set():
                 raise GivenUp("it was given up")
             self._stream.write(data)
-        except (OSError, GivenUp) as error:
+        except Exception as error:
             self.failure = error
             raise
         self.sha256.update(data)

@@ -29,6 +29,7 @@ from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.folder_lock import FolderLock
 from paci_rt.runtime.together import FINE, Failure, failure_of, gather, raise_any, together
 from paci_rt.schedules.lowering import TiedWeight
+from paci_rt.transport.patience import GivenUp
 
 Exchange = Callable[[Any], list[Any]]
 """Tells all processes of the pipeline a value, and returns those of all."""
@@ -215,8 +216,12 @@ def _write_parts(target: Target, snapshot: Snapshot, parts: list[dict[str, Any]]
             parts.append(files_of.write_part(*where, given_up=target.given_up))
     except CheckpointError as error:
         return failure_of(error)
+    except GivenUp:
+        raise
     except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
         return "OSError", _unwritten(snapshot.stages[0], target.folder, error)
+    except Exception as error:  # whatever it is, the others wait for a word
+        return "CheckpointWriteError", _unwritten(snapshot.stages[0], target.folder, error)
     return FINE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
-from paci_rt.errors import CheckpointError, MeetingError, TransportError
+from paci_rt.errors import CheckpointWriteError, MeetingError, TransportError
 
 GIVEN_UP_S = 20.0
 """A writer that was told to stop is waited for so long; a disk that hangs holds it longer."""
@@ -37,7 +37,7 @@ class Saving:
         self.windows, self.snapshot_bytes, self.waited_s = windows, dict(snapshot_bytes), waited_s
         self.given_up = threading.Event()
         self._done = threading.Event()
-        self._failure: CheckpointError | None = None
+        self._failure: CheckpointWriteError | None = None
         self._cause: BaseException | None = None
         self._told = False
 
@@ -51,9 +51,9 @@ class Saving:
         except BaseException as error:
             self._cause = error
             text = str(error) or type(error).__name__
-            if not isinstance(error, (CheckpointError, OSError)):
-                text = f"the checkpoint after {self.windows} updates may not be whole: {text}"
-            self._failure = CheckpointError(f"{text}; the last one that is whole is intact" if _bare(text) else text)
+            if "intact" not in text:
+                text = f"the checkpoint after {self.windows} updates is not whole: {text}; the one before is intact"
+            self._failure = CheckpointWriteError(text)
         finally:
             self._done.set()
 
@@ -73,7 +73,7 @@ class Saving:
             timeout_s: None waits as long as it takes.
 
         Raises:
-            CheckpointError: it could not be written, by this process or another; what was saved before is intact.
+            CheckpointWriteError: it could not be written, by this process or another; what was saved before is intact.
             TimeoutError: it is still being written.
         """
         if not self._done.wait(timeout_s):
@@ -98,7 +98,3 @@ class Saving:
         self.given_up.set()
         self._done.wait(GIVEN_UP_S)
         self._told = True
-
-
-def _bare(text: str) -> bool:
-    return "intact" not in text
