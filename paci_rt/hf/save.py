@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from paci_rt.hf.load import INDEX, WHOLE
+from paci_rt.files import reason
+from paci_rt.hf.folder import remove, switch, unwritten, write_tensors
+from paci_rt.hf.load import WHOLE
 from paci_rt.hf.stage_module import StageOfModel
 from paci_rt.runtime.checkpoint_save import check_finite
-from paci_rt.runtime.together import together
-from paci_rt.transport.collective import gather
+from paci_rt.runtime.replica_checkpoint import on_all, several
+from paci_rt.runtime.together import FINE, gather, raise_any, together
 
 _COMPILED = "_orig_mod."
 
@@ -23,7 +25,9 @@ def save_pretrained(schedule: Any, folder: str | os.PathLike[str]) -> None:
     """Write a model that ``from_pretrained(folder)`` loads; every rank calls it, and it drains the pipeline first.
 
     Every process writes the tensors of its stages into one safetensors file, the first one configuration and index
-    too. All must see the same folder. Of tied weights the copy that follows is left out, as transformers does.
+    too. All must see the same folder. A model that is there already is replaced in one step, when all files of the new
+    one are whole. Of replicas the first one writes. Of tied weights the copy that follows is left out, as
+    transformers does.
 
     Args:
         schedule: a schedule or a :class:`paci_rt.LocalPipeline` over stages of :func:`paci_rt.hf.split` or
@@ -33,6 +37,7 @@ def save_pretrained(schedule: Any, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the stages are none of those.
         CheckpointError: a weight is not finite; nothing was written.
+        OSError: a file could not be written, by this process or another. A model that was there is there still.
 
     Example:
         >>> import tempfile, transformers
@@ -49,36 +54,51 @@ def save_pretrained(schedule: Any, folder: str | os.PathLike[str]) -> None:
         ...     type(transformers.AutoModelForCausalLM.from_pretrained(folder)).__name__
         'GPT2LMHeadModel'
     """
-    from safetensors.torch import save_file
-
     schedule.drain()
     schedule.synchronize()
     stages = [_stage_of(one.submod) for one in schedule.stages]
-    with together(schedule, schedule.stages[0].group):
+    replicas = several(schedule)
+    with on_all(replicas):
+        if replicas is None or replicas.group.rank == 0:
+            _save(schedule, stages, Path(folder))
+
+
+def _save(schedule: Any, stages: list[StageOfModel], folder: Path) -> None:
+    group = schedule.stages[0].group
+    with together(schedule, group):
         check_finite(schedule)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for one in stages:
-        tensors |= _tensors(one)
     rank, count = schedule.stages[0].group_rank, 1
     if len(schedule.stages) < schedule.stages[0].num_stages:
         count = schedule.stages[0].group_size
-    name = WHOLE if count == 1 else f"model-{rank + 1:05d}-of-{count:05d}.safetensors"
-    save_file(tensors, target / name, metadata={"format": "pt"})
-    mine: tuple[str, list[str], int] = (name, sorted(tensors), sum(one.nbytes for one in tensors.values()))
-    everyone: list[Any] = [mine]
-    if count > 1:
-        everyone = _gather(mine, schedule)
-    if count == 1 or rank == 0:
-        _write_rest(stages[0], target, everyone)
-    if count > 1:
-        _gather(None, schedule)
-
-
-def _gather(value: Any, schedule: Any) -> list[Any]:
-    what = "have not come to this point of save_pretrained()"
-    return gather(value, schedule.stages[0].group, schedule.transfer_timeout_s, kind="pretrained", what=what)
+    name, first = WHOLE if count == 1 else f"model-{rank + 1:05d}-of-{count:05d}.safetensors", count == 1 or rank == 0
+    written, new, failure, sizes = "", not folder.exists(), FINE, (list[str](), 0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for one in stages:
+            tensors |= _tensors(one)
+        sizes = sorted(tensors), sum(one.nbytes for one in tensors.values())
+        written = write_tensors(folder, tensors, name)
+    except OSError as error:
+        failure = "OSError", unwritten(folder, error)
+    everyone = gather((written, sizes, failure), schedule, group)
+    failures = [one for _, _, one in everyone]
+    unneeded = any(one != FINE for one in failures)
+    if first and not unneeded:
+        model = stages[0]._model[0]
+        configs = [one for one in (stages[0].config, getattr(model, "generation_config", None)) if one is not None]
+        try:
+            switch(folder, {file: tensors for file, tensors, _ in everyone}, configs)
+        except OSError as error:
+            failure = "OSError", f"cannot write the model to {folder}: {reason(error)}; save it again"
+    failures += gather(failure, schedule, group)
+    if unneeded:
+        if written:
+            remove(folder, [written])
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
+    raise_any(failures)
 
 
 def _stage_of(module: Any) -> StageOfModel:
@@ -109,19 +129,6 @@ def _tensors(stage: StageOfModel) -> dict[str, Tensor]:
 def _is_copy(stage: StageOfModel, name: str, own: Mapping[str, Any]) -> bool:
     owner = next(tie.owner for tie in stage.tied_weights if tie.reader == name)
     return owner not in own
-
-
-def _write_rest(stage: StageOfModel, folder: Path, everyone: list[tuple[str, list[str], int]]) -> None:
-    stage.config.save_pretrained(folder)
-    generation = getattr(stage._model[0], "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
-    if len(everyone) > 1:
-        index = {
-            "metadata": {"total_size": sum(size for _, _, size in everyone)},
-            "weight_map": {name: file for file, names, _ in everyone for name in names},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 __all__ = ["save_pretrained"]
