@@ -23,21 +23,21 @@ from paci_rt.files import reason, replacing, sync_folder
 from paci_rt.hf.load import CONFIG, INDEX, WHOLE
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.safetensors")
-_CUT_OFF = re.compile(r"\.(model[-.].*|config-.*)\.part")
+_CUT_OFF = re.compile(r"\.(model[-.].*|adapter_model-.*|config-.*)\.part")
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], name: str) -> str:
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], name: str | None, kind: str = "model") -> str:
     """Write a file of tensors that no index names yet; returns what it is called.
 
     Args:
-        name: what it shall be called, if nothing is. The only file of a model gets it in :func:`switch`.
+        name: what it shall be called, if nothing is. None leaves it to :func:`switch`.
 
     Raises:
         OSError: it cannot be written; nothing is left of it then.
     """
     from safetensors.torch import save_file
 
-    part = folder / f".{name.removesuffix('.safetensors')}-{secrets.token_hex(8)}.part"
+    part = folder / f".{kind}-{secrets.token_hex(8)}.part"
     try:
         try:
             save_file(dict(tensors), part, metadata={"format": "pt"})
@@ -47,7 +47,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], name: str) -> str
             raise OSError(str(error).splitlines()[0]) from error
         with part.open("rb") as stream:
             os.fsync(stream.fileno())
-        if name == WHOLE:
+        if name is None:
             return part.name
         if (folder / name).exists():
             name = f"{name.removesuffix('.safetensors')}-{secrets.token_hex(4)}.safetensors"
@@ -59,24 +59,32 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], name: str) -> str
     return name
 
 
-def switch(folder: Path, files: Mapping[str, tuple[list[str], int]], configs: Iterable[Any]) -> None:
+def switch(
+    folder: Path,
+    files: Mapping[str, tuple[list[str], int]],
+    configs: Iterable[Any],
+    *,
+    whole: str = WHOLE,
+    config_file: str = CONFIG,
+) -> None:
     """Make files that :func:`write_tensors` wrote the model of a folder, and remove those of the one before.
 
     Args:
         files: for each the tensors in it, and their bytes. One is the whole model.
         configs: what has a ``save_pretrained`` of its own: the configuration first.
+        whole, config_file: names of the only file of a model, and of its configuration.
 
     Raises:
         OSError: the system refuses; the folder has the old model, or no ``config.json``.
     """
-    before = _named(folder)
+    before = _named(folder) if whole == WHOLE else set()
     with tempfile.TemporaryDirectory(prefix=".config-", suffix=".part", dir=folder) as place:
-        for config in configs:
-            config.save_pretrained(place)
-        own = sorted(Path(place).iterdir(), key=lambda path: path.name == CONFIG)
-        changes = _content(folder / CONFIG) != _content(Path(place, CONFIG))
+        for one in configs:
+            one.save_pretrained(place)
+        own = sorted(Path(place).iterdir(), key=lambda path: path.name == config_file)
+        changes = _content(folder / config_file) != _content(Path(place, config_file))
         if changes:
-            (folder / CONFIG).unlink(missing_ok=True)
+            (folder / config_file).unlink(missing_ok=True)
         mode = 0o666 & ~_umask()
         for path in own[:-1]:
             path.chmod(mode)
@@ -84,19 +92,20 @@ def switch(folder: Path, files: Mapping[str, tuple[list[str], int]], configs: It
         if len(files) == 1:
             (name,) = files
             (folder / name).chmod(mode)
-            os.replace(folder / name, folder / WHOLE)
-            (folder / INDEX).unlink(missing_ok=True)
-            kept = {WHOLE}
+            os.replace(folder / name, folder / whole)
+            kept = {whole}
+            if whole == WHOLE:
+                (folder / INDEX).unlink(missing_ok=True)
         else:
             _write_index(folder, files)
             (folder / WHOLE).unlink(missing_ok=True)  # which transformers would prefer
             kept = set(files)
         sync_folder(folder)
         own[-1].chmod(mode)
-        os.replace(own[-1], folder / CONFIG)
+        os.replace(own[-1], folder / config_file)
     sync_folder(folder)
     for name in (*before, *os.listdir(folder)):
-        stale = name in before or _SHARD.fullmatch(name) or _CUT_OFF.fullmatch(name)
+        stale = name in before or _CUT_OFF.fullmatch(name) or (whole == WHOLE and _SHARD.fullmatch(name))
         if stale and name not in kept:
             remove(folder, [name])
 
