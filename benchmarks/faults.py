@@ -40,7 +40,7 @@ MARGIN_S = 5.0
 HANG_S = 90.0
 """A run that has not ended so long after its start, and its fault, is killed and has failed."""
 KINDS = ("kill", "stop", "term", "raise", "memory", "exit", "cut")
-PHASES = ("start", "warm-up", "training", "validation", "save", "end")
+PHASES = ("start", "warm-up", "training", "validation", "save", "writing", "end")
 SCHEDULES = ("paci", "1f1b", "zb-h1", "gpipe", "async-1f1b", "pipedream-2bw")
 
 
@@ -69,7 +69,7 @@ def draw(number: int, rng: random.Random, deadline_s: float) -> Case:
     """A random case; every phase and kind comes up equally often in the long run."""
     kind, phase = rng.choice(KINDS), rng.choice(PHASES)
     stages = rng.choice((2, 3))
-    most = {"start": 1, "warm-up": 3, "training": 60, "validation": 8, "save": 3, "end": 2}[phase]
+    most = {"start": 1, "warm-up": 3, "training": 60, "validation": 8, "save": 3, "writing": 40, "end": 2}[phase]
     return Case(
         number=number,
         launcher=rng.choice(("train", "torchrun")),

@@ -19,7 +19,7 @@ from typing import Any
 
 FAULT: dict[str, Any] = json.loads(os.environ.get("FAULT", "{}"))
 KINDS = ("kill", "stop", "term", "raise", "memory", "exit", "cut")
-PHASES = ("start", "warm-up", "training", "validation", "save", "end")
+PHASES = ("start", "warm-up", "training", "validation", "save", "writing", "end")
 
 
 def strike() -> None:
@@ -75,11 +75,13 @@ class Countdown:
 def install() -> None:
     """Put the fault where it belongs, in the process of its rank."""
     from paci_rt import status
+    from paci_rt.runtime import checkpoint_files
     from paci_rt.runtime.executor import Executor
     from paci_rt.transport import collective, rendezvous
 
     countdown, phase = Countdown(), FAULT["phase"]
     enter, execute, gather = status.Board.enter, Executor._execute, rendezvous.Meeting.collect
+    write = checkpoint_files._Hashing.write
 
     def here(own: status.Board) -> bool:
         return own.read().rank == FAULT["rank"]
@@ -104,6 +106,16 @@ def install() -> None:
             countdown()
         return gather(self, topic)
 
+    def writing(self: Any, data: Any) -> int:
+        if phase == "writing" and status.board().read().rank == FAULT["rank"]:
+            try:
+                countdown()
+            except Exception as error:
+                self.failure = error  # as the file's own
+                raise
+        return write(self, data)
+
+    checkpoint_files._Hashing.write = writing  # type: ignore[method-assign]
     status.Board.enter = entering  # type: ignore[method-assign]
     Executor._execute = executing  # type: ignore[method-assign]
     rendezvous.Meeting.collect = collecting  # type: ignore[method-assign]

@@ -13,11 +13,10 @@ It has a hash of each file and of itself, and all of them are compared before an
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,19 @@ import torch.distributed as dist
 from paci_rt.errors import CheckpointError
 from paci_rt.files import reason
 from paci_rt.runtime import checkpoint_files as files_of
-from paci_rt.runtime.checkpoint_collect import collect
-from paci_rt.runtime.checkpoint_files import beside, check_savable, part_of
+from paci_rt.runtime.beside import all_written, settle
+from paci_rt.runtime.checkpoint_files import beside, part_of
 from paci_rt.runtime.checkpoint_index import KINDS, digest_of, index_file, names_in, warn_of_age
+from paci_rt.runtime.checkpoint_job import Save
 from paci_rt.runtime.checkpoint_load import check_same_model, check_tensors, in_one_line, remembered, some, state_for
-from paci_rt.runtime.checkpoint_save import check_finite, check_seen, finish, index_of, leave_to_one, write_parts
+from paci_rt.runtime.checkpoint_save import check_seen, index_of
+from paci_rt.runtime.checkpoint_write import Target, leave_folder
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.folder_lock import FolderLock, Probe
 from paci_rt.runtime.generators import check_generators
-from paci_rt.runtime.replica_checkpoint import group_of, held_once, is_first_replica, on_all, save_once, several
-from paci_rt.runtime.together import FINE, alone, gather, raise_any, together
+from paci_rt.runtime.replica_checkpoint import group_of, held_once, on_all, own_generators, several
+from paci_rt.runtime.saving import Saving
+from paci_rt.runtime.together import alone, gather, together
 from paci_rt.schedules.lowering import TiedWeight
 
 PathLike = str | os.PathLike[str]
@@ -50,11 +52,11 @@ def save(
     group: dist.ProcessGroup | None = None,
     keep: int = 1,
     gathered: bool = False,
-) -> None:
+    blocking: bool = True,
+) -> Saving | None:
     """Drain ``schedule`` and write its state; every process of the pipeline calls this, and of its replicas.
 
-    Of replicas the first writes, once all have been found to have the same weights. State of random generators is its
-    own; the other replicas keep theirs.
+    Of replicas the first writes, once all have been found to have the same weights, with the random generators of all.
 
     Args:
         directory: made if it does not exist; a checkpoint in it is replaced, or kept beside the new one.
@@ -66,6 +68,14 @@ def save(
             own beside ``index.json``, such as ``index-00000200.json`` after 200 updates, that :func:`load` takes too.
         gathered: the first process, that of stage 0, writes all files; the others send it theirs over ``group``, which
             must be of gloo. For hosts without a common file system: copy the folder to all of them before :func:`load`.
+        blocking: False returns once there is a copy of the state in the CPU's memory, and a thread writes it while
+            training goes on. The files have the same bits, and the folder holds the checkpoint before until the new one
+            is whole. One is written at a time: a second one waits for the first.
+
+    Returns:
+        None, or with ``blocking=False`` what to wait for. An error of the thread comes out of its ``wait``, or else of
+        the next step, save, :meth:`~paci_rt.runtime.engine.Pipeline.close` or end of :func:`hold`, as a
+        CheckpointWriteError. Every process must come to one of the last three before its process group is destroyed.
 
     Raises:
         ValueError: two stages have a parameter of the same name; nothing is written then.
@@ -87,68 +97,16 @@ def save(
     """
     if type(keep) is not int or keep < 1:
         raise ValueError(f"keep is {keep!r}: give an integer of at least 1")
-    replicas, own = several(schedule), group_of(schedule, group)
-    how: dict[str, Any] = {
-        "extra": extra,
-        "tied_weights": tied_weights,
-        "group": own,
-        "keep": keep,
-        "gathered": gathered,
-    }
-    if replicas is None:
-        _save(Path(directory), schedule, **how)
-    else:
-        save_once(replicas, schedule, extra, lambda: _save(Path(directory), schedule, **how))
-
-
-def _save(
-    folder: Path,
-    schedule: Pipeline,
-    *,
-    extra: Mapping[str, Any] | None,
-    tied_weights: Sequence[TiedWeight],
-    group: dist.ProcessGroup | None,
-    keep: int,
-    gathered: bool,
-) -> None:
-    names = schedule.state_names()
-    readers = {tie.reader for tie in tied_weights}
-    names["params"] = [[name for name in ours if name not in readers] for ours in names["params"]]
-    schedule.drain()
-    state: dict[str, Any] = {}
-    with together(schedule, group):
-        json.dumps(dict(extra or {}))
-        check_finite(schedule)
-        state = schedule.state_dict()
-        check_savable(state)
-    leave_to_one(names, state, schedule, group)
-    first, new = schedule.stages[0].stage_index == 0, not folder.exists()
-    lock, parts, failure = write_parts(folder, schedule, state, names)
-    try:
-        everyone = gather((parts, failure), schedule, group)
-        entries, fine = [file for theirs, _ in everyone for file in theirs], all(one == FINE for _, one in everyone)
-        travel = gathered and fine and not alone(schedule)
-        if travel:
-            entries, failure = collect(folder, [theirs for theirs, _ in everyone], group)
-        if first and fine and failure == FINE:
-            failure = finish(folder, entries, state["windows"], extra, keep)
-        # And nobody returns before the checkpoint is whole.
-        failures = gather(failure, schedule, group)
-        if any(one != FINE for one in failures) or (travel and not first):
-            mine = [*parts, *entries] if first else parts
-            files_of.remove_parts(folder, [part["file"] for part in mine])
-        raise_any(failures)
-    finally:
-        _leave(folder, lock, new)
-
-
-def _leave(folder: Path, lock: FolderLock | None, new: bool) -> None:
-    """Let others into a folder, and remove it if it is ``new`` and nothing is in it."""
-    if lock is not None:
-        lock.release()
-    if new:
-        with suppress(OSError):  # other processes' files, or what was saved
-            folder.rmdir()
+    if type(blocking) is not bool:
+        raise ValueError(f"blocking is {blocking!r}: give True or False")
+    if gathered and not blocking:
+        raise ValueError("gathered=True sends files over the group that trains meanwhile: give blocking=True with it")
+    waited_s = settle(schedule)
+    target = Target(folder=Path(directory), extra=extra, keep=keep, gathered=gathered)
+    if blocking:
+        Save(schedule, target, tied_weights, group_of(schedule, group)).now()
+        return None
+    return Save(schedule, target, tied_weights, group_of(schedule, group)).beside(waited_s)
 
 
 @contextmanager
@@ -190,6 +148,7 @@ def _hold(folder: Path, schedule: Pipeline, *, group: dist.ProcessGroup | None, 
     lock: FolderLock | None = None
     probe: Probe | None = None
     new = False
+    settle(schedule)
     try:
         first = schedule.stages[0].stage_index == 0
         with together(schedule, group), _writing(folder):
@@ -206,11 +165,12 @@ def _hold(folder: Path, schedule: Pipeline, *, group: dist.ProcessGroup | None, 
                 if first:
                     check_seen(folder, marks)
             probe.remove()
-        yield
+        with all_written(schedule):
+            yield
     finally:
         if probe is not None:
             probe.remove()
-        _leave(folder, lock, new)
+        leave_folder(folder, lock, new)
 
 
 @contextmanager
@@ -357,8 +317,8 @@ def _load(
         generators = state.pop("generators")
         if not optimizer:
             del state["optimizer"]
-        elif generators is not None and is_first_replica(schedule):
-            takes.append(check_generators(generators, schedule.stages))
+        elif generators is not None and (mine := own_generators(generators, schedule)) is not None:
+            takes.append(check_generators(mine, schedule.stages))
         check_tensors(directory, state["params"], dict(schedule.named_parameters()))
         takes.insert(0, schedule.check_state_dict(state))
     with together(schedule, group), in_one_line(directory):  # methods of users' classes may refuse

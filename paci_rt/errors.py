@@ -325,6 +325,24 @@ class CheckpointError(PaciError, ValueError):
     """
 
 
+class CheckpointWriteError(CheckpointError, OSError):
+    """A checkpoint that could not be written while training went on; what was saved before is intact.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from paci_rt import checkpoint
+        >>> pipeline = paci_rt.LocalPipeline(
+        ...     [nn.Linear(4, 2)], n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW
+        ... )
+        >>> saving = paci_rt.checkpoint.Saving(windows=100, snapshot_bytes={0: 40}, waited_s=0.0)
+        >>> saving.start(lambda: Path("no/such/folder/file").write_text(""))
+        >>> saving.wait()
+        Traceback (most recent call last):
+        paci_rt.errors.CheckpointWriteError: ... No such file or directory...
+    """
+
+
 class DataError(PaciError, ValueError):
     """Data that cannot be used: missing, damaged, empty, of another vocabulary, or not to be written.
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from paci_rt.cli import environment
 from paci_rt.errors import (
     CheckpointError,
+    CheckpointWriteError,
     DataError,
     NonFiniteError,
     PaciError,
@@ -25,6 +26,8 @@ from paci_rt.errors import (
 BAD_VALUE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 ASKED_FOR = (CheckpointError.__name__, DataError.__name__)
 """Errors about what was asked for, whoever finds them."""
+NOT_THE_CODE = (NonFiniteError.__name__, CheckpointWriteError.__name__)
+"""Errors of which a traceback says nothing."""
 LONGEST = 1200
 """Characters of an error: the middle of what is longer is left out."""
 
@@ -71,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         return int(args.run(args))
+    except CheckpointWriteError as error:
+        print(f"paci-rt: error: {_who()}{_in_one_line(error)}", file=sys.stderr)
+        return FAILED
     except ValueError as error:  # also the typed ones, which are about what was asked for
         if "TORCHELASTIC_RUN_ID" in os.environ or environment.speaks():  # one of the processes under torchrun for all
             say_once(f"paci-rt: error: {_in_one_line(error)}")
@@ -86,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"paci-rt: error: {error}", file=sys.stderr)  # about what was asked for, though a stage found it
             return BAD_VALUE
         if isinstance(error, StageFailed):
-            if error.cause != NonFiniteError.__name__:  # else it is not the code that is wrong
+            if error.cause not in NOT_THE_CODE:
                 print(error.remote_traceback, end="", file=sys.stderr)
         elif error.__cause__ is not None:
             traceback.print_exception(error.__cause__)

@@ -49,6 +49,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "rank 0 writes the files of all stages, for hosts without a common file system; copy the folder to all of them "
         "before --resume",
     )
+    options.switch(
+        "async_checkpoint",
+        "a thread writes the checkpoints of --save-interval while training goes on, from a copy of the state (default, "
+        "unless they are gathered)",
+    )
     options.add(
         "resume",
         str,

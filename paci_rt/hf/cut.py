@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paci_rt.errors import ParityError
+from paci_rt.hf.adapters import check_adapters
 from paci_rt.hf.layout import Layout, layout_of, parts_of
 from paci_rt.hf.load import from_folder, model_on_meta, whole_model
 from paci_rt.hf.stage_module import StageOfModel, own_copy
@@ -51,6 +52,7 @@ def split(
         >>> stages[0].tied_weights[0].owner, stages[0].tied_weights[0].reader
         ('transformer.wte.weight', 'lm_head.weight')
     """
+    check_adapters(model)
     layout = layout_of(model)
     counts = parts_of(model, layout, num_stages, partition)
     stages = _cut(model, layout, counts)

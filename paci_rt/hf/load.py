@@ -20,6 +20,11 @@ def model_on_meta(folder: Path, dtype: torch.dtype | None) -> Any:
     """
     import transformers
 
+    if (folder / "adapter_config.json").is_file() and not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} has an adapter and no model: load its base model, give it to peft's PeftModel.from_pretrained "
+            "with this folder, and give paci_rt what that returns"
+        )
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} has no {CONFIG}: give a folder that save_pretrained() wrote")
     config = transformers.AutoConfig.from_pretrained(folder)

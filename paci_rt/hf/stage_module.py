@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paci_rt.hf.adapters import inner
 from paci_rt.hf.layout import Layout
 from paci_rt.schedules.lowering import TiedWeight
 
@@ -169,13 +170,14 @@ class StageOfModel(nn.Module):
                 handle.remove()
 
     def _auxiliary(self, routed: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        model = self._model[0]
+        model = inner(self._model[0])
         compute: Any = sys.modules[type(model).__module__].load_balancing_loss_func
         return compute(routed, model.num_experts, model.num_experts_per_tok, kwargs.get("attention_mask"))
 
 
 def _router_of(base: Any, model: Any) -> tuple[Any, int] | None:
     """Class and place of the router's logits, where the configuration asks for them."""
+    model = inner(model)
     if not getattr(model.config, "output_router_logits", False):
         return None
     recorders = getattr(base, "_can_record_outputs", None) or {}

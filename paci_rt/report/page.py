@@ -22,7 +22,7 @@ from paci_rt.trace import Event
 
 MOST_EVENTS = 20_000
 """Actions of a timeline that a page shows."""
-PARTS = ("weights", "masters", "optimizer", "accumulators", "versions", "activations")
+PARTS = ("weights", "masters", "optimizer", "accumulators", "versions", "activations", "snapshot")
 PART_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#E69F00")
 SIMULATED_WINDOWS = 4
 

@@ -55,6 +55,7 @@ class StageAudit:
             come yet.
         nonfinite_gradients, grad_norm: non-finite elements of all updates' gradients; 2-norm of the last one's.
         evaluation_s: seconds inside E, which are in none of the others.
+        snapshot_bytes: a copy of its state that is being written.
         compute_s: seconds inside F, B, I, W and U; exposed_comm_s: seconds in receives and in starting sends.
     """
 
@@ -71,6 +72,8 @@ class StageAudit:
     peak_pending: int = 0
     activation_bytes: int = 0
     peak_activation_bytes: int = 0
+    snapshot_bytes: int = 0
+    peak_snapshot_bytes: int = 0
     compute_s: float = 0.0
     exposed_comm_s: float = 0.0
     evaluation_s: float = 0.0
@@ -135,6 +138,11 @@ class StageAudit:
             self.peak_activation_bytes = self.activation_bytes
         self.rank.hold(micro_batches, more_bytes)
 
+    def snapshot(self, held_bytes: int) -> None:
+        """So much of a checkpoint that is being written is in memory."""
+        self.snapshot_bytes = held_bytes
+        self.peak_snapshot_bytes = max(self.peak_snapshot_bytes, held_bytes)
+
     def update(self, grad_norm: Any, nonfinite: Any) -> None:
         """An update has been issued. On a GPU both are tensors of one element, which are read when somebody asks."""
         self.version += 1
@@ -148,7 +156,7 @@ class StageAudit:
         self.delay.clear()
         self.rank.reset()
         self.peak_in_flight, self.peak_pending = len(self.in_flight), len(self.pending)
-        self.peak_activation_bytes = self.activation_bytes
+        self.peak_activation_bytes, self.peak_snapshot_bytes = self.activation_bytes, self.snapshot_bytes
         self.compute_s = self.exposed_comm_s = self.evaluation_s = 0.0
         self.micro_batches = self.windows = self.nonfinite_gradients = 0
         self.nonfinite_windows = self.spiked_windows = self.skipped_windows = self.taken_back_windows = 0

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import secrets
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from paci_rt.files import open_plain, reason, replacing
 from paci_rt.optim.group_options import same
 from paci_rt.runtime.checkpoint_content import ContentChecker
 from paci_rt.runtime.checkpoint_index import INDEX, KINDS, index_file, older_indexes, parse_index, write_index
+from paci_rt.transport.patience import GivenUp
 
 LATE_S = 5.0
 """How long a file that another process wrote may take to be seen here."""
@@ -41,19 +43,27 @@ def part_of(
 
 
 def write_part(
-    folder: Path, content: Mapping[str, Any], windows: int, at: int, count: int, generators: Sequence[int] | None = None
+    folder: Path,
+    content: Mapping[str, Any],
+    windows: int,
+    at: int,
+    count: int,
+    generators: Sequence[int] | None = None,
+    *,
+    given_up: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Write one file, under a new name, so that the files of the checkpoint before stay whole; its entry of the index.
 
     Args:
         generators: the stages of this process, where ``content`` has the state of its random generators.
+        given_up: ends it where another thread does not want the file any more.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it then.
+        OSError: it cannot be written; nothing is left of it then. GivenUp: nor was it wanted.
     """
     path = folder / f"step-{windows:08d}-stage-{at}-of-{count}-{secrets.token_hex(4)}.pt"
     with replacing(path) as stream:
-        hashing = _Hashing(stream)
+        hashing = _Hashing(stream, given_up)
         try:
             torch.save(content, hashing)  # type: ignore[arg-type]
         except RuntimeError:
@@ -68,15 +78,17 @@ def write_part(
 class _Hashing:
     """A stream that hashes what passes."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: BinaryIO, given_up: threading.Event | None) -> None:
+        self._stream, self._given_up = stream, given_up
         self.sha256, self.bytes = hashlib.sha256(), 0
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
 
     def write(self, data: Any) -> int:
         try:
+            if self._given_up is not None and self._given_up.is_set():
+                raise GivenUp("it was given up")
             self._stream.write(data)
-        except OSError as error:
+        except Exception as error:
             self.failure = error
             raise
         self.sha256.update(data)

@@ -1,4 +1,4 @@
-"""What a process writes of a checkpoint, and how processes agree on who writes what."""
+"""What must not be saved, how processes agree on who writes what, and the index."""
 
 from __future__ import annotations
 
@@ -16,42 +16,10 @@ from torch import Tensor
 from paci_rt.errors import CheckpointError
 from paci_rt.files import reason
 from paci_rt.runtime import checkpoint_files as files_of
-from paci_rt.runtime.checkpoint_files import part_of
 from paci_rt.runtime.checkpoint_index import FORMAT, INDEX, KINDS, VERSION
 from paci_rt.runtime.engine import Pipeline
-from paci_rt.runtime.folder_lock import FolderLock, sees
-from paci_rt.runtime.generators import collect_generators
-from paci_rt.runtime.together import FINE, Failure, failure_of, gather
-
-
-def write_parts(
-    folder: Path, schedule: Pipeline, state: Mapping[str, Any], names: Mapping[str, list[list[str]]]
-) -> tuple[FolderLock | None, list[dict[str, Any]], Failure]:
-    """Write the files of this process's stages: the lock where this process locks, their entries, what went wrong."""
-    stages = [stage.stage_index for stage in schedule.stages]
-    lock: FolderLock | None = None
-    parts: list[dict[str, Any]] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(folder) if stages[0] == 0 else None
-        for place, at in enumerate(stages):
-            records = [record for record in state["optimizers"] if record["stage"] == at]
-            content = part_of(state, {kind: names[kind][place] for kind in KINDS}, records)
-            if place == 0:
-                content["generators"] = collect_generators(schedule.stages)
-            ours = stages if place == 0 else None
-            parts.append(
-                files_of.write_part(folder, content, state["windows"], at, schedule.stages[0].num_stages, ours)
-            )
-        if state["safety"]["of"]:
-            parts[0]["safety"] = state["safety"]
-    except CheckpointError as error:
-        return lock, parts, failure_of(error)
-    except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
-        why = f"stage {stages[0]}: {folder}: {reason(error)}"
-        text = f"cannot write the checkpoint: {why}; what was saved before is intact"
-        return lock, parts, ("OSError", text)
-    return lock, parts, FINE
+from paci_rt.runtime.folder_lock import sees
+from paci_rt.runtime.together import FINE, Failure, gather
 
 
 def check_finite(schedule: Pipeline) -> None:

@@ -15,8 +15,9 @@ from paci_rt.errors import PaciError, StageError
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime import trees
 from paci_rt.runtime.assemble import Setup, bind, make_setup, ranks_here, unbind
-from paci_rt.runtime.audit import RankAudit
+from paci_rt.runtime.audit import RankAudit, StageAudit
 from paci_rt.runtime.batch import Batch, batch_results, bind_loss, cut_batch
+from paci_rt.runtime.beside import leave
 from paci_rt.runtime.caller_memory import gradients_set_aside, keep_safe
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.evaluation import Evaluation, PipelineEvaluation
@@ -321,6 +322,12 @@ class Pipeline(PipelineEvaluation):
         self._executor.transport.close()
         if self.replicas is not None:
             self.replicas.group.close()
+        leave(self, failed=self._failure is not None)
+
+    @property
+    def audits(self) -> list[StageAudit]:
+        """What was counted, stage by stage."""
+        return [runtime.audit for runtime in self._executor.runtimes.values()]
 
     @property
     def _optimizers(self) -> list[StageOptimizer]:
@@ -338,8 +345,8 @@ class Pipeline(PipelineEvaluation):
         Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
         compute_s utilization evaluation_s exposed_comm_s replicas reduce_s exposed_reduce_s exposed_gather_s drift
         max_drift drift_bound delay max_delay peak_in_flight peak_pending peak_rank_in_flight copied_input_bytes
-        lookahead_s lookahead_forwards memory peak_bytes``; of gradients, by stage, ``grad_norm nonfinite_windows
-        spiked_windows skipped_windows taken_back_windows clipped_windows norm_lags``
+        lookahead_s lookahead_forwards memory peak_bytes saving_wait_s``; of gradients, by stage, ``grad_norm
+        nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows norm_lags``
         (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
         (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes; ``utilization`` is
         ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (:mod:`paci_rt.schedules.policies`)
@@ -347,13 +354,15 @@ class Pipeline(PipelineEvaluation):
         ``evaluation_s`` are seconds of evaluation within steps, which are in no other; ``copied_input_bytes`` is what
         was copied of the caller's batches because :meth:`step` returned before their backwards; ``lookahead_s`` is the
         part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer,
-        accumulators, versions (extra weights), activations (peak) and total. ``reduce_s`` is what sums over replicas
-        took, ``exposed_reduce_s`` and ``exposed_gather_s`` what stages waited for them and for weights of other
-        replicas.
+        accumulators, versions (extra weights), activations (peak), snapshot (of a checkpoint that is written beside
+        training, peak) and total; ``saving_wait_s`` is what a save waited for the one before. ``reduce_s`` is what sums
+        over replicas took, ``exposed_reduce_s`` and ``exposed_gather_s`` what stages waited for them and for weights of
+        other replicas.
         """
         self._executor.settle()
         replicas = 1 if self.replicas is None else self.replicas.count
-        return pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers, replicas)
+        found = pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers, replicas)
+        return {**found, "saving_wait_s": self.saving_wait_s}
 
     def reset_stats(self) -> None:
         """Start counting anew, for example after the first window."""
@@ -406,6 +415,8 @@ class Pipeline(PipelineEvaluation):
             raise RuntimeError("a pipeline cannot run inside a transform of torch.func: call it outside grad or vmap")
         if self._closed:
             raise StageError("this pipeline is closed: make a new one")
+        if self.saving is not None:
+            self.saving.raise_if_failed()
         if self._failure is not None:
             cause = str(self._failure).splitlines()[0] if str(self._failure) else type(self._failure).__name__
             raise PaciError(f"this pipeline failed earlier and cannot go on: {cause}") from self._failure

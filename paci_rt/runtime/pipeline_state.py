@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -15,10 +15,18 @@ from paci_rt.runtime.module_state import named_keepers
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.state_dict import Apply, Parts, check_state, collect_state
 
+if TYPE_CHECKING:
+    from paci_rt.runtime.replicas import Replicas
+    from paci_rt.runtime.saving import Saving
+
 
 class PipelineState(ABC):
     """The half of :class:`paci_rt.runtime.engine.Pipeline` that is about state."""
 
+    saving: Saving | None = None
+    """The checkpoint that is being written."""
+    saving_wait_s = 0.0
+    """Seconds that training has waited for one to be written."""
     _lr_schedulers: list[Any | None]
     _next_window: int
     _start_window: int
@@ -27,6 +35,11 @@ class PipelineState(ABC):
     @abstractmethod
     def stages(self) -> list[PipelineStage]:
         """The stages of this process."""
+
+    @property
+    @abstractmethod
+    def replicas(self) -> Replicas | None:
+        """The replicas of this process's stages."""
 
     @property
     @abstractmethod
@@ -62,6 +75,11 @@ class PipelineState(ABC):
         unique = len({name for _, name, _ in pairs}) == len(pairs)
         for stage, name, param in pairs:
             yield (name if unique else f"stages.{stage.stage_index}.{name}"), param
+
+    @property
+    def windows_begun(self) -> int:
+        """Local updates so far, with those that are still owed."""
+        return self._next_window
 
     @property
     def _parts(self) -> Parts:

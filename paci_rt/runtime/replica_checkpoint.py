@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
 from paci_rt.runtime.engine import Pipeline
-from paci_rt.runtime.replicas import Replicas, among, require_same_weights
+from paci_rt.runtime.replicas import Replicas, among
 from paci_rt.runtime.together import failure_of, raise_any
 
 _WHAT = "have not come to this point of saving or loading a checkpoint"
@@ -33,18 +32,21 @@ def group_of(schedule: Pipeline, group: dist.ProcessGroup | None) -> dist.Proces
     return schedule.stages[0].group if group is None and several(schedule) is not None else group
 
 
-def save_once(
-    replicas: Replicas, schedule: Pipeline, extra: Mapping[str, Any] | None, save: Callable[[], None]
-) -> None:
-    """Let the first replica ``save``; all return when it has, or raise."""
-    json.dumps(dict(extra or {}))
-    schedule.drain()
-    require_same_weights(replicas, schedule.stages)
-    with on_all(replicas):
-        if replicas.group.rank == 0:
-            save()
-        elif replicas.shard_optimizer:
-            schedule.state_dict()  # the first one gathers it
+def generators_of_all(replicas: Replicas, own: dict[str, Any]) -> dict[str, Any]:
+    """The random generators of this process, and beside them those of the same stages in the other replicas."""
+    return {**own, "replicas": among(replicas, own, _WHAT)}
+
+
+def own_generators(saved: dict[str, Any], schedule: Pipeline) -> dict[str, Any] | None:
+    """What this process takes of the generators that were saved; None where it keeps its own.
+
+    As many replicas as wrote the checkpoint all go on where they were. Of another number the first one does.
+    """
+    replicas = several(schedule)
+    every = saved.get("replicas", [saved])
+    if replicas is not None and len(every) == replicas.count:
+        return dict(every[replicas.group.rank])
+    return saved if is_first_replica(schedule) else None
 
 
 @contextmanager

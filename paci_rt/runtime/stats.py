@@ -28,6 +28,7 @@ def pipeline_stats(
         audit = runtime.audit
         versions = runtime.weights.extra_bytes + (0 if runtime.guard is None else runtime.guard.extra_bytes)
         parts = {**bound.memory, "versions": versions, "activations": audit.peak_activation_bytes}
+        parts["snapshot"] = audit.peak_snapshot_bytes
         for part, held_bytes in (runtime.ties.memory if runtime.ties is not None else {}).items():
             parts[part] += held_bytes
         memory[audit.stage] = {**parts, "total": sum(parts.values())}

@@ -1,7 +1,8 @@
 """A weight that lives on two stages, such as GPT-2's token embedding and output head.
 
 The owner keeps the optimizer state. In every window the reader, which is the last stage, sends the sum of its
-gradients and later takes over the updated weight, at the places that :mod:`paci_rt.schedules.lowering` fixed.
+gradients and later takes over the updated weight, at the places that :mod:`paci_rt.schedules.lowering` fixed. Where the
+weight is frozen, on both stages, the messages are empty.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ class TiedExchange(GradSink):
                     if name not in named_params:
                         raise ValueError(f"tied weight {name!r} is no parameter of stage {stage}: check its name")
                     params[number] = named_params[name]
+        self._ties = ties
         for number, param in self._read.items():
-            group = FlatGroup([(ties[number].reader, param)])
-            self._accumulators[param] = make_accumulator(group, 1)
+            if param.requires_grad:
+                group = FlatGroup([(ties[number].reader, param)])
+                self._accumulators[param] = make_accumulator(group, 1)
         self._bound: StageOptimizer | None = None
 
     @property
@@ -62,7 +65,7 @@ class TiedExchange(GradSink):
     def memory(self) -> dict[str, int]:
         """Bytes of the weights that follow another stage's, and of the sums of their gradients."""
         return {
-            "weights": sum(accumulator.group.weight.nbytes for accumulator in self._accumulators.values()),
+            "weights": sum(param.nbytes for param in self._read.values()),
             "accumulators": sum(accumulator.nbytes for accumulator in self._accumulators.values()),
         }
 
@@ -95,7 +98,9 @@ class TiedExchange(GradSink):
 
     def gradient(self, tie: int) -> Tensor:
         """Reader: the fp32 sum of this window, and the accumulator is empty again."""
-        accumulator = self._accumulators[self._read[tie]]
+        accumulator = self._accumulators.get(self._read[tie])
+        if accumulator is None:
+            return self._read[tie].new_empty(0, dtype=torch.float32)
         accumulator.seal()
         accumulator.consume()
         total = accumulator.sealed_view(0).clone()
@@ -109,16 +114,28 @@ class TiedExchange(GradSink):
 
     def add_gradient(self, tie: int, gradient: Tensor) -> None:
         """Owner: one more term of this window's sum."""
-        self.bound.accumulate(self._owned[tie], gradient)
+        param = self._owned[tie]
+        if param.requires_grad != (gradient.numel() > 0):
+            one, other = ("trained", "frozen") if param.requires_grad else ("frozen", "trained")
+            own = self._ties[tie]
+            raise ValueError(
+                f"tied weight {own.owner!r} of stage {own.owner_stage} is {one} and its copy {own.reader!r} on stage "
+                f"{own.reader_stage} is {other}: freeze both, or none"
+            )
+        if param.requires_grad:
+            self.bound.accumulate(param, gradient)
 
     def weight(self, tie: int) -> Tensor:
         """Owner: a copy of the weight, since the next update may come before it has been sent."""
         self.bound.before_reading()
-        return self._owned[tie].detach().clone()
+        weight = self._owned[tie].detach()
+        return weight.clone() if self._owned[tie].requires_grad else weight.new_empty(0)
 
     def take_weight(self, tie: int, weight: Tensor) -> None:
         """Reader: follow the owner; the version counter stays, as for every update of the schedule's own."""
         param = self._read[tie]
+        if not weight.numel():  # it is frozen
+            return
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(param):
             param.copy_(weight)
 

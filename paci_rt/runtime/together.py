@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from paci_rt.errors import CheckpointError
+from paci_rt.errors import CheckpointError, CheckpointWriteError
 from paci_rt.runtime.pipeline_state import PipelineState
 from paci_rt.transport import collective
 
@@ -61,5 +61,9 @@ def raise_any(failures: Sequence[Failure]) -> None:
     failed = list(dict.fromkeys(failure for failure in failures if failure != FINE))
     if not failed:
         return
-    kinds: dict[str, type[Exception]] = {"CheckpointError": CheckpointError, "OSError": OSError}
+    kinds: dict[str, type[Exception]] = {
+        "CheckpointError": CheckpointError,
+        "CheckpointWriteError": CheckpointWriteError,
+        "OSError": OSError,
+    }
     raise kinds.get(failed[0][0], ValueError)("; ".join(dict.fromkeys(text for _, text in failed)))

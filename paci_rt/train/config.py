@@ -91,6 +91,8 @@ class TrainConfig:
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
         keep_checkpoints: how many of them stay in it, the last ones.
         gather_checkpoints: rank 0 writes the files of all, so that ``out`` is a folder of its host alone.
+        async_checkpoint: a thread writes those of ``save_interval`` while training goes on, from a copy of the state,
+            unless they are gathered. The last one is waited for.
         resume: such a folder to continue from, or an index in it, with any number of stages and any schedule.
         transport: a name of ``paci_rt.transport.TRANSPORTS``; ``local`` runs all stages in one process.
         transfer_timeout: seconds that a stage waits for another one before the run ends with an error.
@@ -158,6 +160,7 @@ class TrainConfig:
     save_interval: int = 0
     keep_checkpoints: int = 2
     gather_checkpoints: bool = False
+    async_checkpoint: bool = AUTO
     resume: str | None = None
     transport: str = "auto"
     transfer_timeout: float = DEFAULT_TIMEOUT_S
@@ -218,6 +221,13 @@ class TrainConfig:
             check_text(flag_of(name), getattr(self, name))
         for name in ("gather_checkpoints", "tensorboard", "wandb", "trace"):
             check_switch(flag_of(name), getattr(self, name))
+        self._fill("async_checkpoint", not self.gather_checkpoints)
+        check_switch("--async-checkpoint", self.async_checkpoint)
+        if self.async_checkpoint and self.gather_checkpoints:
+            raise ValueError(
+                "--async-checkpoint with --gather-checkpoints: files travel over the group that trains meanwhile; use "
+                "--no-async-checkpoint"
+            )
         check_known("--model", self.model, MODELS)
         check_known("--optimizer", self.optimizer, OPTIMIZERS)
         check_known("--dtype", self.dtype, DTYPES)

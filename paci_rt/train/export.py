@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paci_rt.files import sync_folder
 from paci_rt.train.encoder import EncoderConfig
 from paci_rt.train.gpt import GPTConfig
 from paci_rt.train.llama import LlamaConfig
@@ -49,7 +50,12 @@ def export(model: SavedModel, folder: str | os.PathLike[str]) -> Path:
         config = json.dumps(config_of(model.shape, model.dtype), indent=2, sort_keys=True) + "\n"
         (own / CONFIG).write_text(config, encoding="utf-8")
         own.chmod(0o777 & ~_umask())
+        for path in own.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        sync_folder(own)
         os.replace(own, target)
+        sync_folder(target.absolute().parent)
     finally:
         shutil.rmtree(own, ignore_errors=True)
     return target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import paci_rt
 from paci_rt import checkpoint, status
+from paci_rt.runtime.beside import settle
 from paci_rt.runtime.checkpoint_save import first_lost
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.train import config_file, journal
@@ -39,9 +40,15 @@ class Pause:
     clock: TrainingClock
     log: Log
     held_back: tuple[Tensor, Tensor]
+    written: list[tuple[int, checkpoint.Saving]] = field(default_factory=list)
+    """A checkpoint that may still be written, of which nobody was told, and its step."""
 
-    def __call__(self, step: int, *, validate: bool, save: bool) -> None:
-        """After ``step`` windows. The clock is left stopped."""
+    def __call__(self, step: int, *, validate: bool, save: bool, beside: bool = False) -> None:
+        """After ``step`` windows. The clock is left stopped.
+
+        Args:
+            beside: let the checkpoint be written while training goes on.
+        """
         config, board = self.config, status.board()
         self.pipeline.drain()
         self.log.catch_up()
@@ -55,13 +62,31 @@ class Pause:
         if save and config.out is not None:
             require_finite(self.pipeline, step, val_loss if config.on_nonfinite == "raise" else None)
             board.enter("saving the checkpoint", step=step)
-            self._save(step, config.out)
+            self._save(step, config.out, beside=beside)
 
-    def _save(self, step: int, out: str) -> None:
+    def _save(self, step: int, out: str, *, beside: bool) -> None:
         config, ctx = self.config, self.ctx
         extra = {"config": config.to_json(), "run": run_id(ctx)}
         how: dict[str, Any] = {"keep": config.keep_checkpoints, "gathered": config.gather_checkpoints}
-        checkpoint.save(out, self.pipeline, extra=extra, tied_weights=self.ties, group=self.group, **how)
+        how |= {"extra": extra, "tied_weights": self.ties, "group": self.group, "blocking": not beside}
+        settle(self.pipeline)
+        self.tell_saved()
+        saving = checkpoint.save(out, self.pipeline, **how)
+        if saving is None:
+            self._tell(step, out)
+        else:
+            self.written.append((step, saving))
+
+    def tell_saved(self) -> None:
+        """Say that a checkpoint is there, once it is."""
+        if self.written and self.written[0][1].done():
+            step, saving = self.written.pop()
+            saving.raise_if_failed()
+            if not saving.failed and self.config.out is not None:
+                self._tell(step, self.config.out)
+
+    def _tell(self, step: int, out: str) -> None:
+        config, ctx = self.config, self.ctx
         if ctx.rank == 0 and not (restarts(ctx) and config.resume == out):  # whose options are there
             config_file.save(config, out)
         if ctx.rank == 0 and isinstance(ctx, journal.Heard):

@@ -103,7 +103,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         save = config.save_interval > 0 and step % config.save_interval == 0 and step > first_step
         within = validate and not config.eval_drained and not save  # a checkpoint drains anyway
         if save or (validate and not within):
-            pause(step, validate=validate, save=save)
+            pause(step, validate=validate, save=save, beside=config.async_checkpoint)
             clock.start()
             board.enter("training", step=step)
         x, y = windows.take(step)  # int64 [batch, seq], both; None where this process has no use for it
@@ -111,6 +111,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
         with log.validating(step, held_back) if within and place.first else nullcontext():
             pipeline.step(*(() if x is None else (x,)), target=y, losses=losses, return_outputs=False)
         log.stepped(step + 1, losses)
+        pause.tell_saved()
     pause(config.steps, validate=True, save=True)
 
     board.enter("the final gather", step=config.steps)

@@ -7,21 +7,29 @@ waits, and cannot tell a slow disk from a stopped process.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from paci_rt.errors import MeetingError
-from paci_rt.transport.patience import describe
+from paci_rt.transport.patience import Patience, describe
 from paci_rt.transport.rendezvous import Meeting
 
 _TOPIC = "value"
 _before: dict[tuple[str, str], Meeting] = {}
 
 
-def gather(value: Any, group: dist.ProcessGroup | None, timeout_s: float, *, kind: str, what: str) -> list[Any]:
+def gather(
+    value: Any,
+    group: dist.ProcessGroup | None,
+    timeout_s: float,
+    *,
+    kind: str,
+    what: str,
+    patience: Callable[..., Patience] = Patience,
+) -> list[Any]:
     """``value`` of every process of ``group``, by rank; all of them call this, in the same order for one ``kind``.
 
     Args:
@@ -30,12 +38,13 @@ def gather(value: Any, group: dist.ProcessGroup | None, timeout_s: float, *, kin
         timeout_s: deadline, counted from the last sign of life of whoever is missing.
         kind: exchanges of different kinds are counted apart.
         what: what a process that is missing has not done, for the error: ``have not saved their part``.
+        patience: what ends a wait.
 
     Raises:
         MeetingError: some processes did not come in time.
         TransportError: the store is gone.
     """
-    meeting = Meeting(group, timeout_s, kind, what)
+    meeting = Meeting(group, timeout_s, kind, what, patience)
     meeting.put(_TOPIC, pickle.dumps(value))
     told = meeting.collect(_TOPIC)
     # Who has come to this meeting has read all of the one before.

@@ -172,9 +172,7 @@ class Patience:
         if now < self._next_look or not missing:
             return
         self._next_look = now + min(0.25, self._timeout_s / 8)
-        if not self._waiting:
-            self._waiting = True
-            status.board().say(f"waits for rank {', '.join(map(str, missing))}, which {self._what}")
+        self._say(missing)
         self._boards.learn(missing)
         for rank in missing:
             life, cpu_s, least_s = self._life(rank)
@@ -184,6 +182,12 @@ class Patience:
             limit_s = min(self._timeout_s, GONE_S) if life == "gone" else max(self._timeout_s, least_s)
             if now - last.at_s > limit_s or now - self._begin > max(self._timeout_s, MOST_S):
                 self._raise(missing, rank, limit_s)
+
+    def _say(self, missing: Sequence[int]) -> None:
+        """Put on this process's board, once, whom it waits for."""
+        if not self._waiting:
+            self._waiting = True
+            status.board().say(f"waits for rank {', '.join(map(str, missing))}, which {self._what}")
 
     def over(self) -> None:
         """The wait has ended well."""
@@ -230,6 +234,35 @@ class Patience:
             f"which is {self._timeout_s:g}",
             ranks=tuple(missing),
         )
+
+
+class GivenUp(Exception):  # no error: what was waited for is not wanted any more
+    """Ends a wait of :class:`BesidePatience`."""
+
+
+class BesidePatience(Patience):
+    """Of a thread beside the training: this process's board goes on saying what the training does.
+
+    Args:
+        given_up: ends the wait.
+    """
+
+    def __init__(self, timeout_s: float, boards: Boards, what: str, *, given_up: threading.Event) -> None:
+        super().__init__(timeout_s, boards, what)
+        self._given_up = given_up
+
+    def check(self, missing: Sequence[int]) -> None:
+        """As :class:`Patience`.
+
+        Raises:
+            GivenUp: the wait has no purpose any more.
+        """
+        if self._given_up.is_set():
+            raise GivenUp("it was given up")
+        super().check(missing)
+
+    def _say(self, missing: Sequence[int]) -> None:
+        pass
 
 
 def describe(rank: int) -> str:

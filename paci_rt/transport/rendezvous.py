@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,6 +70,7 @@ class Meeting:
         timeout_s: how long to wait for a process without a sign of life.
         kind: meetings of different kinds are counted apart.
         what: what the processes meet for, in the words of an error.
+        patience: what ends a wait.
     """
 
     _held: ClassVar[dict[str, int]] = {}  # meetings by the name of the group
@@ -80,6 +81,7 @@ class Meeting:
         timeout_s: float,
         kind: str = "",
         what: str = "have not made their pipeline",
+        patience: Callable[[float, Boards, str], Patience] = Patience,
     ) -> None:
         members = dist.group.WORLD if group is None else group
         assert members is not None
@@ -88,7 +90,7 @@ class Meeting:
         self.number = self._held.get(name, 0)
         self._held[name] = self.number + 1
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._timeout_s, self._what = timeout_s, what
+        self._timeout_s, self._what, self._patience = timeout_s, what, patience
         ranks = range(self.size)
         self._global = [rank if group is None else dist.get_global_rank(group, rank) for rank in ranks]
         root = dist.distributed_c10d._get_default_store()
@@ -127,7 +129,7 @@ class Meeting:
         while not self._store.check(keys):
             waited_s = time.monotonic() - begin
             if patience is None:
-                patience = Patience(self._timeout_s, self._boards, self._what)
+                patience = self._patience(self._timeout_s, self._boards, self._what)
             elif waited_s > LOOK_AFTER_S:
                 patience.check([self._global[at] for at, key in enumerate(keys) if not self._store.check([key])])
             time.sleep(min(MAX_POLL_S, max(POLL_S, waited_s / 100)))

@@ -49,6 +49,11 @@ def case(launcher: str, kind: str, phase: str, *, transport: str = "shm", rank: 
         case("train", "stop", "save", transport="gloo", rank=0),
         case("train", "stop", "validation", at=2),
         case("train", "memory", "end"),
+        case("train", "kill", "writing", at=7),
+        case("train", "stop", "writing", transport="gloo", at=2),
+        case("train", "raise", "writing", rank=0, at=3),
+        case("train", "term", "writing", at=5),
+        case("torchrun", "exit", "writing", transport="gloo", at=1),
         case("train", "term", "training", at=9, transport="gloo"),
         case("train", "cut", "training", at=15, transport="gloo"),
         case("torchrun", "kill", "save"),
@@ -111,7 +116,14 @@ def faulty(tmp_path: Path, kind: str, phase: str, at: int) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "phase", "at"), [("paci", "training", 50), ("1f1b", "save", 2), ("paci", "end", 1)]
+    ("schedule", "phase", "at"),
+    [
+        ("paci", "training", 50),
+        ("1f1b", "save", 2),
+        ("paci", "end", 1),
+        ("paci", "writing", 9),
+        ("1f1b", "writing", 200),
+    ],
 )
 def test_a_run_that_was_started_again_ends_with_the_bits_of_one_that_was_not(
     tmp_path: Path, schedule: str, phase: str, at: int
