@@ -117,7 +117,7 @@ def merged(costs: Costs, ranks: int) -> Costs:
 def _orders(ranks: int, accumulation: int, costs: Costs) -> Iterator[tuple[ScheduleFamily, Shape, Costs]]:
     fitted = _fitted(costs, 2 * ranks)
     in_a_v = Shape(num_stages=2 * ranks, accumulation=accumulation, chunks=2, placement="v", costs=fitted)
-    for limit in _limits(ranks, fitted):
+    for limit in limits_to_try(ranks, fitted):
         yield schedules.get("paci-v"), replace(in_a_v, activation_limit=limit), costs
     line = merged(costs, ranks)
     spread = replace(line, **{name: tuple(line.per_stage(name, ranks).tolist()) for name in _TIMES})
@@ -135,7 +135,7 @@ def _fitted(costs: Costs, stages: int) -> StepCosts:
     return fitted if any(costs.activation_bytes) else fitted._replace(stash=StepCosts().stash)
 
 
-def _limits(ranks: int, costs: StepCosts) -> list[float | None]:
+def limits_to_try(ranks: int, costs: StepCosts) -> list[float | None]:
     """None, and from what full rate takes down to a single micro-batch, in whole and half stages."""
     most = v_search.find(ranks, costs).activations
     step = max(0.5, math.ceil(2 * (most - 1) / (POINTS - 2)) / 2)

@@ -116,8 +116,8 @@ def _find(ranks: int, costs: StepCosts, limit: float | None) -> Found:
     period, order = found
     if order.peak() > 2 * MOST_HELD:
         raise ValueError(
-            f"messages take so long (hop {costs.hop:g}) that at full rate a rank holds {order.peak() / 2:g} activations: "
-            "give an activation_limit"
+            f"messages take so long (hop {costs.hop:g}) that at full rate a rank holds {order.peak() / 2:g} "
+            "activations: give an activation_limit"
         )
     work = times.work()
     return Found(

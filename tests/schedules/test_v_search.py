@@ -1,4 +1,4 @@
-"""The search for an order of stages in a V: what it must reach, how far from the best it is, and that it is an order."""
+"""The search for an order of stages in a V: what it must reach, how far from the best it is, and that it runs."""
 
 from __future__ import annotations
 
