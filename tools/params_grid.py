@@ -60,7 +60,7 @@ class Case:
         return " ".join([self.schedule, self.transport, *options])
 
 
-LATER = ("interleaved-zb", "looped-bfs", "zb-v", "v-half", "v-min", "dualpipe-v")
+LATER = ("interleaved-zb", "looped-bfs", "zb-v", "v-half", "v-min", "dualpipe-v", "paci-v")
 """Came after the table: tests/schedules/test_every_schedule.py compares them with a plain loop, bit for bit."""
 
 

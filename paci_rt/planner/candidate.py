@@ -57,7 +57,8 @@ class Candidate:
     """One way to run the model.
 
     Attributes:
-        schedule, policy: names. accumulation: micro-batches an update. slack, chunks: as in ``schedules.Shape``.
+        schedule, policy: names. accumulation: micro-batches an update. slack, chunks, activation_limit: as in
+            ``schedules.Shape``.
         lookahead: early forwards look ahead (``paci_rt.weights.lookahead``).
         partition: middle blocks of each stage, None where no cut keeps the limits.
         step_costs: what a searched schedule was fitted to, in seconds; None for the others.
@@ -82,6 +83,7 @@ class Candidate:
     lookahead: bool = False
     slack: Slack = 0
     chunks: int = 1
+    activation_limit: float | None = None
     partition: tuple[int, ...] | None = None
     step_costs: StepCosts | None = None
     predicted: Prediction | None = None
@@ -99,6 +101,7 @@ class Candidate:
             chunks=self.chunks,
             placement=schedules.get(self.schedule).placement,
             costs=costs,
+            activation_limit=self.activation_limit,
         )
 
     def recomputing(self, ranks: int) -> tuple[bool, ...]:
@@ -123,6 +126,7 @@ class Candidate:
         parts += ["look-ahead"] if self.lookahead else []
         parts += [f"slack {slack_text(self.slack)}"] if self.slack else []
         parts += [f"{self.chunks} chunks"] if self.chunks > 1 else []
+        parts += [f"activation limit {self.activation_limit:g}"] if self.activation_limit is not None else []
         return ", ".join(parts)
 
 

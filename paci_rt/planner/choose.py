@@ -239,8 +239,12 @@ def _evaluate(
     family = families.get(group[0].schedule)
     prepared = []
     for one in group:
-        found = choose_slack and family.takes_slack
-        prepared += evaluator.with_slack(one, family) if found else [evaluator.prepare(one, family)]
+        if family.takes_activation_limit:
+            prepared += evaluator.with_limits(one, family)
+        elif choose_slack and family.takes_slack:
+            prepared += evaluator.with_slack(one, family)
+        else:
+            prepared += [evaluator.prepare(one, family)]
     fitting: list[Candidate] = []
     rejected = [one for one in prepared if one.rejected is not None]
     bounds = [(evaluator.at_most(one, family), one) for one in prepared if one.rejected is None]

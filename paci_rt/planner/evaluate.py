@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 
 from paci_rt.planner.candidate import MEMORY, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
+from paci_rt.planner.frontier import limits_to_try
 from paci_rt.planner.memory import Keeps, copies_beside, needs, peak_bytes, what_is_kept
 from paci_rt.planner.partition import best_partition
 from paci_rt.planner.profile import Profile
 from paci_rt.planner.stage_costs import Spans, loops, stage_costs, step_costs
-from paci_rt.schedules import ScheduleFamily, Shape, policies
+from paci_rt.schedules import ScheduleFamily, Shape, policies, v_search
 from paci_rt.schedules.base import check_shape
 from paci_rt.schedules.slack import Loops
 from paci_rt.simulate import Costs, simulate
 from paci_rt.simulate.costs import Floats
 
 FITTING_ROUNDS = 3
+EXACT = 1e-4
+"""As a share: how exactly the search for an order knows its period."""
 
 
 @dataclass(kw_only=True)
@@ -52,12 +55,8 @@ class Evaluator:
         if shape.num_stages > self.profile.middle:
             why = f"{one.chunks} chunks on {self.ranks} devices need {shape.num_stages} blocks"
             return replace(one, rejected=f"{why}, the model has {self.profile.middle}", severity=(SHAPE, 0.0))
-        try:
-            check_shape(family, shape)
-            policies.resolve(family, shape, one.policy)
-        except ValueError as error:
-            return replace(one, rejected=str(error), severity=(SHAPE, 0.0))
-        broken = self._versions_broken(one, family, shape)
+        unfitted = family.takes_activation_limit and one.step_costs is None  # then nothing is known of its order
+        broken = self._broken(one, family, shape, order_known=not unfitted)
         if broken is not None:
             return broken
         if family.takes_costs:
@@ -85,6 +84,32 @@ class Evaluator:
                     todo.append(found[slack])
         return list(found.values())
 
+    def with_limits(self, one: Candidate, family: ScheduleFamily) -> list[Candidate]:
+        """``one`` fitted to its partition, without a limit of activations and with some: see :meth:`prepare`."""
+        one = self.prepare(one, family)
+        if one.rejected is not None:
+            return [one]
+        fitted = replace(one, step_costs=step_costs(self._costs(one), one.recomputing(self.ranks)))
+        assert fitted.step_costs is not None
+        try:
+            limits = limits_to_try(self.ranks, fitted.step_costs)
+        except ValueError as error:
+            return [replace(one, rejected=str(error), severity=(SHAPE, 0.0))]
+        found = [replace(fitted, activation_limit=limit) for limit in limits]
+        return [self._broken(each, family, each.shape(self.ranks)) or each for each in found]
+
+    def _broken(
+        self, one: Candidate, family: ScheduleFamily, shape: Shape, *, order_known: bool = True
+    ) -> Candidate | None:
+        """``one`` with what its shape or its order breaks; None where it breaks nothing."""
+        try:
+            check_shape(family, shape)
+            if order_known:
+                policies.resolve(family, shape, one.policy)
+        except ValueError as error:
+            return replace(one, rejected=str(error), severity=(SHAPE, 0.0))
+        return self._versions_broken(one, family, shape) if order_known else None
+
     def at_most(self, one: Candidate, family: ScheduleFamily) -> float:
         """Micro-batches per second that ``one`` cannot exceed, whatever the details of its schedule.
 
@@ -99,7 +124,8 @@ class Evaluator:
         )
         input_grad = input_grad + np.where(one.recomputing(self.ranks), forward, 0.0)
         work = forward + input_grad + weight_grad
-        by_rank = [float((one.accumulation * work + update)[rank :: self.ranks].sum()) for rank in range(self.ranks)]
+        shape, window = one.shape(self.ranks), one.accumulation * work + update
+        by_rank = [float(window[list(shape.stages_of(rank))].sum()) for rank in range(self.ranks)]
         window_s = max(by_rank)
         if family.flush and one.chunks == 1:
             gone = forward + input_grad + (0.0 if family.split else weight_grad)
@@ -107,6 +133,9 @@ class Evaluator:
             fillers = update + (one.accumulation * weight_grad if family.split else 0.0)
             busy = one.accumulation * work + update - fillers
             window_s = max(window_s, float((busy + np.maximum(fillers, gap)).max()))
+        elif family.takes_activation_limit:
+            period_s = v_search.find(self.ranks, shape.costs, one.activation_limit).period
+            window_s = max(window_s, one.accumulation * period_s * (1 - EXACT))
         elif not family.flush:
             window_s = max(window_s, one.accumulation * self._loops(one, family).period(one.slack))
         return one.accumulation / window_s if window_s else math.inf
@@ -125,7 +154,9 @@ class Evaluator:
         fixed = 1 + self.profile.state_bytes_per_parameter_byte
         copies = [fixed + copies_beside(self.profile, one, family, shape, rank) for rank in range(self.ranks)]
         peak = tuple(
-            math.floor(copies[rank] * float(weights[rank :: self.ranks].sum()) + run.peak_activation_bytes[rank])
+            math.floor(
+                copies[rank] * float(weights[list(shape.stages_of(rank))].sum()) + run.peak_activation_bytes[rank]
+            )
             for rank in range(self.ranks)
         )
         found = replace(
@@ -145,8 +176,12 @@ class Evaluator:
     def _fitted(self, one: Candidate, family: ScheduleFamily) -> Candidate:
         """``one`` with a searched schedule fitted to its partition, and a partition that keeps within the memory.
 
-        The two depend on each other, so this takes a few rounds.
+        The two depend on each other, so this takes a few rounds. With several stages a device it is the partition that
+        was found without limits.
         """
+        if one.chunks > 1:
+            again = one.recomputing(self.ranks)
+            return one if one.step_costs else replace(one, step_costs=step_costs(self._costs(one), again))
         spans = Spans(profile=self.profile, stages=self.ranks)
         for _ in range(FITTING_ROUNDS):
             one = replace(one, step_costs=step_costs(self._costs(one), one.recomputing(self.ranks)))

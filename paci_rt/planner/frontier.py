@@ -117,25 +117,27 @@ def merged(costs: Costs, ranks: int) -> Costs:
 def _orders(ranks: int, accumulation: int, costs: Costs) -> Iterator[tuple[ScheduleFamily, Shape, Costs]]:
     fitted = _fitted(costs, 2 * ranks)
     in_a_v = Shape(num_stages=2 * ranks, accumulation=accumulation, chunks=2, placement="v", costs=fitted)
-    for limit in _limits(ranks, fitted):
+    for limit in limits_to_try(ranks, fitted):
         yield schedules.get("paci-v"), replace(in_a_v, activation_limit=limit), costs
     line = merged(costs, ranks)
-    spread = replace(line, **{name: tuple(line.per_stage(name, ranks).tolist()) for name in _TIMES})
-    choices = loops(spread, [False] * ranks, split=False).choices()
+    choices = loops(_spread(line, ranks), [False] * ranks, split=False).choices()
     for slack in choices[:: math.ceil(len(choices) / POINTS)] + choices[-1:]:
         yield schedules.get("paci"), Shape(num_stages=ranks, accumulation=accumulation, slack=slack), line
 
 
-_TIMES = ("forward_s", "input_grad_s", "weight_grad_s")
+def _spread(costs: Costs, stages: int) -> Costs:
+    """With one time for each of ``stages``."""
+    names = ("forward_s", "input_grad_s", "weight_grad_s")
+    values: dict[str, Any] = {name: tuple(costs.per_stage(name, stages).tolist()) for name in names}
+    return replace(costs, **values)
 
 
 def _fitted(costs: Costs, stages: int) -> StepCosts:
-    spread = replace(costs, **{name: tuple(costs.per_stage(name, stages).tolist()) for name in _TIMES})
-    fitted = step_costs(spread, [False] * stages)
+    fitted = step_costs(_spread(costs, stages), [False] * stages)
     return fitted if any(costs.activation_bytes) else fitted._replace(stash=StepCosts().stash)
 
 
-def _limits(ranks: int, costs: StepCosts) -> list[float | None]:
+def limits_to_try(ranks: int, costs: StepCosts) -> list[float | None]:
     """None, and from what full rate takes down to a single micro-batch, in whole and half stages."""
     most = v_search.find(ranks, costs).activations
     step = max(0.5, math.ceil(2 * (most - 1) / (POINTS - 2)) / 2)

@@ -83,8 +83,8 @@ def find(ranks: int, costs: StepCosts, activation_limit: float | None = None) ->
         >>> from paci_rt.schedules import StepCosts
         >>> from paci_rt.schedules.v_search import find
         >>> costs = StepCosts((1.0,), (1.0,), (1.0,), hop=0.06)
-        >>> [round(find(8, costs, limit).utilization, 2) for limit in (2, 3, 4.5)]
-        [0.64, 0.94, 1.0]
+        >>> [round(find(8, costs, limit).utilization, 2) for limit in (3.5, 4.5, None)]
+        [0.95, 0.98, 1.0]
     """
     check(ranks, costs, activation_limit)
     return _find(ranks, costs.per_stage(2 * ranks), activation_limit)
@@ -116,8 +116,8 @@ def _find(ranks: int, costs: StepCosts, limit: float | None) -> Found:
     period, order = found
     if order.peak() > 2 * MOST_HELD:
         raise ValueError(
-            f"messages take so long (hop {costs.hop:g}) that at full rate a rank holds {order.peak() / 2:g} activations: "
-            "give an activation_limit"
+            f"messages take so long (hop {costs.hop:g}) that at full rate a rank holds {order.peak() / 2:g} "
+            "activations: give an activation_limit"
         )
     work = times.work()
     return Found(

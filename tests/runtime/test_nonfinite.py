@@ -39,10 +39,11 @@ def test_the_error_names_stage_window_and_micro_batch(schedule: str, factor: flo
     with pytest.raises(paci_rt.NonFiniteError) as caught:
         drive(pipe, run)
     error, one = caught.value, FAMILIES[schedule].one_micro_batch_windows
-    assert error.stage == 3  # gradients begin at the last stage
+    # Gradients begin at the last stage; of two ranks in a V, either may come to its update first.
+    assert error.stage == 3 or (FAMILIES[schedule].placement == "v" and error.stage == 2)
     assert (error.window, error.micro_batch) == (9 if one else 2, 9)
     assert error.parameter == "0.weight"
-    assert "stage 3, window" in str(error) and "on_nonfinite='skip-window'" in str(error)
+    assert f"stage {error.stage}, window" in str(error) and "on_nonfinite='skip-window'" in str(error)
     assert all_finite(pipe)
     with pytest.raises(paci_rt.PaciError, match="failed earlier"):
         pipe.state_dict()  # nothing to save

@@ -39,6 +39,10 @@ DISTRIBUTED = [
     Run(schedule="looped-bfs", stages=4, accumulation=4, chunks=2, policy="recompute", optimizer="torch-sgd"),
     Run(schedule="zb-2p", stages=3, accumulation=5, wide=True, windows=4, eval_every=2),
     Run(schedule="zb-h1", stages=2, accumulation=1),
+    Run(schedule="paci-v", stages=3, accumulation=3, lookahead=True, eval_every=2),
+    Run(schedule="paci-v", stages=2, accumulation=2, policy="stash", optimizer="torch-sgd"),
+    Run(schedule="paci-v", stages=3, accumulation=4, policy="2bw", wide=True, windows=4),
+    Run(schedule="paci-v", stages=2, accumulation=3, policy="recompute", lookahead=True, optimizer="sgd"),
     Run(schedule="pipedream", stages=3, accumulation=4, wide=True, windows=4, eval_every=2),
     Run(schedule="pipedream-2bw", stages=3, accumulation=2, slack=0, optimizer="sgd", eval_every=2),
     *(

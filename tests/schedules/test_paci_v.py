@@ -133,7 +133,7 @@ def test_two_versions_of_the_weights_need_large_enough_windows() -> None:
 
 
 def test_what_it_cannot_have_is_refused() -> None:
-    with pytest.raises(ValueError, match="activation_limit is 0.5"):
+    with pytest.raises(ValueError, match=r"activation_limit is 0\.5"):
         shape(4, 8, limit=0.5)
     costs = Costs(forward_s=(1.0,), input_grad_s=(1.0,), weight_grad_s=(1.0,))
     with pytest.raises(ValueError, match="activation_limit is 2: paci takes none"):
