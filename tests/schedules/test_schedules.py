@@ -102,7 +102,8 @@ def test_flush_schedules_repeat_window_by_window(name: str) -> None:
 
 def test_every_schedule_of_the_comparison_is_there() -> None:
     expected = "gpipe 1f1b interleaved-1f1b interleaved-zb looped-bfs zb-h1 zb-h2 zb-1p zb-2p async-1f1b pipedream"
-    assert set(FAMILIES) == {*expected.split(), "pipedream-2bw", "paci", "paci-split"}
+    in_a_v = ("zb-v", "dualpipe-v", "v-half", "v-min")
+    assert set(FAMILIES) == {*expected.split(), *in_a_v, "pipedream-2bw", "paci", "paci-split"}
     assert all(schedules.get(name).name == name for name in FAMILIES)
 
 

@@ -48,7 +48,9 @@ def plainly(name: str, shape: Shape, costs: Costs, windows: int) -> dict[str, tu
     for rank, stream in enumerate(streams):
         for action in stream:
             forward = action.op is Op.F
-            if action.op in (Op.F, Op.B, Op.I) and 0 <= action.stage + (1 if forward else -1) < shape.num_stages:
+            other = action.stage + (1 if forward else -1)
+            travels = 0 <= other < shape.num_stages and shape.rank_of(other) != rank
+            if action.op in (Op.F, Op.B, Op.I) and travels:
                 sent_before[action] = last.get((rank, forward))
                 last[rank, forward] = action
     known: dict[Action, tuple[float, float]] = {}
@@ -66,10 +68,10 @@ def plainly(name: str, shape: Shape, costs: Costs, windows: int) -> dict[str, tu
         if action not in known:
             start = span(before[action])[1] if action in before else 0.0
             for needed in dependencies(action, shape.num_stages, shape.accumulation, split=family.split):
-                if needed.stage == action.stage:
+                if shape.rank_of(needed.stage) == shape.rank_of(action.stage):  # handed over
                     start = max(start, span(needed)[1])
                 else:
-                    start = max(start, sent(needed) + (costs.hop_s if shape.ranks > 1 else 0.0))
+                    start = max(start, sent(needed) + costs.hop_s)
             names = {"F": ["forward_s"], "I": ["input_grad_s"], "W": ["weight_grad_s"], "U": ["update_s"]}
             names["B"] = [*names["I"], *names["W"]]
             factor = 1.0 if action.op is Op.U else costs.micro_batch_factors[action.index % 3]
@@ -88,6 +90,8 @@ CASES = [
     ("zb-2p", {"accumulation": 8}, 1),
     ("interleaved-1f1b", {"accumulation": 4, "chunks": 2}, 2),
     ("interleaved-1f1b", {"accumulation": 4, "chunks": 4}, 1),
+    ("zb-v", {"accumulation": 4, "chunks": 2, "placement": "v"}, 2),
+    ("v-half", {"accumulation": 5, "chunks": 2, "placement": "v"}, 2),
     ("pipedream-2bw", {"accumulation": 4}, 3),
     ("async-1f1b", {"accumulation": 1}, 9),
 ]
