@@ -39,7 +39,7 @@ class ScheduleDualPipeV(PipelineScheduleMulti):
         ... )
         >>> _ = pipeline.step(torch.ones(8, 4), target=torch.ones(8, 4))
         >>> pipeline.stats()["peak_rank_in_flight"]  # pieces of two ranks
-        {0: 4, 1: 5}
+        {0: 5, 1: 5}
     """
 
     name = "dualpipe-v"

@@ -70,7 +70,7 @@ def plainly(name: str, shape: Shape, costs: Costs, windows: int) -> dict[str, tu
         if action not in known:
             start = span(before[action])[1] if action in before else 0.0
             for needed in dependencies(action, shape.num_stages, shape.accumulation, split=family.split):
-                if needed.stage == action.stage:
+                if shape.rank_of(needed.stage) == shape.rank_of(action.stage):  # handed over
                     start = max(start, span(needed)[1])
                 else:
                     start = max(start, sent(needed) + (costs.hop_s if needed in sent_before else 0.0))
@@ -95,6 +95,8 @@ CASES = [
     ("paci-v", {"accumulation": 3, "chunks": 2, "placement": "v"}, 4),
     ("paci-v", {"accumulation": 2, "chunks": 2, "placement": "v", "activation_limit": 1}, 4),
     ("zb-v", {"accumulation": 6, "chunks": 2, "placement": "v"}, 2),
+    ("zb-v", {"accumulation": 4, "chunks": 2, "placement": "v"}, 2),
+    ("v-half", {"accumulation": 5, "chunks": 2, "placement": "v"}, 2),
     ("pipedream-2bw", {"accumulation": 4}, 3),
     ("async-1f1b", {"accumulation": 1}, 9),
 ]
