@@ -95,8 +95,14 @@ def _lock(folder: Path) -> int:
                 break
         os.close(file)  # its holder removed it just then
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
-    os.ftruncate(file, 0)
-    os.pwrite(file, text.encode(), 0)
+    try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, text.encode(), 0)
+    except OSError:  # the disk is full
+        with suppress(OSError):
+            path.unlink()
+        os.close(file)
+        raise
     return file
 
 
