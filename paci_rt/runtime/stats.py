@@ -27,7 +27,10 @@ def pipeline_stats(
     for runtime, bound in zip(runtimes, bounds, strict=True):
         audit = runtime.audit
         versions = runtime.weights.extra_bytes + (0 if runtime.guard is None else runtime.guard.extra_bytes)
+        sink = bound if runtime.ties is None else runtime.ties
         parts = {**bound.memory, "versions": versions, "activations": audit.peak_activation_bytes}
+        parts["temporaries"] = sink.backward_bytes
+        parts["messages"] = 0 if memory else getattr(executor.transport, "message_bytes", 0)  # of the whole process
         for part, held_bytes in (runtime.ties.memory if runtime.ties is not None else {}).items():
             parts[part] += held_bytes
         memory[audit.stage] = {**parts, "total": sum(parts.values())}

@@ -11,8 +11,7 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 
 _BLOCK = {"cpu": 1 << 16}
 _LARGE_BLOCK = 1 << 23
-"""Elements that trade places at a time: on a CPU so many that they stay in a cache, elsewhere so many that they are worth
-a launch."""
+"""Elements that trade places at a time: on a CPU as many as stay in a cache, elsewhere as many as a launch is worth."""
 
 
 class ScratchWeights:
