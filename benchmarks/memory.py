@@ -6,8 +6,9 @@
 One process per stage trains a real model on random tokens for a few updates; no data and no GPU are needed. A row for
 each stage of each case:
 
-- *system*: the largest proportional set size of the process, sampled from ``/proc/self/smaps_rollup`` throughout, less
-  what the same process took after it had trained a tiny model in the same way.
+- *system*: the largest proportional set size of the process, sampled from ``/proc/self/smaps_rollup`` from the second
+  update on, less what the same process took after it had trained a tiny model in the same way. (In the first update,
+  pages of messages that the other process has not looked at yet would count whole for the sender.)
 - *counted*: ``stats()["memory"]``, what ``paci-rt train`` prints.
 - *1f1b*: system, over that of the same stage under 1F1B-flush with equal options.
 
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from common import finish_measures, list_of, measure, positive, write_measures
+from common import finish_measures, integer, list_of, measure, positive, write_measures
 from paci_rt import launch
 from paci_rt.report.text import size as text_of
 from paci_rt.train.build import build_pipeline
@@ -85,12 +86,14 @@ class Case:
         )
 
 
-def train(ctx: launch.Context, config: TrainConfig, case: Case) -> dict[str, Any]:
-    """Some updates; the statistics of this process's stage."""
+def train(ctx: launch.Context, config: TrainConfig, case: Case, watch: Watch | None = None) -> dict[str, Any]:
+    """Some updates, watched from the second on; the statistics of this process's stage."""
     pipeline, _ = build_pipeline(config, ctx)
     vocabulary = config.shape.vocab_size
     generator = torch.Generator().manual_seed(0)
-    for _ in range(case.windows):
+    for window in range(case.windows):
+        if watch is not None and window == 1:
+            watch.start()
         tokens = torch.randint(vocabulary, (2, case.accumulation, config.seq_len), generator=generator)
         with torch.autocast("cpu", torch.bfloat16) if case.dtype == "autocast" else nullcontext():
             pipeline.step(
@@ -100,6 +103,8 @@ def train(ctx: launch.Context, config: TrainConfig, case: Case) -> dict[str, Any
             )
     stats = pipeline.stats()
     pipeline.drain()
+    if watch is not None:
+        watch.stop()
     pipeline.close()
     return {"memory": stats["memory"][ctx.rank], "transport": stats["transport"]}
 
@@ -111,8 +116,8 @@ def work(ctx: launch.Context, case: Case) -> dict[str, Any]:
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     bare = resident_parts()
-    with Watch() as watch:
-        found = train(ctx, case.config(), case)
+    watch = Watch()
+    found = train(ctx, case.config(), case, watch)
     return {**found, "bare": bare, "peak": watch.peak, "samples": watch.samples}
 
 
@@ -225,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stages", type=positive, default=8)
     parser.add_argument("--partition", type=list_of(positive), metavar="N,N,...", help="blocks of each stage")
     parser.add_argument("--accumulation", type=positive, default=8, help="micro-batches of one sequence per update")
-    parser.add_argument("--windows", type=positive, default=3, help="updates")
+    parser.add_argument("--windows", type=integer(2), default=3, help="updates")
     parser.add_argument("--timeout-s", type=positive, default=3600, help="of one case")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)

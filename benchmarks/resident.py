@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+import time
 
+REST = 10
 FIELDS = ("Pss", "Pss_Anon", "Pss_File", "Pss_Shmem")
 
 
@@ -28,7 +29,8 @@ class Watch:
     """Samples :func:`resident_parts` in a thread of its own and keeps the largest.
 
     Args:
-        period_s: between samples. One walks through the process's pages, which takes milliseconds for each GiB.
+        period_s: between samples, at least. One walks through the process's pages, which takes milliseconds for each
+            GiB; the thread rests for ``REST`` times as long.
     """
 
     def __init__(self, period_s: float = 0.05) -> None:
@@ -37,19 +39,21 @@ class Watch:
         self._period_s, self._stop = period_s, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def start(self) -> None:
+        """Begin to sample."""
         self._thread.start()
-        return self
 
-    def __exit__(self, *error: Any) -> None:
+    def stop(self) -> None:
+        """Take no more samples."""
         self._stop.set()
         self._thread.join()
 
     def _run(self) -> None:
         while True:
+            begin_s = time.thread_time()
             found = resident_parts()
             if found["Pss"] > self.peak.get("Pss", -1):
                 self.peak = found
             self.samples += 1
-            if self._stop.wait(self._period_s):
+            if self._stop.wait(max(self._period_s, REST * (time.thread_time() - begin_s))):
                 return

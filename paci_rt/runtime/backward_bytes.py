@@ -33,6 +33,8 @@ def backward_bytes(outputs: Iterable[Tensor], matrices: Collection[int], lookups
 
 
 def _of(node: Any, matrices: Collection[int], lookups: Collection[int]) -> int:
+    if hasattr(node, "variable"):
+        return 0  # a parameter's own, which takes what others have made
     total = sum(_bytes(one) for one in node._input_metadata)
     if type(node).__name__ in _SAME_MEMORY:
         return total
