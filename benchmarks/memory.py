@@ -12,8 +12,8 @@ each stage of each case:
 - *counted*: ``stats()["memory"]``, what ``paci-rt train`` prints.
 - *1f1b*: system, over that of the same stage under 1F1B-flush with equal options.
 
-``paci-bare`` is PACI without look-ahead. ``autocast`` among the dtypes is fp32 under ``torch.autocast`` to bf16. Cases run
-one after another; with ``--json`` those that the file has already are not run again.
+``paci-bare`` is PACI without look-ahead. ``autocast`` among the dtypes is fp32 under ``torch.autocast`` to bf16. Cases
+run one after another; with ``--json`` those that the file has already are not run again.
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def same_but(row: dict[str, Any], schedule: str, rows: list[dict[str, Any]], dty
     """The row of the same stage and options under another schedule, or None."""
     keys = ("seq_len", "model", "stages", "accumulation", "stage")
     for other in rows:
-        if other["schedule"] == schedule and other["dtype"] == (dtype or row["dtype"]):
-            if all(other[key] == row[key] for key in keys):
-                return other
+        alike = other["schedule"] == schedule and other["dtype"] == (dtype or row["dtype"])
+        if alike and all(other[key] == row[key] for key in keys):
+            return other
     return None
 
 
