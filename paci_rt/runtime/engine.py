@@ -334,7 +334,8 @@ class Pipeline(PipelineEvaluation):
         ``evaluation_s`` are seconds of evaluation within steps, which are in no other; ``copied_input_bytes`` is what
         was copied of the caller's batches because :meth:`step` returned before their backwards; ``lookahead_s`` is the
         part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer,
-        accumulators, versions (extra weights), activations (peak) and total. ``reduce_s`` is what sums over replicas
+        accumulators, versions (extra weights), activations (peak), temporaries (of a backward, by its graph), messages
+        (of the process; under its first stage) and total. ``reduce_s`` is what sums over replicas
         took, ``exposed_reduce_s`` and ``exposed_gather_s`` what stages waited for them and for weights of other
         replicas.
         """
