@@ -104,7 +104,8 @@ def plan(
     """Choose partition, schedule, policy, accumulation and slack for the highest throughput within the limits.
 
     Among candidates within ``AS_FAST`` of the fastest, those that look ahead or have no delay come first; of those the
-    one that needs the least memory is taken, then the one with the least delay, then the least drift, then the fewest micro-batches an update, then the least slack.
+    one that needs the least memory is taken, then the one with the least delay, then the least drift, then the fewest
+    micro-batches an update, then the least slack.
 
     Args:
         profile: its micro-batch is the plan's.

@@ -23,7 +23,7 @@ def pipeline_stats(
     start_s = executor.first_start_s
     wall_s = 0.0 if start_s is None else executor.last_end_s - start_s
     compute_s = sum(audit.compute_s for audit in audits)
-    memory = {}
+    memory: dict[int, dict[str, int]] = {}
     for runtime, bound in zip(runtimes, bounds, strict=True):
         audit = runtime.audit
         versions = runtime.weights.extra_bytes + (0 if runtime.guard is None else runtime.guard.extra_bytes)
