@@ -22,7 +22,13 @@ from paci_rt.optim.verdict import AS_IT_IS, Sealed, Verdict, require_finite
 
 
 class GradSink(ABC):
-    """What a stage hands its gradients to, and asks before it reads its weights."""
+    """What a stage hands its gradients to, and asks before it reads its weights.
+
+    Attributes:
+        backward_bytes: what a backward takes at a time, beside what its forward has saved.
+    """
+
+    backward_bytes = 0
 
     @abstractmethod
     def place(self, param: nn.Parameter) -> tuple[GradAccumulator, int]:

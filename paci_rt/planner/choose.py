@@ -103,8 +103,9 @@ def plan(
 ) -> Plan:
     """Choose partition, schedule, policy, accumulation and slack for the highest throughput within the limits.
 
-    Among candidates within ``AS_FAST`` of the fastest, the one that needs the least memory is taken; of those the one
-    with the least delay, then the least drift, then the fewest micro-batches an update, then the least slack.
+    Among candidates within ``AS_FAST`` of the fastest, those that look ahead or have no delay come first; of those the
+    one that needs the least memory is taken, then the one with the least delay, then the least drift, then the fewest
+    micro-batches an update, then the least slack.
 
     Args:
         profile: its micro-batch is the plan's.
@@ -146,7 +147,8 @@ def plan(
         delay=delay_limits[True],
         bare_delay=delay_limits[False],
     )
-    groups = _groups(schedules, policies, accumulations, given, chunks, lookahead)
+    limited = memory_limit_bytes is not None and lookahead is None
+    groups = _groups(schedules, policies, accumulations, given, chunks, lookahead, both=limited)
     return _choose(groups, Evaluator(profile=profile, speeds=speeds, limits=limits), choose_slack=given is None)
 
 
@@ -190,8 +192,11 @@ def _groups(
     slack: families.Slack | None,
     chunks: Sequence[int],
     lookahead: bool | None,
+    *,
+    both: bool,
 ) -> Iterator[list[Candidate]]:
-    """Candidates by schedule and policy; each group competes within itself first."""
+    """Candidates by schedule and policy; each group competes within itself first. ``both``: what can look ahead is
+    there without it too, since look-ahead takes memory."""
     chosen = [families.get(name) for name in (families.FAMILIES if schedules is None else schedules)]
     for name in policies or ():
         consistency.resolve(families.get("paci"), families.Shape(num_stages=1, accumulation=1), name)
@@ -203,20 +208,21 @@ def _groups(
                 continue
             found = True
             ahead = lookahead is not False and consistency.looks_ahead(takes, policy, None)
-            yield [
-                Candidate(
-                    schedule=family,
-                    policy=policy,
-                    accumulation=count,
-                    lookahead=ahead,
-                    slack=slack if slack is not None and takes.takes_slack else 0,
-                    chunks=pieces,
-                )
-                for count, pieces in itertools.product(
-                    _accumulations(takes, accumulations),
-                    dict.fromkeys(chunks) if takes.takes_chunks else (takes.chunks,),
-                )
-            ]
+            for looks in (True, False) if ahead and both else (ahead,):
+                yield [
+                    Candidate(
+                        schedule=family,
+                        policy=policy,
+                        accumulation=count,
+                        lookahead=looks,
+                        slack=slack if slack is not None and takes.takes_slack else 0,
+                        chunks=pieces,
+                    )
+                    for count, pieces in itertools.product(
+                        _accumulations(takes, accumulations),
+                        dict.fromkeys(chunks) if takes.takes_chunks else (takes.chunks,),
+                    )
+                ]
     if not found:
         raise ValueError(
             f"none of {', '.join(family.name for family in chosen)} can run under {' or '.join(policies or ())}: "
@@ -274,7 +280,8 @@ def _ranked(fitting: list[Candidate]) -> list[Candidate]:
         assert one.predicted is not None
         found = one.predicted
         slack = sum(slack_by_stage(one.slack, len(found.peak_memory_bytes)))
-        return max(found.peak_memory_bytes), found.delay, found.drift, one.accumulation, slack
+        bare = found.delay > 0 and not one.lookahead  # what it saves in memory it takes in tokens
+        return float(bare), max(found.peak_memory_bytes), found.delay, found.drift, one.accumulation, slack
 
     ranked: list[Candidate] = []
     left = sorted(fitting, key=lambda one: (-_speed(one), preference(one)))

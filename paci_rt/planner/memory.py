@@ -33,10 +33,7 @@ class Keeps:
 
 def copies_beside(profile: Profile, one: Candidate, family: ScheduleFamily, shape: Shape, rank: int) -> int:
     """Copies of its weights that ``rank`` holds besides the current ones."""
-    copies = policies.copies_held(one.policy, family, shape, rank, one.lookahead)
-    if profile.has_masters and copies and (one.lookahead or one.policy == "predict"):
-        copies -= 1  # masters bring the weights back
-    return copies
+    return policies.copies_held(one.policy, family, shape, rank, one.lookahead, masters=profile.has_masters)
 
 
 def what_is_kept(profile: Profile, one: Candidate, family: ScheduleFamily, shape: Shape, rank: int) -> Keeps:

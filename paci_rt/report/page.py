@@ -22,8 +22,18 @@ from paci_rt.trace import Event
 
 MOST_EVENTS = 20_000
 """Actions of a timeline that a page shows."""
-PARTS = ("weights", "masters", "optimizer", "accumulators", "versions", "activations", "snapshot")
-PART_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#E69F00")
+PARTS = (
+    "weights",
+    "masters",
+    "optimizer",
+    "accumulators",
+    "versions",
+    "activations",
+    "temporaries",
+    "messages",
+    "snapshot",
+)
+PART_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#E69F00", "#D55E00", "#999999", "#000000")
 SIMULATED_WINDOWS = 4
 
 

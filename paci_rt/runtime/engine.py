@@ -354,10 +354,10 @@ class Pipeline(PipelineEvaluation):
         ``evaluation_s`` are seconds of evaluation within steps, which are in no other; ``copied_input_bytes`` is what
         was copied of the caller's batches because :meth:`step` returned before their backwards; ``lookahead_s`` is the
         part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer,
-        accumulators, versions (extra weights), activations (peak), snapshot (of a checkpoint that is written beside
-        training, peak) and total; ``saving_wait_s`` is what a save waited for the one before. ``reduce_s`` is what sums
-        over replicas took, ``exposed_reduce_s`` and ``exposed_gather_s`` what stages waited for them and for weights of
-        other replicas.
+        accumulators, versions (extra weights), activations (peak), temporaries (of a backward, by its graph), messages
+        (of the process; under its first stage), snapshot (of a checkpoint that is written beside training, peak) and
+        total; ``saving_wait_s`` is what a save waited for the one before. ``reduce_s`` is what sums over replicas took,
+        ``exposed_reduce_s`` and ``exposed_gather_s`` what stages waited for them and for weights of other replicas.
         """
         self._executor.settle()
         replicas = 1 if self.replicas is None else self.replicas.count

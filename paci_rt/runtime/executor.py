@@ -31,7 +31,7 @@ from paci_rt.runtime.trees import on_device
 from paci_rt.schedules.lowering import TiedWeight, stage_channels
 from paci_rt.status import CURRENT, LAST, OP_CODES, board
 from paci_rt.trace import Event
-from paci_rt.transport.base import Message, Transport
+from paci_rt.transport.base import Message, Transport, send_and_leave
 from paci_rt.weights.base import StageWeights
 
 _NOTHING = nullcontext()
@@ -349,7 +349,8 @@ class Executor:
         assert runtime.ties is not None
         take = runtime.ties.gradient if action.op is Op.SEND_TG else runtime.ties.weight
         for channel in self._channels[action.stage][action.op]:
-            self.transport.send(channel, action.index, Message((take(channel.tied_weight),), (False,)))
+            # Memory that the next backward, or update, writes to.
+            send_and_leave(self.transport, channel, action.index, take(channel.tied_weight))
 
     def _recv_tied(self, runtime: StageRuntime, action: Action, batch: Batch) -> None:
         assert runtime.ties is not None

@@ -63,7 +63,10 @@ class GradientHooks:
         self._running.clear()
 
     def waits(self, param: nn.Parameter) -> bool:
-        """Whether a hook of the user's waits for the gradient of a parameter."""
+        """Whether a hook of the user's waits for the gradient of a parameter, or had a part of the window's."""
+        return param in self._running or self._hooked(param)
+
+    def _hooked(self, param: nn.Parameter) -> bool:
         watched = self._watched.get(id(param))
         if watched is None:
             return False
@@ -101,7 +104,7 @@ class GradientHooks:
         for param, grad in list(self._running.items()):
             if self._sum_so_far(param) is None:  # a new window
                 grad = self._running[param] = None
-                if not self.waits(param):
+                if not self._hooked(param):
                     del self._running[param]
                     continue
             param.grad = grad

@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from paci_rt.errors import StageError
 from paci_rt.optim.stage_optimizer import GradSink
+from paci_rt.runtime.backward_bytes import backward_bytes
+from paci_rt.runtime.embedding_rows import EmbeddingRows
 from paci_rt.runtime.gradient_hooks import GradientHooks
-from paci_rt.runtime.linear_layers import find_layers
+from paci_rt.runtime.linear_layers import PlainForward, find_layers
 from paci_rt.runtime.readers import readers
 
 
@@ -145,16 +147,6 @@ class SplitLayer(SplitUse):
         return PlainForward, (self.module,)
 
 
-class PlainForward:
-    """What takes the place of a :class:`SplitLayer` in copies and pickles of an attached module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-
 def run_split(x: Tensor, layer: SplitUse) -> Tensor:
     """The layer's output, from one autograd node."""
     gradients = layer.gradients
@@ -223,6 +215,7 @@ class WeightGradients:
         self._pending: list[WeightGradient] = []
         for name, layer in self._layers:
             layer.forward = SplitLayer(name, layer, self)
+        self._embeddings = EmbeddingRows(module, sink, self)
 
     @property
     def names(self) -> list[str]:
@@ -237,6 +230,7 @@ class WeightGradients:
                 del layer.__dict__["forward"]
         self._layers.clear()
         self.hooks.remove()
+        self._embeddings.remove()
         if self.calls is not None:
             self.calls.remove()
 
@@ -259,12 +253,14 @@ class WeightGradients:
         self._uses = _uses(used)
         self._defer, self._pending = defer, []
         self.hooks.begin()
+        self._embeddings.begin()
         try:
             if roots:
                 torch.autograd.backward(roots, grads)
         finally:
             self.active = self.collecting = False
             self.hooks.end()
+        self._embeddings.finish()
         if self._pending and not defer:
             self.compute(self._pending)
         self._sink.flush()
@@ -329,6 +325,10 @@ class WeightGradients:
     def learn_order(self, outputs: Sequence[Tensor], used: Sequence[SplitUse]) -> None:
         """Learn from the graph of a forward who reads parameters, and tell the sink which layers alone do, by all
         forwards so far."""
+        self._embeddings.learn(outputs)
+        matrices = {id(layer.weight) for layer in used}
+        took = backward_bytes(outputs, matrices, self._embeddings.weights)
+        self._sink.backward_bytes = max(self._sink.backward_bytes, took)
         in_layers, elsewhere = readers(outputs, LAYER_NODE)
         known = len(self._order), len(self._elsewhere)
         for layer in used:

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from paci_rt.runtime.linear_layers import compiled_parts
-from paci_rt.runtime.split_backward import PlainForward, SplitUse, WeightGradients, run_split
+from paci_rt.runtime.linear_layers import PlainForward, compiled_parts
+from paci_rt.runtime.split_backward import SplitUse, WeightGradients, run_split
 
 Call = tuple[Any, Any, Any, bool]  # input, weight, bias, and whether the weight is [in, out]
 

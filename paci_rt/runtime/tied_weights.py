@@ -97,20 +97,22 @@ class TiedExchange(GradSink):
         self.bound.set_layer_order(own)
 
     def gradient(self, tie: int) -> Tensor:
-        """Reader: the fp32 sum of this window, and the accumulator is empty again."""
+        """Reader: the fp32 sum of this window, until the first gradient of the next one; the accumulator is empty
+        again."""
         accumulator = self._accumulators.get(self._read[tie])
         if accumulator is None:
             return self._read[tie].new_empty(0, dtype=torch.float32)
         accumulator.seal()
         accumulator.consume()
-        total = accumulator.sealed_view(0).clone()
+        total = accumulator.sealed_view(0)
         accumulator.release()
         return total
 
     def nonfinite(self) -> bool:
         """Reader: whether a sum of this window, which has not been sent yet, has NaN or infinite elements."""
-        fronts = [accumulator.front_flat for accumulator in self._accumulators.values()]
-        return any(not bool(front.isfinite().all()) for front in fronts)
+        fronts = [one.front_flat for one in self._accumulators.values() if one.front_flat.numel() > 0]
+        # By no mask of all elements: that would take as much memory as the sums once more.
+        return any(not bool(torch.stack(torch.aminmax(front)).isfinite().all()) for front in fronts)
 
     def add_gradient(self, tie: int, gradient: Tensor) -> None:
         """Owner: one more term of this window's sum."""
@@ -126,10 +128,10 @@ class TiedExchange(GradSink):
             self.bound.accumulate(param, gradient)
 
     def weight(self, tie: int) -> Tensor:
-        """Owner: a copy of the weight, since the next update may come before it has been sent."""
+        """Owner: the weight, until the next update."""
         self.bound.before_reading()
         weight = self._owned[tie].detach()
-        return weight.clone() if self._owned[tie].requires_grad else weight.new_empty(0)
+        return weight if self._owned[tie].requires_grad else weight.new_empty(0)
 
     def take_weight(self, tie: int, weight: Tensor) -> None:
         """Reader: follow the owner; the version counter stays, as for every update of the schedule's own."""

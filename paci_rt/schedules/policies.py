@@ -92,15 +92,19 @@ def versions_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int) 
     return 2 if policy == "2bw" else 1
 
 
-def copies_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int, lookahead: bool) -> int:
-    """Copies of its fp32 weights that ``rank`` keeps besides the current ones.
+def copies_held(
+    policy: str, family: ScheduleFamily, shape: Shape, rank: int, lookahead: bool, *, masters: bool = False
+) -> int:
+    """Copies of its weights that ``rank`` keeps besides the current ones.
 
-    These are further versions, or scratch copies where early forwards run at other weights: one of the true weights,
-    and one of the weights shared ahead.
+    These are further versions, or a scratch copy where early forwards run at other weights. That one has the true
+    weights meanwhile, and between those forwards the weights ahead where they share them. With fp32 ``masters``, which
+    bring the true ones back, only sharing takes it.
     """
     if lookahead or policy == "predict":
         early = early_forwards(family, shape, rank)
-        return int(early > 0) + int(lookahead and shares_pass(shape.accumulation, early))
+        shared = lookahead and (shape.overlap > 0 or shares_pass(shape.accumulation, early))
+        return int(early > 0 and (shared or not masters))
     return versions_held(policy, family, shape, rank) - 1
 
 

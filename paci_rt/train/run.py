@@ -23,7 +23,18 @@ from paci_rt.train.replicas import of_first_replica
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge, with_earlier
 from paci_rt.train.trainer import preflight, train
 
-MEMORY_PARTS = ("weights", "masters", "optimizer", "accumulators", "versions", "activations", "snapshot", "total")
+MEMORY_PARTS = (
+    "weights",
+    "masters",
+    "optimizer",
+    "accumulators",
+    "versions",
+    "activations",
+    "temporaries",
+    "messages",
+    "snapshot",
+    "total",
+)
 
 OnReport = Callable[[dict[str, Any]], None]
 

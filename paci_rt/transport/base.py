@@ -100,6 +100,18 @@ class Transport(Protocol):
         """Release threads and buffers. Idempotent."""
 
 
+def send_and_leave(transport: Transport, channel: Channel, index: int, tensor: Tensor) -> None:
+    """Send one tensor that the caller will write to when this returns.
+
+    A transport that copies what it sends has an ``await_copies``, which is waited for; that is no dearer than a copy
+    made here, which takes as much memory as the tensor until it has left.
+    """
+    await_copies = getattr(transport, "await_copies", None)
+    transport.send(channel, index, Message((tensor.clone() if await_copies is None else tensor,), (False,)))
+    if await_copies is not None:
+        await_copies()
+
+
 class WaitingTransport:
     """Half of a transport between processes: ``send`` and ``recv`` wait for the other side, so nothing is polled."""
 

@@ -87,7 +87,7 @@ class _Outgoing:
         self._peer, self._group, self._timeout = peer, group, timeout
         self._sequence = 0
         self._sent: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
-        self._leaving: deque[list[tuple[Work, Tensor]]] = deque()
+        self.leaving: deque[list[tuple[Work, Tensor]]] = deque()
         self._let_go = 0
         self.last_index = 0
 
@@ -122,14 +122,14 @@ class _Outgoing:
 
     def start(self, pieces: list[tuple[int, Tensor]]) -> None:
         """Start sending what :meth:`pack` has packed."""
-        self._leaving.append(
+        self.leaving.append(
             [(dist.isend(piece, self._peer, group=self._group, tag=tag), piece) for tag, piece in pieces]
         )
 
     def let_go(self, taken: int) -> None:
         """Drop the first ``taken`` messages of the channel, waiting for those that have not left."""
-        while self._leaving and self._let_go < taken:
-            for work, _piece in self._leaving.popleft():
+        while self.leaving and self._let_go < taken:
+            for work, _piece in self.leaving.popleft():
                 work.wait(self._timeout)
             self.events.note("release", self._let_go)
             self._let_go += 1
@@ -139,11 +139,11 @@ class _Outgoing:
 
     @property
     def held(self) -> int:
-        return len(self._leaving)
+        return len(self.leaving)
 
     def standing(self) -> str:
         """For error messages: the message that waits, as far as it is known, and how far both sides are."""
-        size = sum(piece.nbytes for _work, piece in self._leaving[0]) if self._leaving else 0
+        size = sum(piece.nbytes for _work, piece in self.leaving[0]) if self.leaving else 0
         return standing(self._let_go % DEPTH, f"{size} bytes", self._let_go - 1, None)
 
     def json(self) -> str:
@@ -188,17 +188,17 @@ class _Incoming:
         self.sequence = 0
         self.acknowledged = 0
         self._seen: deque[wire.Meta] = deque([()] * DEPTH, maxlen=DEPTH)
-        self._posted: deque[_Posted] = deque()
+        self.posted: deque[_Posted] = deque()
         self._post()
 
     def _post(self) -> None:
         """Keep receives posted ``DEPTH`` messages ahead, whether or not they will ever come."""
-        while len(self._posted) < DEPTH:
-            guess = self._seen[len(self._posted)]
-            self._posted.append(_Posted(self._tags, self._peer, self._group, guess))
+        while len(self.posted) < DEPTH:
+            guess = self._seen[len(self.posted)]
+            self.posted.append(_Posted(self._tags, self._peer, self._group, guess))
 
     def take(self, index: int) -> Message:
-        posted = self._posted.popleft()
+        posted = self.posted.popleft()
         self.events.note("wait", self.sequence, index)
         posted.control_work.wait(self._timeout)
         raw = posted.control.numpy()
@@ -333,6 +333,14 @@ class GlooTransport(WaitingTransport):
 
     def fail(self, error: BaseException) -> None:
         """Nothing: gloo cannot tell. Neighbours notice when this process ends, or at their deadline."""
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of messages that have not been taken on the other side, and of receives that wait for one."""
+        leaving = [piece for end in self._outgoing.values() for pieces in end.leaving for _, piece in pieces]
+        posted = [one for end in self._incoming.values() for one in end.posted]
+        buffers = [buffer for one in posted for _, buffer in one.lanes.values()]
+        return sum(tensor.nbytes for tensor in [*leaving, *buffers, *(one.control for one in posted)])
 
     @property
     def held_messages(self) -> int:

@@ -141,6 +141,11 @@ class ShmTransport(NativeTransport):
         return self._structures.unpack(channel, message)
 
     def flush(self) -> None:
+        self.await_copies()
+
+    def await_copies(self) -> None:
+        """Wait until all that was sent has been copied to where its receivers look for it, which waits for none of
+        them."""
         for outgoing in self._outgoing.values():
             outgoing.end.flush()
             outgoing.held.clear()
@@ -162,6 +167,12 @@ class ShmTransport(NativeTransport):
     def allocated_bytes(self) -> int:
         """Shared memory that this process's messages take."""
         return int(self._own.allocated_bytes)
+
+    @property
+    def message_bytes(self) -> int:
+        """Shared memory of the process's own messages: what it sends lies there, and what came back waits there for the
+        next ones."""
+        return self.allocated_bytes
 
     @property
     def held_messages(self) -> int:

@@ -51,14 +51,15 @@ def require_look_ahead(stage_optimizer: StageOptimizer) -> None:
 class LookAhead:
     """Puts a stage's weights ahead for the time of a forward.
 
-    fp32 weights are kept in a scratch buffer meanwhile; of the others the masters bring the true ones back.
+    fp32 weights are kept in a scratch buffer meanwhile; of the others the masters bring the true ones back. Weights
+    ahead that several forwards share stay in that buffer between those, and change places with the true ones.
 
     Args:
         optimizer: the stage's optimizer.
         accumulation: micro-batches a window.
         divisor: what the sum of a whole window is divided by.
-        shares: make the weights ahead anew only when SHARED_UNTIL times as many gradients are known, which takes one
-            more scratch buffer, of the weights' dtype.
+        shares: make the weights ahead anew only when SHARED_UNTIL times as many gradients are known. Weights with
+            masters have a scratch buffer for it, of their dtype; of the others it takes no more memory.
         careful: stay at the present weights while the gradients that are known are not finite: their window will be
             skipped.
         clock: tells what look-ahead takes, in ``seconds``; None is the host's.
@@ -85,7 +86,12 @@ class LookAhead:
         self._accumulation, self._share = accumulation, divisor / (accumulation * replicas)
         self._replicas = replicas
         self._careful = careful
-        self._shared = [torch.zeros_like(group.weight) for group in optimizer.groups] if shares else []
+        self._shares = shares
+        self._shared = [  # beside masters; other weights ahead lie where the true ones are kept
+            torch.zeros_like(group.weight) if shares and kept is None else None
+            for group, kept in zip(optimizer.groups, self._true.kept, strict=True)
+        ]
+        self._versions: list[int] = []  # of the parameters, when those were made
         self._moved: list[list[int]] = []  # positions in each group, while the shared weights are of use
         self._known = 0  # gradients that made them; 0 while they are of none
         self._clock = clock or HostClock()
@@ -96,52 +102,67 @@ class LookAhead:
     @property
     def nbytes(self) -> int:
         """Bytes of the scratch buffers."""
-        return self._true.nbytes + sum(shared.nbytes for shared in self._shared)
+        return self._true.nbytes + sum(shared.nbytes for shared in self._shared if shared is not None)
 
     @contextmanager
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
         """Within it, the parameters are ``updates`` ahead, by the gradients of ``micro_batches`` of the window."""
         clock, begin = self._clock, self._clock.mark()
-        reused = micro_batches < SHARED_UNTIL * self._known
-        moved = self._reuse() if reused else self._make(updates, micro_batches)
+        moved, kept = self._put_ahead(updates, micro_batches)
         clock.between(begin, clock.mark(), self._count)
         try:
             yield
         finally:
             begin = clock.mark()
-            for number, positions in enumerate(moved):
-                self._true.restore(number, positions)
+            self._bring_back(moved, kept=kept)
             clock.between(begin, clock.mark(), self._count)
             self.forwards += 1
+
+    def _put_ahead(self, updates: int, micro_batches: int) -> tuple[list[list[int]], bool]:
+        """Positions of the parameters that moved, in each group, and whether other forwards will share this."""
+        # Weights that the user changed meanwhile are no longer those that the shared ones are ahead of.
+        if micro_batches < SHARED_UNTIL * self._known and self._versions == self._param_versions():
+            return self._reuse(), True
+        return self._make(updates, micro_batches)
 
     def _count(self, start_s: float, end_s: float) -> None:
         self.seconds += end_s - start_s
 
-    def _make(self, updates: int, micro_batches: int) -> list[list[int]]:
-        """Put the parameters ahead; positions of those that moved, in each group."""
+    def _make(self, updates: int, micro_batches: int) -> tuple[list[list[int]], bool]:
         before = micro_batches == 0
         if self._careful and not before and not self._finite():
-            return []
+            return [], False
         divisor = (micro_batches or self._accumulation * self._replicas) * self._share
         divisor *= (self.scales[0] if before else self.scales[1]) / (self.factor or 1.0)
+        kept = self._shares and not before
+        self._known = 0  # the scratch buffer is about to be overwritten
         with _without_autocast(self._optimizer.groups[0].device):
             moved = [
-                self._optimizer.ahead(number, divisor, updates, kept, before=before)
-                for number, kept in enumerate(self._true.kept)
+                self._optimizer.ahead(number, divisor, updates, scratch, before=before)
+                for number, scratch in enumerate(self._true.kept)
             ]
-        if self._shared and not before:
-            self._moved, self._known = moved, micro_batches
+        if kept:
+            self._moved, self._known, self._versions = moved, micro_batches, self._param_versions()
             for shared, group in zip(self._shared, self._optimizer.groups, strict=True):
-                shared.copy_(group.weight)
-        return moved
+                if shared is not None:
+                    shared.copy_(group.weight)
+        return moved, kept
+
+    def _bring_back(self, moved: list[list[int]], *, kept: bool) -> None:
+        """The true weights are current again; ``kept``: those ahead will be asked for once more."""
+        for number, positions in enumerate(moved):
+            if kept and self._shared[number] is None:
+                self._true.trade(number, positions)
+            else:
+                self._true.restore(number, positions)
 
     def before_seal(self, updates: int) -> None:
         """The window is complete, and its update comes later: forwards until then run where it would lead by this
         replica's gradients alone."""
         clock, begin = self._clock, self._clock.mark()
         self._known = 0
-        for number, positions in enumerate(self._make(updates, self._accumulation)):
-            self._true.restore(number, positions)
+        moved, kept = self._make(updates, self._accumulation)
+        self._bring_back(moved, kept=kept)
         clock.between(begin, clock.mark(), self._count)
 
     def _finite(self) -> bool:
@@ -149,9 +170,15 @@ class LookAhead:
         return all(bool(end.isfinite().all()) for end in ends)
 
     def _reuse(self) -> list[list[int]]:
-        for shared, group in zip(self._shared, self._optimizer.groups, strict=True):
-            group.weight.copy_(shared)
+        for number, (shared, group) in enumerate(zip(self._shared, self._optimizer.groups, strict=True)):
+            if shared is None:
+                self._true.trade(number, self._moved[number])
+            else:
+                group.weight.copy_(shared)
         return self._moved
+
+    def _param_versions(self) -> list[int]:
+        return [param._version for group in self._optimizer.groups for param in group.params]
 
     def window_ends(self) -> None:
         """The weights are about to change: those ahead of them are of no more use."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from paci_rt.optim.stage_optimizer import StageOptimizer
+
+_BLOCK = {"cpu": 1 << 16}
+_LARGE_BLOCK = 1 << 23
+"""Elements that trade places at a time: on a CPU as many as stay in a cache, elsewhere as many as a launch is worth."""
 
 
 class ScratchWeights:
@@ -34,12 +38,34 @@ class ScratchWeights:
     @torch.no_grad()
     def restore(self, number: int, positions: Sequence[int] | None = None) -> None:
         """Bring back flat group ``number``, or only its parameters at ``positions``."""
-        group, kept = self._optimizer.groups[number], self.kept[number]
+        kept = self.kept[number]
         true = self._optimizer.master(number) if kept is None else kept
         assert true is not None
         # Through the flat buffer: the version counters of the parameters stand still.
+        for weight, own in self._parts(number, true, positions):
+            weight.copy_(own)
+
+    @torch.no_grad()
+    def trade(self, number: int, positions: Sequence[int]) -> None:
+        """Let the scratch copy of flat group ``number`` and its weights change places, of the parameters at
+        ``positions``: what was in the one is in the other, to the bit."""
+        kept = self.kept[number]
+        assert kept is not None, "weights with masters have no scratch copy"
+        size = _BLOCK.get(kept.device.type, _LARGE_BLOCK)
+        for weight, own in self._parts(number, kept, positions):
+            between = torch.empty_like(weight[:size])
+            for here, there in zip(weight.split(size), own.split(size), strict=True):
+                block = between[: here.numel()]
+                block.copy_(here)
+                here.copy_(there)
+                there.copy_(block)
+
+    def _parts(self, number: int, other: Tensor, positions: Sequence[int] | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Flat pieces of the weights of a group and of another buffer of its layout."""
+        group = self._optimizer.groups[number]
         if positions is None or len(positions) == len(group.params):
-            group.weight.copy_(true)
+            yield group.weight, other
             return
         for position in positions:
-            group.view(group.weight, position).copy_(group.view(true, position))
+            begin, end = group.offsets[position], group.offsets[position] + group.numels[position]
+            yield group.weight[begin:end], other[begin:end]

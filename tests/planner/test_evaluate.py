@@ -88,7 +88,7 @@ def test_the_cut_is_the_best_of_all_that_fit(seed):
     fastest = min(seconds for seconds, size in outcomes.values() if size <= limit)
     found = plan(
         profile, stages=stages, accumulations=[accumulation], memory_limit_bytes=limit, device_speeds=speeds,
-        schedules=[name], policies=[policy], slack=0, delay_limit=None,
+        schedules=[name], policies=[policy], slack=0, delay_limit=None, lookahead=ahead,
     ).chosen  # fmt: skip
     assert outcomes[found.partition][0] == pytest.approx(fastest, rel=1e-9)
     assert outcomes[found.partition][1] <= limit
@@ -97,7 +97,7 @@ def test_the_cut_is_the_best_of_all_that_fit(seed):
     with pytest.raises(ValueError, match="the least that any needs is") as caught:
         plan(
             profile, stages=stages, accumulations=[accumulation], memory_limit_bytes=least * 0.999,
-            device_speeds=speeds, schedules=[name], policies=[policy], slack=0, delay_limit=None,
+            device_speeds=speeds, schedules=[name], policies=[policy], slack=0, delay_limit=None, lookahead=ahead,
         )  # fmt: skip
     assert f"needs {least / 2**20:,.1f} MiB" in str(caught.value)
 

@@ -1,0 +1,59 @@
+"""What the operating system says that a process takes, watched while it works."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+REST = 10
+FIELDS = ("Pss", "Pss_Anon", "Pss_File", "Pss_Shmem")
+
+
+def resident_parts() -> dict[str, int]:
+    """Bytes of this process by ``/proc/self/smaps_rollup``: its proportional set size, in which a page that several
+    processes map counts for each by its share, and the anonymous, file and shared memory in it.
+
+    Raises:
+        OSError: the system has no such file.
+    """
+    found = {}
+    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name in FIELDS:
+                found[name] = int(value.split()[0]) * 1024
+    return found
+
+
+class Watch:
+    """Samples :func:`resident_parts` in a thread of its own and keeps the largest.
+
+    Args:
+        period_s: between samples, at least. One walks through the process's pages, which takes milliseconds for each
+            GiB; the thread rests for ``REST`` times as long.
+    """
+
+    def __init__(self, period_s: float = 0.05) -> None:
+        self.peak: dict[str, int] = {}
+        self.samples = 0
+        self._period_s, self._stop = period_s, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Begin to sample."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more samples."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            begin_s = time.thread_time()
+            found = resident_parts()
+            if found["Pss"] > self.peak.get("Pss", -1):
+                self.peak = found
+            self.samples += 1
+            if self._stop.wait(max(self._period_s, REST * (time.thread_time() - begin_s))):
+                return

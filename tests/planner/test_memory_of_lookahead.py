@@ -1,0 +1,39 @@
+"""What look-ahead costs in memory competes with what it gives, under a memory limit."""
+
+from __future__ import annotations
+
+import pytest
+
+from paci_rt.planner import BlockProfile, Profile, plan
+
+BLOCK = BlockProfile(
+    name="block", role="middle", forward_s=0.010, input_grad_s=0.010, weight_grad_s=0.005,
+    parameter_bytes=1 << 20, activation_bytes=1 << 10, stash_bytes=1 << 9, boundary_bytes=512,
+)  # fmt: skip
+PROFILE = Profile(blocks=(BLOCK,) * 4)
+
+
+def peak(lookahead: bool | None, limit: float | None, **options: object) -> object:
+    return plan(
+        PROFILE, stages=4, accumulations=[4], memory_limit_bytes=limit, schedules=["paci"], lookahead=lookahead,
+        policies=["bounded"], **options,  # type: ignore[arg-type]
+    ).chosen  # fmt: skip
+
+
+def needed(one: object) -> int:
+    return max(one.predicted.peak_memory_bytes)  # type: ignore[attr-defined, no-any-return]
+
+
+def test_look_ahead_is_one_copy_also_where_it_is_shared() -> None:
+    ahead, bare = peak(True, None), peak(False, None, delay_limit=None)
+    assert needed(ahead) - needed(bare) == BLOCK.parameter_bytes
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_without_room_for_its_copy_paci_runs_bare_where_delay_allows(share: float) -> None:
+    ahead, bare = peak(True, None), peak(False, None, delay_limit=None)
+    limit = needed(bare) + share * (needed(ahead) - needed(bare))
+    assert peak(None, limit, delay_limit=None).lookahead is False  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="no schedule fits"):
+        peak(None, limit)  # plain PACI's delay costs more tokens than it is worth
+    assert peak(None, needed(ahead) + 1, delay_limit=None).lookahead is True  # type: ignore[attr-defined]
