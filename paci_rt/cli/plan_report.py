@@ -64,6 +64,8 @@ def train_command(profile: Profile, chosen: Candidate) -> str | None:
         words.append("--lookahead" if chosen.lookahead else "--no-lookahead")
     if chosen.step_costs is not None:
         options.append(("--step-costs", _step_ms(chosen.step_costs).text()))
+    if chosen.activation_limit is not None:
+        options.append(("--activation-limit", f"{chosen.activation_limit:g}"))
     if profiled.get("dtype", "fp32") != "fp32":
         options.append(("--dtype", profiled["dtype"]))
     if profiled["threads"] != 1:

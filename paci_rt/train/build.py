@@ -40,6 +40,7 @@ def build_pipeline(config: TrainConfig, ctx: Context, place: Place | None = None
         "policy": config.policy,
         "lookahead": config.lookahead,
         "costs": config.step_costs,
+        "activation_limit": config.activation_limit,
         "buffers": config.buffers,
         "tied_weights": tied_weights(config.shape, pieces),
         "trace": config.trace,

@@ -32,8 +32,8 @@ def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[Trai
     """The configs of all runs: schedules take turns within each seed, so that a busy hour hits all of them, and every
     second seed goes through them backwards, so that none always comes first.
 
-    ``slack``, ``profile``, ``chunks``, ``step_costs``, ``lookahead`` and ``policy`` go to the schedules that can have
-    them, and ``accumulation`` to all but those whose window is one micro-batch.
+    ``slack``, ``profile``, ``chunks``, ``step_costs``, ``activation_limit``, ``lookahead`` and ``policy`` go to the
+    schedules that can have them, and ``accumulation`` to all but those whose window is one micro-batch.
 
     Raises:
         ValueError: options that cannot work.
@@ -58,6 +58,7 @@ def plan(names: Sequence[str], seeds: int, options: dict[str, Any]) -> list[Trai
                 ("profile", family.takes_slack),
                 ("chunks", family.takes_chunks),
                 ("step_costs", family.takes_costs),
+                ("activation_limit", family.takes_activation_limit),
                 ("lookahead", not family.flush),
                 ("policy", options.get("policy") not in POLICIES or options["policy"] in family.policies),
                 ("accumulation", not family.one_micro_batch_windows),

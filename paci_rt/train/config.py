@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from paci_rt import native, schedules
-from paci_rt.errors import TritonMissingError, shown
-from paci_rt.optim.backend import usable
+from paci_rt import schedules
+from paci_rt.errors import shown
 from paci_rt.planner import auto_slack
 from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
 from paci_rt.runtime.safety import Safety, check_positive, resolve_safety
 from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
+from paci_rt.train import devices
 from paci_rt.train.check_replicas import check_replicas
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
 from paci_rt.train.model import ModelShape, default_partition
@@ -29,8 +27,6 @@ OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd
 BETA2 = {"lion": 0.99}
 MOMENTUM = {"muon": 0.95}
 """Defaults of optimizers that differ from the others'."""
-CPU_TRANSPORTS = ("gloo", "shm")
-"""Transports whose messages lie in the CPU's memory."""
 MOST = {
     "stages": limits.MOST_STAGES,
     "chunks": limits.MOST_STAGES,
@@ -62,7 +58,8 @@ class TrainConfig:
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, or 2 where it has several.
         replicas: pipelines that train together, each on its share of batch_size. zero1: they share out the optimizer's
             state. overlap: micro-batches that run while they add up gradients; half a window under paci.
-        step_costs: what zb-1p and zb-2p are fitted to; equal times and no hop.
+        step_costs: what zb-1p, zb-2p and paci-v are fitted to; equal times and no hop.
+        activation_limit: what a rank may hold under paci-v, in whole stages; the least at full rate.
         accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
         model: a name in ``paci_rt.train.families.MODELS``; ``gpt-tiny``, or the first of ``family``.
         layers, heads, kv_heads, width, ffn_width, vocab_size, context, rope_base, tied: what is different in it.
@@ -117,6 +114,7 @@ class TrainConfig:
     policy: str | None = None
     lookahead: bool = AUTO
     step_costs: schedules.StepCosts | None = None
+    activation_limit: float | None = None
     replicas: int = 1
     zero1: bool = False
     overlap: int | None = None
@@ -234,37 +232,15 @@ class TrainConfig:
         self._fill("on_nonfinite", "skip-window" if self.dtype == "fp16" else "raise")
         check_known("--on-nonfinite", self.on_nonfinite, SAFETY_POLICIES)
         check_transport(self.transport, "--transport")
-        self._check_device()
+        for name, value in zip(
+            ("device", "transport"), devices.resolve(self.device, self.transport, self.stages), strict=True
+        ):
+            self._fill(name, value, always=True)
         check_dtype(self.dtype, self.optimizer, self.on_nonfinite)
-
-    def _check_device(self) -> None:
-        """Resolve ``auto``, and refuse what cannot work."""
-        if self.device == "auto":
-            there = torch.cuda.is_available() and native.cuda_devices()[0] > 0
-            self._fill("device", "cuda" if there else "cpu", always=True)
-        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", self.device):
-            name = self.device if self.device.isprintable() and len(self.device) < 40 else shown(self.device)
-            raise ValueError(f"--device {name}: give cpu, cuda, cuda:N or auto")
-        if self.device == "cpu":
-            return
-        try:
-            usable(torch.device(self.device))
-        except (ValueError, TritonMissingError) as error:
-            raise ValueError(f"--device {self.device}: {error}; or use --device cpu") from None
-        if self.transport == "auto" and (self.stages == 1 or ":" in self.device or torch.cuda.device_count() == 1):
-            self._fill("transport", "local", always=True)
-        if self.transport in CPU_TRANSPORTS:
-            raise ValueError(
-                f"--transport {self.transport} carries messages between CPUs: with --device {self.device} use "
-                "--transport nccl or ipc, one GPU per stage, or local, which runs all stages on one"
-            )
 
     def torch_device(self, rank: int) -> torch.device:
         """Where the stages of a process run."""
-        if self.device != "cuda":
-            return torch.device(self.device)
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
+        return devices.of_process(self.device, rank)
 
     def _check_integers(self) -> None:
         positive = (
@@ -315,7 +291,14 @@ class TrainConfig:
 
     def _check_shape(self, family: schedules.ScheduleFamily) -> None:
         accumulation, seq_len, model = self.accumulation, self.seq_len, self.shape
-        check_takes(family, chunks=self.chunks, accumulation=accumulation, prefix="--")
+        limits.check_activation_limit(self.activation_limit, "--activation-limit")
+        check_takes(
+            family,
+            chunks=self.chunks,
+            accumulation=accumulation,
+            activation_limit=self.activation_limit,
+            prefix="--",
+        )
         parts, what = accumulation * self.replicas, "--accumulation"
         if self.batch_size % parts:
             what += " times --replicas" if self.replicas > 1 else ""
@@ -335,6 +318,7 @@ class TrainConfig:
             chunks=self.chunks,
             placement=family.placement,
             costs=self.step_costs or schedules.StepCosts(),
+            activation_limit=self.activation_limit,
         )
         family.check(shape)
         if self.step_costs is not None and not family.takes_costs:
