@@ -186,8 +186,8 @@ def add_pipeline(options: ConfigOptions) -> None:
     options.add("activation_limit", number, "X", "activations that a rank may hold under paci-v, in whole stages of "
                 "two pieces each (default: the least at full rate)")
     options.add("step_costs", _step_costs, "F,I,W[,HOP[,STASH]]", "what zb-1p, zb-2p and paci-v are fitted to: times "
-                "of F, I, W and a message in any one unit, and the share of the activations that stays after I; F, I and "
-                "W may be a:b:c, one per stage (default: F, I and W equal, no hop)")
+                "of F, I, W and a message in any one unit, and the share of the activations that stays after I; F, I "
+                "and W may be a:b:c, one per stage (default: F, I and W equal, no hop)")
     options.add("replicas", int, "N", "pipelines that train together, each on its share of --batch-size; N times P "
                 "processes (default: 1)")
     options.switch("zero1", "replicas share the optimizer's state (ZeRO-1); not with look-ahead")
