@@ -163,10 +163,11 @@ def claimed(target: Target, schedule: Pipeline, group: dist.ProcessGroup | None)
             failure = "OSError", _unwritten(stage, target.folder, error)
         except Exception as error:
             own, failure = error, failure_of(error)
-        failures = gather(failure, schedule, group)
+        everyone = gather((failure, target.new), schedule, group)
+        target.new = any(new for _, new in everyone)  # one process may have made it before another one looked
         if own is not None:
             raise own
-        raise_any(failures)
+        raise_any([one for one, _ in everyone])
         yield
     except BaseException:
         target.leave()

@@ -22,7 +22,7 @@ from paci_rt.runtime.random_state import RandomState, generators_of
 from paci_rt.runtime.split_merge import ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.trees import map_tensors
-from paci_rt.schedules.evaluation import evaluation_forwards, prove, with_evaluation
+from paci_rt.schedules.evaluation import evaluation_forwards, goes_among, prove, with_evaluation
 from paci_rt.schedules.lowering import Lowering
 
 
@@ -165,11 +165,18 @@ class PipelineEvaluation(PipelineState):
         than any stage runs ahead (``a >= P``); else stages differ by at most the drift bound.
 
         Raises:
-            ValueError: as :meth:`step`; ``drained=False`` without a place for losses on the last stage.
+            ValueError: as :meth:`step`; ``drained=False`` without a place for losses on the last stage, or under a
+                schedule that has several stages a rank and does not flush.
         """
         self._check_usable()
         loss_fn = self._bind_loss(loss_kwargs)
         drained = drained or not self._has_backward
+        family, shape = self._lowering.family, self._lowering.shape
+        if not drained and not goes_among(shape, flush=family.flush):
+            raise ValueError(
+                f"eval(drained=False) under {family.name}: with {shape.chunks} stages a rank and no flush, evaluations "
+                "have no place among the micro-batches; leave drained=False out"
+            )
         if not drained and self.stages[-1].is_last and (losses is None or target is None):
             raise ValueError("eval(drained=False) gives losses and nothing else: give target= and losses=, a list")
         if not drained and any(losses is one.losses for one in self._queued if losses is not None):

@@ -13,10 +13,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paci_rt.action import Action, Op
+from paci_rt.schedules.base import Shape
 from paci_rt.schedules.lowering import Lowering
 from paci_rt.schedules.validate import play_streams
 
 _AMONG = {Op.F: Op.E, Op.SEND_F: Op.SEND_E, Op.RECV_F: Op.RECV_E}
+
+
+def goes_among(shape: Shape, *, flush: bool) -> bool:
+    """Whether evaluations can travel among training: not where a rank's later piece is behind its earlier one, so that
+    the same place in the order of both pieces' forwards is in different windows of the rank."""
+    return flush or shape.chunks == 1
 
 
 def evaluation_forwards(lowering: Lowering, rank: int, first: int, count: int) -> list[Action]:

@@ -140,6 +140,13 @@ class VOrder:
                 yield node[receiver], node[sender], -ticks[op][piece], capacity - rounds
 
 
+def one_after_another(ranks: int) -> VOrder:
+    """The order that holds the least: a rank begins a micro-batch when it is done with the one before."""
+    letters = ("F", False), ("F", True), ("I", True), ("W", True), ("I", False), ("W", False)
+    pieces = [{False: rank, True: 2 * ranks - 1 - rank} for rank in range(ranks)]
+    return VOrder(tuple(tuple(Entry(op, both[later], 0) for op, later in letters) for both in pieces))
+
+
 def order_of(found: Timetables, row: int, period: int) -> VOrder:
     """The order that a timetable follows."""
     ranks, behind = found.order.shape[1], found.behind(period)[row].tolist()

@@ -21,14 +21,15 @@ from paci_rt.schedules import limits
 from paci_rt.schedules.base import StepCosts
 from paci_rt.schedules.cycle_time import least_period
 from paci_rt.schedules.modulo import Ints, Times, timetables
-from paci_rt.schedules.v_order import VOrder, order_of
+from paci_rt.schedules.v_order import VOrder, one_after_another, order_of
 
 MOST_RANKS = 512
 MOST_HELD = 1024
 """Activations, in whole stages, up to which full rate is taken without a limit."""
 TICKS = 1 << 20
 """What the work of the slowest rank is measured in."""
-_STATES = 1200
+_FEW, _WIDE, _STATES = 8, 300, 1200
+"""Timetables that are kept: so many up to a few ranks, then a number over the ranks, since each rank costs more."""
 _COARSE, _FINE, _MISSES = 0.02, 0.004, 4
 _MEASURED = 6
 _SMALL = 1e-6
@@ -108,7 +109,7 @@ def ticks_of(costs: StepCosts, ranks: int) -> tuple[Times, float]:
 def _find(ranks: int, costs: StepCosts, limit: float | None) -> Found:
     times, unit = ticks_of(costs, ranks)
     shortest = int(times.work().max())
-    width = max(32, min(200, _STATES // ranks))
+    width = _WIDE if ranks <= _FEW else max(32, min(200, _STATES // ranks))
     found = _at(times, shortest, width, None, costs.stash)
     assert found is not None
     if limit is not None and not _fits(found[1], limit, costs.stash):
@@ -172,11 +173,16 @@ def _periods(times: Times, limit: float) -> Iterator[int]:
     """Periods to try, from the shortest that the limit allows to one that lets each micro-batch end first."""
     shortest, least = int(times.work().max()), little(times)
     period = max(shortest, math.ceil(least / (2 * limit)))
-    longest = int(times.work().sum()) + 4 * times.hop * times.ranks
+    longest = _longest(times)
     while period < longest:
         yield period
         period = math.ceil(period * (1 + _COARSE))
     yield longest
+
+
+def _longest(times: Times) -> int:
+    """A round in which every micro-batch ends before the next one begins."""
+    return int(times.work().sum()) + 4 * times.hop * times.ranks
 
 
 def little(times: Times) -> int:
@@ -202,7 +208,9 @@ def _under(times: Times, limit: float, width: int, stash: float) -> tuple[int, V
         found = _at(times, period, few, limit, stash)
         if found is not None:
             break
-    assert found is not None, "every micro-batch on its own fits"
+    if found is None:  # few timetables are kept, and what fits was not among them
+        order = one_after_another(times.ranks)
+        found = _true_period(order, times, _longest(times)), order
     shortest, misses, period = int(times.work().max()), 0, found[0]
     while misses < _MISSES and period > shortest:
         period = max(shortest, math.floor(period * (1 - _FINE)))

@@ -15,6 +15,7 @@ from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
 from paci_rt.runtime.safety import Safety, check_positive, resolve_safety
 from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
+from paci_rt.schedules.evaluation import goes_among
 from paci_rt.train import devices
 from paci_rt.train.check_replicas import check_replicas
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
@@ -84,7 +85,7 @@ class TrainConfig:
         eval_batches: batches of batch_size sequences that make the held-back set.
         eval_drained: drain the pipeline for a validation, which under schedules that do not flush changes what is
             trained; else its forwards travel among the training micro-batches (``Pipeline.eval(drained=False)``). The
-            last validation, and those beside a checkpoint, are drained anyway.
+            last validation, those beside a checkpoint, and all under ``paci-v`` are drained anyway.
         out: folder for a checkpoint, written at the end and every ``save_interval`` windows (0: only at the end).
         keep_checkpoints: how many of them stay in it, the last ones.
         gather_checkpoints: rank 0 writes the files of all, so that ``out`` is a folder of its host alone.
@@ -321,6 +322,7 @@ class TrainConfig:
             activation_limit=self.activation_limit,
         )
         family.check(shape)
+        self._fill("eval_drained", True, always=not goes_among(shape, flush=family.flush))
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
         default = default_partition(model, pieces, seq_len=seq_len)

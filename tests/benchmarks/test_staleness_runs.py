@@ -56,6 +56,11 @@ def test_keys_differ_whenever_anything_does() -> None:
         "shape": "constant",
         "dtype": "bf16",
         "device": "cuda",
+        "width": 32,
+        "batch_size": 8,
+        "beta2": 0.999,
+        "clip": 1.0,
+        "corpus": "book.txt 0123",
     }
     assert others.keys() == {field.name for field in fields(Case)}
     cases = [CASE, *(replace(CASE, **{name: value}) for name, value in others.items())]

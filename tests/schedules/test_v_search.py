@@ -197,6 +197,7 @@ def test_every_order_is_complete_keeps_the_limit_and_runs(problem: tuple[int, St
         (4, StepCosts((1.0,) * 3 + (50.0,) + (1.0,) * 4, hop=0.1), None),
         (3, StepCosts(weight_grad=(0.0,)), 1.5),
         (2, StepCosts((1e-9,), (1e9,), (1.0,), hop=1e-3), 1),
+        (4, StepCosts((1.0,), (0.125,), (1.0,) * 5 + (50.0,) + (1.0,) * 2, stash=0.0), 1),
     ],
 )
 def test_odd_costs_have_an_order(ranks: int, costs: StepCosts, limit: float | None) -> None:

@@ -176,7 +176,7 @@ def test_processes_equal_one_process(text: str, workers: Any, tmp_path: Path, op
     assert [point.loss for point in several.curve] == [point.loss for point in alone.curve]
     assert [point.val_loss for point in several.evals] == [point.val_loss for point in alone.evals]
     assert several.drift == alone.drift
-    assert several.memory == alone.memory
+    assert _without_messages(several) == _without_messages(alone)
     assert several.peak_in_flight == alone.peak_in_flight
     assert 0 < several.utilization <= 1
     assert [bool(reports) for _, reports in parts] == [False, False, False, True]
@@ -363,6 +363,14 @@ def test_flushed_run_goes_on_with_another_cut(text: str, tmp_path: Path, model: 
     assert digests == {run(config_of(text, stages=2, **options)).params_sha256}
 
 
+def _without_messages(result: Any) -> dict[Any, dict[str, int]]:
+    """Memory by stage, but for the transport's messages, which one process has none of."""
+    return {
+        stage: {**parts, "messages": 0, "total": parts["total"] - parts["messages"]}
+        for stage, parts in result.memory.items()
+    }
+
+
 def test_save_interval_and_a_new_learning_rate_on_resume(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,7 +379,7 @@ def test_save_interval_and_a_new_learning_rate_on_resume(
     monkeypatch.setattr(
         trainer.checkpoint,
         "save",
-        lambda folder, pipe, **kw: (save(folder, pipe, **kw), saved.append(pipe.state_dict()["windows"])),
+        lambda folder, pipe, **kw: (saved.append(pipe.state_dict()["windows"]), save(folder, pipe, **kw))[1],
     )
     run(config_of(text, out=str(tmp_path), save_interval=2))
     assert saved == [2, 4, 6]
