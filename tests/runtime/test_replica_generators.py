@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import paci_rt
@@ -32,8 +31,7 @@ def train(pipe: Any, rank: int, steps: range) -> str:
 
 
 def replica(rank: int, group: Any, folder: str, blocking: bool) -> list[str]:
-    others = dist.new_group([0, 1], backend="gloo")
-    pipe = pipeline_of(others, rank, seed=1)
+    pipe = pipeline_of(group, rank, seed=1)
     train(pipe, rank, range(2))
     saving = checkpoint.save(folder, pipe, blocking=blocking)
     if saving is not None:
@@ -41,7 +39,7 @@ def replica(rank: int, group: Any, folder: str, blocking: bool) -> list[str]:
         assert saving.snapshot_bytes.keys() == ({0} if rank == 0 else set())
     straight = train(pipe, rank, range(2, 5))
     pipe.close()
-    resumed = pipeline_of(others, rank, seed=77)
+    resumed = pipeline_of(group, rank, seed=77)
     checkpoint.load(folder, resumed)
     again = train(resumed, rank, range(2, 5))
     resumed.close()

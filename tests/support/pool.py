@@ -28,6 +28,8 @@ def _work(rank: int, size: int, port: int, inbox: Connection) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     for call in itertools.count(1):
         fn, count, args = inbox.recv()
+        # Groups are named by a counter of each process, and a test may have made some on a few ranks only.
+        dist.distributed_c10d._world.group_count = 1000 * call
         group = dist.new_group(list(range(count)), backend="gloo")  # all ranks have to call this
         if rank >= count:
             continue
