@@ -16,23 +16,13 @@ from paci_rt.report.page_parts import SCRIPT, STYLE
 from paci_rt.report.plots import ACTION_COLOURS, ACTION_NAMES
 from paci_rt.report.runs import FoundRun, FoundTrace, differences, grouped
 from paci_rt.report.spread import median
+from paci_rt.runtime.stats import MEMORY_PARTS as PARTS
 from paci_rt.schedules import Shape
 from paci_rt.simulate import Costs, simulate
 from paci_rt.trace import Event
 
 MOST_EVENTS = 20_000
 """Actions of a timeline that a page shows."""
-PARTS = (
-    "weights",
-    "masters",
-    "optimizer",
-    "accumulators",
-    "versions",
-    "activations",
-    "temporaries",
-    "messages",
-    "snapshot",
-)
 PART_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#E69F00", "#D55E00", "#999999", "#000000")
 SIMULATED_WINDOWS = 4
 

@@ -24,7 +24,7 @@ from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.flush_norms import EPS, Settlement, coefficient, parameter_norms, total_norm
 from paci_rt.runtime.late_flags import LateFlags
 from paci_rt.runtime.news import UNKNOWN, News
-from paci_rt.runtime.probes import MicroBatchProbe, first_parameter
+from paci_rt.runtime.probes import MicroBatchProbe, first_parameter, nonfinite_error
 from paci_rt.runtime.safety import KNOWN_WINDOWS, Safety
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.tied_weights import TiedExchange
@@ -385,21 +385,4 @@ class Guard:
         return 0 if self._optimizer.history is None else self._optimizer.history.nbytes
 
     def _error(self, window: int, name: str, count: int, found: int | None) -> NonFiniteError:
-        first = window * self._accumulation
-        where = f"micro-batch {found}"
-        if found is None:
-            last = first + self._accumulation - 1
-            where = f"micro-batch {first}" if first == last else f"one of micro-batches {first} to {last}"
-        if not name:
-            name = "of the tied weight"
-        return NonFiniteError(
-            f"{self._stage}U{window}",
-            f"stage {self._stage}, window {window}, {where}: the gradient of parameter {name!r} is not finite "
-            f"({count} NaN or infinite values in this stage's gradients), and no weight has taken it; look at that "
-            "micro-batch's data, lower the learning rate, clip gradients with max_grad_norm= (--clip-grad-norm), or "
-            "train on without it by on_nonfinite='skip-window' (--on-nonfinite skip-window)",
-            self._stage,
-            window,
-            found if found is not None or self._accumulation > 1 else first,
-            name,
-        )
+        return nonfinite_error(self._stage, window, self._accumulation, name=name, count=count, found=found)

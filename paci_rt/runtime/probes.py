@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paci_rt.errors import NonFiniteError
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.stage_optimizer import StageOptimizer
 
@@ -86,3 +87,31 @@ def first_parameter(optimizer: StageOptimizer, order: Sequence[str]) -> tuple[st
             found[optimizer.groups[number].names[position]] = wrong
             count += wrong
     return next((name for name in order if name in found), next(iter(found), "")), count
+
+
+def nonfinite_error(
+    stage: int, window: int, accumulation: int, *, name: str, count: int, found: int | None
+) -> NonFiniteError:
+    """What to raise for a window whose gradients are not finite.
+
+    Args:
+        name: of the first such parameter; empty for a tied weight. count: of such values on the stage.
+        found: micro-batch, where it is known.
+    """
+    first = window * accumulation
+    where = f"micro-batch {found}"
+    if found is None:
+        last = first + accumulation - 1
+        where = f"micro-batch {first}" if first == last else f"one of micro-batches {first} to {last}"
+    name = name or "of the tied weight"
+    return NonFiniteError(
+        f"{stage}U{window}",
+        f"stage {stage}, window {window}, {where}: the gradient of parameter {name!r} is not finite "
+        f"({count} NaN or infinite values in this stage's gradients), and no weight has taken it; look at that "
+        "micro-batch's data, lower the learning rate, clip gradients with max_grad_norm= (--clip-grad-norm), or "
+        "train on without it by on_nonfinite='skip-window' (--on-nonfinite skip-window)",
+        stage,
+        window,
+        found if found is not None or accumulation > 1 else first,
+        name,
+    )

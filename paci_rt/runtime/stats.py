@@ -13,6 +13,19 @@ from paci_rt.schedules.lowering import Lowering
 WINDOW_COUNTS = ("nonfinite_windows", "spiked_windows", "skipped_windows", "taken_back_windows", "clipped_windows")
 """Windows that are counted stage by stage."""
 
+MEMORY_PARTS = (
+    "weights",
+    "masters",
+    "optimizer",
+    "accumulators",
+    "versions",
+    "activations",
+    "temporaries",
+    "messages",
+    "snapshot",
+)
+"""What the bytes of a stage are made of, in the order of tables."""
+
 
 def pipeline_stats(
     lowering: Lowering, policy: str, executor: Executor, bounds: Sequence[StageOptimizer], replicas: int

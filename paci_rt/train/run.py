@@ -14,6 +14,7 @@ import torch
 from paci_rt import launch
 from paci_rt.errors import RunStopped
 from paci_rt.launch.reports import at_rank_0
+from paci_rt.runtime.stats import MEMORY_PARTS as PARTS
 from paci_rt.train.build import DUMPS
 from paci_rt.train.clocks import offset_to_first, shifted
 from paci_rt.train.config import TrainConfig
@@ -23,18 +24,7 @@ from paci_rt.train.replicas import of_first_replica
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge, with_earlier
 from paci_rt.train.trainer import preflight, train
 
-MEMORY_PARTS = (
-    "weights",
-    "masters",
-    "optimizer",
-    "accumulators",
-    "versions",
-    "activations",
-    "temporaries",
-    "messages",
-    "snapshot",
-    "total",
-)
+MEMORY_PARTS = (*PARTS, "total")
 
 OnReport = Callable[[dict[str, Any]], None]
 
