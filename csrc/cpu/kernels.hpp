@@ -20,7 +20,8 @@ inline constexpr std::int64_t size_of(DType dtype) { return dtype == DType::f32 
 // One step of AdamW or NAdam over one range with one step count. All scalars are derived in double precision by the
 // caller.
 struct AdamWScalars {
-  float divisor;        // the sum of gradients is divided by this; negative to maximise
+  float clip;           // the sum of gradients is multiplied by this
+  float divisor;        // and divided by this; negative to maximise
   float decay;          // 1 - lr * weight_decay
   float beta1;          // first moment keeps this share
   float one_minus_b1;   // and takes this share of the gradient
@@ -33,6 +34,7 @@ struct AdamWScalars {
 };
 
 struct SGDScalars {
+  float clip;
   float divisor;
   float lr;
   float weight_decay;
@@ -43,6 +45,7 @@ struct SGDScalars {
 };
 
 struct LionScalars {
+  float clip;
   float divisor;
   float decay;         // 1 - lr * weight_decay
   float lr;            //

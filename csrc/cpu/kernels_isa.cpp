@@ -130,11 +130,11 @@ bool exact_reciprocal(float divisor) {
 template <bool multiply, bool low_weight, bool fresh>
 void adamw_block(float* __restrict w, const float* __restrict sum, float* __restrict m, float* __restrict v,
                  std::int64_t n, const AdamWScalars& s) {
-  const float scale = multiply ? 1.0f / s.divisor : s.divisor;
+  const float clip = s.clip, scale = multiply ? 1.0f / s.divisor : s.divisor;
   const float decay = s.decay, b1 = s.beta1, c1 = s.one_minus_b1, b2 = s.beta2, c2 = s.one_minus_b2;
   const float inv_bias = s.inv_bias2sqrt, eps = s.eps, step = -s.step_size, fresh_step = -s.fresh_size;
   for (std::int64_t i = 0; i < n; ++i) {
-    const float g = multiply ? sum[i] * scale : sum[i] / scale;
+    const float g = multiply ? sum[i] * clip * scale : sum[i] * clip / scale;
     const float mi = low_weight ? m[i] + c1 * (g - m[i]) : g - (g - m[i]) * b1;
     const float vi = v[i] * b2 + (c2 * g) * g;
     const float denominator = std::sqrt(vi) * inv_bias + eps;
@@ -170,10 +170,10 @@ void sgd_block(float* __restrict w, const float* __restrict sum, float* __restri
                const SGDScalars& s) {
   constexpr bool first = kind == Momentum::first || kind == Momentum::nesterov_first;
   constexpr bool nesterov = kind == Momentum::nesterov || kind == Momentum::nesterov_first;
-  const float scale = multiply ? 1.0f / s.divisor : s.divisor;
+  const float clip = s.clip, scale = multiply ? 1.0f / s.divisor : s.divisor;
   const float lr = -s.lr, decay = s.weight_decay, momentum = s.momentum, take = s.one_minus_dampening;
   for (std::int64_t i = 0; i < n; ++i) {
-    float g = (multiply ? sum[i] * scale : sum[i] / scale) + decay * w[i];
+    float g = (multiply ? sum[i] * clip * scale : sum[i] * clip / scale) + decay * w[i];
     if constexpr (kind != Momentum::none) {
       const float b = first ? g : buffer[i] * momentum + take * g;
       buffer[i] = b;
@@ -204,10 +204,10 @@ void sgd(const MomentumRange& r, std::int64_t n, const SGDScalars& s) {
 template <bool multiply>
 void lion_block(float* __restrict w, const float* __restrict sum, float* __restrict m, std::int64_t n,
                 const LionScalars& s) {
-  const float scale = multiply ? 1.0f / s.divisor : s.divisor;
+  const float clip = s.clip, scale = multiply ? 1.0f / s.divisor : s.divisor;
   const float decay = s.decay, lr = -s.lr, b1 = s.beta1, c1 = s.one_minus_b1, b2 = s.beta2, c2 = s.one_minus_b2;
   for (std::int64_t i = 0; i < n; ++i) {
-    const float g = multiply ? sum[i] * scale : sum[i] / scale;
+    const float g = multiply ? sum[i] * clip * scale : sum[i] * clip / scale;
     const float direction = m[i] * b1 + c1 * g;
     // Zero has no sign, and neither has NaN, which must not be hidden.
     const float sign = direction > 0.0f ? 1.0f : (direction < 0.0f ? -1.0f : direction);

@@ -50,10 +50,11 @@ void for_each_task(const std::vector<Task>& tasks, int threads, const Body& body
 }
 
 // `at` is the step's place in `config.step_sizes`.
-AdamWScalars adamw_scalars(const AdamWConfig& config, double divisor, std::int64_t number, std::size_t at) {
+AdamWScalars adamw_scalars(const AdamWConfig& config, GradScale grads, std::int64_t number, std::size_t at) {
   const double step = static_cast<double>(number);
   AdamWScalars s;
-  s.divisor = static_cast<float>(divisor);
+  s.clip = static_cast<float>(grads.clip);
+  s.divisor = static_cast<float>(grads.divisor);
   s.decay = static_cast<float>(1.0 - config.lr * config.weight_decay);
   s.beta1 = static_cast<float>(config.beta1);
   s.one_minus_b1 = static_cast<float>(1.0 - config.beta1);
@@ -73,8 +74,9 @@ void check_step_sizes(const AdamWConfig& config, std::size_t steps) {
               " step sizes were given for ", steps, " steps");
 }
 
-LionScalars lion_scalars(const LionConfig& config, double divisor) {
-  return {static_cast<float>(divisor),
+LionScalars lion_scalars(const LionConfig& config, GradScale grads) {
+  return {static_cast<float>(grads.clip),
+          static_cast<float>(grads.divisor),
           static_cast<float>(1.0 - config.lr * config.weight_decay),
           static_cast<float>(config.lr),
           static_cast<float>(config.beta1),
@@ -134,7 +136,7 @@ void adamw_ahead(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t
   for (std::size_t p = 0; p < ahead.pieces.size(); ++p)
     for (std::int64_t repeat = 0; repeat < ahead.repeats; ++repeat)
       scalars.push_back(
-          adamw_scalars(config, ahead.known[p] ? divisor : 1.0, ahead.pieces[p].step + repeat, scalars.size()));
+          adamw_scalars(config, {1.0, ahead.known[p] ? divisor : 1.0}, ahead.pieces[p].step + repeat, scalars.size()));
   const auto guess = [&](const Piece& piece, std::int64_t offset, std::int64_t count, float* grad) {
     // The moments hold gradients that were divided, and negated to maximise, already.
     const float unbias = static_cast<float>(1.0 / (1.0 - std::pow(config.beta1, static_cast<double>(piece.step - 1))));
@@ -174,7 +176,8 @@ void sgd_ahead(const FlatWeights& flat, std::uintptr_t momentum_buffer, const Ah
     std::memcpy(buffer, at<const float>(momentum_buffer, offset), static_cast<std::size_t>(count) * sizeof(float));
     for (std::int64_t repeat = 0; repeat < ahead.repeats; ++repeat) {
       // The buffer of past gradients includes their weight decay.
-      const SGDScalars scalars{static_cast<float>(known ? divisor : 1.0),
+      const SGDScalars scalars{1.0f,
+                               static_cast<float>(known ? divisor : 1.0),
                                static_cast<float>(config.lr),
                                static_cast<float>(known ? config.weight_decay : 0.0),
                                static_cast<float>(config.momentum),
@@ -193,7 +196,7 @@ void lion_ahead(const FlatWeights& flat, std::uintptr_t exp_avg, const Ahead& ah
   stream.require_supported();
   check_ahead(flat, ahead, divisor);
   const KernelTable& table = kernels();
-  const LionScalars known_scalars = lion_scalars(config, divisor), guess_scalars = lion_scalars(config, 1.0);
+  const LionScalars known_scalars = lion_scalars(config, {1.0, divisor}), guess_scalars = lion_scalars(config, {1.0, 1.0});
   const auto guess = [&](const Piece&, std::int64_t offset, std::int64_t count, float* grad) {
     std::memcpy(grad, at<const float>(exp_avg, offset), static_cast<std::size_t>(count) * sizeof(float));
   };
@@ -210,16 +213,16 @@ void lion_ahead(const FlatWeights& flat, std::uintptr_t exp_avg, const Ahead& ah
 }
 
 void adamw_step(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
-                const std::vector<Piece>& pieces, const AdamWConfig& config, double divisor, Stream stream,
+                const std::vector<Piece>& pieces, const AdamWConfig& config, GradScale grads, Stream stream,
                 int threads) {
   stream.require_supported();
-  check_value(divisor != 0.0, "gradients cannot be divided by 0");
+  check_value(grads.divisor != 0.0, "gradients cannot be divided by 0");
   check_step_sizes(config, pieces.size());
   const KernelTable& table = kernels();
   const std::vector<Task> tasks = cut(pieces);
   std::vector<AdamWScalars> scalars;
   scalars.reserve(pieces.size());
-  for (const Piece& piece : pieces) scalars.push_back(adamw_scalars(config, divisor, piece.step, scalars.size()));
+  for (const Piece& piece : pieces) scalars.push_back(adamw_scalars(config, grads, piece.step, scalars.size()));
   for_each_task(tasks, threads, [&](const Task& task) {
     const AdamWRange range{at<float>(flat.master, task.offset),
                            at<std::uint16_t>(flat.weight, task.offset),
@@ -232,14 +235,15 @@ void adamw_step(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t 
 }
 
 void sgd_step(const FlatWeights& flat, std::uintptr_t momentum_buffer, const std::vector<Piece>& pieces,
-              const SGDConfig& config, double divisor, Stream stream, int threads) {
+              const SGDConfig& config, GradScale grads, Stream stream, int threads) {
   stream.require_supported();
-  check_value(divisor != 0.0, "gradients cannot be divided by 0");
+  check_value(grads.divisor != 0.0, "gradients cannot be divided by 0");
   check_value(config.momentum == 0.0 || momentum_buffer != 0, "momentum ", config.momentum,
               " needs a momentum buffer, and none was given");
   const KernelTable& table = kernels();
   const std::vector<Task> tasks = cut(pieces);
-  SGDScalars scalars{static_cast<float>(divisor),
+  SGDScalars scalars{static_cast<float>(grads.clip),
+                     static_cast<float>(grads.divisor),
                      static_cast<float>(config.lr),
                      static_cast<float>(config.weight_decay),
                      static_cast<float>(config.momentum),
@@ -254,11 +258,11 @@ void sgd_step(const FlatWeights& flat, std::uintptr_t momentum_buffer, const std
 }
 
 void lion_step(const FlatWeights& flat, std::uintptr_t exp_avg, const std::vector<Piece>& pieces,
-               const LionConfig& config, double divisor, Stream stream, int threads) {
+               const LionConfig& config, GradScale grads, Stream stream, int threads) {
   stream.require_supported();
-  check_value(divisor != 0.0, "gradients cannot be divided by 0");
+  check_value(grads.divisor != 0.0, "gradients cannot be divided by 0");
   const KernelTable& table = kernels();
-  const LionScalars scalars = lion_scalars(config, divisor);
+  const LionScalars scalars = lion_scalars(config, grads);
   for_each_task(cut(pieces), threads,
                 [&](const Task& task) { table.lion(momentum_range(flat, exp_avg, task.offset), task.numel, scalars); });
 }

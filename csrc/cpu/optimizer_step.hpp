@@ -45,18 +45,22 @@ struct LionConfig {
   double lr, beta1, beta2, weight_decay;
 };
 
-// Gradients are divided by `divisor`; a negative one maximises.
+// What sums of gradients are multiplied by, and then divided by; a negative divisor maximises.
+struct GradScale {
+  double clip, divisor;
+};
+
 void adamw_step(const FlatWeights& flat, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
-                const std::vector<Piece>& pieces, const AdamWConfig& config, double divisor, Stream stream,
+                const std::vector<Piece>& pieces, const AdamWConfig& config, GradScale grads, Stream stream,
                 int threads);
 
 // A piece of step 1 sets its momentum buffer; later ones update it.
 void sgd_step(const FlatWeights& flat, std::uintptr_t momentum_buffer, const std::vector<Piece>& pieces,
-              const SGDConfig& config, double divisor, Stream stream, int threads);
+              const SGDConfig& config, GradScale grads, Stream stream, int threads);
 
 // The momentum begins at zero, so the number of a step does not matter.
 void lion_step(const FlatWeights& flat, std::uintptr_t exp_avg, const std::vector<Piece>& pieces,
-               const LionConfig& config, double divisor, Stream stream, int threads);
+               const LionConfig& config, GradScale grads, Stream stream, int threads);
 
 // Where the next `repeats` steps would bring the weights, were all of them to see the same gradients: those of a window
 // that is still being summed up, of which `divisor` micro-batches are in. Nothing changes but the weights themselves:

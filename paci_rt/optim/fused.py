@@ -191,8 +191,9 @@ class FusedStageOptimizer(StageOptimizer):
         return self.optimizer.masks and all(map(backend.uses_kernels, (group.device for group in self.groups)))
 
     def _scale(self, windows: dict[int, Window], factor: float | Tensor) -> None:
-        if not (isinstance(factor, Tensor) and self.masks):
-            super()._scale(windows, factor)
+        native = not any(backend.uses_kernels(group.device) for group in self.groups)
+        if not (self.masks if isinstance(factor, Tensor) else self.optimizer.masks and native):
+            super()._scale(windows, factor)  # by kernels a number has to be in device memory
             return
         for state in self._states:
             state.clip = factor

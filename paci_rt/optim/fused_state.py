@@ -27,7 +27,7 @@ class FusedState:
         master: fp32 weights of bf16/fp16 parameters, None where parameters are fp32 themselves.
         numbers: by state name, one number for each parameter, such as ``step``, the updates that it has had.
         steps: what takes the group's steps on its device.
-        clip: on a GPU what the gradients of the update that comes now are multiplied by, fp32 of one element.
+        clip: what the gradients of the update that comes now are multiplied by; on a GPU fp32 of one element.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class FusedState:
         if group.dtype is not torch.float32:
             self.master = group.empty_like(torch.float32)
             self.master.copy_(group.weight)
-        self.clip: Tensor | None = None
+        self.clip: Tensor | float | None = None
         self._first = dict(numbers or {})
         self.numbers = {name: torch.full((len(group.params),), value) for name, value in self._first.items()}
         self._versions = self._param_versions()

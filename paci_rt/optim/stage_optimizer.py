@@ -81,6 +81,11 @@ class UpdateStats:
     nonfinite: int | Tensor
 
 
+def _multiply(windows: dict[int, Window], factor: float | Tensor) -> None:
+    for window in windows.values():
+        window.sums.mul_(factor)
+
+
 class StageOptimizer(GradSink):
     """An optimizer tied to one stage's flat parameters and accumulators. Made by :func:`bind_optimizer`.
 
@@ -236,15 +241,16 @@ class StageOptimizer(GradSink):
         return UpdateStats(grad_norm=sealed.squares**0.5 / divisor, nonfinite=sealed.nonfinite)
 
     def _take(self, windows: dict[int, Window], divisor: float, verdict: Verdict) -> None:
+        kept = self.history is not None and verdict.window is not None
         if isinstance(verdict.factor, Tensor) or verdict.factor != 1.0:
-            self._scale(windows, verdict.factor)
+            (_multiply if kept else self._scale)(windows, verdict.factor)
         if self.history is not None and verdict.window is not None:
             self.history.keep(verdict.window, windows, divisor)
         self._apply(windows, divisor)
 
     def _scale(self, windows: dict[int, Window], factor: float | Tensor) -> None:
-        for window in windows.values():
-            window.sums.mul_(factor)
+        """Have the update that comes now take its sums times ``factor``."""
+        _multiply(windows, factor)
 
     def apply(self, windows: dict[int, Window], divisor: float) -> None:
         """Update once more from sums that were kept."""

@@ -39,7 +39,7 @@ class FlatStep(TypedDict):
         divisor: what the sums are divided by on the way; a negative one maximises.
         stream: 0 on the CPU.
         ahead: look ahead instead.
-        clip: on a GPU fp32 of one element that gradients are multiplied by; NaN leaves all as it is.
+        clip: what gradients are multiplied by; on a GPU fp32 of one element, where NaN leaves all as it is.
     """
 
     master: Tensor
@@ -51,7 +51,7 @@ class FlatStep(TypedDict):
     divisor: float
     stream: NotRequired[int]
     ahead: NotRequired[Ahead | None]
-    clip: NotRequired[Tensor]
+    clip: NotRequired[Tensor | float]
 
 
 class AdamWStep(FlatStep):
@@ -116,7 +116,7 @@ def lion_step(**step: Unpack[LionStep]) -> None:
 def _take(optimizer: str, step: Mapping[str, Any]) -> None:
     """Let the core take a step, or look ahead: the core reads where tensors lie and how long they are."""
     master, weight, ahead = step["master"], step["weight"], step.get("ahead")
-    arguments = {"stream": 0, **step, **({} if ahead is None else ahead._asdict())}
+    arguments = {"stream": 0, **step, **({"clip": step.get("clip", 1.0)} if ahead is None else ahead._asdict())}
     arguments.pop("ahead", None)
     if "betas" in arguments:
         arguments["beta1"], arguments["beta2"] = arguments.pop("betas")

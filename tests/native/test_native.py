@@ -128,7 +128,9 @@ def _all_kernels(threads: int) -> list[Tensor]:
             **shared, exp_avg=moments[0], exp_avg_sq=moments[1], lr=1e-3, betas=(0.6, 0.95), eps=1e-8,
             weight_decay=0.1, divisor=-4, step_sizes=[(1e-3, 3e-4), (2e-3, 5e-3)],
         )  # fmt: skip
-        steps_native.lion_step(**shared, exp_avg=buffer, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, divisor=5)
+        steps_native.lion_step(
+            **shared, exp_avg=buffer, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, divisor=5, clip=0.3
+        )
         steps_native.sgd_step(
             **shared, momentum_buffer=buffer, lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.1, nesterov=True,
             divisor=-7,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import paci_rt
 from paci_rt.optim import SGD, AdamW, Lion, Muon, NAdam
+from paci_rt.optim.verdict import Verdict
 from support.optimizers import (
     STEPS,
     bind,
@@ -85,6 +86,32 @@ def test_low_precision_parameters_follow_fp32_masters(ours: Any, options: dict[s
     for param, target in zip(module.parameters(), full.parameters(), strict=True):
         assert torch.equal(optimizer.state[param]["master"], target)
         assert torch.equal(param, target.to(dtype))
+
+
+@pytest.mark.parametrize(("ours", "options"), LOW_PRECISION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("divisor", [4.0, 6.0])
+def test_sums_that_are_clipped_on_the_way_have_the_bits_of_sums_clipped_before(
+    ours: Any, options: dict[str, Any], dtype: torch.dtype, divisor: float
+) -> None:
+    factor = 0.37
+    module = make_module(dtype)
+    twin = copy.deepcopy(module)
+    ours_bound, twin_bound = (bind(ours(one.parameters(), **options), one) for one in (module, twin))
+    for micro_batches in random_windows(module, 1, steps=3):
+        for bound, one in ((ours_bound, module), (twin_bound, twin)):
+            for grads in micro_batches:
+                for param, grad in zip(one.parameters(), grads, strict=True):
+                    bound.accumulate(param, grad)
+        ours_bound.update(divisor, decide=lambda _: Verdict(factor))
+        twin_bound.seal_window()
+        for _, _, total in twin_bound.sealed_sums():
+            total.mul_(factor)
+        twin_bound.update(divisor)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
+    for name, state in ours_bound.state_by_name().items():
+        for key, value in twin_bound.state_by_name()[name].items():
+            assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(value)), (name, key)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(AdamW, torch.optim.AdamW), (NAdam, torch_nadam)])
