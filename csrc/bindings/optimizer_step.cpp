@@ -74,8 +74,8 @@ void bind_steps(py::module_& m) {
       "adamw_step",
       [](const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum, const Memory& exp_avg,
          const Memory& exp_avg_sq, const std::vector<PieceTuple>& pieces, double lr, double beta1, double beta2,
-         double eps, double weight_decay, const SizePairs& step_sizes, double clip, double divisor, int device, StreamArg stream,
-         int threads) {
+         double eps, double weight_decay, const SizePairs& step_sizes, double clip, double divisor, int device,
+         StreamArg stream, int threads) {
         const Buffers buffers(pieces);
         const FlatWeights flat = buffers.flat(master, weight, dtype, grad_sum);
         const std::uintptr_t mean = buffers.need(exp_avg, "exp_avg"), square = buffers.need(exp_avg_sq, "exp_avg_sq");
@@ -85,8 +85,8 @@ void bind_steps(py::module_& m) {
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
       py::arg("exp_avg_sq"), py::arg("pieces"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-      py::arg("weight_decay"), py::arg("step_sizes"), py::arg("clip"), py::arg("divisor"), py::arg("device"), py::arg("stream"),
-      py::arg("threads"));
+      py::arg("weight_decay"), py::arg("step_sizes"), py::arg("clip"), py::arg("divisor"), py::arg("device"),
+      py::arg("stream"), py::arg("threads"));
   m.def(
       "sgd_step",
       [](const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum, const Memory& momentum_buffer,
@@ -101,22 +101,23 @@ void bind_steps(py::module_& m) {
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"),
       py::arg("momentum_buffer"), py::arg("pieces"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
-      py::arg("weight_decay"), py::arg("nesterov"), py::arg("clip"), py::arg("divisor"), py::arg("device"), py::arg("stream"),
-      py::arg("threads"));
+      py::arg("weight_decay"), py::arg("nesterov"), py::arg("clip"), py::arg("divisor"), py::arg("device"),
+      py::arg("stream"), py::arg("threads"));
   m.def(
       "lion_step",
       [](const Memory& master, const Memory& weight, int dtype, const Memory& grad_sum, const Memory& exp_avg,
-         const std::vector<PieceTuple>& pieces, double lr, double beta1, double beta2, double weight_decay,
-         double clip, double divisor, int device, StreamArg stream, int threads) {
+         const std::vector<PieceTuple>& pieces, double lr, double beta1, double beta2, double weight_decay, double clip,
+         double divisor, int device, StreamArg stream, int threads) {
         const Buffers buffers(pieces);
         const FlatWeights flat = buffers.flat(master, weight, dtype, grad_sum);
         const std::uintptr_t mean = buffers.need(exp_avg, "exp_avg");
         const MaybeReleaseGil release(elements_of(pieces));
-        lion_step(flat, mean, pieces_of(pieces), {lr, beta1, beta2, weight_decay}, {clip, divisor}, stream.on(device), threads);
+        lion_step(flat, mean, pieces_of(pieces), {lr, beta1, beta2, weight_decay}, {clip, divisor}, stream.on(device),
+                  threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
-      py::arg("pieces"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"), py::arg("clip"), py::arg("divisor"),
-      py::arg("device"), py::arg("stream"), py::arg("threads"));
+      py::arg("pieces"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"), py::arg("clip"),
+      py::arg("divisor"), py::arg("device"), py::arg("stream"), py::arg("threads"));
 }
 
 Ahead ahead_of(const std::vector<PieceTuple>& pieces, const std::vector<bool>& known, std::int64_t repeats,

@@ -196,7 +196,8 @@ void lion_ahead(const FlatWeights& flat, std::uintptr_t exp_avg, const Ahead& ah
   stream.require_supported();
   check_ahead(flat, ahead, divisor);
   const KernelTable& table = kernels();
-  const LionScalars known_scalars = lion_scalars(config, {1.0, divisor}), guess_scalars = lion_scalars(config, {1.0, 1.0});
+  const LionScalars known_scalars = lion_scalars(config, {1.0, divisor}),
+                    guess_scalars = lion_scalars(config, {1.0, 1.0});
   const auto guess = [&](const Piece&, std::int64_t offset, std::int64_t count, float* grad) {
     std::memcpy(grad, at<const float>(exp_avg, offset), static_cast<std::size_t>(count) * sizeof(float));
   };

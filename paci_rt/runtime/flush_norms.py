@@ -5,6 +5,7 @@ Each stage adds the norms of its parameters to what travels to the last stage, w
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,21 +14,20 @@ from paci_rt.transport.base import Message
 
 EPS = 1e-6
 """What torch.nn.utils.clip_grad_norm_ adds to a norm before it divides."""
+EPS_FP32, ONE = np.float32(EPS), np.float32(1.0)
 
 
-def parameter_norms(optimizer: StageOptimizer, order: dict[str, int], divisor: float, device: torch.device) -> Tensor:
-    """2-norms [n] of the mean gradients of a sealed window, in the order of the module's parameters.
+def parameter_norms(optimizer: StageOptimizer, order: list[list[int]], divisor: float, device: torch.device) -> Tensor:
+    """2-norms [n] of the mean gradients of a sealed window, in ``order``: the places of each flat group's parameters.
 
     Sums are divided in place unless ``divisor`` is a power of two, whose division commutes with all that follows.
     """
-    named = [
-        (order.get(optimizer.groups[number].names[position], len(order)), total)
-        for number, position, total in optimizer.sealed_sums()
-    ]
-    if not named:
+    sums = optimizer.sealed_sums()
+    if not sums:
         return torch.zeros(0, device=device)
-    totals = [total for _, total in sorted(named, key=lambda pair: pair[0])]
-    return torch.stack(torch._foreach_norm(totals)) / divisor
+    sums.sort(key=lambda one: order[one[0]][one[1]])
+    norms = torch.stack(torch._foreach_norm([total for _, _, total in sums]))
+    return norms if divisor == 1.0 else norms.div_(divisor)
 
 
 def total_norm(norms: Tensor) -> Tensor:
@@ -35,11 +35,23 @@ def total_norm(norms: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms) if norms.numel() else norms.new_zeros(())
 
 
-def coefficient(max_norm: float, total: Tensor) -> float:
+def in_fp32(number: float) -> np.float32:
+    """``number`` rounded; infinite where fp32 ends."""
+    with np.errstate(over="ignore"):
+        rounded: np.float32 = np.float32(number)
+    return rounded
+
+
+def coefficient(max_norm: np.float32, total: Tensor) -> float:
     """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients of norm ``total``, [], with, in its order of
-    operations: a number over a tensor is the number times its reciprocal."""
-    found: Tensor = max_norm / (total + EPS)
-    return float(found.clamp(max=1.0))
+    operations in fp32: a number over a tensor is the number times its reciprocal."""
+    norm = np.float32(float(total)) + EPS_FP32
+    if not norm < np.inf:
+        return float(max_norm) / float(norm)  # zero, or NaN
+    if float(max_norm) >= 2 * float(norm):
+        return 1.0  # the product could be too large for fp32
+    found = max_norm * (ONE / norm)
+    return 1.0 if found > 1.0 else float(found)
 
 
 class Settlement:
@@ -47,24 +59,25 @@ class Settlement:
 
     Attributes:
         norms: of the parameters of the stages up to this one, once they are known.
-        total: of all stages. bad: some stage's gradients are not finite. spike: the total stands out.
+        total: of all stages, then. bad: some stage's gradients are not finite. spike: the total stands out.
             scale: of the losses; the total is without it, and the norms are not.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.norms = torch.zeros(0, device=device)
-        self.total = torch.zeros((), device=device)
+        self.norms: Tensor | None = None
+        self.total: Tensor | None = None
         self.bad = self.spike = False
         self.scale = 1.0
 
     def add(self, norms: Tensor, *, bad: bool) -> None:
         """This stage's own."""
-        self.norms = torch.cat([self.norms, norms])
+        self.norms = norms if self.norms is None else torch.cat([self.norms, norms])
         self.bad = self.bad or bad
 
     def up(self) -> Message:
         """For the next stage."""
+        assert self.norms is not None
         return self._message(self.norms)
 
     def take_up(self, message: Message) -> None:
@@ -73,6 +86,7 @@ class Settlement:
 
     def down(self) -> Message:
         """For the stage before."""
+        assert self.total is not None
         return self._message(self.total.reshape(1))
 
     def take_down(self, message: Message) -> None:

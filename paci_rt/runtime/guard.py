@@ -21,7 +21,7 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.optim.take_back import UpdateHistory
 from paci_rt.optim.verdict import Sealed, Verdict
 from paci_rt.runtime.audit import StageAudit
-from paci_rt.runtime.flush_norms import EPS, Settlement, coefficient, parameter_norms, total_norm
+from paci_rt.runtime.flush_norms import EPS, Settlement, coefficient, in_fp32, parameter_norms, total_norm
 from paci_rt.runtime.late_flags import LateFlags
 from paci_rt.runtime.news import UNKNOWN, News
 from paci_rt.runtime.probes import MicroBatchProbe, first_parameter, nonfinite_error
@@ -68,8 +68,10 @@ class Guard:
         self._optimizer, self._weights, self._ties = optimizer, weights, ties
         self._accumulation, self._divisor = shape.accumulation, divisor
         self._order = {name: at for at, (name, _) in enumerate(stage.named_parameters())}
+        self._places = [[self._order.get(name, len(self._order)) for name in one.names] for one in optimizer.groups]
         self._is_last, self._alone = stage.is_last, shape.num_stages == 1
         self._flush, self._settles = family.flush, lowering.settles
+        self._limit = in_fp32(safety.max_grad_norm or 0.0)
         self._clips_exactly = safety.max_grad_norm is not None and (family.flush or self._alone)
         self.travels = safety.travels(family, shape.num_stages)
         self._news = News(stage.stage_index, shape.num_stages) if self.travels else None
@@ -216,7 +218,7 @@ class Guard:
         return self._clips_exactly and odd and self._optimizer.replicas is None
 
     def _add_own(self, settled: Settlement) -> None:
-        norms = torch.zeros(0, device=self._device)
+        norms: Tensor | None = None
         if self._clips_exactly or self._safety.skip_spikes is not None:
             divisor: float = self._divisor
             if self._divided:
@@ -226,22 +228,26 @@ class Guard:
             if not self._bad and self._optimizer.replicas is not None:
                 norms = self._optimizer.replicas.norms(self._order) / divisor
             elif not self._bad:
-                norms = parameter_norms(self._optimizer, self._order, divisor, self._device)
-        settled.add(norms, bad=self._bad)
+                norms = parameter_norms(self._optimizer, self._places, divisor, self._device)
+        settled.add(torch.zeros(0, device=self._device) if norms is None else norms, bad=self._bad)
 
     def _conclude(self, window: int, settled: Settlement) -> None:
         """The last stage has the norms of all."""
         settled.scale = self.scale(window)
-        settled.total = total_norm(settled.norms) / settled.scale
+        assert settled.norms is not None
+        settled.total = total = total_norm(settled.norms)
+        if settled.scale != 1.0:
+            settled.total = total = total / settled.scale
         if self._safety.skip_spikes is not None and not settled.bad:
-            settled.spike = self._spikes(float(settled.total))
+            settled.spike = self._spikes(float(total))
 
     def _factor(self, window: int, settled: Settlement) -> float:
         limit = self._safety.max_grad_norm
         if limit is None:
             return 1.0
         if self._clips_exactly:
-            return coefficient(limit, settled.total)
+            assert settled.total is not None
+            return coefficient(self._limit, settled.total)
         assert self._news is not None
         squares = 0.0
         for at, (windows, known) in enumerate(self._news.squares()):

@@ -11,9 +11,9 @@ from paci_rt.errors import NonFiniteError
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.stage_optimizer import StageOptimizer
 
-EDGE, HEAD, COLUMN = 4, 16, 64
-"""Parameters at either end of a stage that are looked at in full, by row, and at most so many elements of a column;
-elements of all others: one line of cache."""
+EDGE, HEAD, COLUMN = 4, 4, 8
+"""Parameters at either end of a stage whose first row is looked at; elements of all others, one line of cache; elements
+of a column."""
 
 
 class MicroBatchProbe:
@@ -32,18 +32,14 @@ class MicroBatchProbe:
         for group, accumulator in zip(optimizer.groups, optimizer.accumulators, strict=True):
             places = _places(group)
             dtype = torch.int32 if group.numel < 2**31 else torch.int64
-            index = torch.tensor(places, dtype=dtype).to(group.device)
-            zeros = torch.zeros(len(places), dtype=accumulator.front_flat.dtype, device=group.device)
-            self._looks.append((accumulator, index, zeros))
+            self._looks.append((accumulator, torch.tensor(places, dtype=dtype).to(group.device)))
         self._seen: list[tuple[int, Tensor]] = []
 
     @torch.no_grad()
     def look(self, micro_batch: int) -> None:
         """A backward of ``micro_batch``, or half of one, is over."""
-        for accumulator, index, zeros in self._looks:
-            # Zero times what is not finite is NaN, and the rest adds up to zero.
-            found = torch.dot(accumulator.front_flat.index_select(0, index), zeros)
-            self._seen.append((micro_batch, found))
+        for accumulator, index in self._looks:
+            self._seen.append((micro_batch, accumulator.front_flat.index_select(0, index)))
 
     def forget(self) -> None:
         """A window has ended."""
@@ -57,7 +53,7 @@ class MicroBatchProbe:
     def first(self, seen: list[tuple[int, Tensor]] | None = None) -> int | None:
         """The first micro-batch of the window, or among ``seen``, whose gradients showed something not finite."""
         seen = self._seen if seen is None else seen
-        return next((m for m, found in seen if bool(found.isnan())), None)
+        return next((m for m, found in seen if not bool(found.isfinite().all())), None)
 
 
 def _places(group: FlatGroup) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import paci_rt
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.optim.verdict import Sealed
+from paci_rt.runtime.flush_norms import EPS, coefficient, in_fp32
 from paci_rt.schedules import FAMILIES, Shape
 from paci_rt.schedules.lowering import Lowering, TiedWeight
 from paci_rt.schedules.validate import validate
@@ -309,3 +311,15 @@ def test_streams_with_norms_run_to_their_end_in_channels_of_few_messages(name: s
         shape = Shape(num_stages=ranks * chunks, accumulation=a, chunks=chunks, placement=family.placement)
         room = {"interleaved-zb": ranks, "looped-bfs": a}.get(name, 1)
         validate(Lowering(family=family, shape=shape, ties=ties, settles=ranks * chunks > 1), capacity=room)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e-9, 0.3, 1.0, 7e5, 1e39, math.inf])
+def test_the_factor_has_the_bits_of_torchs_operations(max_norm: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    totals = [
+        10.0 ** (24 * torch.rand(2000, generator=generator) - 12),
+        torch.tensor([0.0, 1e-45, 3e38, math.inf, math.nan]),
+    ]
+    for total in torch.cat(totals):
+        expected = float((max_norm / (total + EPS)).clamp(max=1.0))
+        assert str(coefficient(in_fp32(max_norm), total)) == str(expected)  # NaN too
