@@ -36,9 +36,7 @@ def keep_safe(batch: Batch, stages: Sequence[PipelineStage], streams: Iterable[S
         return ended is not None and key not in ended
 
     first, last = stages[0], stages[-1]
-    batch.args = {
-        m: copies.of(args, first.device, late((first.stage_index, m))) for m, args in batch.args.items()
-    }
+    batch.args = {m: copies.of(args, first.device, late((first.stage_index, m))) for m, args in batch.args.items()}
     batch.kwargs = {key: copies.of(kwargs, devices[key[0]], late(key)) for key, kwargs in batch.kwargs.items()}
     for m, loss in batch.losses.items():
         loss.target = copies.of(loss.target, last.device, late((last.stage_index, m)))

@@ -50,7 +50,9 @@ def drive(pipe: Any, windows: int, *, give: Callable[[int], dict[str, Any]] = la
     for step in range(windows):
         x, y = rows(step)
         lists.append([])
-        pipe.step(*((x,) if pipe.has_first else ()), target=y if pipe.has_last else None, losses=lists[-1], **give(step))
+        pipe.step(
+            *((x,) if pipe.has_first else ()), target=y if pipe.has_last else None, losses=lists[-1], **give(step)
+        )
         x.fill_(torch.nan)  # the caller's own again
         y.fill_(torch.nan)
     pipe.drain()
@@ -197,9 +199,7 @@ def test_late_forwards_run_under_the_mode_of_their_own_step(kind: str) -> None:
 
 
 def test_a_module_that_is_exchanged_meanwhile_is_refused() -> None:
-    pipe = paci_rt.LocalPipeline(
-        pieces(6), schedule="paci-v", n_microbatches=4, loss_fn=nn.MSELoss(), optimizer=still
-    )
+    pipe = paci_rt.LocalPipeline(pieces(6), schedule="paci-v", n_microbatches=4, loss_fn=nn.MSELoss(), optimizer=still)
     x, y = rows(0)
     pipe.step(x, target=y)
     before = pipe.stages[4].submod[2]
