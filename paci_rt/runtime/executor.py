@@ -266,9 +266,7 @@ class Executor:
         kwargs = kwargs if on_cpu else on_device(kwargs, stage.device)
         loss = batch.losses.get(m) if stage.is_last else None
         if loss is None and stage.is_last and batch.training:
-            raise StageError(
-                f"stage {stage.stage_index} has no target for micro-batch {m}: this is a defect of paci_rt"
-            )
+            raise StageError(f"stage {stage.stage_index} has no target for micro-batch {m}: this is a defect")
         late = batch.modes.get((stage.stage_index, m)) if batch.modes else None
         audit = runtime.audit
         version = audit.version

@@ -90,7 +90,7 @@ class Log:
         self._every = 1 if pipeline.stages[0].device.type == "cpu" else self.LATE
 
     def stepped(self, step: int, losses: list[Tensor]) -> None:
-        """``step`` windows have run; ``losses`` gets one per micro-batch, on the last stage, in a V some of them later."""
+        """``step`` windows have run; ``losses`` gets one per micro-batch, on the last stage; in a V some come later."""
         self._late.append((step, self._clock.seconds(), losses))
         if self._mark is None:
             tokens = step * self._config.tokens_per_window

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from paci_rt.errors import shown
+from paci_rt.schedules import Placement
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport.base import Message, Transport, send_and_leave
 from paci_rt.transport.local import LocalTransport
@@ -81,7 +82,7 @@ class _HandingOver:
         (self._by_channel.get(channel) or self._find(channel)).send(channel, index, message)
 
     def leave(self, channel: Channel, index: int, tensor: Tensor) -> None:
-        """See :func:`paci_rt.transport.base.send_and_leave`: what stays on the rank lies in a copy until it is taken."""
+        """See :func:`paci_rt.transport.base.send_and_leave`: what stays here lies in a copy until it is taken."""
         carrier = self._by_channel.get(channel) or self._find(channel)
         send_and_leave(carrier, channel, index, tensor)
         if carrier is self._mailboxes:

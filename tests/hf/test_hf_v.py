@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install paci-rt[test]")
-
 from support.plain import same
 from support.pool import WorkerPool
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install paci-rt[test]")
 
 SCHEDULES = ("zb-v", "v-half", "v-min", "dualpipe-v")
 

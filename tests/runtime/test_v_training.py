@@ -165,14 +165,12 @@ def test_a_stage_hears_of_a_window_that_does_not_count_in_time(stages: int, accu
     """However the costs are, which say how far stages run ahead of each other."""
     for hop in (0.0, 1.0, 3.0):
         run = Bad(schedule="paci-v", stages=stages, accumulation=accumulation, windows=12, stage=0, at=7)
-        try:
-            pipe = local(run, costs=paci_rt.StepCosts(hop=hop))
-        except ValueError as error:
-            assert "windows could be undecided" in str(error) and "skip-local" in str(error)
-            continue
-        found = drive(pipe, run)
+        found = drive(local(run, costs=paci_rt.StepCosts(hop=hop)), run)
         assert found["stats"]["skipped_windows"] == dict.fromkeys(range(stages), 1)
         assert all(bool(param.isfinite().all()) for param in found["params"].values())
+    if (stages, accumulation) == (16, 1):  # more windows on their way than a stage can tell of
+        with pytest.raises(ValueError, match="48 windows could be undecided; use a larger accumulation, or"):
+            local(run, costs=paci_rt.StepCosts(hop=10.0))
 
 
 # --- odd numbers, and nothing but the plain loop ---
@@ -212,7 +210,7 @@ def test_a_limit_is_kept_and_bits_do_not_depend_on_who_runs_it(workers: WorkerPo
 @pytest.mark.parametrize("limit", [0.99, 0, -1, float("nan"), float("inf"), "2", True])
 def test_a_limit_that_cannot_be_met_is_one_clear_error(limit: Any) -> None:
     stages = [nn.Linear(4, 4) for _ in range(4)]
-    with pytest.raises(ValueError, match="activation_limit is .*: give what a rank may hold") as caught:
+    with pytest.raises(ValueError, match=r"activation_limit is .*: give what a rank may hold") as caught:
         paci_rt.LocalPipeline(
             stages, schedule="paci-v", n_microbatches=2, loss_fn=nn.MSELoss(), optimizer=paci_rt.AdamW,
             activation_limit=limit,
