@@ -57,7 +57,7 @@ class ModuleWatch:
                 if owed and self._late:
                     raise StageError(
                         f"stage {at}: {self._facts[at].difference(stage.submod)} while forwards of earlier "
-                        "micro-batches are still to run in it: put it back, call drain() on all ranks and change it then"
+                        "micro-batches are still to run in it: put it back, call drain() on all ranks, then change it"
                     )
                 self._facts[at] = _facts_of(runtime)
                 changed.remove(runtime)
