@@ -19,6 +19,7 @@ from common import positive
 from delayed import DelayedTransport
 from paci_rt import launch
 from paci_rt.schedules import Slack
+from paci_rt.schedules.placement import V
 from paci_rt.schedules.slack import slack_by_stage, slack_text
 from paci_rt.train.gpt import MODELS, build_stage
 from paci_rt.transport import make_transport
@@ -35,11 +36,12 @@ class Case:
         schedule: a schedule of paci_rt, or one of ``PEERS``: that of ``torch.distributed.pipelining`` with
             ``torch.optim.AdamW`` as its tutorial writes it, or with ``fused=True``, the fastest that torch has.
         stages, chunks: processes, and pieces of the model in each.
-        slack, policy, costs: as for ``paci_rt.SchedulePACI``.
+        slack, policy, costs, activation_limit: as for ``paci_rt.SchedulePACI`` and ``paci_rt.SchedulePACIV``.
         hop_ms: milliseconds that each message takes at least, emulated (``delayed.py``); 0 leaves the transport alone.
         emulate_ms: milliseconds of a process for one micro-batch that a sleep takes instead of the model: forward and
             backward, or forward, I and W; None for the real model.
         message_bytes: size of what emulated stages exchange.
+        activation_bytes: what an emulated process keeps of a micro-batch from its F to its I, both pieces together.
         transport: how the stages of paci_rt's schedules reach each other; torch's go over gloo.
         rows, seq_len: sequences per micro-batch and tokens per sequence of the real model.
     """
@@ -52,18 +54,21 @@ class Case:
     chunks: int = 1
     policy: str | None = None
     costs: paci_rt.StepCosts | None = None
+    activation_limit: float | None = None
     model: str = ""
     rows: int = 1
     seq_len: int = 1
     emulate_ms: tuple[float, ...] | None = None
     message_bytes: int = 1024
+    activation_bytes: int = 0
     transport: str = "auto"
 
     @property
     def label(self) -> str:
         extras = [self.policy] if self.policy else []
         extras += [f"slack{slack_text(self.slack)}"] if self.slack else []
-        return self.with_hop("+".join([self.schedule, *extras]))
+        limit = "" if self.activation_limit is None else f"@{self.activation_limit:g}"
+        return self.with_hop("+".join([self.schedule + limit, *extras]))
 
     def with_hop(self, name: str) -> str:
         """``name`` over the links of this case."""
@@ -73,7 +78,8 @@ class Case:
     def windows_to_steady(self) -> int:
         """Windows until every stage has left its warm-up behind."""
         first = slack_by_stage(self.slack, self.stages)[0]  # no stage runs further ahead
-        return 1 + -(-(self.stages + first) // self.accumulation)
+        ahead = self.stages * (2 if self.placed["placement"] == V else 1) + first
+        return 1 + -(-ahead // self.accumulation)
 
     @property
     def pieces(self) -> int:
@@ -162,11 +168,24 @@ class EmulatedStage(nn.Module):
         return _Sleep.apply(x, self.weight, self.times_s, self.messages)  # type: ignore[no-any-return]
 
 
+class _Keep(torch.autograd.Function):
+    """Keeps as much memory as a stage would, until its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(torch.ones(count, dtype=torch.uint8))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class EmulatedPipelineStage(paci_rt.PipelineStage):
     """Sleeps before a tiny linear layer does in earnest what it is asked to: F, I and W."""
 
-    def __init__(self, times_s: tuple[float, float, float], messages: Messages, *place: Any) -> None:
-        super().__init__(TinyLinear(messages), *place)
+    def __init__(self, times_s: tuple[float, float, float], messages: Messages, kept: int, *place: Any) -> None:
+        super().__init__(TinyLinear(messages, kept), *place)
         self._forward_s, self._input_grad_s, self._weight_grad_s = times_s
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,15 +206,17 @@ class EmulatedPipelineStage(paci_rt.PipelineStage):
 
 
 class TinyLinear(nn.Module):
-    """A 1 x 1 linear layer on the first column of what passes."""
+    """A 1 x 1 linear layer on the first column of what passes, which keeps ``kept`` bytes."""
 
-    def __init__(self, messages: Messages) -> None:
+    def __init__(self, messages: Messages, kept: int) -> None:
         super().__init__()
         self.linear = nn.Linear(1, 1)
-        self.messages = messages
+        self.messages, self.kept = messages, kept
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Output.apply(self.linear(_First.apply(x, self.messages)), self.messages)  # type: ignore[no-any-return]
+        y = self.linear(_First.apply(x, self.messages))  # type: ignore[no-untyped-call]
+        y = _Keep.apply(y, self.kept) if self.kept else y  # type: ignore[no-untyped-call]
+        return _Output.apply(y, self.messages)  # type: ignore[no-any-return]
 
 
 def _first_element(output: Tensor, _target: Tensor) -> Tensor:
@@ -257,7 +278,7 @@ class Pipe:
             return paci_rt.PipelineStage(self._module(piece), *place)
         forward_s, input_grad_s, weight_grad_s = (ms / 1e3 / case.chunks for ms in case.emulate_ms)
         times_s = (forward_s, input_grad_s, weight_grad_s)
-        return EmulatedPipelineStage(times_s, self._messages(piece), *place)
+        return EmulatedPipelineStage(times_s, self._messages(piece), case.activation_bytes // case.chunks, *place)
 
     def _build_ours(self, loss_fn: Any) -> None:
         case = self.case
@@ -271,6 +292,7 @@ class Pipe:
             slack=case.slack,
             policy=case.policy,
             costs=case.costs,
+            activation_limit=case.activation_limit,
             transport=_transport(case, stages),
             lookahead=False,  # what it costs and gives is for convergence.py to say
             trace=self.trace,

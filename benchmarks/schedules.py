@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import paci_rt
-from common import finish, list_of, median_spread, positive, print_table
+from common import finish, integer, list_of, median_spread, positive, print_table
 from paci_rt import launch, schedules
 from paci_rt.action import Action, Op
-from paci_rt.schedules import policies
+from paci_rt.schedules import limits, policies
+from paci_rt.schedules.base import check_takes
 from paci_rt.simulate import Costs, Simulation, simulate
 from paci_rt.trace import Event
 from pipelines import Case, Measured, add_options, case_options, describe, measure
@@ -28,6 +29,7 @@ from pipelines import Case, Measured, add_options, case_options, describe, measu
 ALL = (
     *("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "async-1f1b", "pipedream"),
     *("pipedream-2bw", "paci", "paci-split", "paci+stash", "paci+2bw", "paci+predict", "paci+recompute"),
+    *("interleaved-zb", "looped-bfs", "zb-v", "v-half", "v-min", "dualpipe-v", "paci-v", "paci-v@4.5"),
 )
 NEAR_S = 2e-3  # what arrived so long ago was there for certain
 MOST_ERROR = 0.03
@@ -46,6 +48,7 @@ def family_and_shape(case: Case) -> tuple[schedules.ScheduleFamily, schedules.Sh
         chunks=case.chunks,
         placement=family.placement,
         costs=schedules.StepCosts() if case.costs is None else case.costs,
+        activation_limit=case.activation_limit,
     )
     return family, shape
 
@@ -198,7 +201,9 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
                     peak / case.chunks for one in stats for peak in one["peak_rank_in_flight"].values()
                 ),
                 "peak_stashes": max(peak for one in stats for peak in one["peak_pending"].values()),
-                "activation_bytes": max(parts["activations"] for parts in memory),
+                "activation_limit": case.activation_limit,
+                "told_hop_ms": None if case.costs is None else case.costs.hop,
+                "activation_bytes": max(map(held_bytes, stats)),
                 "extra_weight_bytes": sum(parts["versions"] for parts in memory),
                 "weight_bytes": sum(parts["weights"] for parts in memory),
                 "max_drift": max(one["max_drift"] for one in stats),
@@ -208,6 +213,12 @@ def summarise(per_rank: list[Measured], windows: int) -> list[dict[str, Any]]:
         )
     add_ratios(rows)
     return rows
+
+
+def held_bytes(stats: dict[str, Any]) -> int:
+    """Most that a process's stages kept together of all micro-batches, between F and I and between I and W."""
+    others = sum(parts["total"] - parts["activations"] for parts in stats["memory"].values())
+    return int(stats["peak_bytes"] - others)
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -242,7 +253,7 @@ def short_of(rows: list[dict[str, Any]], emulated: bool) -> list[str]:
 
 def report(rows: list[dict[str, Any]]) -> None:
     columns = ["schedule", "a", "over 1f1b", "micro-batches/s", "predicted", "error", "utilization", "activations"]
-    columns += ["stashes", "extra weights", "drift", "delay"]
+    columns += ["MiB", "stashes", "extra weights", "drift", "delay"]
     table = []
     for row in rows:
         extra = row["extra_weight_bytes"] / row["weight_bytes"]
@@ -256,6 +267,7 @@ def report(rows: list[dict[str, Any]]) -> None:
                 f"{row['prediction_error']:+.1%}",
                 row["utilization"],
                 f"{row['peak_activations']:g}",
+                f"{row['activation_bytes'] / 2**20:.2f}",
                 row["peak_stashes"],
                 f"{extra:.2f} x" if extra else "0",
                 row["max_drift"],
@@ -272,9 +284,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=positive, default=2)
     parser.add_argument("--accumulation", type=list_of(positive), default=[4], help="micro-batches per window")
-    parser.add_argument("--schedules", type=list_of(_schedule), default=list(ALL), help="NAME or NAME+POLICY, ...")
+    parser.add_argument(
+        "--schedules", type=list_of(_schedule), default=list(ALL), help="NAME[@ACTIVATION_LIMIT][+POLICY], ..."
+    )
     parser.add_argument("--chunks", type=positive, default=2, help="pieces of the model a stage, for interleaved-1f1b")
     parser.add_argument("--emulate-ms", type=_times, default=None, metavar="F,I,W", help="sleep instead of computing")
+    parser.add_argument("--hop-ms", type=float, default=0.0, help="what searched schedules are told of a message")
+    parser.add_argument(
+        "--activation-bytes", type=integer(0), default=0, help="that an emulated stage keeps of a micro-batch"
+    )
     parser.add_argument("--transport", choices=("auto", "shm", "gloo"), default="auto", help="between the stages")
     add_options(parser, windows=4, repeats=3)
     return parser.parse_args()
@@ -282,9 +300,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def _schedule(text: str) -> str:
     name, plus, policy = text.partition("+")
+    name, at, limit = name.partition("@")
+    limits.check_activation_limit(float(limit) if at else None)
     if plus and policy not in policies.POLICIES:
         raise ValueError(f"unknown policy {policy!r}: choose from {', '.join(policies.POLICIES)}")
-    return schedules.get(name).name + plus + policy
+    check_takes(schedules.get(name), activation_limit=float(limit) if at else None)
+    return schedules.get(name).name + at + limit + plus + policy
 
 
 def _times(text: str) -> tuple[float, ...]:
@@ -295,23 +316,31 @@ def _times(text: str) -> tuple[float, ...]:
     return forward, input_grad, weight_grad
 
 
+def _costs(args: argparse.Namespace, chunks: int) -> paci_rt.StepCosts | None:
+    """Of each of a rank's ``chunks`` pieces, where they are known beforehand."""
+    if args.emulate_ms is None:
+        return None
+    forward, input_grad, weight_grad = ((ms / chunks,) for ms in args.emulate_ms)
+    return paci_rt.StepCosts(forward, input_grad, weight_grad, hop=args.hop_ms)
+
+
 def make_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     """Cases to run, and a line for each that this number of stages and micro-batches does not allow."""
     cases, left_out = [], []
-    costs = None
-    if args.emulate_ms is not None:
-        forward, input_grad, weight_grad = args.emulate_ms
-        costs = paci_rt.StepCosts(forward=(forward,), input_grad=(input_grad,), weight_grad=(weight_grad,))
     for accumulation in args.accumulation:
         for label in dict.fromkeys(["1f1b", *args.schedules]):
             name, _, policy = label.partition("+")
+            name, _, limit = name.partition("@")
             family = schedules.get(name)
+            chunks = args.chunks if family.takes_chunks else family.chunks
             case = Case(
                 schedule=name,
                 accumulation=accumulation,
-                chunks=args.chunks if family.takes_chunks else family.chunks,
+                chunks=chunks,
                 policy=policy or None,
-                costs=costs if family.takes_costs else None,
+                costs=_costs(args, chunks) if family.takes_costs else None,
+                activation_limit=float(limit) if limit else None,
+                activation_bytes=args.activation_bytes,
                 **case_options(args),
             )
             try:

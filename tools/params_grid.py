@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
-from paci_rt import launch
+from paci_rt import launch, schedules
 
 WIDTH, VOCABULARY, WINDOWS, ROWS = 24, 11, 6, 12
 POLICIES = ("bounded", "stash", "2bw", "predict", "recompute")
@@ -61,7 +61,7 @@ class Case:
 
 
 LATER = ("interleaved-zb", "looped-bfs", "zb-v", "v-half", "v-min", "dualpipe-v", "paci-v")
-"""Came after the table: tests/schedules/test_every_schedule.py compares them with a plain loop, bit for bit."""
+"""Came after the table's first rows, two stages a rank."""
 
 
 def cases() -> Iterator[Case]:
@@ -86,6 +86,23 @@ def cases() -> Iterator[Case]:
             yield Case(schedule=schedule, transport=transport, tied=True)
     for schedule in ("gpipe", "1f1b", "zb-2p"):
         yield Case(schedule=schedule, policy="recompute" if schedule != "zb-2p" else None, accumulation=6)
+    yield from later_cases()
+
+
+def later_cases() -> Iterator[Case]:
+    """Rows of schedules that came later."""
+    for schedule in LATER:
+        for transport in ("local", "gloo", "shm"):
+            yield Case(schedule=schedule, chunks=2, transport=transport)
+            yield Case(schedule=schedule, chunks=2, transport=transport, tied=True)
+        yield Case(schedule=schedule, chunks=2, dtype="bfloat16")
+        yield Case(schedule=schedule, chunks=2, optimizer="muon", buffers=2)
+        yield Case(schedule=schedule, chunks=2, policy="recompute", accumulation=6)
+    for policy in POLICIES:
+        yield Case(schedule="paci-v", chunks=2, stages=6, policy=policy, accumulation=6)
+    for lookahead in (False, True):
+        yield Case(schedule="paci-v", chunks=2, stages=6, lookahead=lookahead, accumulation=1)
+        yield Case(schedule="paci-v", chunks=2, transport="shm", lookahead=lookahead, accumulation=3, optimizer="sgd")
 
 
 class Head(nn.Linear):
@@ -176,7 +193,8 @@ def raw(tensor: Tensor) -> bytes:
 
 def on_rank(ctx: Any, case: Case) -> list[tuple[str, bytes]]:
     """A rank of a distributed run."""
-    here = range(ctx.rank, case.stages, case.stages // case.chunks)
+    where = schedules.get(case.schedule).placement
+    here = schedules.Placement(num_stages=case.stages, chunks=case.chunks, name=where).stages_of(ctx.rank)
     stages = [paci_rt.PipelineStage(module(case, at), at, case.stages, "cpu") for at in here]
     optimizers = [optimizer(case.optimizer, stage.parameters()) for stage in stages]
     schedule = paci_rt.get_schedule_class(case.schedule)(

@@ -136,6 +136,11 @@ def make_setup(
             "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, "
             "or use policy 'stash' or 'bounded'"
         )
+    if tied_weights and policy == "stash" and shape.places.rank_of(0) == shape.places.last_rank and shape.chunks > 1:
+        raise ValueError(
+            f"tied_weights under policy 'stash' and {family.name}: the last stage has several micro-batches in flight, "
+            "and the copy that follows one version; untie the weights, or use policy 'bounded'"
+        )
     return Setup(
         lowering=lowering,
         policy=policy,

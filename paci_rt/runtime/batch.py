@@ -48,6 +48,7 @@ class Batch:
         last: nothing is owed after it: a drain.
         among: evaluations that travel with it, an :class:`paci_rt.runtime.evaluation.Among`.
         from_gpu: some of it is on a GPU, perhaps still to be computed there by the caller.
+        modes: of forwards that an earlier step left (:mod:`paci_rt.runtime.late_forwards`), by stage and micro-batch.
     """
 
     args: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Batch:
     last: bool = False
     from_gpu: bool = False
     among: Any = None
+    modes: Mapping[tuple[int, int], Any] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
     loss_values: dict[int, Tensor] = field(default_factory=dict)
 

@@ -119,7 +119,7 @@ class BoundFacts:
         if runs_again and [*map(id, walk(module)[1])] != self._ids[len(self._parts) :]:
             raise StageError(
                 f"{self.difference(module)} while micro-batches are in flight whose forwards run again (policy "
-                "'recompute'): put it back, call drain() and change it then"
+                "'recompute'), or are still to run (paci-v): put it back, call drain() and change it then"
             )
         for slot, flag in zip(self._slots, self._trained, strict=True):
             if slot is not None:

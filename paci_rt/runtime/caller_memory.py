@@ -17,7 +17,7 @@ from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.trees import tensors
 
 
-def keep_safe(batch: Batch, stages: Sequence[PipelineStage], streams: Iterable[Sequence[Action]]) -> int:
+def keep_safe(batch: Batch, stages: Sequence[PipelineStage], streams: Iterable[Sequence[Action]] | None) -> int:
     """Copy what micro-batches that stay in flight were given, before anything runs; bytes that were copied.
 
     A forward keeps views of the caller's batch for its backward. Autograd would not notice all writes to it, such as
@@ -27,23 +27,26 @@ def keep_safe(batch: Batch, stages: Sequence[PipelineStage], streams: Iterable[S
     Args:
         batch: of a step; its entries are replaced.
         stages: of this process.
-        streams: the actions of the step.
+        streams: the actions of the step; None where all micro-batches end in it.
     """
-    late, copies = in_flight_after(streams), _Copies()
+    ended, copies = None if streams is None else ended_in(streams), _Copies()
     devices = {stage.stage_index: stage.device for stage in stages}
+
+    def late(key: tuple[int, int]) -> bool:
+        return ended is not None and key not in ended
+
     first, last = stages[0], stages[-1]
-    batch.args = {m: copies.of(args, first.device, (first.stage_index, m) in late) for m, args in batch.args.items()}
-    batch.kwargs = {key: copies.of(kwargs, devices[key[0]], key in late) for key, kwargs in batch.kwargs.items()}
+    batch.args = {m: copies.of(args, first.device, late((first.stage_index, m))) for m, args in batch.args.items()}
+    batch.kwargs = {key: copies.of(kwargs, devices[key[0]], late(key)) for key, kwargs in batch.kwargs.items()}
     for m, loss in batch.losses.items():
-        loss.target = copies.of(loss.target, last.device, (last.stage_index, m) in late)
+        loss.target = copies.of(loss.target, last.device, late((last.stage_index, m)))
     return copies.copied_bytes
 
 
-def in_flight_after(streams: Iterable[Sequence[Action]]) -> set[tuple[int, int]]:
-    """Stage and number of the micro-batches whose forward is in ``streams``, and the end of whose backward is not."""
-    actions = list(chain.from_iterable(streams))
-    begun = {(action.stage, action.index) for action in actions if action.op is Op.F}
-    return begun.difference((action.stage, action.index) for action in actions if action.op in (Op.B, Op.W))
+def ended_in(streams: Iterable[Sequence[Action]]) -> set[tuple[int, int]]:
+    """Stage and number of the micro-batches whose backward ends in ``streams``."""
+    actions = chain.from_iterable(streams)
+    return {(action.stage, action.index) for action in actions if action.op in (Op.B, Op.W)}
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.evaluation import Evaluation, PipelineEvaluation
 from paci_rt.runtime.executor import Executor, StageRuntime
 from paci_rt.runtime.guard import Guard
+from paci_rt.runtime.late_forwards import LateForwards
 from paci_rt.runtime.module_watch import ModuleWatch
 from paci_rt.runtime.replicas import Replicas, reset_reduce_stats
 from paci_rt.runtime.safety import Safety
@@ -146,7 +147,9 @@ class Pipeline(PipelineEvaluation):
             explain=self._explain,
             trace=trace,
         )
-        self._watch = ModuleWatch(setup, self._executor.runtimes, here=len(self._ranks))
+        lags = not self._lowering.family.flush and self._lowering.shape.chunks > 1
+        self._late = LateForwards(stages) if lags else None
+        self._watch = ModuleWatch(setup, self._executor.runtimes, here=len(self._ranks), late=lags)
 
     def _bind(
         self, setup: Setup, stages: Sequence[PipelineStage], optimizers: Sequence[torch.optim.Optimizer | None]
@@ -229,7 +232,9 @@ class Pipeline(PipelineEvaluation):
         """Train on one batch, cut into ``n_microbatches`` along dimension 0.
 
         A flush schedule returns with the pipeline empty. An asynchronous one returns with it full: the backwards of
-        the last micro-batches run in the next ``step``, or in :meth:`drain`.
+        the last micro-batches run in the next ``step``, or in :meth:`drain`. In a V (``paci-v``) so do their forwards
+        on later stages: ``losses`` has then those that are known, the others are appended when they come, and outputs
+        are not returned.
 
         Stages on a GPU take inputs and targets from the CPU, best in pinned memory. Several of them in one process then
         go from one asynchronous step to the next without a gap. Inputs that are on the GPU may still have to be
@@ -262,21 +267,26 @@ class Pipeline(PipelineEvaluation):
         indices = range(windows.start * accumulation, windows.stop * accumulation)
         loss_fn = self._bind_loss(loss_kwargs)
         batch = cut_batch(self.stages, args, kwargs, target, losses, loss_fn, indices, specs=self._specs)
-        batch.keep_outputs = return_outputs
+        batch.keep_outputs = return_outputs and self._late is None
         batch.from_gpu |= trees.on_gpu(loss_kwargs)
         batch.start_window = start = self._start_window
         streams = {
             rank: [action for k in windows for action in self._lowering.window(rank, k, start)] for rank in self._ranks
         }
-        owing = () if self._lowering.family.flush else streams.values()
+        owing = None if self._lowering.family.flush else streams.values()
         self._executor.copied_input_bytes += keep_safe(batch, self.stages, owing)
         if self._queued:
             self._carry_queued(streams, batch, windows.start, start)
         self._next_window = windows.stop
+        if self._late is not None:
+            self._late.join(batch)
         self._run(streams, batch)
         if batch.among is not None:
             self._collect_carried(batch.among)
         self._watch.check_after_step()
+        if self._late is not None:
+            batch_results(batch, self.stages[-1], None, self._specs.outputs)
+            return self._late.keep(batch, indices, streams.values(), losses)
         return batch_results(batch, self.stages[-1], losses, self._specs.outputs)
 
     def synchronize(self) -> None:
@@ -294,8 +304,13 @@ class Pipeline(PipelineEvaluation):
         start, end = self._start_window, self._next_window
         if start < end:
             streams = {rank: self._lowering.drain(rank, start, end) for rank in self._ranks}
+            batch = Batch(last=True, start_window=start)
+            if self._late is not None:
+                self._late.join(batch)
             with self._watch.as_begun():
-                self._run(streams, Batch(last=True))
+                self._run(streams, batch)
+            if self._late is not None:
+                self._late.keep(batch, range(0), streams.values(), None)
             self._start_window = end
             self._restart(end)
         self._await_updates()

@@ -22,6 +22,7 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.batch import Batch
 from paci_rt.runtime.guard import Guard
+from paci_rt.runtime.late_forwards import as_given
 from paci_rt.runtime.modes import able_to_train, settings_now, without_autocast
 from paci_rt.runtime.replica_windows import one_more, seal_for_replicas
 from paci_rt.runtime.schedulers import Follower
@@ -264,6 +265,9 @@ class Executor:
         kwargs = batch.kwargs.get((stage.stage_index, m), _NO_KWARGS)
         kwargs = kwargs if on_cpu else on_device(kwargs, stage.device)
         loss = batch.losses.get(m) if stage.is_last else None
+        if loss is None and stage.is_last and batch.training:
+            raise StageError(f"stage {stage.stage_index} has no target for micro-batch {m}: this is a defect")
+        late = batch.modes.get((stage.stage_index, m)) if batch.modes else None
         audit = runtime.audit
         version = audit.version
         if runtime.optimizer.order is not None:
@@ -271,7 +275,7 @@ class Executor:
         if batch.training:
             window = m // runtime.accumulation
             version, context = runtime.weights.for_forward(window, audit.version, batch.start_window)
-            with context:
+            with context, _NOTHING if late is None else as_given(stage, late):
                 outgoing, output, loss_value = stage.forward(m, args, kwargs, loss, recompute=runtime.recompute)
             kept = stage.in_flight[m]
             audit.forward(m, version, kept.kept_bytes, kept.full_bytes)

@@ -22,10 +22,11 @@ class ModuleWatch:
         setup: what the pipeline runs.
         runtimes: by stage index, as the executor has them; a stage that is bound anew gets another one.
         here: ranks of this process, one or all.
+        late: forwards of a step may run in a later one, with the modules of their own.
     """
 
-    def __init__(self, setup: Setup, runtimes: dict[int, StageRuntime], *, here: int) -> None:
-        self._setup, self._runtimes = setup, runtimes
+    def __init__(self, setup: Setup, runtimes: dict[int, StageRuntime], *, here: int, late: bool = False) -> None:
+        self._setup, self._runtimes, self._late = setup, runtimes, late
         self._all_here = here == setup.lowering.shape.ranks
         self._facts = {at: _facts_of(runtime) for at, runtime in runtimes.items()}
         self._failed: set[int] = set()
@@ -53,6 +54,11 @@ class ModuleWatch:
             stage, at = runtime.stage, runtime.stage.stage_index
             check_wrappers(stage.submod, at)
             if at not in self._failed and self._facts[at].only_modules_changed(stage.submod):
+                if owed and self._late:
+                    raise StageError(
+                        f"stage {at}: {self._facts[at].difference(stage.submod)} while forwards of earlier "
+                        "micro-batches are still to run in it: put it back, call drain() on all ranks, then change it"
+                    )
                 self._facts[at] = _facts_of(runtime)
                 changed.remove(runtime)
         if not changed:
@@ -110,7 +116,7 @@ class ModuleWatch:
         with ExitStack() as stack:
             for runtime in self._changed():
                 facts = self._facts[runtime.stage.stage_index]
-                stack.enter_context(facts.as_begun(runtime.stage.submod, runs_again=runtime.recompute))
+                stack.enter_context(facts.as_begun(runtime.stage.submod, runs_again=runtime.recompute or self._late))
             yield
 
     def check_after_step(self) -> None:

@@ -135,7 +135,10 @@ def resolve_safety(
             "on_nonfinite='skip-window' with a tied weight whose owner is not the first stage: the reader would have "
             "weights of an update that is taken back; use on_nonfinite='skip-local' or 'raise'"
         )
-    if shape.num_stages + shape.most_ahead > KNOWN_WINDOWS * shape.accumulation:
+    undecided = shape.num_stages + shape.most_ahead
+    if family.early is not None:  # gradients of the first stage until its own, and as many until all have heard of them
+        undecided = 2 * (1 + max(family.early(shape, stage) for stage in range(shape.num_stages)))
+    if undecided > KNOWN_WINDOWS * shape.accumulation:
         raise ValueError(
             f"on_nonfinite='skip-window' with {shape.num_stages} stages and {shape.accumulation} micro-batches a "
             f"window: more than {KNOWN_WINDOWS} windows could be undecided; use a larger accumulation, or 'skip-local'"

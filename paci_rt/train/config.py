@@ -20,7 +20,7 @@ from paci_rt.train import devices
 from paci_rt.train.check_replicas import check_replicas
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
 from paci_rt.train.model import ModelShape, default_partition
-from paci_rt.train.option_checks import check_dtype, check_known, check_switch, check_text, flag_of
+from paci_rt.train.option_checks import check_dtype, check_known, check_pieces, check_switch, check_text, flag_of
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 from paci_rt.transport.base import MOST_TIMEOUT_S
 
@@ -325,6 +325,7 @@ class TrainConfig:
         self._fill("eval_drained", True, always=not goes_among(shape, flush=family.flush))
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
+        check_pieces(self.stages, self.chunks, model.layers, model.name)
         default = default_partition(model, pieces, seq_len=seq_len)
         if self.partition is not None and not (
             isinstance(self.partition, (list, tuple)) and all(type(size) is int for size in self.partition)

@@ -37,6 +37,15 @@ def check_switch(flag: str, value: Any) -> None:
         raise ValueError(f"{flag} is {shown(value)}: give True or False")
 
 
+def check_pieces(stages: int, chunks: int, layers: int, model: str) -> None:
+    """Raise ValueError for a model with fewer blocks than there are pieces, of which a process has several."""
+    if chunks > 1 and stages * chunks > layers:
+        remedy = f"use --stages {layers // chunks}" if layers >= chunks else "use a larger model"
+        raise ValueError(
+            f"--stages {stages} with {chunks} pieces of the model each: {model} has only {layers} blocks; {remedy}"
+        )
+
+
 def check_dtype(dtype: str, optimizer: str, on_nonfinite: str) -> None:
     """Raise ValueError for what does not go with parameters of ``dtype``."""
     if dtype != "fp32" and optimizer.startswith("torch-"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -85,30 +86,37 @@ class Log:
         self._evals: list[EvalPoint] = []
         self._mark: tuple[float, float, int] | None = None  # clock, seconds of computing and tokens after one window
         # Steps, what the clock showed then, and losses of the step, or that of a validation.
-        self._late: list[tuple[int, float, list[Tensor] | Tensor | float]] = []
+        self._late: deque[tuple[int, float, list[Tensor] | Tensor | float]] = deque()
         self._every = 1 if pipeline.stages[0].device.type == "cpu" else self.LATE
 
     def stepped(self, step: int, losses: list[Tensor]) -> None:
-        """``step`` windows have run; ``losses`` has one per micro-batch, on the last stage."""
+        """``step`` windows have run; ``losses`` gets one per micro-batch, on the last stage; in a V some come later."""
         self._late.append((step, self._clock.seconds(), losses))
-        if self._mark is None or len(self._late) >= self._every:
+        if self._mark is None:
+            tokens = step * self._config.tokens_per_window
+            self._mark = self._late[0][1], self._pipeline.stats()["compute_s"], tokens
+            self.catch_up()
+        elif len(self._late) >= self._every:
             self.catch_up()
 
     def catch_up(self) -> None:
         """Read what :meth:`stepped` was told."""
-        for step, elapsed_s, losses in self._late:
+        while self._late and self._known(self._late[0][2]):
+            step, elapsed_s, losses = self._late.popleft()
             if isinstance(losses, list):
                 self._read(step, elapsed_s, losses)
             else:
                 tokens, val_loss = step * self._config.tokens_per_window, float(losses)
                 self._evals.append(EvalPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, val_loss=val_loss))
                 self._ctx.report({"kind": "eval", "steps": self._config.steps, **asdict(self._evals[-1])})
-        self._late.clear()
+
+    def _known(self, losses: list[Tensor] | Tensor | float) -> bool:
+        whole = self._pipeline.n_microbatches if self._pipeline.has_last else 0
+        return not isinstance(losses, list) or len(losses) == whole
 
     def _read(self, step: int, elapsed_s: float, losses: list[Tensor]) -> None:
         tokens = step * self._config.tokens_per_window
-        if self._mark is None:
-            self._mark = elapsed_s, self._pipeline.stats()["compute_s"], tokens
+        assert self._mark is not None
         shows = isinstance(self._ctx, journal.Heard) and journal.due(self._config, step)
         if not self._pipeline.has_last and not shows:
             return

@@ -104,8 +104,13 @@ def send_and_leave(transport: Transport, channel: Channel, index: int, tensor: T
     """Send one tensor that the caller will write to when this returns.
 
     A transport that copies what it sends has an ``await_copies``, which is waited for; that is no dearer than a copy
-    made here, which takes as much memory as the tensor until it has left.
+    made here, which takes as much memory as the tensor until it has left. One that hands over what stays on a rank
+    has a ``leave``.
     """
+    leave = getattr(transport, "leave", None)
+    if leave is not None:
+        leave(channel, index, tensor)
+        return
     await_copies = getattr(transport, "await_copies", None)
     transport.send(channel, index, Message((tensor.clone() if await_copies is None else tensor,), (False,)))
     if await_copies is not None:

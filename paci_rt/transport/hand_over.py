@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from paci_rt.errors import shown
 from paci_rt.schedules import Placement
 from paci_rt.schedules.channel import Channel
-from paci_rt.transport.base import Message, Transport
+from paci_rt.transport.base import Message, Transport, send_and_leave
 from paci_rt.transport.local import LocalTransport
 
 
@@ -60,6 +62,8 @@ class _HandingOver:
         ends = [stage for stage in range(places.num_stages) if places.local(stage)]
         self.handed_over = {stage for end in ends for stage in (end, end + 1)}
         """Stages that have a neighbour on their rank."""
+        self._left: dict[tuple[Channel, int], int] = {}
+        self._left_bytes = self._most_left_bytes = 0
         self._by_channel: dict[Channel, Transport] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -77,6 +81,21 @@ class _HandingOver:
     def send(self, channel: Channel, index: int, message: Message) -> None:
         (self._by_channel.get(channel) or self._find(channel)).send(channel, index, message)
 
+    def leave(self, channel: Channel, index: int, tensor: Tensor) -> None:
+        """See :func:`paci_rt.transport.base.send_and_leave`: what stays here lies in a copy until it is taken."""
+        carrier = self._by_channel.get(channel) or self._find(channel)
+        send_and_leave(carrier, channel, index, tensor)
+        if carrier is self._mailboxes:
+            self._left[channel, index] = tensor.nbytes
+            self._left_bytes += tensor.nbytes
+            self._most_left_bytes = max(self._most_left_bytes, self._left_bytes)
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of the other transport's buffers, and the most that copies of tied weights and of the sums of their
+        gradients have taken on this rank."""
+        return int(getattr(self._transport, "message_bytes", 0)) + self._most_left_bytes
+
     def ready(self, channel: Channel) -> bool:
         return (self._by_channel.get(channel) or self._find(channel)).ready(channel)
 
@@ -84,6 +103,8 @@ class _HandingOver:
         return (self._by_channel.get(channel) or self._find(channel)).has_room(channel)
 
     def recv(self, channel: Channel, index: int) -> Message:
+        if self._left:
+            self._left_bytes -= self._left.pop((channel, index), 0)
         return (self._by_channel.get(channel) or self._find(channel)).recv(channel, index)
 
     def flush(self) -> None:
