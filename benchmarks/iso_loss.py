@@ -162,14 +162,14 @@ class Protocol:
         self.unfinished = False
 
     def go(self) -> None:
-        """All rows, one method after another."""
+        """All rows, one method after another, each at every ``a``: what is asked for first is there first."""
         plan = self.plan
         base = plan.accumulation[0]
         flush_rate = self._best("flush", base)
         if flush_rate is None:
             return
-        for accumulation in plan.accumulation:
-            for method in plan.methods:
+        for method in plan.methods:
+            for accumulation in plan.accumulation:
                 rate = self._best(method, accumulation)
                 if rate is None:
                     return
