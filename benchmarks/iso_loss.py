@@ -10,7 +10,7 @@ in replays in one process. Runs that are done are kept, so an interrupted benchm
 
 ``f`` is tokens of the method over tokens of flush, with a 95 % interval over the seeds (``staleness/iso.py``), at each
 method's best rate and at half of it. The best rate is the one of ``--rates`` with the lowest mean final loss over
-``--pilot-seeds``, which are no seeds of the rows. First crossings, the older question, are a second table.
+``--pilot-seeds``, which are no seeds of the rows; where ``--rates`` is a single one, it is given. First crossings, the older question, are a second table.
 """
 
 from __future__ import annotations
@@ -186,6 +186,8 @@ class Protocol:
 
     def _best(self, method: str, accumulation: int) -> float | None:
         plan = self.plan
+        if len(plan.rates) == 1:
+            return plan.rates[0]
         cases = [
             plan.case(method, accumulation, rate, seed, plan.updates)
             for rate in plan.rates
