@@ -8,9 +8,10 @@ in replays in one process. Runs that are done are kept, so an interrupted benchm
     python benchmarks/iso_loss.py ... --write-plan plan.json     # the same options, fixed in a file; runs nothing
     python benchmarks/iso_loss.py --plan plan.json --json iso_loss.json
 
-``f`` is tokens of the method over tokens of flush, with a 95 % interval over the seeds (``staleness/iso.py``), at each
-method's best rate and at half of it. The best rate is the one of ``--rates`` with the lowest mean final loss over
-``--pilot-seeds``, which are no seeds of the rows; where ``--rates`` is a single one, it is given. First crossings, the older question, are a second table.
+``f`` is tokens of the method over tokens of flush, with a 95 % interval over the seeds (``paci_rt.planner.iso_loss``),
+at each method's best rate and at half of it. The best rate is the one of ``--rates`` with the lowest mean final loss
+over ``--pilot-seeds``, which are no seeds of the rows; where ``--rates`` is a single one, it is given. First crossings,
+the older question, are a second table.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from common import finish, list_of, positive, print_table, write_json
+from paci_rt.planner.iso_loss import LEAST_SEEDS, Factor, Finals, factor, lengths, settle
 from paci_rt.report.machine import machine
 from staleness.case import METHODS, SHAPES, Case
-from staleness.iso import FLUSH_LADDER, LADDER, LEAST_SEEDS, Factor, Finals, factor, lengths, needs_more
 from staleness.overhead import best_rate, updates_to
 from staleness.run import Run, task_of
 from staleness.store import Store, complete
@@ -198,16 +199,16 @@ class Protocol:
     def _row(self, method: str, accumulation: int, rate: float, flush_rate: float) -> dict[str, Any] | None:
         """``f`` at one rate; both ladders go on until it can be told, or end."""
         plan = self.plan
-        rungs = {"method": 2, "flush": 2}
-        while True:
-            mine = self._finals(method, accumulation, rate, LADDER[: rungs["method"]])
-            theirs = self._finals("flush", plan.accumulation[0], flush_rate, FLUSH_LADDER[: rungs["flush"]])
-            if mine is None or theirs is None:
-                return None
-            more = needs_more(mine, theirs, plan.seeds)
-            if not more or rungs[more] == len(LADDER if more == "method" else FLUSH_LADDER):
-                break
-            rungs[more] += 1
+
+        def finals_of(which: str, ladder: Sequence[float]) -> Finals | None:
+            if which == "method":
+                return self._finals(method, accumulation, rate, ladder)
+            return self._finals("flush", plan.accumulation[0], flush_rate, ladder)
+
+        settled = settle(finals_of, plan.seeds)
+        if settled is None:
+            return None
+        mine, theirs = settled
         found = factor(mine, theirs, plan.seeds)
         return {
             "method": method,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from paci_rt.planner.candidate import MEMORY, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
+from paci_rt.planner.candidate import MEMORY, OVERHEAD, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
 from paci_rt.planner.frontier import limits_to_try
 from paci_rt.planner.memory import Keeps, copies_beside, needs, peak_bytes, what_is_kept
 from paci_rt.planner.partition import best_partition
 from paci_rt.planner.profile import Profile
 from paci_rt.planner.stage_costs import Spans, loops, stage_costs, step_costs
+from paci_rt.planner.token_overhead import OverheadTable, TokenOverhead, packaged
 from paci_rt.schedules import ScheduleFamily, Shape, policies, v_search
 from paci_rt.schedules.base import check_shape
 from paci_rt.schedules.slack import Loops
@@ -33,11 +34,14 @@ class Evaluator:
     Attributes:
         speeds: of each device, 1 being the one that was profiled.
         limits: what to keep to.
+        overheads, optimizer: by which a late gradient's cost in tokens is known.
     """
 
     profile: Profile
     speeds: tuple[float, ...]
     limits: Limits
+    overheads: OverheadTable = field(default_factory=packaged)
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         self._partitions: dict[Any, tuple[int, ...] | None] = {}
@@ -167,6 +171,7 @@ class Evaluator:
                 peak_memory_bytes=peak,
                 drift=run.max_drift,
                 delay=run.max_delay,
+                overhead=self.overhead_of(one, family),
             ),
         )
         over = [need / limit for need, limit in zip(peak, self.limits.memory_bytes, strict=True)]
@@ -253,14 +258,30 @@ class Evaluator:
         found = [policies.bounds(one.policy, family, shape, rank) for rank in range(self.ranks)]
         for what, values, limit in (
             ("drift", [drift for drift, _ in found], self.limits.drift),
-            ("delay", [delay for _, delay in found], self.limits.delay if one.lookahead else self.limits.bare_delay),
+            ("delay", [delay for _, delay in found], self.limits.delay),
         ):
             if limit is not None and max(values) > limit:
                 why = f"{what} {max(values)}, {max(values) - limit} over the limit of {limit}"
-                if what == "delay" and self.limits.delay != self.limits.bare_delay and not one.lookahead:
-                    why += " without look-ahead"
                 return replace(one, rejected=why, severity=(VERSIONS, max(values) - limit))
+        overhead = self.overhead_of(one, family)
+        if overhead.known and overhead.f is None:
+            return replace(one, rejected=f"token overhead: {overhead.basis}", severity=(OVERHEAD, 0.0))
+        if self.limits.measured and not overhead.known:
+            return replace(one, rejected=f"token overhead: {overhead.basis}", severity=(OVERHEAD, 1.0))
         return None
+
+    def overhead_of(self, one: Candidate, family: ScheduleFamily) -> TokenOverhead:
+        """What ``one``, whose order is known, needs in tokens, as far as that was measured."""
+        if family.flush:
+            return self.overheads.of(optimizer=self.optimizer, policy=one.policy, lookahead=False, delay=0, share=0.0)
+        shape = one.shape(self.ranks)
+        return self.overheads.of(
+            optimizer=self.optimizer,
+            policy=one.policy,
+            lookahead=one.lookahead,
+            delay=max(policies.bounds(one.policy, family, shape, rank)[1] for rank in range(self.ranks)),
+            share=early_share(one.policy, family, shape),
+        )
 
     def _too_large(self, one: Candidate, keeps: list[Keeps]) -> Candidate:
         """Rejected for memory, with what it would need at least: the cut whose fullest device, as a share of its
@@ -284,6 +305,18 @@ class Evaluator:
         limit = self.limits.memory_bytes[rank]
         why = f"needs {mib(need)} on device {rank}, {mib(need - limit)} over its limit"
         return replace(one, rejected=why, needs_bytes=need, severity=(MEMORY, need / limit))
+
+
+def early_share(policy: str, family: ScheduleFamily, shape: Shape) -> float:
+    """Forwards that run an update early, as a mean over the stages: their mean delay, in updates."""
+    if policy == "2bw":
+        return 1.0
+    early = [
+        policies.early_forwards(family, shape, rank, stage)
+        for rank in range(shape.ranks)
+        for stage in shape.stages_of(rank)
+    ]
+    return sum(early) / (shape.num_stages * shape.accumulation)
 
 
 def _windows(family: ScheduleFamily, shape: Shape) -> int:
