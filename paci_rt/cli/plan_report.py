@@ -194,7 +194,7 @@ def _slack_lines(plan: Plan) -> list[str]:
     found, strict = _predicted(plan.chosen), _predicted(plan.without_slack)
     price = max(found.peak_memory_bytes) - max(strict.peak_memory_bytes)
     return [
-        f"  slack       makes it {_speed(plan.chosen) / _speed(plan.without_slack):.3f} times as fast as the strict "
+        f"  slack       makes it {found.micro_batches_per_s / strict.micro_batches_per_s:.3f} times as fast as the strict "
         f"order on the same stages, for {text.size(price)} more on",
         f"              the fullest device, drift {found.drift} instead of {strict.drift}, delay {found.delay} instead "
         f"of {strict.delay}",
