@@ -193,8 +193,15 @@ def _slack_lines(plan: Plan) -> list[str]:
         return []
     found, strict = _predicted(plan.chosen), _predicted(plan.without_slack)
     price = max(found.peak_memory_bytes) - max(strict.peak_memory_bytes)
+    speed = found.micro_batches_per_s / strict.micro_batches_per_s
+    if price < 0:
+        return [
+            f"  slack       below 0, fewer in flight: {speed:.3f} times as fast as the strict order on the same",
+            f"              stages, for {text.size(-price)} less on the fullest device, drift {found.drift} instead of "
+            f"{strict.drift}, delay {found.delay} instead of {strict.delay}",
+        ]
     return [
-        f"  slack       makes it {found.micro_batches_per_s / strict.micro_batches_per_s:.3f} times as fast as the strict "
+        f"  slack       makes it {speed:.3f} times as fast as the strict "
         f"order on the same stages, for {text.size(price)} more on",
         f"              the fullest device, drift {found.drift} instead of {strict.drift}, delay {found.delay} instead "
         f"of {strict.delay}",

@@ -177,7 +177,7 @@ def _choose(groups: Iterable[list[Candidate]], evaluator: Evaluator, *, choose_s
     rejected.sort(key=lambda one: one.severity)
     ranked = _ranked(fitting)
     strict = None
-    if ranked[0].slack:
+    if ranked[0].slack:  # also where it is below 0
         family = families.get(ranked[0].schedule)
         strict = evaluator.simulate(replace(ranked[0], slack=0, predicted=None), family)
     candidates = (*ranked, *rejected)

@@ -16,13 +16,15 @@ from paci_rt.planner.partition import best_partition
 from paci_rt.planner.profile import Profile
 from paci_rt.planner.stage_costs import Spans, loops, stage_costs, step_costs
 from paci_rt.planner.token_overhead import OverheadTable, TokenOverhead, packaged
-from paci_rt.schedules import ScheduleFamily, Shape, policies, v_search
+from paci_rt.schedules import ScheduleFamily, Shape, Slack, policies, v_search
 from paci_rt.schedules.base import check_shape
 from paci_rt.schedules.slack import Loops
 from paci_rt.simulate import Costs, simulate
 from paci_rt.simulate.costs import Floats
 
 FITTING_ROUNDS = 3
+FEWER = 4
+"""So many limits of forwards in flight, about, are tried where memory is short."""
 EXACT = 1e-4
 """As a share: how exactly the search for an order knows its period."""
 
@@ -76,7 +78,10 @@ class Evaluator:
         of a few cuts are collected.
         """
         found, cuts = {one.slack: self.prepare(one, family)}, set[tuple[int, ...]]()
-        todo = list(found.values())
+        if any(map(math.isfinite, self.limits.memory_bytes)):
+            for fewer in fewer_in_flight(self.ranks):
+                found[fewer] = self.prepare(replace(one, slack=fewer), family)
+        todo = [found[one.slack]]
         while todo and len(cuts) < FITTING_ROUNDS:
             cut = todo.pop(0)
             if cut.partition is None or cut.partition in cuts:
@@ -305,6 +310,14 @@ class Evaluator:
         limit = self.limits.memory_bytes[rank]
         why = f"needs {mib(need)} on device {rank}, {mib(need - limit)} over its limit"
         return replace(one, rejected=why, needs_bytes=need, severity=(MEMORY, need / limit))
+
+
+def fewer_in_flight(stages: int) -> list[Slack]:
+    """Slack below 0: no stage runs more than some number of forwards ahead, or each half as many."""
+    ahead = [stages - 1 - stage for stage in range(stages)]
+    most = range(stages - 2, -1, -max(1, (stages - 1) // FEWER))
+    wanted = [[min(count, cap) for count in ahead] for cap in most] + [[-(-count // 2) for count in ahead]]
+    return list(dict.fromkeys(tuple(mine - count for mine, count in zip(one, ahead, strict=True)) for one in wanted))
 
 
 def early_share(policy: str, family: ScheduleFamily, shape: Shape) -> float:
