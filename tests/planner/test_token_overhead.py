@@ -230,21 +230,19 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path: Path) -> No
 # --- less memory ---
 
 
-@pytest.mark.parametrize("room", [0.8, 0.6, 0.5])
+@pytest.mark.parametrize("room", [0.55, 0.5, 0.45])
 def test_under_a_memory_limit_fewer_in_flight_and_a_v_compete(room: float) -> None:
     heavy = model(8, state_bytes_per_parameter_byte=3.0)
     heavy = replace(heavy, blocks=tuple(replace(block, activation_bytes=20_000) for block in heavy.blocks))
     options: dict[str, Any] = {"stages": 4, "accumulations": [4], "policies": ["bounded"]}
     free = plan(heavy, **options, schedules=["paci"]).chosen
     limit = room * max(free.predicted.peak_memory_bytes)
-    found = plan(heavy, **options, memory_limit_bytes=limit, schedules=["paci", "paci-v", "1f1b", "zb-1p", "v-half"])
+    line = plan(heavy, **options, memory_limit_bytes=limit, schedules=["paci"]).chosen
+    assert min(line.slack) < 0 and max(line.predicted.peak_memory_bytes) <= limit
+    assert line.predicted.micro_batches_per_s < free.predicted.micro_batches_per_s
+    found = plan(heavy, **options, memory_limit_bytes=limit, schedules=["paci", "paci-v", "1f1b"])
+    assert found.chosen.predicted.progress_per_s >= 0.99 * line.predicted.progress_per_s
     assert max(found.chosen.predicted.peak_memory_bytes) <= limit
-    lines = [one for one in found.candidates if one.schedule == "paci" and one.slack and one.policy == "bounded"]
-    assert any(min(one.slack) < 0 for one in lines)
-    fits = [one for one in found.candidates if one.rejected is None]
-    assert {"paci-v"} <= {one.schedule for one in found.candidates}
-    best = max(one.predicted.progress_per_s for one in fits)
-    assert found.chosen.predicted.progress_per_s >= 0.99 * best
 
 
 @pytest.mark.parametrize(
