@@ -1,6 +1,6 @@
 """What PACI costs in tokens and gives in time: the tables and the figure of ``docs/method/convergence.md``.
 
-    python benchmarks/token_overhead.py [--json FILE] [--figure FILE] [--write-table]
+    python benchmarks/token_overhead.py [--json FILE] [--figure FILE] [--docs FILE] [--write-table]
 
 Three tables, from ``f`` in the package's table and from ``results/iso_loss*.json``; nothing is trained.
 
@@ -12,7 +12,8 @@ Three tables, from ``f`` in the package's table and from ``results/iso_loss*.jso
   as many times the tokens at a lower rate bring it down again. ``x`` is the one number that is fitted, to plain PACI at
   P = a = 8; the other rows are predictions.
 
-``--write-table`` puts the finished rows of ``results/iso_loss*.json`` into ``paci_rt/planner/token_overhead.json``.
+``--docs`` puts the tables between their marks in the page, and ``--write-table`` the finished rows of
+``results/iso_loss*.json`` into ``paci_rt/planner/token_overhead.json``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FLUSHED = ("1f1b", "zb-1p", "zb-2p")
 ACCUMULATIONS = (4, 8, 16, 32)
 POINTS = ((8, 4), (8, 8), (8, 16), (8, 32), (16, 16), (32, 32))
+MEASURED_HEADER = ("optimizer", "forwards", "policy", "P, a", "delay", "share", "rate", "f", "seeds", "from")
+TIMES_HEADER = ("a", *FLUSHED, "paci", "f", *(f"over {name}" for name in FLUSHED), "f, plain", "plain over 1f1b")
 FITTED = {"optimizer": "adamw", "policy": "bounded", "lookahead": False, "delay": 1}
 
 
@@ -69,7 +73,7 @@ def rows_of(path: Path) -> list[OverheadRow]:
                 model=f"{row['task']}{width}, {plan['shape']}",
                 updates=row["updates"],
                 why=row.get("why", ""),
-                source=f"benchmarks/results/{path.name}",
+                source=f"benchmarks/results/{path.name}" + (", plan not complete" if row.get("partial") else ""),
             )
         )
     return found
@@ -252,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--figure", type=Path, metavar="FILE")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="page with the marks of the tables")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of iso_loss*.json")
     parser.add_argument("--write-table", action="store_true", help="into paci_rt/planner/token_overhead.json")
     options = parser.parse_args(argv)
@@ -259,26 +264,46 @@ def main(argv: list[str] | None = None) -> None:
     table = updated(load_overheads(PACKAGED), [row for path in files for row in rows_of(path)])
     if options.write_table:
         write_json(str(PACKAGED), table.to_json())
-    print_table(
-        ("optimizer", "method", "policy", "P, a", "delay", "share", "rate", "f", "seeds", "from"), measured_table(table)
-    )
-    times = time_table(table)
-    print()
-    header = ("a", *FLUSHED, "paci", "look-ahead f", *(f"over {name}" for name in FLUSHED), "plain f", "over 1f1b")
-    print_table(header, [_time_text(row) for row in times])
-    theory = theory_table(table)
-    print(f"\nx = {theory['x']}")
-    print_table(
-        ("P", "a", "method", "predicted f", "measured"),
-        [
-            [row["stages"], row["accumulation"], row["method"], f"{row['predicted']:.2f}", "; ".join(row["measured"])]
-            for row in theory["rows"]
-        ],
-    )
+    times, theory = time_table(table), theory_table(table)
+    tables = {
+        "measured": (MEASURED_HEADER, measured_table(table)),
+        "times": (TIMES_HEADER, [_time_text(row) for row in times]),
+        "theory": (("P", "a", "method", "predicted f", "measured"), [_theory_text(row) for row in theory["rows"]]),
+    }
+    for header, rows in tables.values():
+        print_table(header, rows)
+        print()
+    print(f"x = {theory['x']}")
+    if options.docs:
+        text = options.docs.read_text(encoding="utf-8")
+        for name, (header, rows) in tables.items():
+            text = filled(text, name, header, rows)
+        options.docs.write_text(text, encoding="utf-8")
     if options.figure:
         draw(table, options.figure)
     if options.json:
         write_json(options.json, {"rows": table.to_json()["rows"], "times": times, "theory": theory})
+
+
+def filled(text: str, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """``text`` with a table between its marks.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+    if text.count(begin) != 1 or end not in text.split(begin)[1]:
+        raise ValueError(f"the page has no marks for the table {name!r}")
+    before, after = text.split(begin)
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
+    lines.insert(1, "|---" * len(header) + "|")
+    return before + begin + "\n" + "\n".join(lines) + "\n\n" + after[after.index(end) :]
+
+
+def _theory_text(row: dict[str, Any]) -> list[str]:
+    f = f"{row['predicted']:.2f}" if math.isfinite(row["predicted"]) else "not stable"
+    measured = "; ".join(row["measured"]) or "not run"
+    return [str(row["stages"]), str(row["accumulation"]), row["method"], f, measured]
 
 
 def _time_text(row: dict[str, Any]) -> list[str]:
