@@ -8,9 +8,10 @@ in replays in one process. Runs that are done are kept, so an interrupted benchm
     python benchmarks/iso_loss.py ... --write-plan plan.json     # the same options, fixed in a file; runs nothing
     python benchmarks/iso_loss.py --plan plan.json --json iso_loss.json
 
-``f`` is tokens of the method over tokens of flush, with a 95 % interval over the seeds (``staleness/iso.py``), at each
-method's best rate and at half of it. The best rate is the one of ``--rates`` with the lowest mean final loss over
-``--pilot-seeds``, which are no seeds of the rows. First crossings, the older question, are a second table.
+``f`` is tokens of the method over tokens of flush, with a 95 % interval over the seeds (``paci_rt.planner.iso_loss``),
+at each method's best rate and at half of it. The best rate is the one of ``--rates`` with the lowest mean final loss
+over ``--pilot-seeds``, which are no seeds of the rows; where ``--rates`` is a single one, it is given. First crossings,
+the older question, are a second table.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from common import finish, list_of, positive, print_table, write_json
+from paci_rt.planner.iso_loss import LEAST_SEEDS, Finals, factor, lengths, settle
 from paci_rt.report.machine import machine
 from staleness.case import METHODS, SHAPES, Case
-from staleness.iso import FLUSH_LADDER, LADDER, LEAST_SEEDS, Factor, Finals, factor, lengths, needs_more
+from staleness.iso_rows import means, partial_row, told
 from staleness.overhead import best_rate, updates_to
 from staleness.run import Run, task_of
 from staleness.store import Store, complete
@@ -161,19 +163,29 @@ class Protocol:
         self.rows: list[dict[str, Any]] = []
         self.unfinished = False
 
-    def go(self) -> None:
-        """All rows, one method after another."""
+    def go(self, *, partial: bool = False) -> None:
+        """All rows, one method after another, each at every ``a``: what is asked for first is there first.
+
+        Args:
+            partial: run nothing, and make rows of the seeds that are there.
+        """
         plan = self.plan
         base = plan.accumulation[0]
         flush_rate = self._best("flush", base)
         if flush_rate is None:
             return
-        for accumulation in plan.accumulation:
-            for method in plan.methods:
+        for method in plan.methods:
+            for accumulation in plan.accumulation:
                 rate = self._best(method, accumulation)
+                if rate is None and partial:
+                    continue
                 if rate is None:
                     return
                 for which, share in (("best", 1.0), ("half", 0.5)):
+                    if partial:
+                        found = partial_row(plan, self.store, method, accumulation, rate * share, flush_rate * share)
+                        self.rows += [] if found is None else [{"at": which, **found}]
+                        continue
                     row = self._row(method, accumulation, rate * share, flush_rate * share)
                     if row is None:
                         return
@@ -186,6 +198,8 @@ class Protocol:
 
     def _best(self, method: str, accumulation: int) -> float | None:
         plan = self.plan
+        if len(plan.rates) == 1:
+            return plan.rates[0]
         cases = [
             plan.case(method, accumulation, rate, seed, plan.updates)
             for rate in plan.rates
@@ -196,16 +210,16 @@ class Protocol:
     def _row(self, method: str, accumulation: int, rate: float, flush_rate: float) -> dict[str, Any] | None:
         """``f`` at one rate; both ladders go on until it can be told, or end."""
         plan = self.plan
-        rungs = {"method": 2, "flush": 2}
-        while True:
-            mine = self._finals(method, accumulation, rate, LADDER[: rungs["method"]])
-            theirs = self._finals("flush", plan.accumulation[0], flush_rate, FLUSH_LADDER[: rungs["flush"]])
-            if mine is None or theirs is None:
-                return None
-            more = needs_more(mine, theirs, plan.seeds)
-            if not more or rungs[more] == len(LADDER if more == "method" else FLUSH_LADDER):
-                break
-            rungs[more] += 1
+
+        def finals_of(which: str, ladder: Sequence[float]) -> Finals | None:
+            if which == "method":
+                return self._finals(method, accumulation, rate, ladder)
+            return self._finals("flush", plan.accumulation[0], flush_rate, ladder)
+
+        settled = settle(finals_of, plan.seeds)
+        if settled is None:
+            return None
+        mine, theirs = settled
         found = factor(mine, theirs, plan.seeds)
         return {
             "method": method,
@@ -213,9 +227,9 @@ class Protocol:
             "optimizer": plan.optimizer,
             "rate": rate,
             "flush_rate": flush_rate,
-            **_told(found),
-            "losses": _means(mine, plan.seeds),
-            "flush_losses": _means(theirs, plan.seeds),
+            **told(found),
+            "losses": means(mine, plan.seeds),
+            "flush_losses": means(theirs, plan.seeds),
             "first_crossing": self._crossings(method, accumulation, rate, flush_rate),
         }
 
@@ -252,17 +266,6 @@ class Protocol:
         return self.store.of([plan.case(method, accumulation, rate, seed, plan.updates) for seed in plan.seeds])
 
 
-def _told(found: Factor) -> dict[str, Any]:
-    bounds = [None if one is None or not math.isfinite(one) else one for one in (found.f, found.low, found.high)]
-    told = dict(zip(("f", "f_low", "f_high"), bounds, strict=True))
-    return {**told, "seeds": found.seeds, **({"why": found.why} if found.why else {})}
-
-
-def _means(finals: Finals, seeds: Sequence[int]) -> dict[str, float | None]:
-    means = {str(at): statistics.fmean(by_seed[seed] for seed in seeds) for at, by_seed in finals.items()}
-    return {at: mean if math.isfinite(mean) else None for at, mean in means.items()}
-
-
 def _loss_at(run: Run, update: float) -> float:
     return min(run.curve, key=lambda point: abs(point[0] - update))[1]
 
@@ -294,6 +297,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Plan]
     how.add_argument("--minutes", type=float, help="start no run after so many")
     how.add_argument("--runs", type=Path, default=RESULTS / "iso_loss_runs.jsonl", help="file of finished runs")
     how.add_argument("--report-only", action="store_true", help="run nothing, show what is there")
+    how.add_argument("--partial", action="store_true", help="run nothing, make rows of the seeds that are there")
     how.add_argument("--json", help="file for all numbers")
     options = parser.parse_args(arguments)
     try:
@@ -333,20 +337,20 @@ def main() -> None:
 
     def run(cases: Sequence[Case]) -> bool:
         left_s = None if until is None else until - time.monotonic()
-        if options.report_only or (left_s is not None and left_s <= 0):
+        if options.report_only or options.partial or (left_s is not None and left_s <= 0):
             return False
         return complete(protocol.store, cases, jobs=options.jobs, deadline_s=left_s)
 
     try:
         protocol = Protocol(plan, Store(options.runs), run)
-        protocol.go()
+        protocol.go(partial=options.partial)
     except ValueError as error:
         sys.exit(f"iso_loss.py: {error}")
     print_table(
         ("method", "a", "at", "rate", "f", "95 %", "seeds", "first crossing"), [text(row) for row in protocol.rows]
     )
     rows = [{"stages": plan.stages, "updates": plan.updates, "task": plan.task, **row} for row in protocol.rows]
-    missed = ["the plan is not complete: run it again"] if protocol.unfinished else []
+    missed = ["the plan is not complete: run it again"] if protocol.unfinished or options.partial else []
     if options.json:
         document = {"benchmark": "iso_loss", "machine": machine(), "plan": plan.to_json(), "rows": rows}
         write_json(options.json, {**document, "missed": missed})

@@ -9,6 +9,10 @@ each stage of each case:
 - *system*: the largest proportional set size of the process, sampled from ``/proc/self/smaps_rollup`` from the second
   update on, less what the same process took after it had trained a tiny model in the same way. (In the first update,
   pages of messages that the other process has not looked at yet would count whole for the sender.)
+- *by owner*: the same with messages counted for the process that owns them. In a proportional set size, pages that the
+  receiver has not looked at yet count whole for the sender, so it depends on the moment.
+- *malloc*: of that, freed memory that the C library keeps, by its own account at the peak (``mallinfo2``), less what it
+  kept before.
 - *counted*: ``stats()["memory"]``, what ``paci-rt train`` prints.
 - *1f1b*: system, over that of the same stage under 1F1B-flush with equal options.
 
@@ -35,7 +39,7 @@ from paci_rt import launch
 from paci_rt.report.text import size as text_of
 from paci_rt.train.build import build_pipeline
 from paci_rt.train.config import TrainConfig
-from resident import Watch, resident_parts
+from resident import Watch, kept_by_malloc_bytes, resident_parts
 
 SCHEDULES = ("1f1b", "zb-2p", "paci", "paci-bare")
 DTYPES = ("fp32", "bf16", "autocast")
@@ -115,10 +119,11 @@ def work(ctx: launch.Context, case: Case) -> dict[str, Any]:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    bare = resident_parts()
+    bare, bare_kept = resident_parts(), kept_by_malloc_bytes()
     watch = Watch()
     found = train(ctx, case.config(), case, watch)
-    return {**found, "bare": bare, "peak": watch.peak, "samples": watch.samples}
+    kept = watch.kept_by_malloc - bare_kept
+    return {**found, "bare": bare, "peak": watch.peak, "samples": watch.samples, "kept_by_malloc": kept}
 
 
 def rows_of(case: Case, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -133,6 +138,8 @@ def rows_of(case: Case, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "system_bytes": system["Pss"],
             "system_anonymous_bytes": system["Pss_Anon"],
             "system_shared_bytes": system["Pss_Shmem"],
+            "by_owner_bytes": system["Pss"] - system["Pss_Shmem"] + found["memory"]["messages"],
+            "malloc_bytes": found["kept_by_malloc"],
             "bare_bytes": found["bare"]["Pss"],
             "counted_bytes": found["memory"]["total"],
             "counted": {key: value for key, value in found["memory"].items() if key != "total"},
@@ -191,12 +198,15 @@ def show(rows: list[dict[str, Any]], everything: list[dict[str, Any]]) -> None:
     first = rows[0]
     print(f"{first['schedule']}, {first['dtype']}, sequence {first['seq_len']} ({first['transport']})")
     parts = list(first["counted"])
-    print("  ".join(["stage", *(f"{part:>12s}" for part in [*parts, "counted", "system", "1f1b"])]))
+    print(
+        "  ".join(["stage", *(f"{part:>12s}" for part in [*parts, "counted", "system", "by owner", "malloc", "1f1b"])])
+    )
     for row in rows:
         other = same_but(row, "1f1b", everything)
         over = "-" if other is None else f"{row['system_bytes'] / other['system_bytes']:.3f}"
         sizes = [text_of(row["counted"][part]) for part in parts]
-        sizes += [text_of(row["counted_bytes"]), text_of(row["system_bytes"]), over]
+        sizes += [text_of(row["counted_bytes"]), text_of(row["system_bytes"])]
+        sizes += [text_of(row.get("by_owner_bytes", 0)), text_of(row.get("malloc_bytes", 0)), over]
         print("  ".join([f"{row['stage']:5d}", *(f"{size:>12s}" for size in sizes)]), flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 
@@ -25,6 +26,34 @@ def resident_parts() -> dict[str, int]:
     return found
 
 
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+def kept_by_malloc_bytes() -> int:
+    """Freed memory that the C library keeps, by its own account (``mallinfo2``, glibc 2.33); 0 where it has none."""
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    ask.restype = _Mallinfo2
+    return int(ask().fordblks)
+
+
 class Watch:
     """Samples :func:`resident_parts` in a thread of its own and keeps the largest.
 
@@ -36,6 +65,7 @@ class Watch:
     def __init__(self, period_s: float = 0.05) -> None:
         self.peak: dict[str, int] = {}
         self.samples = 0
+        self.kept_by_malloc = 0  # at the peak
         self._period_s, self._stop = period_s, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -54,6 +84,7 @@ class Watch:
             found = resident_parts()
             if found["Pss"] > self.peak.get("Pss", -1):
                 self.peak = found
+                self.kept_by_malloc = kept_by_malloc_bytes()
             self.samples += 1
             if self._stop.wait(max(self._period_s, REST * (time.thread_time() - begin_s))):
                 return

@@ -59,6 +59,8 @@ METHODS: dict[str, Method] = {
     **_each("nadam", "sgd", "lion", "muon"),
     # Other answers to delay: papers, then ideas of our own.
     "stash": STASH,
+    "recompute": Method(policy="recompute"),
+    "recompute look-ahead": Method(policy="recompute", lookahead=True),
     "2bw": Method(schedule="pipedream-2bw"),
     "spectrain": Method(policy="predict"),
     "pipemare": Method(rates="pipemare"),

@@ -1,4 +1,4 @@
-"""The command ``paci-rt``: train, prepare, compare, report, simulate, plan, doctor."""
+"""The command ``paci-rt``: train, prepare, compare, report, simulate, plan, calibrate, doctor."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ Pipeline-parallel training without bubbles, on stock PyTorch.
   paci-rt report runs/a runs/b --out report         figures and one page from any set of runs
   paci-rt simulate --schedule zb-h1 --plot zb.png   predict bubbles, memory and drift of a schedule; draw it
   paci-rt plan --stages 4 --memory-limit 2GiB       measure a model; choose a partition and a schedule
+  paci-rt calibrate --stages 4 --out overhead.json  what late gradients cost on your model, for plan
   paci-rt doctor                                    check this machine: what works, what is missing, how to fix it
 """
 
@@ -52,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: command"):
-            commands = "train, prepare, eval, sample, export, compare, report, simulate, plan or doctor"
+            commands = "train, prepare, eval, sample, export, compare, report, simulate, plan, calibrate or doctor"
             message = f"no command given: say {commands}, or --help"
         raise ValueError(message.removeprefix("argument "))
 
@@ -133,7 +134,7 @@ def _in_one_line(error: Exception) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command that ``argv`` gives, with its options."""
     from paci_rt import __version__
-    from paci_rt.cli import compare, doctor, evaluate, export, plan, prepare, report, sample, simulate, train
+    from paci_rt.cli import calibrate, compare, doctor, evaluate, export, plan, prepare, report, sample, simulate, train
 
     parser = _Parser(
         prog="paci-rt",
@@ -153,6 +154,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ("report", "draw figures and a page from runs", report),
         ("simulate", "predict what a schedule does, without training", simulate),
         ("plan", "measure a model; choose a partition and a schedule", plan),
+        ("calibrate", "measure what late gradients cost in tokens, on a model cut small", calibrate),
         ("doctor", "check what this machine can do, and how to fix the rest", doctor),
     ):
         sub = commands.add_parser(

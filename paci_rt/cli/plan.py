@@ -15,8 +15,10 @@ from paci_rt.planner.profile import BlockProfile, Profile, load_profile
 
 DESCRIPTION = """\
 Measure a model block by block. Then choose how to cut it into stages, how many micro-batches make an update, how much
-slack to use and which schedule to run, for the highest predicted throughput within the limits. The prediction is that
-of the simulator, with one device per stage. At the end, the paci-rt train command of the plan is printed.
+slack to use and which schedule to run, for the shortest time to a loss within the limits: the highest predicted
+throughput over token overhead. Throughput is what the simulator says, with one device per stage. Token overhead is what
+late gradients cost, by a table of measurements; paci-rt calibrate measures your own. At the end, the paci-rt train
+command of the plan is printed.
 
 --rows is the number of sequences in a micro-batch; --batch-size is the number in an update.
 """
@@ -76,12 +78,17 @@ def add(parser: argparse.ArgumentParser) -> None:
            "slack: one number for all stages but the last, or one per stage (default: auto, as many as pay off)", AUTO)
     option(group, "--chunks", integers, "V,V,...", "stages per device, for schedules that take chunks (default: 2)",
            (2,))
+    option(group, "--optimizer", str, "NAME", "of the run, for its token overhead; memory is counted for adamw "
+           "(default: adamw)", "adamw")
+    option(group, "--token-overhead", str, "FILE", "what late gradients cost, measured by paci-rt calibrate; it stands "
+           "in place of the package's own measurements of the same kind")
     group = parser.add_argument_group("limits and devices")
     option(group, "--memory-limit", list_of(size, "sizes"), "SIZE[,SIZE...]", "memory of every device, or of each in "
            "order, such as 8GiB")
     option(group, "--drift-limit", int, "N", "most updates between a micro-batch's forward and its backward")
     option(group, "--delay-limit", _delay_limit, "N", "most updates by which a gradient comes late, or none "
-           "for no limit (default: what was measured to be worth it, 1 with look-ahead, 0 without)",
+           "for no limit; schedules whose token overhead is unknown run too, then (default: measured, those near "
+           "which token overhead was measured)",
            MEASURED)
     option(group, "--device-speeds", list_of(float, "numbers such as 1,1,0.5"), "X,X,...", "speed of each device "
            "in order; the profiled device has speed 1 (default: all 1)")
@@ -100,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
     outputs.check_file("--json", args.json)
     _check_transport(args)
+    args.overheads = _overheads(args)
     stored = args.profile is not None and Path(args.profile).exists()
     if stored:
         profile = _stored(args)
@@ -114,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.profile is not None:
         source += f", and written to {args.profile}"
         outputs.write_json(args.profile, profile.to_json())
-    command = plan_report.train_command(profile, found.chosen)
+    command = plan_report.train_command(profile, found.chosen, optimizer=args.optimizer)
     if command is not None and args.transport != "auto":
         command += f" --transport {args.transport}"
     outputs.write_json(args.json, plan_report.to_json(profile, found, command))
@@ -132,6 +140,16 @@ def _check_transport(args: argparse.Namespace) -> None:
         )
 
 
+def _overheads(args: argparse.Namespace) -> planner.OverheadTable | None:
+    """The user's table, after a check of the optimizer that is looked up there."""
+    from paci_rt.train.config import OPTIMIZERS
+    from paci_rt.train.option_checks import check_known
+
+    check_known("--optimizer", args.optimizer, OPTIMIZERS)
+    _lookahead(args)
+    return None if args.token_overhead is None else planner.load_overheads(args.token_overhead)
+
+
 def _plan(args: argparse.Namespace, profile: Profile) -> planner.Plan:
     return planner.plan(
         profile,
@@ -140,13 +158,26 @@ def _plan(args: argparse.Namespace, profile: Profile) -> planner.Plan:
         memory_limit_bytes=args.memory_limit,
         drift_limit=args.drift_limit,
         delay_limit=args.delay_limit,
-        lookahead=args.lookahead,
+        lookahead=_lookahead(args),
         device_speeds=args.device_speeds,
         schedules=args.schedules,
         policies=args.policies,
         slack=args.slack,
         chunks=args.chunks,
+        optimizer=args.optimizer.removeprefix("torch-"),
+        overheads=args.overheads,
     )
+
+
+def _lookahead(args: argparse.Namespace) -> bool | None:
+    """What was asked for; torch's optimizers do not tell where they are going."""
+    foreign = args.optimizer.startswith("torch-")
+    if foreign and args.lookahead:
+        raise ValueError(
+            f"--lookahead with --optimizer {args.optimizer}: only paci_rt's own optimizers tell where they are going; "
+            f"use --optimizer {args.optimizer.removeprefix('torch-')}"
+        )
+    return False if foreign else args.lookahead
 
 
 def _accumulations(batch_sizes: tuple[int, ...] | None, rows: int, stages: int) -> list[int]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from paci_rt import schedules
-from paci_rt.planner import AS_FAST, Candidate, Plan, Prediction, Profile, stage_costs
+from paci_rt.planner import AS_FAST, Candidate, Plan, Prediction, Profile, TokenOverhead, stage_costs
+from paci_rt.planner.token_overhead import NONE
 from paci_rt.report import text
 from paci_rt.report.machine import machine
 from paci_rt.schedules import policies
@@ -39,7 +40,7 @@ def to_json(profile: Profile, plan: Plan, command: str | None) -> dict[str, Any]
     return {**plan.to_json(), "stages": len(plan.device_speeds), "command": command, "profile": summary}
 
 
-def train_command(profile: Profile, chosen: Candidate) -> str | None:
+def train_command(profile: Profile, chosen: Candidate, *, optimizer: str = "adamw") -> str | None:
     """The ``paci-rt train`` command that runs the plan; None for a model that it does not know."""
     profiled, family = profile.profiled, schedules.get(chosen.schedule)
     if profiled.get("model") not in MODELS or chosen.partition is None:
@@ -66,6 +67,8 @@ def train_command(profile: Profile, chosen: Candidate) -> str | None:
         options.append(("--step-costs", _step_ms(chosen.step_costs).text()))
     if chosen.activation_limit is not None:
         options.append(("--activation-limit", f"{chosen.activation_limit:g}"))
+    if optimizer != "adamw":
+        options.append(("--optimizer", optimizer))
     if profiled.get("dtype", "fp32") != "fp32":
         options.append(("--dtype", profiled["dtype"]))
     if profiled["threads"] != 1:
@@ -146,6 +149,7 @@ def _plan_text(profile: Profile, plan: Plan) -> str:
         f"  partition   {','.join(map(str, chosen.partition or ()))}",
         f"  throughput  {found.micro_batches_per_s:,.4g} micro-batches/s, {tokens_per_s:,.0f} tokens/s, at "
         f"{text.share(found.utilization)} utilization",
+        *_overhead_lines(plan),
         *_slack_lines(plan),
         f"  drift       at most {found.drift}, delay at most {found.delay}",
         f"  balance     the busiest device computes {_ms(max(seconds))} per micro-batch, all of them {_ms(mean_s)} "
@@ -154,14 +158,50 @@ def _plan_text(profile: Profile, plan: Plan) -> str:
     return "\n".join(lines) + "\n\n" + _devices_table(profile, plan, seconds)
 
 
+def _overhead_lines(plan: Plan) -> list[str]:
+    """What the plan takes in tokens, and how soon it is there beside the best that flushes, with the same update."""
+    chosen, found = plan.chosen, _predicted(plan.chosen).overhead
+    lines = []
+    if found.basis != NONE.basis:
+        lines.append(f"  tokens      {_overhead_text(found)}; {found.basis}")
+    flushed = [
+        one
+        for one in plan.candidates
+        if one.rejected is None
+        and one.accumulation == chosen.accumulation
+        and schedules.get(one.schedule).flush
+        and one.schedule != chosen.schedule
+    ]
+    if flushed and not schedules.get(chosen.schedule).flush:
+        best = max(flushed, key=_speed)
+        ratio = f"{_speed(chosen) / _speed(best):.2f} times as soon at a loss as {best.schedule}"
+        lines.append(f"  time        {ratio}, the best that flushes with the same update")
+    return lines
+
+
+def _overhead_text(found: TokenOverhead) -> str:
+    if found.f is None:
+        return "unknown, and counted as if they were those of 1f1b"
+    end = "?" if found.high is None else f"{found.high:.2f}"
+    interval = "" if found.low is None else f" ({found.low:.2f} to {end})"
+    return f"{found.f:.2f}{interval} times those of 1f1b for the same loss"
+
+
 def _slack_lines(plan: Plan) -> list[str]:
     """What the slack of the plan gives, and what it takes."""
     if plan.without_slack is None:
         return []
     found, strict = _predicted(plan.chosen), _predicted(plan.without_slack)
     price = max(found.peak_memory_bytes) - max(strict.peak_memory_bytes)
+    speed = found.micro_batches_per_s / strict.micro_batches_per_s
+    if price < 0:
+        return [
+            f"  slack       below 0, fewer in flight: {speed:.3f} times as fast as the strict order on the same",
+            f"              stages, for {text.size(-price)} less on the fullest device, drift {found.drift} instead of "
+            f"{strict.drift}, delay {found.delay} instead of {strict.delay}",
+        ]
     return [
-        f"  slack       makes it {_speed(plan.chosen) / _speed(plan.without_slack):.3f} times as fast as the strict "
+        f"  slack       makes it {speed:.3f} times as fast as the strict "
         f"order on the same stages, for {text.size(price)} more on",
         f"              the fullest device, drift {found.drift} instead of {strict.drift}, delay {found.delay} instead "
         f"of {strict.delay}",
@@ -225,17 +265,25 @@ def _rivals_text(profile: Profile, plan: Plan) -> str:
     others = [one for one in plan.best_of_each()[1:] if one.rejected is None]
     shown = sorted([*others, *variants[:VARIANTS]], key=plan.candidates.index)
     rows = [_row(profile, one, chosen) for one in (chosen, *shown)]
-    header = ("schedule", "policy", "slack", "micro-batches", "sequences", "throughput", "vs plan", "utilization",
-              "peak memory", "drift", "delay")  # fmt: skip
+    header = ("schedule", "policy", "slack", "micro-batches", "sequences", "throughput", "tokens", "vs plan",
+              "utilization", "peak memory", "drift", "delay")  # fmt: skip
     fastest = max((one for one in plan.candidates if one.rejected is None), key=_speed)
+    unknown = [one for one in (chosen, *shown) if not _predicted(one).overhead.known]
     lines = [
         "What else there was: of every schedule what ranks first, and the next ways to run the chosen one. "
         "Micro-batches\nand sequences are those of an update, throughput is in micro-batches/s, memory that of the "
-        "fullest device.",
+        "fullest device;\ntokens are over those of 1f1b for the same loss, and vs plan is throughput over tokens.",
         text.table(header, rows),
-        f"The fastest reaches {_speed(fastest):,.4g} micro-batches/s. Of those within {text.share(AS_FAST)} of it the "
-        "plan is the one\nwith the least memory, then the least delay, then the least drift, then the smallest update.",
+        f"The best makes the progress of {_speed(fastest):,.4g} micro-batches/s of 1f1b. Of those within "
+        f"{text.share(AS_FAST)} of it the plan is\nthe one with the least memory, then the least delay, then the least "
+        "drift, then the smallest update.",
     ]
+    if unknown:
+        names = ", ".join(dict.fromkeys(one.schedule for one in unknown))
+        lines.append(
+            f"Tokens of {names} are unknown (?) and counted as 1: paci-rt calibrate measures them, and without "
+            "--delay-limit\nonly what was measured competes."
+        )
     return "\n".join(lines)
 
 
@@ -250,7 +298,8 @@ def _row(profile: Profile, one: Candidate, chosen: Candidate) -> tuple[str, ...]
         str(one.accumulation),
         str(one.accumulation * profile.profiled["rows"]),
         f"{found.micro_batches_per_s:,.4g}",
-        f"{found.micro_batches_per_s / _speed(chosen):.3f}",
+        "?" if found.overhead.f is None else f"{found.overhead.f:.2f}",
+        f"{found.progress_per_s / _speed(chosen):.3f}",
         text.share(found.utilization),
         text.size(max(found.peak_memory_bytes)),
         str(found.drift),
@@ -301,4 +350,4 @@ def _predicted(one: Candidate) -> Prediction:
 
 
 def _speed(one: Candidate) -> float:
-    return _predicted(one).micro_batches_per_s
+    return _predicted(one).progress_per_s

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from paci_rt import schedules
+from paci_rt.planner.token_overhead import NONE, TokenOverhead
 from paci_rt.schedules import Shape, Slack, StepCosts, policies
 from paci_rt.schedules.slack import slack_text
 
@@ -17,13 +18,13 @@ class Limits:
     Attributes:
         memory_bytes: by device.
         drift, delay: largest that any micro-batch may have, in updates (see ``paci_rt.schedules.policies``).
-        bare_delay: in place of ``delay`` where early forwards do not look ahead.
+        measured: a schedule with a delay must be near something whose token overhead was measured.
     """
 
     memory_bytes: tuple[float, ...]
     drift: int | None = None
     delay: int | None = None
-    bare_delay: int | None = None
+    measured: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Prediction:
         utilization: mean share of time that devices are busy.
         peak_memory_bytes: weights, optimizer state, accumulator, weight versions, activations and stashes, by device.
         drift, delay: largest of any micro-batch, in updates.
+        overhead: tokens for the same loss over those of 1F1B-flush at the same update.
 
     Example:
         >>> from paci_rt.planner import Prediction
@@ -50,6 +52,12 @@ class Prediction:
     peak_memory_bytes: tuple[int, ...]
     drift: int
     delay: int
+    overhead: TokenOverhead = NONE
+
+    @property
+    def progress_per_s(self) -> float:
+        """Micro-batches of 1F1B-flush, per second, that bring the loss down as far: throughput over token overhead."""
+        return self.micro_batches_per_s / self.overhead.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +122,8 @@ class Candidate:
         """JSON-ready values."""
         values = asdict(self)
         del values["severity"]
+        if self.predicted is not None:
+            values["predicted"]["progress_per_s"] = self.predicted.progress_per_s
         if self.step_costs is not None:
             names = ("forward_s", "input_grad_s", "weight_grad_s", "hop_s", "stash_share")
             values["step_costs"] = dict(zip(names, self.step_costs, strict=True))
@@ -130,7 +140,7 @@ class Candidate:
         return ", ".join(parts)
 
 
-MEMORY, VERSIONS, SHAPE = 1, 2, 3  # severities
+MEMORY, VERSIONS, OVERHEAD, SHAPE = 1, 2, 3, 4  # severities
 
 
 def mib(value_bytes: float) -> str:

@@ -21,20 +21,19 @@ from typing import Any
 from paci_rt import schedules as families
 from paci_rt.errors import shown
 from paci_rt.planner.arguments import check_choices, check_limit, memory_limits, need_list
-from paci_rt.planner.candidate import MEMORY, Candidate, Limits, mib
+from paci_rt.planner.candidate import MEMORY, OVERHEAD, Candidate, Limits, mib
 from paci_rt.planner.evaluate import Evaluator
 from paci_rt.planner.profile import Profile
 from paci_rt.planner.stage_costs import device_speeds_of
+from paci_rt.planner.token_overhead import OverheadTable, packaged
 from paci_rt.schedules import policies as consistency
 from paci_rt.schedules.slack import check_slack, slack_by_stage
 
 MEASURED = "measured"
-MEASURED_DELAY_LIMITS = {True: 1, False: 0}
-"""Delay, in updates, up to which an asynchronous update is worth nearly as much as a synchronous one, with look-ahead
-and without: ``docs/method/convergence.md``. One update takes at least P - 1 micro-batches (and the slack)."""
+"""In place of a limit of delay: schedules whose token overhead was measured, or others near them, compete by it."""
 
 AS_FAST = 0.01
-"""Throughputs within this share of the best count as equal: a simulation is no more exact than that."""
+"""Rates within this share of the best count as equal: a simulation is no more exact than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ class Plan:
     """What to run, and what else there was.
 
     Attributes:
-        candidates: the plan itself first, then all others that were simulated and fit, fastest first, then those that
+        candidates: the plan itself first, then all others that were simulated and fit, best first, then those that
             break a limit, the nearest miss first. Left out are those that, by :meth:`Evaluator.at_most`, cannot come
             near a simulated one of the same schedule and policy.
         limits, device_speeds: what was asked for, by device.
@@ -100,25 +99,30 @@ def plan(
     policies: Sequence[str] | None = None,
     slack: families.Slack | Sequence[int] | str = families.AUTO,
     chunks: Sequence[int] = (2,),
+    optimizer: str = "adamw",
+    overheads: OverheadTable | None = None,
 ) -> Plan:
-    """Choose partition, schedule, policy, accumulation and slack for the highest throughput within the limits.
+    """Choose partition, schedule, policy, accumulation and slack for the shortest time to a loss within the limits.
 
-    Among candidates within ``AS_FAST`` of the fastest, those that look ahead or have no delay come first; of those the
-    one that needs the least memory is taken, then the one with the least delay, then the least drift, then the fewest
-    micro-batches an update, then the least slack.
+    That is the highest throughput over token overhead (:mod:`paci_rt.planner.token_overhead`). Overheads are over
+    1F1B-flush with the same update; what other updates cost or gain is not weighed. Among candidates within ``AS_FAST``
+    of the best, the one that needs the least memory is taken, then the one with the least delay, then the least drift,
+    then the fewest micro-batches an update, then the least slack.
 
     Args:
         profile: its micro-batch is the plan's.
         stages: devices, one process each.
         accumulations: micro-batches an update, to choose from.
         memory_limit_bytes: of every device, or of each.
-        drift_limit, delay_limit: largest allowed, in updates; None is no limit. ``"measured"`` is the delay up to which
-            updates are known to be worth their time (MEASURED_DELAY_LIMITS): 1 with look-ahead, 0 without.
+        drift_limit, delay_limit: largest allowed, in updates; None is no limit. ``"measured"`` is every delay near one
+            whose token overhead was measured; with a number or None others run too, and are ranked by throughput alone.
         lookahead: whether early forwards look ahead, for schedules and policies that can; None as the schedule does.
         device_speeds: of each device, 1 being the one that was profiled.
         schedules, policies: names to choose from; all by default.
         slack: of schedules that take any: ``"auto"`` chooses; a number, or one per stage, is used as it is.
         chunks: stages per device to choose from, for schedules that take chunks.
+        optimizer: a name of ``paci-rt train``, for the token overhead. Memory is that of the profile's.
+        overheads: measured by the user; of the kinds that it has, it stands in place of the package's table.
 
     Raises:
         ValueError: a value that cannot be; or nothing fits, then with the least memory that any candidate needs.
@@ -138,18 +142,23 @@ def plan(
         if given_names is not None:
             need_list(name, given_names, str)
     given = None if isinstance(slack, str) and slack == families.AUTO else check_slack(slack, stages)
-    delay_limits = _delay_limits(delay_limit)
-    check_limit("drift limit", drift_limit)
+    measured = isinstance(delay_limit, str)
+    if measured and delay_limit != MEASURED:
+        raise ValueError(f"delay limit is {shown(delay_limit)}: give a number of updates, at least 0, or {MEASURED!r}")
+    for name, limit in (("delay limit", None if measured else delay_limit), ("drift limit", drift_limit)):
+        check_limit(name, limit)
+    table = packaged() if overheads is None else packaged().overridden_by(overheads)
     speeds = device_speeds_of(device_speeds, stages)
     limits = Limits(
         memory_bytes=memory_limits(memory_limit_bytes, stages),
         drift=drift_limit,
-        delay=delay_limits[True],
-        bare_delay=delay_limits[False],
+        delay=None if isinstance(delay_limit, str) else delay_limit,
+        measured=measured,
     )
     limited = memory_limit_bytes is not None and lookahead is None
     groups = _groups(schedules, policies, accumulations, given, chunks, lookahead, both=limited)
-    return _choose(groups, Evaluator(profile=profile, speeds=speeds, limits=limits), choose_slack=given is None)
+    evaluator = Evaluator(profile=profile, speeds=speeds, limits=limits, overheads=table, optimizer=optimizer)
+    return _choose(groups, evaluator, choose_slack=given is None)
 
 
 def _choose(groups: Iterable[list[Candidate]], evaluator: Evaluator, *, choose_slack: bool) -> Plan:
@@ -168,21 +177,11 @@ def _choose(groups: Iterable[list[Candidate]], evaluator: Evaluator, *, choose_s
     rejected.sort(key=lambda one: one.severity)
     ranked = _ranked(fitting)
     strict = None
-    if ranked[0].slack:
+    if ranked[0].slack:  # also where it is below 0
         family = families.get(ranked[0].schedule)
         strict = evaluator.simulate(replace(ranked[0], slack=0, predicted=None), family)
     candidates = (*ranked, *rejected)
     return Plan(candidates=candidates, limits=evaluator.limits, device_speeds=evaluator.speeds, without_slack=strict)
-
-
-def _delay_limits(limit: int | str | None) -> dict[bool, int | None]:
-    """With look-ahead and without."""
-    if isinstance(limit, str) and limit == MEASURED:
-        return dict(MEASURED_DELAY_LIMITS)
-    if isinstance(limit, str):
-        raise ValueError(f"delay limit is {shown(limit)}: give a number of updates, at least 0, or {MEASURED!r}")
-    check_limit("delay limit", limit)
-    return {True: limit, False: limit}
 
 
 def _groups(
@@ -253,7 +252,7 @@ def _evaluate(
             prepared += [evaluator.prepare(one, family)]
     fitting: list[Candidate] = []
     rejected = [one for one in prepared if one.rejected is not None]
-    bounds = [(evaluator.at_most(one, family), one) for one in prepared if one.rejected is None]
+    bounds = [(_bound(evaluator, one, family), one) for one in prepared if one.rejected is None]
     best = 0.0
     for bound, one in sorted(bounds, key=lambda pair: -pair[0]):
         if bound < (1 - AS_FAST) * best:
@@ -264,24 +263,29 @@ def _evaluate(
             continue
         fitting.append(simulated)
         assert simulated.predicted is not None
-        best = max(best, simulated.predicted.micro_batches_per_s)
+        best = max(best, simulated.predicted.progress_per_s)
     return fitting, rejected
+
+
+def _bound(evaluator: Evaluator, one: Candidate, family: families.ScheduleFamily) -> float:
+    """Progress per second that ``one`` cannot exceed."""
+    return evaluator.at_most(one, family) / evaluator.overhead_of(one, family).factor
 
 
 def _speed(one: Candidate) -> float:
     assert one.predicted is not None
-    return one.predicted.micro_batches_per_s
+    return one.predicted.progress_per_s
 
 
 def _ranked(fitting: list[Candidate]) -> list[Candidate]:
-    """The chosen one, then the others by throughput. Equally fast ones are ordered as :func:`plan` says."""
+    """The chosen one, then the others by progress. Equally fast ones are ordered as :func:`plan` says."""
 
     def preference(one: Candidate) -> tuple[float, ...]:
         assert one.predicted is not None
         found = one.predicted
         slack = sum(slack_by_stage(one.slack, len(found.peak_memory_bytes)))
-        bare = found.delay > 0 and not one.lookahead  # what it saves in memory it takes in tokens
-        return float(bare), max(found.peak_memory_bytes), found.delay, found.drift, one.accumulation, slack
+        guessed = float(not found.overhead.known)
+        return guessed, max(found.peak_memory_bytes), found.delay, found.drift, one.accumulation, slack
 
     ranked: list[Candidate] = []
     left = sorted(fitting, key=lambda one: (-_speed(one), preference(one)))
@@ -303,5 +307,8 @@ def _nothing_fits(rejected: list[Candidate]) -> str:
             f"device, by {nearest.label} ({nearest.rejected}); raise the memory limit, use more stages, or profile "
             "smaller micro-batches"
         )
-    remedy = "; a higher delay limit, or none, lets it run" if (nearest.rejected or "").startswith("delay") else ""
+    why = nearest.rejected or ""
+    remedy = "; a higher delay limit, or none, lets it run" if why.startswith("delay") else ""
+    if nearest.severity[0] == OVERHEAD:
+        remedy = "; measure it with paci-rt calibrate, or give a delay limit, or none, to run it all the same"
     return f"no schedule fits: the nearest is {nearest.label} ({nearest.rejected}){remedy}"

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from paci_rt.planner.candidate import MEMORY, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
+from paci_rt.planner.candidate import MEMORY, OVERHEAD, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
 from paci_rt.planner.frontier import limits_to_try
 from paci_rt.planner.memory import Keeps, copies_beside, needs, peak_bytes, what_is_kept
 from paci_rt.planner.partition import best_partition
 from paci_rt.planner.profile import Profile
 from paci_rt.planner.stage_costs import Spans, loops, stage_costs, step_costs
-from paci_rt.schedules import ScheduleFamily, Shape, policies, v_search
+from paci_rt.planner.token_overhead import OverheadTable, TokenOverhead, packaged
+from paci_rt.schedules import ScheduleFamily, Shape, Slack, policies, v_search
 from paci_rt.schedules.base import check_shape
 from paci_rt.schedules.slack import Loops
 from paci_rt.simulate import Costs, simulate
 from paci_rt.simulate.costs import Floats
 
 FITTING_ROUNDS = 3
+FEWER = 4
+"""So many limits of forwards in flight, about, are tried where memory is short."""
 EXACT = 1e-4
 """As a share: how exactly the search for an order knows its period."""
 
@@ -33,11 +36,14 @@ class Evaluator:
     Attributes:
         speeds: of each device, 1 being the one that was profiled.
         limits: what to keep to.
+        overheads, optimizer: by which a late gradient's cost in tokens is known.
     """
 
     profile: Profile
     speeds: tuple[float, ...]
     limits: Limits
+    overheads: OverheadTable = field(default_factory=packaged)
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         self._partitions: dict[Any, tuple[int, ...] | None] = {}
@@ -72,7 +78,10 @@ class Evaluator:
         of a few cuts are collected.
         """
         found, cuts = {one.slack: self.prepare(one, family)}, set[tuple[int, ...]]()
-        todo = list(found.values())
+        if any(map(math.isfinite, self.limits.memory_bytes)):
+            for fewer in fewer_in_flight(self.ranks):
+                found[fewer] = self.prepare(replace(one, slack=fewer), family)
+        todo = [found[one.slack]]
         while todo and len(cuts) < FITTING_ROUNDS:
             cut = todo.pop(0)
             if cut.partition is None or cut.partition in cuts:
@@ -167,6 +176,7 @@ class Evaluator:
                 peak_memory_bytes=peak,
                 drift=run.max_drift,
                 delay=run.max_delay,
+                overhead=self.overhead_of(one, family),
             ),
         )
         over = [need / limit for need, limit in zip(peak, self.limits.memory_bytes, strict=True)]
@@ -253,14 +263,30 @@ class Evaluator:
         found = [policies.bounds(one.policy, family, shape, rank) for rank in range(self.ranks)]
         for what, values, limit in (
             ("drift", [drift for drift, _ in found], self.limits.drift),
-            ("delay", [delay for _, delay in found], self.limits.delay if one.lookahead else self.limits.bare_delay),
+            ("delay", [delay for _, delay in found], self.limits.delay),
         ):
             if limit is not None and max(values) > limit:
                 why = f"{what} {max(values)}, {max(values) - limit} over the limit of {limit}"
-                if what == "delay" and self.limits.delay != self.limits.bare_delay and not one.lookahead:
-                    why += " without look-ahead"
                 return replace(one, rejected=why, severity=(VERSIONS, max(values) - limit))
+        overhead = self.overhead_of(one, family)
+        if overhead.known and overhead.f is None:
+            return replace(one, rejected=f"token overhead: {overhead.basis}", severity=(OVERHEAD, 0.0))
+        if self.limits.measured and not overhead.known:
+            return replace(one, rejected=f"token overhead: {overhead.basis}", severity=(OVERHEAD, 1.0))
         return None
+
+    def overhead_of(self, one: Candidate, family: ScheduleFamily) -> TokenOverhead:
+        """What ``one``, whose order is known, needs in tokens, as far as that was measured."""
+        if family.flush:
+            return self.overheads.of(optimizer=self.optimizer, policy=one.policy, lookahead=False, delay=0, share=0.0)
+        shape = one.shape(self.ranks)
+        return self.overheads.of(
+            optimizer=self.optimizer,
+            policy=one.policy,
+            lookahead=one.lookahead,
+            delay=max(policies.bounds(one.policy, family, shape, rank)[1] for rank in range(self.ranks)),
+            share=early_share(one.policy, family, shape),
+        )
 
     def _too_large(self, one: Candidate, keeps: list[Keeps]) -> Candidate:
         """Rejected for memory, with what it would need at least: the cut whose fullest device, as a share of its
@@ -284,6 +310,26 @@ class Evaluator:
         limit = self.limits.memory_bytes[rank]
         why = f"needs {mib(need)} on device {rank}, {mib(need - limit)} over its limit"
         return replace(one, rejected=why, needs_bytes=need, severity=(MEMORY, need / limit))
+
+
+def fewer_in_flight(stages: int) -> list[Slack]:
+    """Slack below 0: no stage runs more than some number of forwards ahead, or each half as many."""
+    ahead = [stages - 1 - stage for stage in range(stages)]
+    most = range(stages - 2, -1, -max(1, (stages - 1) // FEWER))
+    wanted = [[min(count, cap) for count in ahead] for cap in most] + [[-(-count // 2) for count in ahead]]
+    return list(dict.fromkeys(tuple(mine - count for mine, count in zip(one, ahead, strict=True)) for one in wanted))
+
+
+def early_share(policy: str, family: ScheduleFamily, shape: Shape) -> float:
+    """Forwards that run an update early, as a mean over the stages: their mean delay, in updates."""
+    if policy == "2bw":
+        return 1.0
+    early = [
+        policies.early_forwards(family, shape, rank, stage)
+        for rank in range(shape.ranks)
+        for stage in shape.stages_of(rank)
+    ]
+    return sum(early) / (shape.num_stages * shape.accumulation)
 
 
 def _windows(family: ScheduleFamily, shape: Shape) -> int:

@@ -30,13 +30,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from paci_rt.errors import shown
-from paci_rt.schedules import limits
+from paci_rt.planner.json_reader import JsonReader, is_number
 from paci_rt.simulate.costs import LEAST_BANDWIDTH
 
 FORMAT, VERSION = "paci-rt profile", 1
@@ -222,10 +222,10 @@ def parse_profile(data: Any) -> Profile:
         Traceback (most recent call last):
         ValueError: blocks is missing: give a list with one entry per block
     """
-    reader = _Reader(data, "")
+    reader = JsonReader(data, "")
     if reader.get("format", "the words " + repr(FORMAT), lambda value: isinstance(value, str)) != FORMAT:
         raise ValueError(f"format is {shown(data['format'], 40)}: give a file that paci-rt plan --profile wrote")
-    if reader.get("version", "a number", _is_number) != VERSION:
+    if reader.get("version", "a number", is_number) != VERSION:
         raise ValueError(
             f"version is {shown(data['version'], 40)}, and this program reads version {VERSION}: measure again"
         )
@@ -233,7 +233,7 @@ def parse_profile(data: Any) -> Profile:
     if len(blocks) > MOST_BLOCKS:
         raise ValueError(f"blocks has {len(blocks):,} entries: give at most {MOST_BLOCKS:,}")
     return Profile(
-        blocks=tuple(_parse_block(_Reader(block, f"blocks[{at}]")) for at, block in enumerate(blocks)),
+        blocks=tuple(_parse_block(JsonReader(block, f"blocks[{at}]")) for at, block in enumerate(blocks)),
         input_bytes=reader.number("input_bytes", whole=True),
         update_s_per_byte=reader.number("update_s_per_byte"),
         state_bytes_per_parameter_byte=reader.number("state_bytes_per_parameter_byte"),
@@ -244,7 +244,7 @@ def parse_profile(data: Any) -> Profile:
     )
 
 
-def _parse_block(reader: _Reader) -> BlockProfile:
+def _parse_block(reader: JsonReader) -> BlockProfile:
     known = {one.name for one in fields(BlockProfile)}
     unknown = sorted(set(reader.data) - known)
     if unknown:
@@ -257,44 +257,11 @@ def _parse_block(reader: _Reader) -> BlockProfile:
     return BlockProfile(name=name, role=role, measured_as=str(reader.data.get("measured_as", "")), **numbers)
 
 
-def _bandwidth(reader: _Reader) -> float:
+def _bandwidth(reader: JsonReader) -> float:
     what = f"a number of at least {LEAST_BANDWIDTH:g}, or null for no limit"
     value = reader.get(
         "bandwidth_bytes_per_s",
         what,
-        lambda value: value is None or (_is_number(value) and value >= LEAST_BANDWIDTH),
+        lambda value: value is None or (is_number(value) and value >= LEAST_BANDWIDTH),
     )
     return math.inf if value is None else float(value)
-
-
-class _Reader:
-    """Takes values out of one JSON object and complains by key."""
-
-    def __init__(self, data: Any, where: str) -> None:
-        self.data, self.where = data, where
-        if not isinstance(data, dict):
-            raise ValueError(f"{where or 'the file'} is {shown(data, 40)}: give a JSON object")
-
-    def get(self, key: str, wanted: str, accepts: Callable[[Any], Any]) -> Any:
-        name = f"{self.where}.{key}" if self.where else key
-        if key not in self.data:
-            raise ValueError(f"{name} is missing: give {wanted}")
-        value = self.data[key]
-        if not accepts(value):
-            raise ValueError(f"{name} is {shown(value, 40)}: give {wanted}")
-        return value
-
-    def number(self, key: str, *, whole: bool = False) -> Any:
-        kind = "a whole number" if whole else "a number"
-        most = limits.MOST_SECONDS if key.endswith("_s") else limits.MOST_BYTES
-        if key == "state_bytes_per_parameter_byte":
-            most = limits.MOST_SECONDS
-        wanted = f"{kind} of at least 0 and at most {most:g}"
-        value = self.get(key, wanted, lambda value: _is_number(value) and 0 <= value <= most)
-        if whole and value != int(value):
-            raise ValueError(f"{self.where + '.' if self.where else ''}{key} is {value}: give {kind}")
-        return int(value) if whole else float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300

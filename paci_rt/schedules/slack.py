@@ -23,6 +23,9 @@ solution, which is smallest on every stage at once; it is found from the last st
 ``t = T`` a link of any latency up to ``T/2`` takes ``w_i - w_{i+1} = 2``: differences are whole, hence the same
 slack on two neighbours never hides the link between them.
 
+Slack of single stages may be below 0, down to ``-(P-1-i)``: fewer in flight, which takes less memory and makes fewer
+forwards early, at a longer period.
+
 Updates come on top, once per window: no walk meets more of them than it passes windows, so with updates of ``U_i`` the
 period is at least ``max T_i + U_i / a`` and at most the above plus ``max U_i / a``.
 """
@@ -41,7 +44,8 @@ from paci_rt.errors import shown
 from paci_rt.schedules import limits
 
 Slack = int | tuple[int, ...]
-"""One number for all stages but the last, or one for each, the last of them 0."""
+"""One number of at least 0 for all stages but the last, or one for each, the last of them 0. One of ``P-1-i`` below 0
+leaves stage ``i`` no forward ahead."""
 
 AUTO = "auto"
 """In place of slack: as much as hides the latency of links, see :func:`plan_slack`."""
@@ -77,14 +81,20 @@ def _is_count(value: Any) -> bool:
 
 def _check_each(slack: tuple[Any, ...], num_stages: int) -> tuple[int, ...]:
     text = ",".join(map(shown, slack[:20])) + (", ..." if len(slack) > 20 else "")
-    if not all(map(_is_count, slack)):
-        raise ValueError(f"slack is {text}: give integers of at least 0, one for each stage")
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in slack):
+        raise ValueError(f"slack is {text}: give integers, one for each stage")
     if len(slack) != num_stages:
         raise ValueError(
             f"slack is {text}, which is for {len(slack)} stages, and there are {num_stages}: give one number for all "
             "stages but the last, or one for each"
         )
     _check_most(max(slack))
+    for stage, value in enumerate(slack):
+        if value < stage + 1 - num_stages:
+            raise ValueError(
+                f"slack is {text}: stage {stage} runs {num_stages - 1 - stage} forwards ahead without any, so give it "
+                f"at least {stage + 1 - num_stages}"
+            )
     if slack[-1]:
         raise ValueError(f"slack is {text}: the last stage waits for no gradient, so end with 0")
     for stage, (here, after) in enumerate(itertools.pairwise(slack)):
@@ -98,8 +108,8 @@ def _check_each(slack: tuple[Any, ...], num_stages: int) -> tuple[int, ...]:
 
 
 def one_if_uniform(slack: tuple[int, ...]) -> Slack:
-    """A single number where it says the same as one per stage."""
-    return slack[0] if len(set(slack[:-1])) <= 1 else slack
+    """A single number where it says the same as one per stage and can."""
+    return slack[0] if len(set(slack[:-1])) <= 1 and slack[0] >= 0 else slack
 
 
 def slack_by_stage(slack: Slack, num_stages: int) -> tuple[int, ...]:

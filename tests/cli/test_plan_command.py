@@ -61,7 +61,7 @@ def test_measure_plan_and_write(capsys):
     pieces, stages = len(found["partition"]), found["stages"]  # some schedules have several pieces in a stage
     assert sum(found["partition"]) == 8 and stages == 2 and pieces in (2, 4)
     assert found["predicted"].keys() == {
-        "micro_batches_per_s", "utilization", "peak_memory_bytes", "drift", "delay"
+        "micro_batches_per_s", "utilization", "peak_memory_bytes", "drift", "delay", "overhead", "progress_per_s"
     }  # fmt: skip
     assert found["profile"]["profiled"]["seq_len"] == 8
     assert {one["schedule"] for one in [found, *found["runners_up"]]} == set(schedules.FAMILIES)

@@ -30,10 +30,14 @@ def test_look_ahead_is_one_copy_also_where_it_is_shared() -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_without_room_for_its_copy_paci_runs_bare_where_delay_allows(share: float) -> None:
+def test_without_room_for_its_copy_paci_runs_bare_and_pays_in_tokens(share: float) -> None:
     ahead, bare = peak(True, None), peak(False, None, delay_limit=None)
     limit = needed(bare) + share * (needed(ahead) - needed(bare))
     assert peak(None, limit, delay_limit=None).lookahead is False  # type: ignore[attr-defined]
+    without = peak(None, limit)
+    assert not without.lookahead and without.predicted.overhead.f > 1.4  # type: ignore[attr-defined]
+    everything = plan(PROFILE, stages=4, accumulations=[16], memory_limit_bytes=limit).chosen
+    assert everything.predicted is not None and everything.predicted.overhead.factor < 1.1
     with pytest.raises(ValueError, match="no schedule fits"):
-        peak(None, limit)  # plain PACI's delay costs more tokens than it is worth
+        peak(None, limit, delay_limit=0)
     assert peak(None, needed(ahead) + 1, delay_limit=None).lookahead is True  # type: ignore[attr-defined]

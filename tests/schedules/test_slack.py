@@ -201,7 +201,8 @@ def test_what_cannot_be_planned(arguments, options, words) -> None:  # type: ign
 
 def test_the_one_form_in_which_slack_is_kept() -> None:
     same = [((2, 2, 2, 0), 2), ([0, 0, 0, 0], 0), ([1, 0, 0, 0], (1, 0, 0, 0))]
-    for given, kept in [(3, 3), (0, 0), ((3, 2, 1, 0), (3, 2, 1, 0)), *same]:
+    fewer = [((-1, -1, -1, 0), (-1, -1, -1, 0)), ((-3, -2, -1, 0), (-3, -2, -1, 0)), ((1, -1, 0, 0), (1, -1, 0, 0))]
+    for given, kept in [(3, 3), (0, 0), ((3, 2, 1, 0), (3, 2, 1, 0)), *same, *fewer]:
         shape = Shape(num_stages=4, accumulation=2, slack=given)  # type: ignore[arg-type]
         assert shape.slack == kept == check_slack(given, 4) and type(shape.slack) is type(kept)
         assert [shape.warm_up(stage) for stage in range(4)] == list(warm_ups(kept, 4))
@@ -225,7 +226,10 @@ def test_the_one_form_in_which_slack_is_kept() -> None:
         ((), "which is for 0 stages, and there are 4"),
         ((1, 0), "slack is 1,0, which is for 2 stages, and there are 4"),
         ((1, 1, 1, 1), "slack is 1,1,1,1: the last stage waits for no gradient, so end with 0"),
-        ((1, -1, 0, 0), "slack is 1,-1,0,0: give integers of at least 0"),
+        ((1, -3, 0, 0), "slack is 1,-3,0,0: stage 1 runs 2 forwards ahead without any, so give it at least -2"),
+        ((-4, 0, 0, 0), "stage 0 runs 3 forwards ahead without any, so give it at least -3"),
+        ((-2, 0, 0, 0), "stage 1 would run 2 forwards ahead, and stage 0 before it only 1, .*give stage 0 at least -1"),
+        ((0, 0, 0, -1), "slack is 0,0,0,-1: stage 3 runs 0 forwards ahead"),
         ((1, 0.0, 0, 0), "slack is 1,0.0,0,0"),
         ((0, 2, 0, 0), "stage 1 would run 4 forwards ahead, and stage 0 before it only 3, .*give stage 0 at least 1"),
         ((0, 1, 3, 0), "stage 2 would run 4 forwards ahead, and stage 1 before it only 3, .*give stage 1 at least 2"),
@@ -239,7 +243,7 @@ def test_what_is_no_slack(slack, words) -> None:  # type: ignore[no-untyped-def]
 
 def test_exactly_the_orders_that_are_taken_run_to_their_end() -> None:
     """All slack of three stages: what :func:`check_slack` refuses for its order does deadlock, and nothing else."""
-    for slack in itertools.product(range(4), range(4), (0,)):
+    for slack in itertools.product(range(-2, 4), range(-1, 4), (0,)):
         shape = Shape(num_stages=3, accumulation=2)
         object.__setattr__(shape, "slack", slack)
         for name in ("paci", "paci-split"):

@@ -127,3 +127,25 @@ def needs_more(method: Finals, flush: Finals, seeds: Sequence[int]) -> str:
             above = mean_curve(method, group)[0][1] >= mean_curve(flush, group)[0][1]
             return "method" if above else "flush"
     return ""
+
+
+def settle(
+    finals_of: Callable[[str, Sequence[float]], Finals | None], seeds: Sequence[int]
+) -> tuple[Finals, Finals] | None:
+    """Runs of the method and of flush, at as many lengths as it takes to tell ``f``, or at all of them.
+
+    Args:
+        finals_of: runs ``method`` or ``flush`` at lengths over N, and returns their final losses; None to give up.
+        seeds: of all runs.
+    """
+    ladders = {"method": LADDER, "flush": FLUSH_LADDER}
+    rungs = dict.fromkeys(ladders, 2)
+    while True:
+        mine = finals_of("method", LADDER[: rungs["method"]])
+        theirs = finals_of("flush", FLUSH_LADDER[: rungs["flush"]])
+        if mine is None or theirs is None:
+            return None
+        more = needs_more(mine, theirs, seeds)
+        if not more or rungs[more] == len(ladders[more]):
+            return mine, theirs
+        rungs[more] += 1
