@@ -67,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
             raise DataError(f"{flag} is {value!r}: a name has characters, and no zero bytes")
     tokenizer = find_tokenizer(args.tokenizer, args.end_token)
     source = find_source(args.data, args.text_key)
-    for name in source.left_out:
+    for name in source.tests:
         print(f"paci-rt: {name} is left out: its name says that it is a test", file=sys.stderr)
+    if source.others:
+        more = f" and {len(source.others) - 1} more" if len(source.others) > 1 else ""
+        print(f"paci-rt: {source.others[0]}{more} left out: there are tables beside it", file=sys.stderr)
     options = {"val_share": args.val_share, "shard_tokens": args.shard_tokens, "told": _Told()}
     with _ended_in_order():
         manifest = work.prepare(source, Path(args.out), tokenizer, **options)

@@ -1,4 +1,4 @@
-"""Documents from files and folders: plain text, JSON lines, parquet, and data sets of Hugging Face's ``datasets``.
+"""Documents from files and folders: plain text, JSON lines, CSV, parquet, and data sets of Hugging Face's ``datasets``.
 
 A document is a text that was written as one. Tokenizers see it whole, except for plain text files, which may be larger
 than memory: these are read in pieces that end with a line of text.
@@ -6,10 +6,12 @@ than memory: these are read in pieces that end with a line of text.
 
 from __future__ import annotations
 
-import gzip
+import csv
 import io
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,13 +19,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from paci_rt.data.formats import HELD_BACK, LEFT_OUT, is_table, open_bytes, parts_by_name, refuse_foreign, unpacked_name
 from paci_rt.errors import DataError, shown
 from paci_rt.files import reason
 
 PIECE_CHARACTERS = 1 << 20
-HELD_BACK = {"validation", "valid", "val", "dev"}
-LEFT_OUT = {"test"}
-_TABLES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+LARGEST_FIELD = (1 << 31) - 1
 _LINE_END = re.compile(r"(?<=\S)\n(?=\S)")  # where a break changes nothing for tokenizers that split at white space
 
 
@@ -48,13 +49,17 @@ class Source:
 
     Attributes:
         files: to read, in order. dataset: instead of them, what ``datasets`` has loaded, by split.
-        text_key: the column with the text. left_out: names that were not taken, because they say that they are a test.
+        text_key: the column with the text. held_back: those of the files that are for validation.
+        tests: names that were not taken, because they say that they are a test.
+        others: names that were not taken, because there are tables beside them.
     """
 
     files: tuple[Path, ...] = ()
     dataset: Any = None
     text_key: str = "text"
-    left_out: tuple[str, ...] = ()
+    held_back: frozenset[Path] = frozenset()
+    tests: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def documents(self) -> Iterator[Document]:
         """All documents, always in the same order.
@@ -64,10 +69,9 @@ class Source:
         """
         if self.dataset is not None:
             yield from _of_dataset(self.dataset, self.text_key)
-        several = any(_is_table(file) and HELD_BACK & _words(file) for file in self.files)
         for file in self.files:
-            held_back = bool(HELD_BACK & _words(file)) if several else None
-            if _is_table(file):
+            held_back = file in self.held_back if self.held_back else None
+            if is_table(file):
                 for text in _rows(file, self.text_key):
                     yield Document(text=text, held_back=held_back)
             else:
@@ -81,7 +85,10 @@ def find_source(names: Sequence[str], text_key: str = "text") -> Source:
         DataError: there is nothing, or its library is not installed.
     """
     files: list[Path] = []
-    left_out: list[str] = []
+    tests: list[str] = []
+    others: list[str] = []
+    named: list[Path] = []
+    held_back: frozenset[Path] = frozenset()
     for name in names:
         path = Path(name)
         saved = path.is_dir() and any((path / one).is_file() for one in ("dataset_dict.json", "dataset_info.json"))
@@ -93,27 +100,28 @@ def find_source(names: Sequence[str], text_key: str = "text") -> Source:
             raise DataError(f"--data {name} does not exist: give files or folders of text, JSON lines or parquet")
         if path.is_file():
             files.append(path)
+            named.append(path)
             continue
         inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
-        tables = [file for file in inside if _is_table(file)]
-        tests = [file for file in tables if LEFT_OUT & _words(file)] if len(tables) > 1 else []
-        left_out += [str(file.relative_to(path)) for file in tests]
-        files += [file for file in (tables or inside) if file not in tests]
+        taken = [file for file in inside if is_table(file)] or inside
+        others += [str(file.relative_to(path)) for file in inside if file not in set(taken)]
+        for_validation, for_tests = parts_by_name(taken, path)
+        if len(taken) > len(for_tests):
+            tests += [str(file.relative_to(path)) for file in taken if file in for_tests]
+            taken = [file for file in taken if file not in for_tests]
+        files += taken
+        held_back |= for_validation
     if not files:
         raise DataError(f"--data {' '.join(names)} holds no file: give text, JSON lines or parquet")
-    return Source(files=tuple(files), text_key=text_key, left_out=tuple(left_out))
+    for file in files:
+        refuse_foreign(file)
+    held_back |= parts_by_name(named, None)[0]
+    held_back = frozenset() if held_back >= set(files) else held_back & set(files)
+    return Source(files=tuple(files), text_key=text_key, held_back=held_back, tests=tuple(tests), others=tuple(others))
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _is_table(file: Path) -> bool:
-    return file.name.lower().endswith(_TABLES)
-
-
-def _words(file: Path) -> set[str]:
-    return set(re.split(r"[^a-z]+", file.name.lower()))
 
 
 # ------------------------------------------------------------------------------------------------------- plain text
@@ -123,7 +131,7 @@ def _pieces(file: Path, held_back: bool | None) -> Iterator[Document]:
     """A text file in pieces of about :data:`PIECE_CHARACTERS`."""
     kept = ""
     try:
-        with file.open(encoding="utf-8", newline="") as stream:
+        with open_bytes(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
             while more := stream.read(PIECE_CHARACTERS):
                 if "\0" in more:
                     raise DataError(f"{file} is not text: it holds zero bytes; give UTF-8 text, JSON lines or parquet")
@@ -134,7 +142,7 @@ def _pieces(file: Path, held_back: bool | None) -> Iterator[Document]:
                     kept = kept[end:]
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error.reason}): convert it, for example with iconv") from None
-    except OSError as error:
+    except _DAMAGED as error:
         raise DataError(f"cannot read {file} ({reason(error)})") from None
     if kept:
         yield Document(text=kept, held_back=held_back)
@@ -143,17 +151,23 @@ def _pieces(file: Path, held_back: bool | None) -> Iterator[Document]:
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
+_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a file can end in, compressed ones included."""
+
+
 def _rows(file: Path, key: str) -> Iterator[str]:
-    return _of_parquet(file, key) if file.suffix.lower() == ".parquet" else _of_json(file, key)
+    ending = Path(unpacked_name(file)).suffix
+    if ending == ".parquet":
+        return _of_parquet(file, key)
+    return _of_csv(file, key, "\t" if ending == ".tsv" else ",") if ending in (".csv", ".tsv") else _of_json(file, key)
 
 
 def _of_json(file: Path, key: str) -> Iterator[str]:
     """JSON lines, or one list of objects."""
-    zipped = file.name.lower().endswith(".gz")
     number = 0
     try:
-        with gzip.open(file, "rb") if zipped else file.open("rb") as raw:
-            stream = io.TextIOWrapper(raw, encoding="utf-8")
+        with open_bytes(file) as raw:
+            stream = io.TextIOWrapper(raw, encoding="utf-8-sig")
             for number, line in enumerate(stream, 1):
                 if number == 1 and line.lstrip().startswith("["):
                     yield from (_text(row, key, f"{file} item {at}") for at, row in enumerate(_list(line, stream)))
@@ -162,8 +176,27 @@ def _of_json(file: Path, key: str) -> Iterator[str]:
                     yield _text(json.loads(line), key, f"{file} line {number}")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file} line {number} is no JSON ({error}): give one object a line") from None
-    except (OSError, EOFError) as error:  # a damaged .gz
+    except _DAMAGED as error:
         raise DataError(f"cannot read {file} ({reason(error)})") from None
+
+
+def _of_csv(file: Path, key: str, delimiter: str) -> Iterator[str]:
+    """Rows under a line of names, as spreadsheets write them."""
+    limit = csv.field_size_limit(LARGEST_FIELD)
+    try:
+        with open_bytes(file) as raw:
+            rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), delimiter=delimiter)
+            if key not in (rows.fieldnames or ()):
+                there = shown(", ".join(rows.fieldnames or ()) or "nothing", 200)
+                raise DataError(f"{file} has no column {key!r} in its first line, but {there}: name it with --text-key")
+            for row in rows:
+                yield _text(row, key, f"{file} line {rows.line_num}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is no CSV in UTF-8 that can be read ({error}): convert it") from None
+    except _DAMAGED as error:
+        raise DataError(f"cannot read {file} ({reason(error)})") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _list(first: str, stream: io.TextIOWrapper) -> list[Any]:
@@ -179,7 +212,10 @@ def _text(row: Any, key: str, where: str) -> str:
         raise DataError(f"{where} has no {key!r}, but {there}: name the text with --text-key")
     text = row[key]
     if not isinstance(text, str):
-        raise DataError(f"{where}: {key!r} is {shown(text, 40)}, which is no text: name the text with --text-key")
+        raise DataError(
+            f"{where}: {key!r} is {shown(text, 40)}, which is no text: take such rows out, or name the text with "
+            "--text-key"
+        )
     return text
 
 

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from paci_rt.data.formats import refuse_tables
 from paci_rt.data.shards import Joined, folder_of, is_prepared, open_prepared
 from paci_rt.data.token_files import SCAN_TOKENS, open_tokens, vocab_text
 from paci_rt.errors import DataError
@@ -136,6 +137,7 @@ def _load_parts(path: Path | None, vocab_size: int) -> tuple[Tokens, Tokens]:
                 raise DataError(f"--data {path} is one shard of {folder}: give that folder")
             return _split(open_tokens(path, vocab_size, scan_tokens=_SCAN_TOKENS))
         _require_bytes(path)
+        refuse_tables(path, [path])
         if not _looks_like_text(path):
             raise DataError(
                 f"--data {path} is not text: it holds zero bytes; give UTF-8 text, or uint16 tokens named *.bin"
@@ -154,6 +156,7 @@ def _load_parts(path: Path | None, vocab_size: int) -> tuple[Tokens, Tokens]:
             f"--data {path} has no {missing[0]}; add it, or pass the .bin file itself to hold back its last tenth"
         )
     files = [file for file in _walk(path) if _looks_like_text(file)]
+    refuse_tables(path, files)
     if not files:
         raise DataError(f"--data {path} holds no text file, and neither train.bin nor val.bin")
     return _cached_text(files, f"{path.resolve()}")

@@ -20,12 +20,17 @@ def tokenizer_of_run(vocab_size: int, data: str | None) -> Tokenizer:
     named = None if data is None else _manifest_tokenizer(Path(data))
     if named is not None:
         return find_tokenizer(named)
-    if vocab_size == 256:
+    if vocab_size == 256 and not _has_token_files(data):
         return find_tokenizer(BYTES)
     raise ValueError(
         f"nothing says what made the tokens of this model, whose vocabulary has {vocab_size}: give --tokenizer, which "
         f"takes {HELP}; GPT-2's is tiktoken:gpt2"
     )
+
+
+def _has_token_files(data: str | None) -> bool:
+    """Whether the tokens were made by others, in files that do not say how."""
+    return data is not None and (data.endswith(".bin") or any(Path(data).glob("*train*.bin")))
 
 
 def _manifest_tokenizer(data: Path) -> str | None:
