@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from common import finish, positive, print_table
 from paci_rt import checkpoint, launch
+from paci_rt.runtime import checkpoint_job
 from paci_rt.train.gpt import MODELS
 from pipelines import Case, Pipe
 
@@ -27,10 +28,25 @@ T_QUANTILES = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8
 """Of Student's t for a 95 % interval, by degrees of freedom; for more of them the last one, which is too wide."""
 
 
-def stretch(pipe: Pipe, kind: str, updates: int, folder: str) -> dict[str, float]:
+class Writer:
+    """CPU seconds of this process's threads within the writing of checkpoints, wherever that runs."""
+
+    def __init__(self) -> None:
+        self.cpu_s, self._write = 0.0, checkpoint_job.write
+        checkpoint_job.write = self._timed  # type: ignore[assignment]
+
+    def _timed(self, *args: Any, **options: Any) -> None:
+        begin = time.thread_time()
+        try:
+            self._write(*args, **options)
+        finally:
+            self.cpu_s += time.thread_time() - begin
+
+
+def stretch(pipe: Pipe, writer: Writer, kind: str, updates: int, folder: str) -> dict[str, float]:
     """Seconds of ``updates`` updates with a save in their middle, in which the pipeline is full: by the clock, of this
-    process's CPU time, and those in which the call to save did not return."""
-    saving, stopped_s = None, 0.0
+    process's CPU time, those in which the call to save did not return, and CPU seconds of what writes beside it."""
+    saving, stopped_s, writer.cpu_s = None, 0.0, 0.0
     dist.barrier()
     begin, cpu = time.perf_counter(), time.process_time()
     for number in range(updates):
@@ -44,18 +60,19 @@ def stretch(pipe: Pipe, kind: str, updates: int, folder: str) -> dict[str, float
         saving.wait()
     cpu_s = time.process_time() - cpu
     dist.barrier()
-    return {"wall_s": time.perf_counter() - begin, "cpu_s": cpu_s, "stopped_s": stopped_s}
+    writer_s = writer.cpu_s if kind == "beside" else 0.0
+    return {"wall_s": time.perf_counter() - begin, "cpu_s": cpu_s, "stopped_s": stopped_s, "writer_s": writer_s}
 
 
 def stage(ctx: launch.Context, case: Case, updates: int, rounds: int, folder: str) -> list[dict[str, dict[str, float]]]:
     """By round, and in it by kind, what each stretch took."""
-    pipe = Pipe(case, ctx.rank)
+    pipe, writer = Pipe(case, ctx.rank), Writer()
     for kind in KINDS:
-        stretch(pipe, kind, 4, folder)
+        stretch(pipe, writer, kind, 4, folder)
     found = []
     for number in range(rounds):
         kinds = [KINDS[(number + at) % len(KINDS)] for at in range(len(KINDS))]
-        found.append({kind: stretch(pipe, kind, updates, folder) for kind in kinds})
+        found.append({kind: stretch(pipe, writer, kind, updates, folder) for kind in kinds})
     pipe.schedule.close()
     return found
 
@@ -102,17 +119,23 @@ def main() -> None:
             ]
             row[name] = statistics.median(one[kind] for one in by_round) / args.stages
             row[f"lost_{name.removesuffix('_s')}"] = lost(by_round, kind)
-        row["stopped_s"] = max(statistics.median(one[kind]["stopped_s"] for one in found) for found in by_rank)
+        for name in ("stopped_s", "writer_s"):
+            row[name] = max(statistics.median(one[kind][name] for one in found) for found in by_rank)
+        row["most_share"] = (row["stopped_s"] + row["writer_s"]) / (rows[0] if rows else row)["wall_s"]
         rows.append(row)
-    columns = ("kind", "seconds", "stopped s", "lost %", "from", "to", "CPU %", "from", "to")
+    columns = ("kind", "seconds", "lost %", "from", "to", "CPU %", "from", "to", "stopped s", "writer s", "most %")
     table = [
-        [row["kind"], row["wall_s"], row["stopped_s"]]
+        [row["kind"], row["wall_s"]]
         + [100 * row[lost_in][one] for lost_in in ("lost_wall", "lost_cpu") for one in ("share", "low", "high")]
+        + [row["stopped_s"], row["writer_s"], 100 * row["most_share"]]
         for row in rows
     ]
     print_table(columns, table)
-    beside = rows[-1]["lost_wall"]
-    missed = [f"beside training: {beside['share']:.2%} of throughput"] if beside["share"] > ASKED_SHARE else []
+    beside, missed = rows[-1], []
+    if beside["most_share"] > ASKED_SHARE:
+        missed.append(f"beside training: up to {beside['most_share']:.2%} of throughput by stops and the writer's CPU")
+    if beside["lost_wall"]["low"] > ASKED_SHARE:
+        missed.append(f"beside training: {beside['lost_wall']['share']:.2%} of throughput by the clock")
     finish("checkpoints", rows, missed, args.json)
 
 

@@ -35,6 +35,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     rows = {row["kind"]: row for row in json.loads(out.read_text())["rows"]}
     assert set(rows) == set(checkpoints.KINDS)
     assert rows["none"]["stopped_s"] == 0.0 < rows["beside"]["stopped_s"]
+    assert rows["none"]["most_share"] == 0.0 == rows["blocking"]["writer_s"] < rows["beside"]["writer_s"]
     assert rows["none"]["lost_wall"]["share"] == 0.0
     assert all(row["wall_s"] > 0 and row["cpu_s"] > 0 for row in rows.values())
     assert "blocking" in capsys.readouterr().out
