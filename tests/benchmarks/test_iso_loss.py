@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import iso_loss
-from staleness.case import Case
 from paci_rt.planner.iso_loss import FLUSH_LADDER, LADDER, Finals, factor, lengths, log_factor, needs_more
+from staleness.case import Case
 from staleness.store import Store
 
 N, SEEDS = 200, (1, 2, 3, 4, 5)
