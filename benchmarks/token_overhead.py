@@ -4,7 +4,7 @@
 
 Three tables, from ``f`` in the package's table and from ``results/iso_loss*.json``; nothing is trained.
 
-- *measured*: every row with its interval.
+- *measured*: every row with its interval. Those of ``runs of one length`` come from ``staleness/one_length.py``.
 - *time to accuracy*: throughput of the simulator over f, and over the best schedule that flushes, with the same update;
   stages take equal times for F, I and W, and links are free.
 - *predicted*: linear theory. A share of the loss sits in directions that gradient noise keeps up; with ``x`` the step
@@ -32,8 +32,10 @@ from paci_rt.planner.evaluate import early_share
 from paci_rt.planner.token_overhead import PACKAGED, OverheadRow, OverheadTable, load_overheads
 from paci_rt.schedules import Shape, Slack, policies
 from paci_rt.simulate import Costs, simulate
+from staleness.one_length import one_lengths
 from staleness.stability import StageModel
 
+ONE_LENGTH = "runs of one length"
 RESULTS = Path(__file__).resolve().parent / "results"
 FLUSHED = ("1f1b", "zb-1p", "zb-2p")
 ACCUMULATIONS = (4, 8, 16, 32)
@@ -79,11 +81,41 @@ def rows_of(path: Path) -> list[OverheadRow]:
     return found
 
 
-def updated(table: OverheadTable, measured: list[OverheadRow]) -> OverheadTable:
-    """``table`` with ``measured`` in place of what it has of the same runs, and of rows without committed runs."""
+def one_length_rows(folder: Path) -> list[OverheadRow]:
+    """Rows that runs of one length give, which are less than those of :func:`rows_of`."""
+    family, found = schedules.get("paci"), []
+    for one in one_lengths(folder):
+        shape = Shape(num_stages=one.stages, accumulation=one.accumulation)
+        main = one.task == "gpt-nano" and one.stages == 8
+        found.append(
+            OverheadRow(
+                optimizer="adamw",
+                lookahead=one.method == "look-ahead",
+                delay=max(policies.bounds("bounded", family, shape, rank)[1] for rank in range(one.stages)),
+                share=early_share("bounded", family, shape),
+                f=round(one.f(), 4),
+                f_low=round(one.f(one.behind_low), 4),
+                f_high=round(one.f(one.behind_high), 4),
+                at={0.002: "best", 0.001: "half"}.get(one.rate, "") if main else "",
+                rate=one.rate,
+                seeds=one.seeds,
+                stages=one.stages,
+                accumulation=one.accumulation,
+                model=f"{one.task}, cosine",
+                updates=one.updates,
+                source=ONE_LENGTH,
+            )
+        )
+    return found
+
+
+def updated(table: OverheadTable, measured: list[OverheadRow], shorter: list[OverheadRow]) -> OverheadTable:
+    """``table`` with ``measured`` in place of what it has at their shares, and rows of one length besides."""
     points = {(row.kind, round(row.share, 6)) for row in measured}
     kept = [row for row in table.rows if (row.kind, round(row.share, 6)) not in points]
-    return replace(table, rows=(*measured, *kept))
+    known = {(row.kind, row.share, row.at, row.model) for row in measured}
+    new = [row for row in shorter if (row.kind, row.share, row.at, row.model) not in known]
+    return replace(table, rows=(*measured, *new, *(row for row in kept if row.source != ONE_LENGTH)))
 
 
 # --- tables ---
@@ -261,7 +293,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--write-table", action="store_true", help="into paci_rt/planner/token_overhead.json")
     options = parser.parse_args(argv)
     files = [path for path in sorted(options.results.glob("iso_loss*.json")) if "plan" not in path.name]
-    table = updated(load_overheads(PACKAGED), [row for path in files for row in rows_of(path)])
+    measured = [row for path in files for row in rows_of(path)]
+    table = updated(load_overheads(PACKAGED), measured, one_length_rows(options.results))
     if options.write_table:
         write_json(str(PACKAGED), table.to_json())
     times, theory = time_table(table), theory_table(table)

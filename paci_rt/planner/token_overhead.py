@@ -97,6 +97,11 @@ class TokenOverhead:
         f, low, high: tokens over those of flush and the interval; None where nothing is known, or no run got there.
         known: whether there is a row near, or no forward is early.
         basis: the rows, in words, or why there is none.
+
+    Example:
+        >>> from paci_rt.planner import TokenOverhead
+        >>> TokenOverhead(f=1.25).factor, TokenOverhead(f=0.98).factor
+        (1.25, 1.0)
     """
 
     f: float | None
