@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
 
 LEVELS = (
-    ("action", "errors", "clock", "trace", "files", "status"),
+    ("action", "wording", "errors", "clock", "trace", "files", "status"),
     ("schedules",),
     ("simulate", "native", "kernels"),
     ("planner", "transport", "optim"),
@@ -32,6 +32,7 @@ LEVELS = (
 
 MEANING = {
     "action": "one action, as text and as a number",
+    "wording": "how errors name a value",
     "errors": "every error type",
     "clock": "when an action began and ended",
     "trace": "events, for Perfetto and the terminal",
@@ -63,7 +64,19 @@ MEANING = {
     "cli": "the commands",
     "__main__": "python -m paci_rt",
 }
-TORCH_FREE = ("action", "errors", "clock", "trace", "files", "status", "schedules", "simulate", "planner", "data")
+TORCH_FREE = (
+    "action",
+    "wording",
+    "errors",
+    "clock",
+    "trace",
+    "files",
+    "status",
+    "schedules",
+    "simulate",
+    "planner",
+    "data",
+)
 """Work without torch, directly and through all that they import."""
 CONCRETE = {
     "schedules": ("flush", "interleaved", "paci", "pipedream", "search", "zero_bubble"),

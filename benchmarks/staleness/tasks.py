@@ -15,9 +15,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paci_rt.errors import unknown
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gpt import MODELS, GPTConfig, build_stage, cross_entropy, default_partition
+from paci_rt.wording import unknown
 from staleness import glyphs, models
 from staleness.draws import MASK_TOKEN, mask, seeded
 

@@ -19,9 +19,8 @@ from paci_rt.errors import (
     RunStopped,
     ScheduleError,
     StageFailed,
-    did_you_mean,
-    unknown,
 )
+from paci_rt.wording import did_you_mean, unknown
 
 BAD_VALUE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 ASKED_FOR = (CheckpointError.__name__, DataError.__name__)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from paci_rt.cli import outputs
 from paci_rt.cli.options import target_loss
-from paci_rt.errors import DataError, unknown
+from paci_rt.errors import DataError
 from paci_rt.files import reason, replacing
+from paci_rt.wording import unknown
 
 DESCRIPTION = """\
 Draw loss over tokens, and perplexity over time with the speed-ups at shared losses, from any set of runs; and write one

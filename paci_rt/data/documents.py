@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from paci_rt.data.formats import HELD_BACK, LEFT_OUT, is_table, open_bytes, parts_by_name, refuse_foreign, unpacked_name
-from paci_rt.errors import DataError, shown
+from paci_rt.errors import DataError
 from paci_rt.files import reason
+from paci_rt.wording import shown
 
 PIECE_CHARACTERS = 1 << 20
 LARGEST_FIELD = (1 << 31) - 1

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from paci_rt.data.token_files import Tokens
-from paci_rt.errors import DataError, shown
+from paci_rt.errors import DataError
 from paci_rt.files import reason
+from paci_rt.wording import shown
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "paci_rt tokens", 1

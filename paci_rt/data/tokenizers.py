@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from paci_rt.errors import DataError, shown
+from paci_rt.errors import DataError
+from paci_rt.wording import shown
 
 BYTES = "bytes"
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>")

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from paci_rt.errors import shown
 from paci_rt.planner.profile import Profile
 from paci_rt.schedules import limits
+from paci_rt.wording import shown
 
 MOST_ACCUMULATION = 1 << 14
 """Micro-batches an update, of which every candidate is simulated."""

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paci_rt import schedules as families
-from paci_rt.errors import shown
 from paci_rt.planner.arguments import check_choices, check_limit, memory_limits, need_list
 from paci_rt.planner.candidate import MEMORY, OVERHEAD, Candidate, Limits, mib
 from paci_rt.planner.evaluate import Evaluator
@@ -28,6 +27,7 @@ from paci_rt.planner.stage_costs import device_speeds_of
 from paci_rt.planner.token_overhead import OverheadTable, packaged
 from paci_rt.schedules import policies as consistency
 from paci_rt.schedules.slack import check_slack, slack_by_stage
+from paci_rt.wording import shown
 
 MEASURED = "measured"
 """In place of a limit of delay: schedules whose token overhead was measured, or others near them, compete by it."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from paci_rt.errors import shown
 from paci_rt.schedules import limits
+from paci_rt.wording import shown
 
 
 class JsonReader:

@@ -35,9 +35,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from paci_rt.errors import shown
 from paci_rt.planner.json_reader import JsonReader, is_number
 from paci_rt.simulate.costs import LEAST_BANDWIDTH
+from paci_rt.wording import shown
 
 FORMAT, VERSION = "paci-rt profile", 1
 MOST_BLOCKS = 4096

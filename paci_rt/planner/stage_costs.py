@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from paci_rt.errors import shown
 from paci_rt.planner.profile import Profile
 from paci_rt.schedules import Placement, StepCosts
 from paci_rt.schedules.slack import Loops
 from paci_rt.simulate.costs import Costs, Floats
+from paci_rt.wording import shown
 
 LOOKAHEAD_TO_UPDATE = {False: 32 / 28, True: 24 / 30}
 """Bytes per parameter that a look-ahead and its undoing move, over those of an AdamW update: with fp32 parameters 24

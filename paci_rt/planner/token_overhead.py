@@ -32,9 +32,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paci_rt.errors import shown
 from paci_rt.planner.json_reader import JsonReader, is_number
 from paci_rt.schedules.policies import POLICIES
+from paci_rt.wording import shown
 
 FORMAT, VERSION = "paci-rt token overhead", 1
 PACKAGED = Path(__file__).with_suffix(".json")

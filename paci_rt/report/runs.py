@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paci_rt.errors import DataError, shown
+from paci_rt.errors import DataError
 from paci_rt.files import reason
 from paci_rt.trace import Event
+from paci_rt.wording import shown
 
 RESULT, COMPARISON = "result.json", "comparison.json"
 _NEEDED = ("schedule", "stages", "accumulation", "steps", "evals", "config")

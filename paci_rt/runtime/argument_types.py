@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from paci_rt.errors import StageError, shown
+from paci_rt.errors import StageError
 from paci_rt.schedules import StepCosts, limits
 from paci_rt.schedules.lowering import TiedWeight
+from paci_rt.wording import shown
 
 
 def as_device(given: Any) -> torch.device:

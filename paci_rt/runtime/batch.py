@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paci_rt.errors import shown
 from paci_rt.runtime import trees
 from paci_rt.runtime.split_merge import NO_SPECS, ChunkSpecs, check_target, merge, split, split_call
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.streams import hand_to_caller
+from paci_rt.wording import shown
 
 
 @dataclass(slots=True)

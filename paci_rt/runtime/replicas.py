@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from paci_rt.errors import DisagreementError, shown
+from paci_rt.errors import DisagreementError
 from paci_rt.optim.shards import WeightGathers
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.state_dict import params_sha256
 from paci_rt.transport import collective
+from paci_rt.wording import shown
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

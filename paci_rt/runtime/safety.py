@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from paci_rt.errors import unknown
 from paci_rt.runtime.loss_scale import LossScaler
 from paci_rt.schedules import ScheduleFamily, Shape
 from paci_rt.schedules.lowering import TiedWeight
+from paci_rt.wording import unknown
 
 SKIPPING = ("skip-window", "skip-local")
 POLICIES = ("raise", *SKIPPING)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from paci_rt.errors import shown
 from paci_rt.runtime.trees import name_of
+from paci_rt.wording import shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from paci_rt.errors import unknown
 from paci_rt.schedules.base import ScheduleFamily, Shape, StepCosts
 from paci_rt.schedules.flush import GPIPE, ONE_F_ONE_B
 from paci_rt.schedules.interleaved import INTERLEAVED_1F1B, INTERLEAVED_ZB, LOOPED_BFS
@@ -15,6 +14,7 @@ from paci_rt.schedules.slack import AUTO, Slack, plan_slack, steady_period
 from paci_rt.schedules.v_blocks import V_HALF, V_MIN
 from paci_rt.schedules.v_flush import DUALPIPE_V, ZB_V
 from paci_rt.schedules.zero_bubble import ZB_H1, ZB_H2
+from paci_rt.wording import unknown
 
 FAMILIES: dict[str, ScheduleFamily] = {
     family.name: family

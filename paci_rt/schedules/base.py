@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paci_rt.action import OPS, Codes, Op, decode_fields, encode
-from paci_rt.errors import shown
 from paci_rt.schedules import limits
 from paci_rt.schedules.placement import CIRCLE, LINE, Placement, V
 from paci_rt.schedules.slack import Slack, check_slack, slack_text
+from paci_rt.wording import shown
 
 
 def check_shape(family: ScheduleFamily, shape: Shape) -> None:

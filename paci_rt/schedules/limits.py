@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from paci_rt.errors import shown
+from paci_rt.wording import shown
 
 MOST_STAGES = 1 << 17
 MOST_PLANNED = 4096

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from paci_rt.errors import shown
 from paci_rt.schedules import limits
+from paci_rt.wording import shown
 
 LINE, CIRCLE, V = "line", "circle", "v"
 PLACEMENTS = (LINE, CIRCLE, V)

@@ -21,8 +21,8 @@ runs at version ``k - 1``, so the delay is one update everywhere. ``predict``: S
 
 from __future__ import annotations
 
-from paci_rt.errors import unknown
 from paci_rt.schedules.base import ScheduleFamily, Shape
+from paci_rt.wording import unknown
 
 POLICIES = ("bounded", "stash", "2bw", "predict", "recompute")
 AHEAD_POLICIES = ("bounded", "recompute")

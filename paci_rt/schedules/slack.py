@@ -40,8 +40,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paci_rt.errors import shown
 from paci_rt.schedules import limits
+from paci_rt.wording import shown
 
 Slack = int | tuple[int, ...]
 """One number of at least 0 for all stages but the last, or one for each, the last of them 0. One of ``P-1-i`` below 0

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paci_rt.errors import shown
 from paci_rt.schedules import limits
+from paci_rt.wording import shown
 
 Floats = npt.NDArray[np.float64]
 LEAST_BANDWIDTH = 1e-3

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from paci_rt import schedules
-from paci_rt.errors import shown
 from paci_rt.runtime.replica_checks import OVERLAPPING
+from paci_rt.wording import shown
 
 SHARDABLE = ("adamw", "nadam", "lion", "sgd")
 """Optimizers whose state can be cut at any element."""

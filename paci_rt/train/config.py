@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from paci_rt import schedules
-from paci_rt.errors import shown
 from paci_rt.planner import auto_slack
 from paci_rt.runtime.safety import POLICIES as SAFETY_POLICIES
 from paci_rt.runtime.safety import Safety, check_positive, resolve_safety
@@ -23,6 +22,7 @@ from paci_rt.train.model import ModelShape, default_partition
 from paci_rt.train.option_checks import check_dtype, check_known, check_pieces, check_switch, check_text, flag_of
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 from paci_rt.transport.base import MOST_TIMEOUT_S
+from paci_rt.wording import shown
 
 OPTIMIZERS = ("adamw", "nadam", "lion", "muon", "sgd", "torch-adamw", "torch-sgd")
 BETA2 = {"lion": 0.99}

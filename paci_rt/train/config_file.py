@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from paci_rt import schedules
-from paci_rt.errors import did_you_mean, shown
 from paci_rt.files import replacing
 from paci_rt.train.config import TrainConfig
+from paci_rt.wording import did_you_mean, shown
 
 if sys.version_info >= (3, 11):
     import tomllib

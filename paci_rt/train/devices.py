@@ -8,8 +8,9 @@ import re
 import torch
 
 from paci_rt import native
-from paci_rt.errors import TritonMissingError, shown
+from paci_rt.errors import TritonMissingError
 from paci_rt.optim.backend import usable
+from paci_rt.wording import shown
 
 CPU_TRANSPORTS = ("gloo", "shm")
 """Transports whose messages lie in the CPU's memory."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from paci_rt.errors import shown, unknown
 from paci_rt.schedules import limits
 from paci_rt.train import encoder, gpt, llama
 from paci_rt.train.model import ModelShape
 from paci_rt.train.option_checks import check_switch
+from paci_rt.wording import shown, unknown
 
 FAMILIES: dict[str, Mapping[str, ModelShape]] = {"gpt2": gpt.MODELS, "llama": llama.MODELS, "encoder": encoder.MODELS}
 """Models by family; the first is the family's default."""

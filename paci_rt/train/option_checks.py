@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-from paci_rt.errors import shown, unknown
+from paci_rt.wording import shown, unknown
 
 
 def flag_of(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paci_rt.errors import unknown
+from paci_rt.wording import unknown
 
 _ADAMW: dict[str, Any] = {"optimizer": "adamw", "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
 _RUN: dict[str, Any] = {"schedule": "paci", "dtype": "bf16", "device": "auto", "warmup_share": 0.01}

@@ -6,9 +6,10 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paci_rt.errors import TransportError, unknown
+from paci_rt.errors import TransportError
 from paci_rt.transport.base import DEFAULT_TIMEOUT_S, Transport, check_timeout
 from paci_rt.transport.local import LocalTransport
+from paci_rt.wording import unknown
 
 if TYPE_CHECKING:
     import torch

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from paci_rt.errors import shown
 from paci_rt.schedules import Placement
 from paci_rt.schedules.channel import Channel
 from paci_rt.transport.base import Message, Transport, send_and_leave
 from paci_rt.transport.local import LocalTransport
+from paci_rt.wording import shown
 
 
 def hand_over(transport: Transport, places: Placement) -> Transport:
