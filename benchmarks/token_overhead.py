@@ -240,7 +240,7 @@ def draw(table: OverheadTable, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     kinds = dict.fromkeys((row.optimizer, row.policy, row.lookahead) for row in table.rows)
     for number, (optimizer, policy, ahead) in enumerate(kinds):
-        for at, marker in (("best", "o"), ("half", "^")):
+        for at, marker in (("best", "o"), ("half", "^"), ("", "s")):
             mine = [
                 row
                 for row in table.rows
@@ -267,7 +267,7 @@ def draw(table: OverheadTable, path: Path) -> None:
                 fmt=marker,
                 color=f"C{number}",
                 capsize=3,
-                label=f"{label}, {at} rate",
+                label=f"{label}, {at or 'one'} rate",
             )
     axes.axhline(1.0, color="0.6", linewidth=1)
     axes.set_xscale("log", base=2)

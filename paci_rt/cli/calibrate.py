@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
     outputs.check_file("--json", args.json)
     outputs.check_file("--out", args.out)
-    names = ("model", "layers", "width", "heads", "data", "seq_len", "batch_size", "optimizer", "updates", "rates")
-    names += ("seeds", "pilot_seeds", "threads")
+    names = ["model", "layers", "width", "heads", "data", "seq_len", "batch_size", "optimizer", "updates", "rates"]
+    names += ["seeds", "pilot_seeds", "threads"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.lookahead is not None:
         given["lookahead"] = (args.lookahead,)

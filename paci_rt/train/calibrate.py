@@ -104,10 +104,9 @@ class Calibration:
     ) -> TrainConfig:
         """One run; ``lookahead`` None is flush."""
         base = MODELS.get(self.model)
-        flush = lookahead is None
         return TrainConfig(
-            schedule=FLUSH if flush else "paci",
-            lookahead=None if flush else lookahead,
+            schedule=FLUSH if lookahead is None else "paci",
+            **({} if lookahead is None else {"lookahead": lookahead}),
             stages=self.stages,
             accumulation=accumulation,
             model=self.model,
@@ -224,7 +223,10 @@ class Calibrator:
         settled = settle(finals_of, plan.seeds)
         assert settled is not None
         found = factor(*settled, plan.seeds)
-        bounds = {"f": found.f, "f_low": found.low, "f_high": found.high}
+        known = [
+            None if value is None or not math.isfinite(value) or not value else value
+            for value in (found.f, found.low, found.high)
+        ]
         family = schedules.get("paci")
         shape = schedules.Shape(num_stages=plan.stages, accumulation=accumulation)
         return OverheadRow(
@@ -232,8 +234,9 @@ class Calibrator:
             lookahead=lookahead,
             delay=max(policies.bounds("bounded", family, shape, rank)[1] for rank in range(plan.stages)),
             share=early_share("bounded", family, shape),
-            **{name: value if value is not None and math.isfinite(value) and value else None
-               for name, value in bounds.items()},
+            f=known[0],
+            f_low=known[1],
+            f_high=known[2],
             at=at,
             rate=rate,
             seeds=found.seeds,
@@ -243,7 +246,7 @@ class Calibrator:
             updates=plan.updates,
             why=found.why,
             source="paci-rt calibrate",
-        )  # fmt: skip
+        )
 
     def _loss(self, accumulation: int, lookahead: bool | None, rate: float, seed: int, updates: int) -> float:
         """Final held-back loss of one run, infinity where it diverged."""
