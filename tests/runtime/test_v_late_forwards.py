@@ -242,11 +242,11 @@ def test_evaluation_checkpoints_and_forward_only_see_the_end_of_all_steps(tmp_pa
 
 
 def test_a_run_that_ends_in_the_middle_says_no_wrong_thing() -> None:
-    pipe = local("paci-v", 4, 3, on_nonfinite="raise")
+    pipe = local("paci-v", 6, 3, on_nonfinite="raise")
     x, y = rows(0)
-    y[5] = torch.nan
-    pipe.step(x, target=y)  # micro-batch 1 of it ends in the next one
-    with pytest.raises(paci_rt.NonFiniteError, match="window 0, micro-batch 1"):
+    y[9] = torch.nan
+    pipe.step(x, target=y)  # micro-batch 2 of it ends in the next one
+    with pytest.raises(paci_rt.NonFiniteError, match="window 0, micro-batch 2"):
         drive(pipe, 1)
     with pytest.raises(paci_rt.PaciError, match="failed earlier"):
         pipe.step(x, target=y)

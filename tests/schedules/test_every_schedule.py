@@ -222,7 +222,7 @@ def build(schedule: str, modules: int = 4, **options: Any) -> paci_rt.LocalPipel
         ("paci", {"slack": (2, 1, 0)}, r"slack is 2,1,0, which is for 3 stages, and there are 4"),
         ("paci", {"slack": (0, 2, 1, 0)}, r"slack is 0,2,1,0: stage 1 would .* wait for ever; give stage 0 at least 1"),
         ("paci", {"slack": (2, 1, 1, 1)}, r"slack is 2,1,1,1: .*so end with 0"),
-        ("paci", {"slack": (2, -1, 0, 0)}, r"slack is 2,-1,0,0: give integers of at least 0"),
+        ("paci", {"slack": (2, -3, 0, 0)}, r"slack is 2,-3,0,0: stage 1 runs 2 forwards ahead .* at least -2"),
         ("paci", {"slack": "auto"}, r"slack is 'auto': give an integer of at least 0, or one for each stage"),
         ("pipedream-2bw", {"slack": (2, 1, 0, 0)}, r"accumulation is 4: .*at least 5"),
         ("zb-h1", {"policy": "stash"}, r"'stash' under zb-h1"),
