@@ -35,6 +35,8 @@ class Prediction:
         utilization: mean share of time that devices are busy.
         peak_memory_bytes: weights, optimizer state, accumulator, weight versions, activations and stashes, by device.
         drift, delay: largest of any micro-batch, in updates.
+        mean_delay: of all micro-batches, mean over the devices, in updates.
+        activations: forwards without their backward on the fullest device, in shares of the model that a device has.
 
     Example:
         >>> from paci_rt.planner import Prediction
@@ -50,6 +52,8 @@ class Prediction:
     peak_memory_bytes: tuple[int, ...]
     drift: int
     delay: int
+    mean_delay: float = 0.0
+    activations: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from paci_rt.planner.stage_costs import Spans, loops, stage_costs, step_costs
 from paci_rt.schedules import ScheduleFamily, Shape, policies, v_search
 from paci_rt.schedules.base import check_shape
 from paci_rt.schedules.slack import Loops
-from paci_rt.simulate import Costs, simulate
+from paci_rt.simulate import Costs, Simulation, simulate
 from paci_rt.simulate.costs import Floats
 
 FITTING_ROUNDS = 3
@@ -167,6 +167,8 @@ class Evaluator:
                 peak_memory_bytes=peak,
                 drift=run.max_drift,
                 delay=run.max_delay,
+                mean_delay=mean_delay(run),
+                activations=max(run.peak_activations.values()) / shape.chunks,
             ),
         )
         over = [need / limit for need, limit in zip(peak, self.limits.memory_bytes, strict=True)]
@@ -284,6 +286,12 @@ class Evaluator:
         limit = self.limits.memory_bytes[rank]
         why = f"needs {mib(need)} on device {rank}, {mib(need - limit)} over its limit"
         return replace(one, rejected=why, needs_bytes=need, severity=(MEMORY, need / limit))
+
+
+def mean_delay(run: Simulation) -> float:
+    """Delay of all micro-batches, in updates, mean over the ranks."""
+    means = [sum(late * count for late, count in one.items()) / sum(one.values()) for one in run.delay.values()]
+    return sum(means) / len(means)
 
 
 def _windows(family: ScheduleFamily, shape: Shape) -> int:
