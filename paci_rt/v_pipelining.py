@@ -67,8 +67,8 @@ class SchedulePACIV(PipelineScheduleMulti):
     """PACI in a V: never flushed, in an order that is searched for ``costs`` under an ``activation_limit``.
 
     Both are options by keyword, see :class:`~paci_rt.runtime.engine.Pipeline`; the first argument is a list of stages.
-    A step returns before its last micro-batches have passed the later stages: their losses are appended to the list that
-    it was given when they come, in the next steps or in ``drain``, and it returns no outputs.
+    A step returns before its last micro-batches have passed the later stages: their losses are appended to the list
+    that it was given when they come, in the next steps or in ``drain``, and it returns no outputs.
 
     Example:
         At F = I = W eight ranks hold three stages' activations, where the first rank of PACI holds eight:
