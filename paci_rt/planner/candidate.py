@@ -36,6 +36,8 @@ class Prediction:
         utilization: mean share of time that devices are busy.
         peak_memory_bytes: weights, optimizer state, accumulator, weight versions, activations and stashes, by device.
         drift, delay: largest of any micro-batch, in updates.
+        mean_delay: of all micro-batches, mean over the devices, in updates.
+        activations: forwards without their backward on the fullest device, in shares of the model that a device has.
         overhead: tokens for the same loss over those of 1F1B-flush at the same update.
 
     Example:
@@ -52,6 +54,8 @@ class Prediction:
     peak_memory_bytes: tuple[int, ...]
     drift: int
     delay: int
+    mean_delay: float = 0.0
+    activations: float = 0.0
     overhead: TokenOverhead = NONE
 
     @property

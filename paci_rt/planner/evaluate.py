@@ -19,7 +19,7 @@ from paci_rt.planner.token_overhead import OverheadTable, TokenOverhead, package
 from paci_rt.schedules import ScheduleFamily, Shape, Slack, policies, v_search
 from paci_rt.schedules.base import check_shape
 from paci_rt.schedules.slack import Loops
-from paci_rt.simulate import Costs, simulate
+from paci_rt.simulate import Costs, Simulation, simulate
 from paci_rt.simulate.costs import Floats
 
 FITTING_ROUNDS = 3
@@ -177,6 +177,8 @@ class Evaluator:
                 drift=run.max_drift,
                 delay=run.max_delay,
                 overhead=self.overhead_of(one, family),
+                mean_delay=mean_delay(run),
+                activations=max(run.peak_activations.values()) / shape.chunks,
             ),
         )
         over = [need / limit for need, limit in zip(peak, self.limits.memory_bytes, strict=True)]
@@ -330,6 +332,12 @@ def early_share(policy: str, family: ScheduleFamily, shape: Shape) -> float:
         for stage in shape.stages_of(rank)
     ]
     return sum(early) / (shape.num_stages * shape.accumulation)
+
+
+def mean_delay(run: Simulation) -> float:
+    """Delay of all micro-batches, in updates, mean over the ranks."""
+    means = [sum(late * count for late, count in one.items()) / sum(one.values()) for one in run.delay.values()]
+    return sum(means) / len(means)
 
 
 def _windows(family: ScheduleFamily, shape: Shape) -> int:

@@ -115,6 +115,10 @@ def test_the_planner_takes_the_v_for_its_memory_and_keeps_its_limits() -> None:
     run = simulate(get("paci-v"), shape, costs, windows=20)
     assert run.steady_utilization == pytest.approx(found.chosen.predicted.utilization, rel=1e-3)
 
+    assert found.chosen.predicted.activations == max(run.peak_activations.values()) / 2 <= 2.5
+    assert line.predicted.activations == 4
+    assert 0 < found.chosen.predicted.mean_delay < line.predicted.mean_delay <= 1 >= found.chosen.predicted.delay
+
     tight = max(found.chosen.predicted.peak_memory_bytes) * 0.8
     less = plan(
         profile(0.0),
