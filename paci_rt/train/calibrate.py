@@ -104,9 +104,10 @@ class Calibration:
     ) -> TrainConfig:
         """One run; ``lookahead`` None is flush."""
         base = MODELS.get(self.model)
+        ahead: dict[str, Any] = {} if lookahead is None else {"lookahead": lookahead}
         return TrainConfig(
             schedule=FLUSH if lookahead is None else "paci",
-            **({} if lookahead is None else {"lookahead": lookahead}),
+            **ahead,
             stages=self.stages,
             accumulation=accumulation,
             model=self.model,

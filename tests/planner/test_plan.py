@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from paci_rt import planner, schedules
-from paci_rt.planner import Profile, plan
+from paci_rt.planner import OverheadRow, OverheadTable, Profile, plan
 from paci_rt.planner.candidate import Candidate
 from support.profiles import block, evaluator, model, random_model
 
 
 def test_the_plan_is_the_least_demanding_of_the_fastest():
-    found = plan(model(8), stages=4, accumulations=[1, 2, 4, 8])
+    free = OverheadRow(optimizer="adamw", lookahead=True, delay=1, share=0.375, f=1.0)  # then throughput decides
+    found = plan(model(8), stages=4, accumulations=[1, 2, 4, 8], overheads=OverheadTable(rows=(free,)))
     chosen = found.chosen
     assert (chosen.schedule, chosen.policy, chosen.slack) == ("paci", "bounded", 0)
     fits = [one for one in found.candidates if one.rejected is None]
@@ -36,7 +37,9 @@ def test_limits_of_drift_and_delay():
     chosen = plan(model(8), **options).chosen
     assert (chosen.schedule, chosen.accumulation, chosen.lookahead) == ("paci", 4, True)
     bare = plan(model(8), **options, lookahead=False)
-    assert bare.chosen.predicted.overhead.f > 1.4 and not bare.chosen.lookahead
+    late = next(one for one in bare.candidates if one.schedule == "paci" and one.rejected is None)
+    assert late.predicted.overhead.f > 1.4 and not late.lookahead
+    assert bare.chosen.predicted.progress_per_s >= late.predicted.progress_per_s
     assert plan(model(8), **options, lookahead=False, delay_limit=0).chosen.schedule == "1f1b"
     fastest = plan(model(8), **options, delay_limit=None, policies=["bounded"], slack=0)
     assert max(one.predicted.delay for one in fastest.candidates) == 3
