@@ -5,6 +5,8 @@ Each stage adds the norms of its parameters to what travels to the last stage, w
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,6 +56,12 @@ def coefficient(max_norm: np.float32, total: Tensor) -> float:
     return 1.0 if found > 1.0 else float(found)
 
 
+@lru_cache(maxsize=16)
+def _flags(bad: bool, spike: bool, scale: float, device: torch.device) -> Tensor:
+    """What is read only may be sent again and again."""
+    return torch.tensor([bad, spike, scale], dtype=torch.float64, device=device)
+
+
 class Settlement:
     """One window of a flush schedule, as one stage sees it.
 
@@ -94,8 +102,7 @@ class Settlement:
         self.total = self._read(message)[0]
 
     def _message(self, values: Tensor) -> Message:
-        flags = torch.tensor([self.bad, self.spike, self.scale], dtype=torch.float64, device=self._device)
-        return Message((values, flags), (False, False))
+        return Message((values, _flags(self.bad, self.spike, self.scale, self._device)), (False, False))
 
     def _read(self, message: Message) -> Tensor:
         values, flags = message.tensors
