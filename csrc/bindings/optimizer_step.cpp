@@ -85,7 +85,7 @@ void bind_steps(py::module_& m) {
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
       py::arg("exp_avg_sq"), py::arg("pieces"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-      py::arg("weight_decay"), py::arg("step_sizes"), py::arg("clip"), py::arg("divisor"), py::arg("device"),
+      py::arg("weight_decay"), py::arg("step_sizes"), py::arg("clip") = 1.0, py::arg("divisor"), py::arg("device"),
       py::arg("stream"), py::arg("threads"));
   m.def(
       "sgd_step",
@@ -101,7 +101,7 @@ void bind_steps(py::module_& m) {
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"),
       py::arg("momentum_buffer"), py::arg("pieces"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
-      py::arg("weight_decay"), py::arg("nesterov"), py::arg("clip"), py::arg("divisor"), py::arg("device"),
+      py::arg("weight_decay"), py::arg("nesterov"), py::arg("clip") = 1.0, py::arg("divisor"), py::arg("device"),
       py::arg("stream"), py::arg("threads"));
   m.def(
       "lion_step",
@@ -116,8 +116,8 @@ void bind_steps(py::module_& m) {
                   threads);
       },
       py::kw_only(), py::arg("master"), py::arg("weight"), py::arg("dtype"), py::arg("grad_sum"), py::arg("exp_avg"),
-      py::arg("pieces"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"), py::arg("clip"),
-      py::arg("divisor"), py::arg("device"), py::arg("stream"), py::arg("threads"));
+      py::arg("pieces"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"),
+      py::arg("clip") = 1.0, py::arg("divisor"), py::arg("device"), py::arg("stream"), py::arg("threads"));
 }
 
 Ahead ahead_of(const std::vector<PieceTuple>& pieces, const std::vector<bool>& known, std::int64_t repeats,

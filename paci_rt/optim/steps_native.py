@@ -116,7 +116,7 @@ def lion_step(**step: Unpack[LionStep]) -> None:
 def _take(optimizer: str, step: Mapping[str, Any]) -> None:
     """Let the core take a step, or look ahead: the core reads where tensors lie and how long they are."""
     master, weight, ahead = step["master"], step["weight"], step.get("ahead")
-    arguments = {"stream": 0, **step, **({"clip": step.get("clip", 1.0)} if ahead is None else ahead._asdict())}
+    arguments = {"stream": 0, **step, **({} if ahead is None else ahead._asdict())}
     arguments.pop("ahead", None)
     if "betas" in arguments:
         arguments["beta1"], arguments["beta2"] = arguments.pop("betas")

@@ -77,7 +77,7 @@ def error_of(capsys, *argv: str) -> str:
         ("compare --seeds 0", "--seeds is 0"),
         ("compare --out /proc/nowhere", "--out /proc/nowhere cannot be written"),
         ("doctor --json /proc/nowhere.json", "cannot be written"),
-        ("", "no command given: say train, prepare, eval, sample, export, compare, report, simulate, plan or doctor"),
+        ("", "no command given: say train, prepare, eval, sample, export, compare, report, simulate, plan, calib"),
     ],
 )
 def test_bad_values_end_in_one_line(capsys, argv, words):
