@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from common import finish, list_of, positive, print_table, write_json
-from paci_rt.planner.iso_loss import LEAST_SEEDS, Finals, factor, lengths, settle
+from paci_rt.planner.iso_loss import LEAST_SEEDS, Finals, lengths, settle
 from paci_rt.report.machine import machine
 from staleness.case import METHODS, SHAPES, Case
-from staleness.iso_rows import means, partial_row, told
+from staleness.iso_rows import compared, partial_row
 from staleness.overhead import best_rate, updates_to
 from staleness.run import Run, task_of
 from staleness.store import Store, complete
@@ -220,16 +220,13 @@ class Protocol:
         if settled is None:
             return None
         mine, theirs = settled
-        found = factor(mine, theirs, plan.seeds)
         return {
             "method": method,
             "accumulation": accumulation,
             "optimizer": plan.optimizer,
             "rate": rate,
             "flush_rate": flush_rate,
-            **told(found),
-            "losses": means(mine, plan.seeds),
-            "flush_losses": means(theirs, plan.seeds),
+            **compared(mine, theirs, plan.seeds),
             "first_crossing": self._crossings(method, accumulation, rate, flush_rate),
         }
 

@@ -22,6 +22,12 @@ def means(finals: Finals, seeds: Sequence[int]) -> dict[str, float | None]:
     return {at: mean if math.isfinite(mean) else None for at, mean in means.items()}
 
 
+def compared(mine: Finals, theirs: Finals, seeds: Sequence[int]) -> dict[str, Any]:
+    """What a row says of a method's final losses and flush's."""
+    found = told(factor(mine, theirs, seeds))
+    return {**found, "losses": means(mine, seeds), "flush_losses": means(theirs, seeds)}
+
+
 def partial_row(
     plan: Any, store: Store, method: str, accumulation: int, rate: float, flush_rate: float
 ) -> dict[str, Any] | None:
@@ -37,18 +43,9 @@ def partial_row(
     mine, theirs = (
         {at: by_seed for at, by_seed in finals.items() if set(seeds) <= set(by_seed)} for finals in (mine, theirs)
     )
-    return {
-        "method": method,
-        "accumulation": accumulation,
-        "optimizer": plan.optimizer,
-        "rate": rate,
-        "flush_rate": flush_rate,
-        **told(factor(mine, theirs, seeds)),
-        "losses": means(mine, seeds),
-        "flush_losses": means(theirs, seeds),
-        "first_crossing": [],
-        "partial": True,
-    }
+    names = {"method": method, "accumulation": accumulation, "optimizer": plan.optimizer}
+    rates = {"rate": rate, "flush_rate": flush_rate}
+    return {**names, **rates, **compared(mine, theirs, seeds), "first_crossing": [], "partial": True}
 
 
 def _there(plan: Any, store: Store, method: str, accumulation: int, rate: float, ladder: Sequence[float]) -> Any:

@@ -223,17 +223,10 @@ def parse_profile(data: Any) -> Profile:
         ValueError: blocks is missing: give a list with one entry per block
     """
     reader = JsonReader(data, "")
-    if reader.get("format", "the words " + repr(FORMAT), lambda value: isinstance(value, str)) != FORMAT:
-        raise ValueError(f"format is {shown(data['format'], 40)}: give a file that paci-rt plan --profile wrote")
-    if reader.get("version", "a number", is_number) != VERSION:
-        raise ValueError(
-            f"version is {shown(data['version'], 40)}, and this program reads version {VERSION}: measure again"
-        )
-    blocks = reader.get("blocks", "a list with one entry per block", lambda value: isinstance(value, list) and value)
-    if len(blocks) > MOST_BLOCKS:
-        raise ValueError(f"blocks has {len(blocks):,} entries: give at most {MOST_BLOCKS:,}")
+    reader.check_header(FORMAT, VERSION, wrote="paci-rt plan --profile", again="measure again")
+    blocks = reader.objects("blocks", "block", MOST_BLOCKS)
     return Profile(
-        blocks=tuple(_parse_block(JsonReader(block, f"blocks[{at}]")) for at, block in enumerate(blocks)),
+        blocks=tuple(map(_parse_block, blocks)),
         input_bytes=reader.number("input_bytes", whole=True),
         update_s_per_byte=reader.number("update_s_per_byte"),
         state_bytes_per_parameter_byte=reader.number("state_bytes_per_parameter_byte"),

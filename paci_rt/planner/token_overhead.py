@@ -315,21 +315,12 @@ def parse_overheads(data: Any) -> OverheadTable:
         ValueError: rows is missing: give a list with one entry per measurement
     """
     reader = JsonReader(data, "")
-    if reader.get("format", "the words " + repr(FORMAT), lambda value: isinstance(value, str)) != FORMAT:
-        raise ValueError(f"format is {shown(data['format'], 40)}: give a file that paci-rt calibrate wrote")
-    if reader.get("version", "a number", is_number) != VERSION:
-        raise ValueError(
-            f"version is {shown(data['version'], 40)}, and this program reads version {VERSION}: calibrate again"
-        )
-    rows = reader.get("rows", "a list with one entry per measurement", lambda value: isinstance(value, list) and value)
-    if len(rows) > MOST_ROWS:
-        raise ValueError(f"rows has {len(rows):,} entries: give at most {MOST_ROWS:,}")
+    reader.check_header(FORMAT, VERSION, wrote="paci-rt calibrate", again="calibrate again")
+    rows = reader.objects("rows", "measurement", MOST_ROWS)
     source = data.get("source", "")
     if not isinstance(source, str):
         raise ValueError(f"source is {shown(source, 40)}: give words")
-    return OverheadTable(
-        rows=tuple(_parse_row(JsonReader(row, f"rows[{at}]")) for at, row in enumerate(rows)), source=source
-    )
+    return OverheadTable(rows=tuple(map(_parse_row, rows)), source=source)
 
 
 def _parse_row(reader: JsonReader) -> OverheadRow:

@@ -20,6 +20,7 @@ from paci_rt.schedules.validate import validate
 from support.bad_numbers import CHUNKED, FLUSHES, Bad, drive, local, on_rank, plain
 from support.plain import same
 from support.pool import WorkerPool
+from support.tied import Embedding, Head
 
 CLIPS = (0.05, 1.0, 3.0, 1e4)
 
@@ -88,26 +89,6 @@ def test_frozen_parameters_and_those_without_a_gradient_are_not_counted(schedule
     for module, other in zip(ours, reference, strict=True):
         for param, expected in zip(module.parameters(), other.parameters(), strict=True):
             assert torch.equal(param, expected)
-
-
-class Embedding(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        self.wte, self.mix = nn.Embedding(7, 6), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.mix(self.wte(x)))
-
-
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(6)
-        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 7, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(x))
 
 
 TIE = TiedWeight(owner_stage=0, owner="wte.weight", reader_stage=2, reader="head.weight")

@@ -16,6 +16,7 @@ from support.bad_numbers import Bad, drive, local, on_rank
 from support.plain import plain_training, same
 from support.pool import WorkerPool
 from support.replicated import Replicated, gathered, plain, require_equal, train_replica
+from support.tied import Embedding, Head
 from support.toy import Run, train_local
 
 FLUSHED = ("zb-v", "v-half", "v-min", "dualpipe-v")
@@ -228,26 +229,6 @@ def test_a_limit_is_refused_by_all_others(schedule: str) -> None:
 
 
 # --- tied weights ---
-
-
-class Embedding(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        self.wte, self.mix = nn.Embedding(7, 6), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.mix(self.wte(x)))
-
-
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(6)
-        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 7, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(x))  # type: ignore[no-any-return]
 
 
 def tied(stages: int) -> list[nn.Module]:
