@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from paci_rt.errors import ParityError
-from paci_rt.hf.adapters import check_adapters
+from paci_rt.hf.adapters import check_adapters, inner
 from paci_rt.hf.layout import Layout, layout_of, parts_of
 from paci_rt.hf.load import from_folder, model_on_meta, whole_model
 from paci_rt.hf.stage_module import StageOfModel, own_copy
 from paci_rt.schedules.lowering import TiedWeight
+from paci_rt.wording import shown
 
 CHECKED_ROWS, CHECKED_TOKENS = 2, 8
 
@@ -40,8 +41,9 @@ def split(
         The stages in order.
 
     Raises:
-        ValueError: a model without one list of layers, more stages than layers, or a partition that does not fit.
-        ParityError: the stages do not give the model's logits, bit for bit.
+        ValueError: a model without one list of layers or without a head, more stages than layers, a partition that does
+            not fit, or a forward that cannot be cut between two layers.
+        ParityError: the stages do not give the model's logits, bit for bit, or cannot run at all.
 
     Example:
         >>> import transformers
@@ -52,10 +54,7 @@ def split(
         >>> stages[0].tied_weights[0].owner, stages[0].tied_weights[0].reader
         ('transformer.wte.weight', 'lm_head.weight')
     """
-    check_adapters(model)
-    layout = layout_of(model)
-    counts = parts_of(model, layout, num_stages, partition)
-    stages = _cut(model, layout, counts)
+    _, stages = _stages_of(model, num_stages, partition)
     if check:
         _check(model, stages)
     return stages
@@ -74,7 +73,7 @@ def stage(
 
     Args:
         model_or_path: a model, or a folder that ``save_pretrained`` wrote. Of a folder only the tensors of this stage
-            are read; nothing is compared with the uncut model then.
+            are read, and nothing is compared with the uncut model, where the order of the model's parts is known.
         stage_index: 0 ... ``num_stages - 1``.
         num_stages: stages of the whole pipeline.
         device: where the stage's tensors are to be.
@@ -92,16 +91,37 @@ def stage(
     else:
         folder = Path(model_or_path)
         model = model_on_meta(folder, dtype)
-        found = split(model, num_stages, partition=partition, check=False)[stage_index]
-        if not from_folder(found, model, folder):
-            warnings.warn(
-                f"the files of {folder} have other names than a {type(model).__name__}: transformers reads the whole "
-                "model, of which one stage is kept; to read one stage only, write it with paci_rt.hf.save_pretrained",
-                stacklevel=2,
+        layout, stages = _stages_of(model, num_stages, partition)
+        found, why = stages[stage_index], ""
+        if not layout.sure:
+            why = (
+                f"a {type(model).__name__} does not run without values, so its cut has to be compared: transformers "
+                "reads the whole model, of which one stage is kept"
             )
+        elif not from_folder(found, model, folder):
+            why = (
+                f"the files of {folder} have other names than a {type(model).__name__}: transformers reads the whole "
+                "model, of which one stage is kept; to read one stage only, write it with paci_rt.hf.save_pretrained"
+            )
+        if why:
+            warnings.warn(why, stacklevel=2)
             model = whole_model(model, folder, dtype)
             found = split(model, num_stages, partition=partition)[stage_index]
     return found.to(device=device, dtype=dtype) if dtype is not None else found.to(device)
+
+
+def _stages_of(model: Any, num_stages: int, partition: Sequence[int] | None) -> tuple[Layout, list[StageOfModel]]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{shown(model, 60)} is no model of transformers: give one, such as a LlamaForCausalLM")
+    check_adapters(model)
+    layout = layout_of(model)
+    base: Any = inner(model)
+    if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(base).__name__} has no head that gives logits of tokens: give a causal or masked language model of "
+            "transformers, such as a LlamaForCausalLM"
+        )
+    return layout, _cut(model, layout, parts_of(model, layout, num_stages, partition))
 
 
 def _cut(model: Any, layout: Layout, counts: Sequence[int]) -> list[StageOfModel]:
@@ -151,21 +171,33 @@ def _check(model: Any, stages: Sequence[StageOfModel]) -> None:
         one.eval()
     try:
         logits = model(ids, use_cache=False).logits if _caches(model) else model(ids).logits
-        value: Any = ids
-        for one in stages:
-            value = one(*(value if isinstance(value, tuple) else (value,)))
+        value = _through(model, stages, ids)
     finally:
         for part, was in training:
             part.training = was
         for one in stages:
             one.follow_mode()
     ours: Tensor = value[0] if isinstance(value, tuple) else value
-    if not torch.equal(ours, logits):
-        worst = (ours - logits).abs().max().item()
+    if ours.shape != logits.shape or not torch.equal(ours, logits):
+        worst = (ours - logits).abs().max().item() if ours.shape == logits.shape else float("nan")
         raise ParityError(
             f"the {len(stages)} stages of {type(model).__name__} do not give the model's logits (largest difference "
             f"{worst:.3g}): cut it with torch's pipeline() frontend or by hand, and see paci_rt.check_against"
         )
+
+
+def _through(model: Any, stages: Sequence[StageOfModel], ids: Tensor) -> Any:
+    value: Any = ids
+    for one in stages:
+        try:
+            value = one(*(value if isinstance(value, tuple) else (value,)))
+        except Exception as error:  # of any kind, out of code of any kind
+            raise ParityError(
+                f"the {len(stages)} stages of {type(model).__name__} do not run ({type(error).__name__}: "
+                f"{shown(str(error), 120)}): cut it with torch's pipeline() frontend or by hand, and see "
+                "paci_rt.check_against"
+            ) from error
+    return value
 
 
 def _caches(model: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from paci_rt.hf.probe import probe
 from paci_rt.planner.partition import best_partition
 
 
@@ -20,19 +21,24 @@ class Layout:
         layers: name of the ``nn.ModuleList`` of layers, such as ``"model.layers"``.
         count: how many there are.
         before, after: modules that run before the first layer and after the last one.
+        returns: for each layer how long the tuple is that it returns; 0 is a tensor.
+        sure: the order is that of the model's forward; else it is that in which the model holds its parts.
     """
 
     layers: str
     count: int
     before: tuple[str, ...]
     after: tuple[str, ...]
+    returns: tuple[int, ...]
+    sure: bool
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Find the parts of a model, which holds them in the order in which they run, as transformers' models do.
+    """Find the parts of a model, and the order in which they run.
 
     Raises:
-        ValueError: no list of layers, or several, such as those of an encoder and a decoder.
+        ValueError: no list of layers, or several, such as those of an encoder and a decoder; or a forward that cannot
+            be cut between two layers.
     """
     lists = {
         name: part
@@ -50,7 +56,25 @@ def layout_of(model: nn.Module) -> Layout:
     before: list[str] = []
     after: list[str] = []
     _beside(model, "", layers, before, after)
-    return Layout(layers=layers, count=len(lists[layers]), before=tuple(before), after=tuple(after))
+    count, names = len(lists[layers]), [*before, *after]
+    probed = probe(model, layers, names)
+    if probed is None:
+        return Layout(
+            layers=layers, count=count, before=tuple(before), after=tuple(after), returns=(0,) * count, sure=False
+        )
+    if probed.wrong:
+        raise ValueError(
+            f"{type(model).__name__} cannot be cut between its layers: {probed.wrong}; cut it with torch's pipeline() "
+            "frontend, whose stages paci_rt takes too, or by hand"
+        )
+    return Layout(
+        layers=layers,
+        count=count,
+        before=tuple(name for name in names if name in probed.before or (name in before and name not in probed.after)),
+        after=tuple(name for name in names if name in probed.after or (name in after and name not in probed.before)),
+        returns=probed.returns,
+        sure=True,
+    )
 
 
 def _beside(part: nn.Module, path: str, layers: str, before: list[str], after: list[str]) -> None:

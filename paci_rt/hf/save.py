@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -105,7 +106,10 @@ class _Form:
 
     def configs(self, stage: StageOfModel) -> list[Any]:
         model = inner(stage._model[0])
-        return [one for one in (model.config, getattr(model, "generation_config", None)) if one is not None]
+        config = copy.copy(model.config)  # says what transformers' own save_pretrained would say
+        config.architectures = [type(model).__name__]
+        config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return [one for one in (config, getattr(model, "generation_config", None)) if one is not None]
 
     def finish(self, folder: Path, files: dict[str, tuple[list[str], int]], stage: StageOfModel) -> None:
         """Make the files of all processes the model of the folder."""

@@ -43,10 +43,15 @@ class _Absent(nn.Module):
 
 
 class _Skipped(nn.Module):
-    """Stands where a layer of another stage was."""
+    """Stands where a layer of another stage was.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Args:
+        layer: what was there. returns: how long the tuple is that it returns; 0 is a tensor.
+    """
+
+    def __init__(self, layer: nn.Module, returns: int) -> None:
         super().__init__()
+        self._returns = returns
         self._attributes = {
             name: value
             for name, value in layer.__dict__.items()
@@ -57,22 +62,27 @@ class _Skipped(nn.Module):
         attributes = self.__dict__.get("_attributes", {})
         return attributes[name] if name in attributes else super().__getattr__(name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.hidden(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        return (hidden, *[None] * (self._returns - 1)) if self._returns else hidden
+
+    def hidden(self, given: Tensor) -> Tensor:
+        """What comes out of it, if ``given`` goes in."""
+        return given
 
 
 class _Enter(_Skipped):
     """The layer in front of this stage's first one: what it gives is what the stage was given."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def hidden(self, given: Tensor) -> Tensor:
         return self.__dict__["given"]  # type: ignore[no-any-return]
 
 
 class _Leave(_Skipped):
     """The layer after this stage's last one."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        raise _Left(hidden_states)
+    def hidden(self, given: Tensor) -> Tensor:
+        raise _Left(given)
 
 
 class StageOfModel(nn.Module):
@@ -200,13 +210,19 @@ def _pruned(model: Any, layout: Layout, first: int, end: int, *, last: bool) -> 
     width, dtype = int(_text(model.config).hidden_size), next(model.parameters()).dtype
     if first > 0:
         for name in layout.before:
-            _put(copy, name, _Absent(width, dtype) if _embeds(model.get_submodule(name)) else nn.Identity())
+            if _embeds(part := model.get_submodule(name)):
+                _put(copy, name, _Absent(width, dtype))
+            elif isinstance(part, nn.Dropout):
+                _put(copy, name, nn.Identity())
     if not last:
         for name in layout.after:
             _put(copy, name, nn.Identity())
     layers: Any = model.get_submodule(layout.layers)
     roles: dict[int, type[_Skipped]] = {first - 1: _Enter, end: _Leave}
-    kept = [layer if first <= at < end else roles.get(at, _Skipped)(layer) for at, layer in enumerate(layers)]
+    kept = [
+        layer if first <= at < end else roles.get(at, _Skipped)(layer, layout.returns[at])
+        for at, layer in enumerate(layers)
+    ]
     _put(copy, layout.layers, nn.ModuleList(kept))
     return copy
 

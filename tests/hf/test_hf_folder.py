@@ -48,6 +48,7 @@ def llama(seed: int, layers: int = 2) -> Any:
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(vocab_size=20, num_hidden_layers=layers, max_position_embeddings=16, **sizes)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "float32"  # as save_pretrained writes them
     return transformers.LlamaForCausalLM(config).eval()
 
 
