@@ -181,6 +181,8 @@ def add_pipeline(options: ConfigOptions) -> None:
                 "has the times of stages and messages")
     options.add("policy", str, "NAME", f"which weights forwards and backwards use: {', '.join(POLICIES)} (default: the "
                 "schedule's own)")
+    options.switch("recompute_blocks", "keep only what goes into each block, and run it again in its backward: less "
+                   "memory for a third more work; under paci with --policy recompute")
     options.switch("lookahead", "run early forwards at predicted weights, those that the gradients so far would lead "
                    "to; asynchronous schedules with paci_rt's own optimizers (default: on for paci)")
     options.add("activation_limit", number, "X", "activations that a rank may hold under paci-v, in whole stages of "

@@ -28,7 +28,15 @@ def build_pipeline(config: TrainConfig, ctx: Context, place: Place | None = None
     place = Place(stage=ctx.rank) if place is None else place
     here = range(pieces) if ctx.local else config.places.stages_of(place.stage)
     modules = [
-        build_stage(config.shape, at, pieces, seed=config.seed, dtype=config.torch_dtype, partition=config.partition)
+        build_stage(
+            config.shape,
+            at,
+            pieces,
+            seed=config.seed,
+            dtype=config.torch_dtype,
+            partition=config.partition,
+            recompute_blocks=config.recompute_blocks,
+        )
         for at in here
     ]
     optimizers = [make_optimizer(config, module.named_parameters()) for module in modules]

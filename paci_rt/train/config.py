@@ -19,7 +19,16 @@ from paci_rt.train import devices
 from paci_rt.train.check_replicas import check_replicas
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
 from paci_rt.train.model import ModelShape, default_partition
-from paci_rt.train.option_checks import check_dtype, check_known, check_pieces, check_switch, check_text, flag_of
+from paci_rt.train.option_checks import (
+    check_dtype,
+    check_known,
+    check_pieces,
+    check_recompute_blocks,
+    check_switch,
+    check_text,
+    flag_of,
+    lookahead_of,
+)
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 from paci_rt.transport.base import MOST_TIMEOUT_S
 from paci_rt.wording import shown
@@ -59,6 +68,8 @@ class TrainConfig:
         stages: processes of the pipeline. chunks: pieces of the model in each; 1, or 2 where it has several.
         replicas: pipelines that train together, each on its share of batch_size. zero1: they share out the optimizer's
             state. overlap: micro-batches that run while they add up gradients; half a window under paci.
+        recompute_blocks: each block keeps only what goes into it, and runs again in its backward. Weights must be those
+            of the forward then, or under ``policy="recompute"`` the whole forward runs again before.
         step_costs: what zb-1p, zb-2p and paci-v are fitted to; equal times and no hop.
         activation_limit: what a rank may hold under paci-v, in whole stages; the least at full rate.
         accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
@@ -120,6 +131,7 @@ class TrainConfig:
     zero1: bool = False
     overlap: int | None = None
     buffers: int | None = None
+    recompute_blocks: bool = False
     model: str = AUTO
     family: str = AUTO
     layers: int | None = None
@@ -218,7 +230,7 @@ class TrainConfig:
                 raise ValueError(f"{flag_of(name)} is {shown(getattr(self, name))}: give a name")
         for name in ("profile", "policy", "data", "out", "resume", "log"):
             check_text(flag_of(name), getattr(self, name))
-        for name in ("gather_checkpoints", "tensorboard", "wandb", "trace"):
+        for name in ("gather_checkpoints", "recompute_blocks", "tensorboard", "wandb", "trace"):
             check_switch(flag_of(name), getattr(self, name))
         self._fill("async_checkpoint", not self.gather_checkpoints)
         check_switch("--async-checkpoint", self.async_checkpoint)
@@ -341,7 +353,8 @@ class TrainConfig:
         shape = self._with_slack(family, shape)
         self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
         resolve_safety(Safety(on_nonfinite=self.on_nonfinite), (True,), family, shape, self.policy or "", ())
-        self._check_lookahead(family)
+        self._fill("lookahead", lookahead_of(self, family), always=True)
+        check_recompute_blocks(self, family)
         check_replicas(self)
         if self.save_interval and self.out is None:
             raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")
@@ -358,18 +371,6 @@ class TrainConfig:
         self._fill("profile", None, always=True)
         self._fill("slack", shape.slack, always=True)
         return shape
-
-    def _check_lookahead(self, family: schedules.ScheduleFamily) -> None:
-        still = self.optimizer == "sgd" and self.momentum == 0
-        if self.lookahead and self.optimizer.startswith("torch-"):
-            raise ValueError(
-                f"--lookahead with --optimizer {self.optimizer}: only paci_rt's own optimizers tell where they are "
-                f"going; use --optimizer {self.optimizer.removeprefix('torch-')}"
-            )
-        if self.lookahead and still:
-            raise ValueError("--lookahead with --momentum 0: nothing tells where sgd is going; use a momentum above 0")
-        ahead = policies.looks_ahead(family, self.policy or "", self.lookahead)
-        self._fill("lookahead", ahead and not self.optimizer.startswith("torch-") and not still)
 
     @property
     def shape(self) -> ModelShape:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paci_rt.train.model import ModelShape, rotary, rotated
+from paci_rt.train.model import Blocks, ModelShape, rotary, rotated
 
 EMBEDDING = "model.embeddings.tok_embeddings.weight"
 DECODER = "decoder.weight"
@@ -161,7 +161,7 @@ class EncoderStage(nn.Module):
         if first:
             embedding = nn.Embedding(config.vocab_size, config.width)
             parts["embeddings"] = nn.ModuleDict({"tok_embeddings": embedding, "norm": norm(config)})
-        parts["layers"] = nn.ModuleDict({str(i): Block(config, very_first=i == 0) for i in blocks})
+        parts["layers"] = Blocks({str(i): Block(config, very_first=i == 0) for i in blocks})
         if last:
             parts["final_norm"] = norm(config)
         self.model = nn.ModuleDict(parts)
@@ -181,8 +181,7 @@ class EncoderStage(nn.Module):
             embeddings = self.model["embeddings"]
             x = embeddings["norm"](embeddings["tok_embeddings"](x))  # type: ignore[index]
         cos, sin = rotary(x.shape[1], self.config.head_size, self.config.rope_base, x)  # [seq, head], both
-        for block in self.model["layers"].values():  # type: ignore[operator]
-            x = block(x, cos, sin)
+        x = self.model["layers"](x, cos, sin)
         if self.last:
             x = self.head["norm"](F.gelu(self.head["dense"](self.model["final_norm"](x))))
             weight = self.get_parameter(EMBEDDING) if self.first and self.config.tied else self.decoder.weight

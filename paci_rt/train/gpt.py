@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paci_rt.train.model import (
+    Blocks,
     ModelShape,
     build_stage,
     cross_entropy,
@@ -140,7 +141,7 @@ class GPTStage(nn.Module):
         if first:
             parts["wte"] = nn.Embedding(config.vocab_size, config.width)
             parts["wpe"] = nn.Embedding(config.context, config.width)
-        parts["h"] = nn.ModuleDict({str(i): Block(config) for i in blocks})
+        parts["h"] = Blocks({str(i): Block(config) for i in blocks})
         if last:
             parts["ln_f"] = nn.LayerNorm(config.width, eps=1e-5)
         self.transformer = nn.ModuleDict(parts)
@@ -156,8 +157,7 @@ class GPTStage(nn.Module):
                 )
             positions = torch.arange(x.shape[1], device=x.device)  # [seq]
             x = self.transformer["wte"](x) + self.transformer["wpe"](positions)  # [batch, seq, width]
-        for block in self.transformer["h"].values():  # type: ignore[operator]
-            x = block(x)
+        x = self.transformer["h"](x)
         if self.last:
             x = self.transformer["ln_f"](x)
             x = F.linear(x, self.get_parameter(WTE)) if self.first and self.config.tied else self.lm_head(x)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paci_rt.train.model import ModelShape, rotary, rotated
+from paci_rt.train.model import Blocks, ModelShape, rotary, rotated
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -130,7 +130,7 @@ class LlamaStage(nn.Module):
         parts: dict[str, nn.Module] = {}
         if first:
             parts["embed_tokens"] = nn.Embedding(config.vocab_size, config.width)
-        parts["layers"] = nn.ModuleDict({str(i): Block(config) for i in blocks})
+        parts["layers"] = Blocks({str(i): Block(config) for i in blocks})
         if last:
             parts["norm"] = RMSNorm(config.width, config.norm_eps)
         self.model = nn.ModuleDict(parts)
@@ -146,8 +146,7 @@ class LlamaStage(nn.Module):
         if self.first:
             x = self.model["embed_tokens"](x)  # [batch, seq, width]
         cos, sin = rotary(x.shape[1], self.config.head_size, self.config.rope_base, x)  # [seq, head], both
-        for block in self.model["layers"].values():  # type: ignore[operator]
-            x = block(x, cos, sin)
+        x = self.model["layers"](x, cos, sin)
         if self.last:
             x = self.model["norm"](x)
             x = F.linear(x, self.get_parameter(EMBEDDING)) if self.first and self.config.tied else self.lm_head(x)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from paci_rt import TiedWeight
@@ -101,6 +102,26 @@ class ModelShape(ABC):
         return x, y
 
 
+class Blocks(nn.ModuleDict):
+    """Consecutive blocks by their number in the uncut model, one behind the other.
+
+    Attributes:
+        recompute: of each block only what goes in is kept, and its forward runs again in its backward. No block draws
+            random numbers.
+    """
+
+    recompute = False
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        """Hidden ``[batch, seq, width]`` in and out; ``others`` go to every block."""
+        for block in self.values():
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, *others)
+        return x
+
+
 def default_partition(shape: ModelShape, num_stages: int, *, seq_len: int | None = None) -> tuple[int, ...]:
     """Blocks per stage, so that the most expensive stage is as cheap as possible.
 
@@ -138,6 +159,7 @@ def build_stage(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     partition: Sequence[int] | None = None,
+    recompute_blocks: bool = False,
 ) -> nn.Module:
     """Build and initialise one stage of the model on the CPU.
 
@@ -145,6 +167,7 @@ def build_stage(
         seed: with a parameter's name, all that its initial value depends on.
         dtype: of all parameters; values are drawn in fp32 and rounded.
         partition: blocks of each stage, at least one each; default :func:`default_partition`.
+        recompute_blocks: see :class:`Blocks`.
 
     Raises:
         ValueError: more stages than blocks, or a partition that does not add up.
@@ -163,6 +186,9 @@ def build_stage(
         module = shape.make_stage(blocks, first=stage_index == 0, last=stage_index == num_stages - 1)
     module.to(dtype).to_empty(device="cpu")
     _initialize(module, shape, seed)
+    for part in module.modules():
+        if isinstance(part, Blocks):
+            part.recompute = recompute_blocks
     return module
 
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from paci_rt.schedules import ScheduleFamily, policies
 from paci_rt.wording import shown, unknown
+
+if TYPE_CHECKING:
+    from paci_rt.train.config import TrainConfig
+
+KEEP_WEIGHTS = ("stash", "2bw")
+"""Policies under which a backward has the weights of its forward."""
 
 
 def flag_of(name: str) -> str:
@@ -57,4 +64,36 @@ def check_dtype(dtype: str, optimizer: str, on_nonfinite: str) -> None:
         raise ValueError(
             f"--dtype fp16 with --on-nonfinite {on_nonfinite}: a loss scale that is too large shows in gradients that "
             "are not finite, whose window all stages must skip; leave --on-nonfinite out"
+        )
+
+
+def lookahead_of(config: TrainConfig, family: ScheduleFamily) -> bool:
+    """Whether forwards look ahead: as asked, by default where schedule, policy and optimizer can.
+
+    Raises:
+        ValueError: it was asked for, and the policy or the optimizer cannot.
+    """
+    still = config.optimizer == "sgd" and config.momentum == 0
+    torchs = config.optimizer.startswith("torch-")
+    if config.lookahead and torchs:
+        raise ValueError(
+            f"--lookahead with --optimizer {config.optimizer}: only paci_rt's own optimizers tell where they are "
+            f"going; use --optimizer {config.optimizer.removeprefix('torch-')}"
+        )
+    if config.lookahead and still:
+        raise ValueError("--lookahead with --momentum 0: nothing tells where sgd is going; use a momentum above 0")
+    ahead = policies.looks_ahead(family, config.policy or "", config.lookahead)
+    return ahead and not torchs and not still
+
+
+def check_recompute_blocks(config: TrainConfig, family: ScheduleFamily) -> None:
+    """Raise ValueError where blocks would run again at other weights than their forward had, without a word of it."""
+    if not config.recompute_blocks or family.flush or config.stages == 1:
+        return
+    if config.policy not in (*KEEP_WEIGHTS, "recompute"):
+        known = [name for name in ("recompute", *KEEP_WEIGHTS) if name in family.policies]
+        raise ValueError(
+            f"--recompute-blocks under {family.name} with --policy {config.policy}: weights change between a forward "
+            f"and its backward, so that blocks would run again at other ones; "
+            + (f"use --policy {' or '.join(known)}" if known else "leave it out, or use a schedule that flushes")
         )
