@@ -35,12 +35,23 @@ def _work(rank: int, size: int, port: int, inbox: Connection) -> None:
             continue
         try:
             result = (True, fn(rank, group, *args))
-            dist.destroy_process_group(group)
         except Exception:
             result = (False, traceback.format_exc())
+        del group
+        _end_groups()
         inbox.send(result)
-        if call % 8 == 0:
-            gc.collect()  # pipelines are circles, and each has a group with threads
+        gc.collect()  # pipelines are circles, and each has a group with threads
+        if call == 1:
+            gc.freeze()  # what was imported: looking through it takes most of the time
+
+
+def _end_groups() -> None:
+    """End all groups but the first: each has threads that wake up a hundred times a second."""
+    import torch.distributed as dist
+
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 class WorkerPool:
