@@ -75,7 +75,9 @@ def test_all_of_it_gives_the_models_bits(name: str, tmp_path: Path) -> None:
     stages = paci_rt.hf.split(model, 3)
     assert layout_of(model).sure
     with torch.no_grad():
-        assert torch.equal(run(stages, ids, attention_mask=mask), whole(ids, attention_mask=mask).logits)
+        # A cache lays keys out in another way, and BLAS may then add up in another order.
+        expected = whole(ids, attention_mask=mask, use_cache=False).logits
+        assert torch.equal(run(stages, ids, attention_mask=mask), expected)
 
     def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())

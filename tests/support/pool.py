@@ -40,7 +40,8 @@ def _work(rank: int, size: int, port: int, inbox: Connection) -> None:
         del group
         _end_groups()
         inbox.send(result)
-        gc.collect()  # pipelines are circles, and each has a group with threads
+        if call % 8 == 0:
+            gc.collect()  # pipelines are circles, and each has a group with threads
         if call == 1:
             gc.freeze()  # what was imported: looking through it takes most of the time
 
@@ -84,7 +85,12 @@ class WorkerPool:
                 break
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
-                results[rank] = pipe.recv()  # type: ignore[union-attr]
+                try:
+                    results[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    self.close()
+                    self._start()
+                    raise AssertionError(f"the process of rank {rank} ended in the middle of a test") from None
                 if not results[rank][0]:  # others may wait for this one in vain
                     end = min(end, time.monotonic() + deadline(5))
         if len(results) < size:  # they cannot be used any more
