@@ -28,6 +28,7 @@ def _work(rank: int, size: int, port: int, inbox: Connection) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     for call in itertools.count(1):
         fn, count, args = inbox.recv()
+        _end_groups()  # now that no process is in the call before
         # Groups are named by a counter of each process, and a test may have made some on a few ranks only.
         dist.distributed_c10d._world.group_count = 1000 * call
         group = dist.new_group(list(range(count)), backend="gloo")  # all ranks have to call this
@@ -37,8 +38,6 @@ def _work(rank: int, size: int, port: int, inbox: Connection) -> None:
             result = (True, fn(rank, group, *args))
         except Exception:
             result = (False, traceback.format_exc())
-        del group
-        _end_groups()
         inbox.send(result)
         if call % 8 == 0:
             gc.collect()  # pipelines are circles, and each has a group with threads
