@@ -10,9 +10,11 @@ import torch
 
 import paci_rt
 from optim.test_kernel_path import on
+from paci_rt.optim import accumulator
 from support.bad_numbers import Bad, drive, local
 from support.interpreted import Interpreter
 from support.marks import slow
+from support.plain import same
 
 
 def raises(schedule: str, optimizer: str, stage: int | None, at: int) -> None:
@@ -90,10 +92,10 @@ def test_a_coefficient_of_nan_leaves_everything_as_it_is(interpreter: Interprete
 def skips(run: Bad) -> None:
     with on(True):
         kernels = drive(local(run), run)
-    native = drive(local(run), run)
-    for name, weight in native["params"].items():
-        # Sums of products in the interpreter are numpy's, and MKL may add them up in another order: a few roundings.
-        assert float((kernels["params"][name] - weight).norm() / weight.norm()) < 4 * 2**-23, name
+    with pytest.MonkeyPatch.context() as patch:  # kernels have a product added in one pass, whatever the bits of two
+        patch.setattr(accumulator, "merged_is_exact", lambda *_: True)
+        native = drive(local(run), run)
+    same(kernels["params"], native["params"])
     assert kernels["stats"]["skipped_windows"] == native["stats"]["skipped_windows"]
     assert max(native["stats"]["skipped_windows"].values()) == 1
 
@@ -108,5 +110,5 @@ def skips(run: Bad) -> None:
     ],
     ids=lambda run: f"{run.schedule}-{run.on_nonfinite}-{run.clip}",
 )
-def test_skipping_is_that_of_the_native_core(interpreter: Interpreter, run: Bad) -> None:
+def test_skipping_has_the_bits_of_the_native_core(interpreter: Interpreter, run: Bad) -> None:
     interpreter(skips, run)
