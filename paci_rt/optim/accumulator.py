@@ -14,7 +14,6 @@ from paci_rt import native
 from paci_rt.errors import AccumulatorStateError
 from paci_rt.optim.flat import FlatGroup
 
-
 MERGED_ELEMENTS = 1024
 """Elements that must agree before a product is added in one pass: the few of a small matrix agree by chance."""
 
