@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-TABLES = {"slow": (60.0, 1.0), "long": (950.0, 15.0)}
+TABLES = {"slow": (60.0, 1.0), "long": (700.0, 10.0)}
 """Seconds of work that stay, and from how many on not even the quickest case of a function does."""
 UNTIMED_S = 0.02
 """What a test takes, roughly, that is too quick for the list of durations."""

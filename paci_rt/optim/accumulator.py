@@ -14,12 +14,20 @@ from paci_rt import native
 from paci_rt.errors import AccumulatorStateError
 from paci_rt.optim.flat import FlatGroup
 
+MERGED_ELEMENTS = 1024
+"""Elements that must agree before a product is added in one pass: the few of a small matrix agree by chance."""
+
 
 @lru_cache(maxsize=4096)
 def merged_is_exact(rows: int, summed: int, columns: int, _threads: int) -> bool:
     """Whether ``c.addmm_(a, b)`` gives the bits of ``c + a @ b``: fp32, ``[rows, summed] @ [summed, columns]``."""
     rows, columns = min(rows, 4096), min(columns, 4096)  # larger ones are worked off in blocks
     generator = torch.Generator().manual_seed(summed)
+    tries = -(-MERGED_ELEMENTS // max(1, rows * columns))
+    return all(_merges(rows, summed, columns, generator) for _ in range(tries))
+
+
+def _merges(rows: int, summed: int, columns: int, generator: torch.Generator) -> bool:
     left = torch.randn(summed, rows, generator=generator).t()
     right = torch.randn(summed, columns, generator=generator)
     apart = torch.mm(left, right, out=_pages(rows, columns))

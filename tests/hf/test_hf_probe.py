@@ -75,7 +75,9 @@ def test_all_of_it_gives_the_models_bits(name: str, tmp_path: Path) -> None:
     stages = paci_rt.hf.split(model, 3)
     assert layout_of(model).sure
     with torch.no_grad():
-        assert torch.equal(run(stages, ids, attention_mask=mask), whole(ids, attention_mask=mask).logits)
+        # A cache lays keys out in another way, and BLAS may then add up in another order.
+        expected = whole(ids, attention_mask=mask, use_cache=False).logits
+        assert torch.equal(run(stages, ids, attention_mask=mask), expected)
 
     def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
@@ -99,7 +101,7 @@ def test_all_of_it_gives_the_models_bits(name: str, tmp_path: Path) -> None:
         trained = run(stages, ids)
         assert (trained - whole(ids).logits).norm() <= 1e-5 * trained.norm()  # a tie's gradients have another order
         paci_rt.hf.save_pretrained(pipe, tmp_path)
-        assert torch.equal(type(model).from_pretrained(tmp_path).eval()(ids).logits, trained)
+        assert torch.equal(type(model).from_pretrained(tmp_path).eval()(ids, use_cache=False).logits, trained)
         parts = [paci_rt.hf.stage(tmp_path, at, 3).eval() for at in range(3)]
         assert torch.equal(run(parts, ids), trained)
 

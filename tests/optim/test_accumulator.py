@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from paci_rt import native
 from paci_rt.errors import AccumulatorStateError
-from paci_rt.optim.accumulator import GradAccumulator
+from paci_rt.optim import accumulator
+from paci_rt.optim.accumulator import GradAccumulator, merged_is_exact
 from paci_rt.optim.flat import FlatGroup
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -281,3 +282,33 @@ def test_the_number_of_threads_changes_nothing() -> None:
     native.set_num_threads(None)
     assert len({squares for squares, _ in results}) == 1
     assert all(torch.equal(total, results[0][1]) for _, total in results)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("columns", [1, 2, 3, 8])
+@pytest.mark.parametrize("summed", [2, 3, 4, 12, 16, 48])
+def test_a_product_is_added_in_one_pass_only_where_that_has_the_bits_of_two(
+    rows: int, summed: int, columns: int
+) -> None:
+    """Also where a matrix has so few elements that one try may agree by chance."""
+    if not merged_is_exact(rows, summed, columns, torch.get_num_threads()):
+        return  # two passes have their bits by themselves
+    generator = torch.Generator().manual_seed(rows * columns)
+    for _ in range(50):
+        left = torch.randn(summed, rows, generator=generator).t()
+        right, start = torch.randn(summed, columns, generator=generator), torch.randn(rows, columns)
+        apart = start + left @ right
+        assert torch.equal(start.addmm_(left, right), apart)
+
+
+def test_one_agreeing_element_does_not_make_a_product_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[bool] = []
+
+    def agrees_thrice(*_: object) -> bool:
+        tries.append(len(tries) < 3)
+        return tries[-1]
+
+    monkeypatch.setattr(accumulator, "_merges", agrees_thrice)
+    assert not merged_is_exact.__wrapped__(1, 77, 2, 1) and len(tries) == 4
+    tries.clear()
+    assert merged_is_exact.__wrapped__(64, 77, 64, 1) and len(tries) == 1

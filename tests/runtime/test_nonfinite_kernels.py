@@ -10,6 +10,7 @@ import torch
 
 import paci_rt
 from optim.test_kernel_path import on
+from paci_rt.optim import accumulator
 from support.bad_numbers import Bad, drive, local
 from support.interpreted import Interpreter
 from support.marks import slow
@@ -91,7 +92,9 @@ def test_a_coefficient_of_nan_leaves_everything_as_it_is(interpreter: Interprete
 def skips(run: Bad) -> None:
     with on(True):
         kernels = drive(local(run), run)
-    native = drive(local(run), run)
+    with pytest.MonkeyPatch.context() as patch:  # kernels have a product added in one pass, whatever the bits of two
+        patch.setattr(accumulator, "merged_is_exact", lambda *_: True)
+        native = drive(local(run), run)
     same(kernels["params"], native["params"])
     assert kernels["stats"]["skipped_windows"] == native["stats"]["skipped_windows"]
     assert max(native["stats"]["skipped_windows"].values()) == 1

@@ -229,7 +229,7 @@ def test_evaluation_and_other_uses_run_as_before() -> None:
     torch.manual_seed(0)
     module = FUNCTIONAL["F.linear"][0]()
     x, y = torch.randn(8, WIDTH), torch.randn(8, WIDTH)
-    expected = module(x)
+    expected = torch.cat([module(part) for part in x.tensor_split(4)])  # a product of other rows may round otherwise
     pipe = local([module])
     assert torch.equal(pipe.eval(x, target=y), expected)
     module(x).sum().backward()  # not the schedule's: gradients go where they always go

@@ -28,6 +28,7 @@ def _work(rank: int, size: int, port: int, inbox: Connection) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     for call in itertools.count(1):
         fn, count, args = inbox.recv()
+        _end_groups()  # now that no process is in the call before
         # Groups are named by a counter of each process, and a test may have made some on a few ranks only.
         dist.distributed_c10d._world.group_count = 1000 * call
         group = dist.new_group(list(range(count)), backend="gloo")  # all ranks have to call this
@@ -35,12 +36,22 @@ def _work(rank: int, size: int, port: int, inbox: Connection) -> None:
             continue
         try:
             result = (True, fn(rank, group, *args))
-            dist.destroy_process_group(group)
         except Exception:
             result = (False, traceback.format_exc())
         inbox.send(result)
         if call % 8 == 0:
             gc.collect()  # pipelines are circles, and each has a group with threads
+        if call == 1:
+            gc.freeze()  # what was imported: looking through it takes most of the time
+
+
+def _end_groups() -> None:
+    """End all groups but the first: each has threads that wake up a hundred times a second."""
+    import torch.distributed as dist
+
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 class WorkerPool:
@@ -73,7 +84,12 @@ class WorkerPool:
                 break
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
-                results[rank] = pipe.recv()  # type: ignore[union-attr]
+                try:
+                    results[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    self.close()
+                    self._start()
+                    raise AssertionError(f"the process of rank {rank} ended in the middle of a test") from None
                 if not results[rank][0]:  # others may wait for this one in vain
                     end = min(end, time.monotonic() + deadline(5))
         if len(results) < size:  # they cannot be used any more

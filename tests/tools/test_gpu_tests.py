@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import gpu_tests
+from support.deadlines import deadline
 
 GPU = "@pytest.mark.gpu\n"
 
@@ -93,7 +94,7 @@ def test_a_file_that_cannot_be_read_costs_no_other(tmp_path: Path, capsys: pytes
 def test_when_the_time_is_up_the_rest_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tests = f"{GPU}def test_a(): pass\n{GPU}def test_slow(): time.sleep(600)\n{GPU}def test_b(): pass\n"
     files = {"test_x.py": tests, "test_green.py": f"{GPU}def test_c(): pass\n"}
-    document = run(tmp_path, files, capsys, "--limit-s", "8")
+    document = run(tmp_path, files, capsys, "--limit-s", str(deadline(8)))
     (row,) = document["measures"]
     assert row["unit"] == "of 1 passed, 2 not run, 1 files not begun" and row["ok"] is False
     assert document["not_run"] == ["tests/test_x.py::test_b", "tests/test_x.py::test_slow"]
