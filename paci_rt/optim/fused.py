@@ -290,8 +290,7 @@ class FusedStageOptimizer(StageOptimizer):
     ) -> list[list[int]]:
         """:meth:`ahead` for all flat groups where replicas share out the optimizer's state; all of them call this.
 
-        The weights of the first bucket are there when it returns. Layers wait for the others, and
-        :meth:`before_reading` for all.
+        When it returns a forward may begin: layers wait for their own weights, and :meth:`before_reading` for all.
 
         Args:
             kept: flat buffers of the groups' dtypes, which receive the weights as they were.
@@ -310,7 +309,7 @@ class FusedStageOptimizer(StageOptimizer):
         for bucket in range(1 if self._buckets is None else self._buckets.count):
             work = partial(self._shards_ahead.make, call, self._parts(bucket), first=bucket == 0)
             self.order.expect(bucket, self.shards.replicas.submit("looking ahead", work))
-        self.order.wait(0)
+        self.before_forward()
         moved = [state.movable(known) for state, (_, known) in zip(self._states, sums, strict=True)]
         return moved if wanted else []
 
