@@ -44,6 +44,7 @@ class Way:
 
     Attributes:
         schedule: its name. overlap: micro-batches of the next window that run meanwhile. shard: ZeRO-1.
+        lookahead: forwards before the update run at weights ahead.
         parameters: of a stage. accumulation: micro-batches a window. windows: measured ones.
         forward_s, backward_s: of a micro-batch, slept.
     """
@@ -57,6 +58,7 @@ class Way:
     windows: int
     forward_s: float
     backward_s: float
+    lookahead: bool = False
 
 
 class _Slept(torch.autograd.Function):
@@ -93,7 +95,7 @@ def work(ctx: launch.Context, way: Way) -> dict[str, Any]:
     )
     at = mesh.get_local_rank("pp")
     stage = paci_rt.PipelineStage(SleepingStage(way), at, STAGES)
-    options: dict[str, Any] = {"lookahead": False} if way.schedule == "paci" else {}
+    options: dict[str, Any] = {"lookahead": way.lookahead} if way.schedule == "paci" else {}
     schedule = paci_rt.get_schedule_class(way.schedule)(
         stage,
         way.accumulation,
@@ -180,6 +182,8 @@ def ways_of(args: argparse.Namespace) -> list[Way]:
         Way(name="paci, no overlap", schedule="paci", overlap=0, shard=False, **common),
         Way(name="paci", schedule="paci", overlap=half, shard=False, **common),
         Way(name="paci, ZeRO-1", schedule="paci", overlap=half, shard=True, **common),
+        Way(name="paci, look-ahead", schedule="paci", overlap=half, shard=False, lookahead=True, **common),
+        Way(name="paci, ZeRO-1, look-ahead", schedule="paci", overlap=half, shard=True, lookahead=True, **common),
     ]
 
 

@@ -192,7 +192,7 @@ def add_pipeline(options: ConfigOptions) -> None:
                 "and W may be a:b:c, one per stage (default: F, I and W equal, no hop)")
     options.add("replicas", int, "N", "pipelines that train together, each on its share of --batch-size; N times P "
                 "processes (default: 1)")
-    options.switch("zero1", "replicas share the optimizer's state (ZeRO-1); not with look-ahead")
+    options.switch("zero1", "replicas share the optimizer's state (ZeRO-1)")
     options.add("overlap", int, "M", "micro-batches of the next window that run while replicas add up gradients "
                 "(default: half a window under paci and paci-split)")
     options.add("buffers", int, "N", "gradient buffers per stage: with 2, an update runs beside the next window "

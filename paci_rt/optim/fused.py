@@ -12,6 +12,7 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +25,7 @@ from paci_rt.optim.accumulator import Window
 from paci_rt.optim.flat import FlatGroup
 from paci_rt.optim.fused_state import FusedState
 from paci_rt.optim.shards import Shards, WeightGathers
+from paci_rt.optim.shards_ahead import AheadCall, ShardsAhead
 from paci_rt.optim.stage_optimizer import NamedParams, StageOptimizer
 from paci_rt.optim.steps_native import Ahead, FlatStep
 from paci_rt.optim.verdict import LARGEST
@@ -66,6 +68,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         divisor: float,
         repeats: int,
         kept: Tensor | None,
+        *,
+        among: Sequence[int] | None = None,
+        into: Tensor | None = None,
     ) -> list[int]:
         """Put the weights where the next ``repeats`` updates would bring them, were all of them to see the gradients
         ``grad_sum / divisor``; state and masters stay.
@@ -78,13 +83,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             divisor: what the sum is divided by, micro-batches in it where gradients are scaled.
             repeats: updates.
             kept: flat fp32, receives the weights as they were; None where there are masters.
+            among: only parameters at these positions; None is all.
+            into: flat, of the parameters' dtype, has the weights and is put ahead in their place.
 
         Returns:
             Positions of the parameters that were put ahead.
         """
-        moved = [position for position, count in enumerate(state.updates()) if known[position] or count]
-        ahead = Ahead([known[position] for position in moved], repeats, kept)
-        self.run(state, moved, state.step(grad_sum, divisor, moved, ahead))
+        moved = [at for at in state.movable(known) if among is None or at in among]
+        step = state.step(grad_sum, divisor, moved, Ahead([known[position] for position in moved], repeats, kept))
+        if into is not None:
+            step["master" if state.master is None else "weight"] = into
+        self.run(state, moved, step)
         return moved
 
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
@@ -185,6 +194,7 @@ class FusedStageOptimizer(StageOptimizer):
                         optimizer.state[param] = shard.cut(position, optimizer.state[param])
         self._states = [optimizer.make_state(owner, group) for owner, group in zip(owners, groups, strict=True)]
         optimizer.fused_states = self._states
+        self._shards_ahead: ShardsAhead | None = None
 
     @property
     def masks(self) -> bool:
@@ -233,12 +243,13 @@ class FusedStageOptimizer(StageOptimizer):
 
     def _send_weights(self, bucket: int) -> Pending[None]:
         assert self.shards is not None
+        return self.shards.send_weights(self._parts(bucket))
+
+    def _parts(self, bucket: int) -> list[list[int] | None]:
+        """Positions of a bucket in each flat group; None is all."""
         if self._buckets is None:
-            return self.shards.send_weights([None] * len(self.groups))
-        parts = [
-            self._buckets.part(bucket, number, range(len(group.params))) for number, group in enumerate(self.groups)
-        ]
-        return self.shards.send_weights(parts)
+            return [None] * len(self.groups)
+        return [self._buckets.part(bucket, number, range(len(one.params))) for number, one in enumerate(self.groups)]
 
     def state_by_name(self, *, copy: bool = True) -> dict[str, dict[str, Any]]:
         if self.shards is None:
@@ -267,6 +278,40 @@ class FusedStageOptimizer(StageOptimizer):
         grad_sum, known = self.accumulators[number].sums(before=before)
         self._states[number].refresh_masters()
         return self.optimizer.ahead(self._states[number], grad_sum, known, divisor, repeats, kept)
+
+    def prepare_ahead(self) -> int:
+        """Make ready for :meth:`ahead_together`; bytes of scratch buffers that it takes."""
+        assert self.shards is not None
+        self._shards_ahead = ShardsAhead(self.optimizer, self._states, self.shards)
+        return self._shards_ahead.nbytes
+
+    def ahead_together(
+        self, divisor: float, repeats: int, kept: Sequence[Tensor], *, before: bool, wanted: bool
+    ) -> list[list[int]]:
+        """:meth:`ahead` for all flat groups where replicas share out the optimizer's state; all of them call this.
+
+        When it returns a forward may begin: layers wait for their own weights, and :meth:`before_reading` for all.
+
+        Args:
+            kept: flat buffers of the groups' dtypes, which receive the weights as they were.
+            wanted: False leaves this replica's weights as they are.
+        """
+        self.before_reading()
+        assert self._shards_ahead is not None
+        assert isinstance(self.order, WeightGathers)
+        assert self.shards is not None
+        for state, group, true in zip(self._states, self.groups, kept, strict=True):
+            state.refresh_masters()
+            if wanted:
+                true.copy_(group.weight)
+        sums = [accumulator.sums(before=before) for accumulator in self.accumulators]
+        call = AheadCall(sums=sums, kept=kept, divisor=divisor, repeats=repeats, reduced=before, wanted=wanted)
+        for bucket in range(1 if self._buckets is None else self._buckets.count):
+            work = partial(self._shards_ahead.make, call, self._parts(bucket), first=bucket == 0)
+            self.order.expect(bucket, self.shards.replicas.submit("looking ahead", work))
+        self.before_forward()
+        moved = [state.movable(known) for state, (_, known) in zip(self._states, sums, strict=True)]
+        return moved if wanted else []
 
     def _copied_state(self, memory: Any) -> Any:
         return [state.copied(None if memory is None else memory[at]) for at, state in enumerate(self._states)]

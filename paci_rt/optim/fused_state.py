@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,10 @@ class FusedState:
         if steps is not None:
             return [int(count) for count in steps.tolist()]
         return [int(self.has_state(position)) for position in range(len(self.group.params))]
+
+    def movable(self, known: Sequence[bool]) -> list[int]:
+        """Positions of the parameters that can be put ahead: those of ``known`` gradients, and those with a past."""
+        return [position for position, count in enumerate(self.updates()) if known[position] or count]
 
     def step(self, grad_sum: Tensor, divisor: float, positions: list[int], ahead: Ahead | None = None) -> FlatStep:
         """What a step over the parameters at ``positions``, which ascend, is told: gradients ``grad_sum / divisor``,

@@ -19,6 +19,7 @@ from torch import Tensor
 from paci_rt.errors import DisagreementError
 from paci_rt.optim.accumulator import GradAccumulator
 from paci_rt.optim.flat import FlatGroup
+from paci_rt.optim.update_stream import Buckets
 from paci_rt.optim.verdict import Sealed
 from paci_rt.transport.replicas import Pending, Range, ReplicaGroup, shares
 
@@ -28,6 +29,7 @@ class Summed(Protocol):
 
     groups: list[FlatGroup]
     accumulators: list[GradAccumulator]
+    learned: Buckets | None
 
 
 @dataclass(kw_only=True)
@@ -37,11 +39,13 @@ class _Found:
     Attributes:
         touched: for each flat group which parameters got a gradient on any replica.
         flagged: a replica raised a flag of its own.
+        alike: all have learned the same parts in which updates can be waited for.
         squares: of the sum of each parameter, by flat group; nonfinite: infinite and NaN elements of each.
     """
 
     touched: list[tuple[bool, ...]]
     flagged: bool
+    alike: bool
     squares: list[Tensor]
     nonfinite: list[Tensor]
 
@@ -58,6 +62,8 @@ class ReplicaSums:
     Attributes:
         parts: for each flat group the part that each replica adds up.
         flagged: in the last window some replica's :meth:`begin` was given a flag.
+        buckets: parts in which its update can be waited for on all replicas; None where they know no common ones, as
+            where each asks other experts.
         reduce_s, waited_s: seconds that sums took, and seconds of them that the stage waited.
     """
 
@@ -69,8 +75,8 @@ class ReplicaSums:
         self._pending: Pending[_Found] | None = None
         self._found: _Found | None = None
         self.flagged = False
+        self.buckets: Buckets | None = None
         self.reduce_s = self.waited_s = 0.0
-        self._window = -1
 
     @property
     def begun(self) -> bool:
@@ -96,8 +102,11 @@ class ReplicaSums:
             group.check_views()
         flats = [accumulator.finished_flat() for accumulator in self._optimizer.accumulators]
         action = f"{self._stage}U{window}"
-        self._window = window
-        self._pending = self.group.submit(action, lambda: self._travel(window, flag, scale, own, flats))
+        self.buckets = self._optimizer.learned
+        parts = 0 if self.buckets is None else self.buckets.digest
+        scale_bits = int(torch.tensor(scale, dtype=torch.float64).view(torch.int64))
+        head = torch.tensor([self._layout, window, scale_bits, int(flag), parts], dtype=torch.int64)
+        self._pending = self.group.submit(action, lambda: self._travel(head, own, flats))
 
     def finish(self) -> Sealed:
         """The sums over all replicas, once they are there.
@@ -113,6 +122,8 @@ class ReplicaSums:
         self.waited_s += perf_counter() - begin
         self.reduce_s += pending.seconds
         self._found, self.flagged = found, found.flagged
+        if not found.alike:
+            self.buckets = None
         live = []
         for number, (accumulator, touched) in enumerate(zip(self._optimizer.accumulators, found.touched, strict=True)):
             accumulator.agreed = touched
@@ -152,9 +163,7 @@ class ReplicaSums:
 
     # --- in the thread ---
 
-    def _travel(self, window: int, flag: bool, scale: float, own: list[Tensor], flats: list[Tensor]) -> _Found:
-        scale_bits = int(torch.tensor(scale, dtype=torch.float64).view(torch.int64))
-        head = torch.tensor([self._layout, window, scale_bits, int(flag)], dtype=torch.int64)
+    def _travel(self, head: Tensor, own: list[Tensor], flats: list[Tensor]) -> _Found:
         heads = self.group.exchange(head)
         self._check(heads)
         touched = [torch.stack(self.group.exchange(one)).amax(0) for one in own]
@@ -168,6 +177,7 @@ class ReplicaSums:
         return _Found(
             touched=[tuple(bool(flag) for flag in one.tolist()) for one in touched],
             flagged=any(int(one[3]) for one in heads),
+            alike=len({int(one[4]) for one in heads}) == 1,
             squares=[one[0] for one in totals],
             nonfinite=[one[1] for one in totals],
         )

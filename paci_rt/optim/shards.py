@@ -151,7 +151,11 @@ class WeightGathers:
 
     def publish(self, bucket: int) -> None:
         """The own part of a bucket has been updated."""
-        self._under_way[bucket] = self._send(bucket)
+        self.expect(bucket, self._send(bucket))
+
+    def expect(self, bucket: int, coming: Pending[None]) -> None:
+        """Whoever reads a bucket's weights waits for this."""
+        self._under_way[bucket] = coming
 
     def set_buckets(self, buckets: int) -> None:
         """From now on updates come in other parts."""

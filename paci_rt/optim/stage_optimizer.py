@@ -97,6 +97,7 @@ class StageOptimizer(GradSink):
         history: updates that may have to be taken back; None where none ever has.
         replicas: sums over the replicas of the stage; None where there are none.
         shards: the parts of optimizer state that replicas have; None where each has all of it.
+        learned: parts in which updates can be waited for, by this stage's layers; None where they cannot.
     """
 
     optimizer: torch.optim.Optimizer | None = None
@@ -114,6 +115,7 @@ class StageOptimizer(GradSink):
         self.history: UpdateHistory | None = None
         self.replicas: ReplicaSums | None = None
         self.shards: Shards | None = None
+        self.learned: Buckets | None = None
         self._buckets: Buckets | None = None
         self._sealed: Sealed | None = None
 
@@ -148,12 +150,23 @@ class StageOptimizer(GradSink):
         waits for the whole update."""
         if self.order is None:
             return
-        self._buckets = Buckets(self._home, layers, len(self.groups)) if layers else None
-        self.order.set_buckets(1 if self._buckets is None else self._buckets.count)
+        self.learned = Buckets(self._home, layers, len(self.groups)) if layers else None
+        if self.shards is None:  # else what travels in parts has to be agreed on, in seal_window
+            self._set_buckets(self.learned)
+
+    def _set_buckets(self, buckets: Buckets | None) -> None:
+        if self.order is not None and buckets is not self._buckets:
+            self._buckets = buckets
+            self.order.set_buckets(1 if buckets is None else buckets.count)
+
+    @property
+    def _waits_by_layer(self) -> bool:
+        """Whether a forward waits layer by layer; not while its layers are others than those agreed on."""
+        return self._buckets is not None and self._buckets is self.learned
 
     def before_forward(self, *, whole: bool = False) -> None:
         """A forward is about to run; ``whole``: it reads weights in another way than by its layers."""
-        if whole or self._buckets is None:
+        if whole or not self._waits_by_layer:
             self.before_reading()
         elif self.order is not None:
             self.order.wait(0)
@@ -175,6 +188,8 @@ class StageOptimizer(GradSink):
         """
         if self._sealed is None and self.replicas is not None:
             self._sealed = self.replicas.finish()
+            if self.shards is not None:
+                self._set_buckets(self.replicas.buckets)
         if self._sealed is None:
             for group in self.groups:
                 group.check_views()

@@ -6,6 +6,7 @@ they are about to read weights, layer by layer. On the CPU an update is over whe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -93,6 +94,12 @@ class Buckets:
         for key, bucket in self.of_param.items():
             group, position = homes[key]
             self._positions[bucket][group].add(position)
+
+    @property
+    def digest(self) -> int:
+        """A number that equal parts have in common, above 0."""
+        text = repr([[sorted(positions) for positions in groups] for groups in self._positions])
+        return 1 + int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
     def part(self, bucket: int, group: int, positions: Iterable[int]) -> list[int]:
         """Those of ``positions`` in a flat group that are in a bucket."""

@@ -128,7 +128,7 @@ def make_setup(
     policy = policies.resolve(family, shape, policy)
     safety = resolve_safety(safety, optimizers, family, shape, policy, tied_weights)
     settles = safety.settles(family, shape.num_stages)
-    check_replicas(replicas, family, shape, policy, buffers, lookahead, safety, optimizers, tied_weights)
+    check_replicas(replicas, family, shape, policy, buffers, safety, optimizers, tied_weights)
     both = 2 if shape.overlap else 1
     lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights), settles=settles)
     if tied_weights and policy == "2bw":

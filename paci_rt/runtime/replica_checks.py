@@ -7,7 +7,7 @@ from typing import Any
 
 from paci_rt.runtime.replicas import Replicas
 from paci_rt.runtime.safety import Safety
-from paci_rt.schedules import ScheduleFamily, Shape, policies
+from paci_rt.schedules import ScheduleFamily, Shape
 from paci_rt.schedules.lowering import TiedWeight
 
 OVERLAPPING = ("bounded", "recompute")
@@ -39,7 +39,6 @@ def check_replicas(
     shape: Shape,
     policy: str,
     buffers: int | None,
-    lookahead: bool | None,
     safety: Safety,
     optimizers: Sequence[Any],
     ties: Sequence[TiedWeight],
@@ -70,9 +69,4 @@ def check_replicas(
         raise ValueError(
             "shard_optimizer=True under policy 'predict', which needs the momentum of all parameters on each replica: "
             "leave shard_optimizer out, or use another policy"
-        )
-    if policies.looks_ahead(family, policy, lookahead):
-        raise ValueError(
-            f"shard_optimizer=True under {family.name} with look-ahead, which needs the state of all parameters on "
-            "each replica: give lookahead=False (--no-lookahead), or leave shard_optimizer out"
         )

@@ -27,17 +27,10 @@ def check_replicas(config: Any) -> None:
     if config.device != "cpu":
         raise ValueError(f"--replicas {config.replicas} with --device {config.device}: replicas run on the CPU")
     _check_overlap(config)
-    if not config.zero1:
-        return
-    if config.optimizer not in SHARDABLE:
+    if config.zero1 and config.optimizer not in SHARDABLE:
         raise ValueError(
             f"--zero1 with --optimizer {config.optimizer}, whose state cannot be cut at any element: use "
             f"{', '.join(SHARDABLE)}"
-        )
-    if config.lookahead:
-        raise ValueError(
-            f"--zero1 under {config.schedule} with look-ahead, which needs the state of all parameters: give "
-            "--no-lookahead"
         )
 
 

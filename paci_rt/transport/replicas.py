@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
@@ -25,7 +25,7 @@ from paci_rt.transport.patience import describe
 BUCKET_BYTES = 1 << 20
 AHEAD = 2
 """Buckets under way at a time."""
-_SMALL, _SUMS, _WHOLE = 1, 2, 3
+_SMALL, _SUMS, _WHOLE, _SWAPPED = 1, 2, 3, 4
 LOOK_AFTER_S = 0.1
 JOIN_S = 2.0
 
@@ -138,6 +138,11 @@ class ReplicaGroup:
         """The other replicas."""
         return [at for at in range(self.size) if at != self.rank]
 
+    @property
+    def rounds(self) -> list[tuple[int, int]]:
+        """In which order replicas turn to each other, two at a time: whom this one gives to, and whom it takes from."""
+        return [((self.rank + by) % self.size, (self.rank - by) % self.size) for by in range(1, self.size)]
+
     def submit(self, action: str, work: Callable[[], T]) -> Pending[T]:
         """Let the thread do ``work`` after all that was submitted before; ``action`` names it in errors."""
         pending: Pending[T] = Pending(self, action)
@@ -244,6 +249,13 @@ class ReplicaGroup:
                     works += self._start_copies(flat, one)
         self._await(works)
 
+    def swap(self, out: Iterable[Tensor], to: int, into: Iterable[Tensor], source: int) -> None:
+        """Send flat tensors to one replica, and receive as many elements as ``into`` has from another, which sends
+        them to this one in the same call."""
+        works = [(to, self._send(piece, to, _SWAPPED)) for piece in _in_buckets(out)]
+        works += [(source, self._receive(piece, source, _SWAPPED)) for piece in _in_buckets(into)]
+        self._await(works)
+
     def _start_sums(
         self, flat: Tensor, parts: Sequence[Range], bucket: int, step: int, room: dict[int, Tensor]
     ) -> list[tuple[int, Any]]:
@@ -291,3 +303,9 @@ def _cut(part: Range, bucket: int, step: int) -> Range:
     """Bucket number ``bucket`` of a part."""
     start = min(part[1], part[0] + bucket * step)
     return start, min(part[1], start + step)
+
+
+def _in_buckets(flats: Iterable[Tensor]) -> Iterator[Tensor]:
+    for flat in flats:
+        if flat.numel():
+            yield from flat.split(max(1, BUCKET_BYTES // flat.element_size()))

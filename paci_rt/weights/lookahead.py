@@ -52,7 +52,8 @@ class LookAhead:
     """Puts a stage's weights ahead for the time of a forward.
 
     fp32 weights are kept in a scratch buffer meanwhile; of the others the masters bring the true ones back. Weights
-    ahead that several forwards share stay in that buffer between those, and change places with the true ones.
+    ahead that several forwards share stay in that buffer between those, and change places with the true ones. Where
+    replicas share out masters and optimizer state, all weights have such a buffer, of their dtype.
 
     Args:
         optimizer: the stage's optimizer.
@@ -83,6 +84,8 @@ class LookAhead:
         require_look_ahead(optimizer)
         assert isinstance(optimizer, FusedStageOptimizer)
         self._optimizer, self._true = optimizer, ScratchWeights(optimizer)
+        self._together = optimizer.shards is not None
+        self._scratch_bytes = optimizer.prepare_ahead() if self._together else 0
         self._accumulation, self._share = accumulation, divisor / (accumulation * replicas)
         self._replicas = replicas
         self._careful = careful
@@ -102,7 +105,8 @@ class LookAhead:
     @property
     def nbytes(self) -> int:
         """Bytes of the scratch buffers."""
-        return self._true.nbytes + sum(shared.nbytes for shared in self._shared if shared is not None)
+        shared = sum(shared.nbytes for shared in self._shared if shared is not None)
+        return self._true.nbytes + shared + self._scratch_bytes
 
     @contextmanager
     def ahead(self, updates: int, micro_batches: int) -> Iterator[None]:
@@ -130,17 +134,12 @@ class LookAhead:
 
     def _make(self, updates: int, micro_batches: int) -> tuple[list[list[int]], bool]:
         before = micro_batches == 0
-        if self._careful and not before and not self._finite():
-            return [], False
+        wanted = before or not self._careful or self._finite()
         divisor = (micro_batches or self._accumulation * self._replicas) * self._share
         divisor *= (self.scales[0] if before else self.scales[1]) / (self.factor or 1.0)
         kept = self._shares and not before
         self._known = 0  # the scratch buffer is about to be overwritten
-        with _without_autocast(self._optimizer.groups[0].device):
-            moved = [
-                self._optimizer.ahead(number, divisor, updates, scratch, before=before)
-                for number, scratch in enumerate(self._true.kept)
-            ]
+        moved = self._moves(divisor, updates, before=before, wanted=wanted)
         if kept:
             self._moved, self._known, self._versions = moved, micro_batches, self._param_versions()
             for shared, group in zip(self._shared, self._optimizer.groups, strict=True):
@@ -148,8 +147,21 @@ class LookAhead:
                     shared.copy_(group.weight)
         return moved, kept
 
+    def _moves(self, divisor: float, updates: int, *, before: bool, wanted: bool) -> list[list[int]]:
+        """Positions of the parameters that moved, in each group; none at all where it is not wanted."""
+        optimizer, kept = self._optimizer, self._true.kept
+        with _without_autocast(optimizer.groups[0].device):
+            if self._together:
+                true = [one for one in kept if one is not None]
+                return optimizer.ahead_together(divisor, updates, true, before=before, wanted=wanted)
+            if not wanted:
+                return []
+            return [optimizer.ahead(at, divisor, updates, one, before=before) for at, one in enumerate(kept)]
+
     def _bring_back(self, moved: list[list[int]], *, kept: bool) -> None:
         """The true weights are current again; ``kept``: those ahead will be asked for once more."""
+        if self._together:
+            self._optimizer.before_reading()  # a forward waits for the layers that it has
         for number, positions in enumerate(moved):
             if kept and self._shared[number] is None:
                 self._true.trade(number, positions)
@@ -170,11 +182,12 @@ class LookAhead:
         return all(bool(end.isfinite().all()) for end in ends)
 
     def _reuse(self) -> list[list[int]]:
-        for number, (shared, group) in enumerate(zip(self._shared, self._optimizer.groups, strict=True)):
+        for number, positions in enumerate(self._moved):
+            shared = self._shared[number]
             if shared is None:
-                self._true.trade(number, self._moved[number])
+                self._true.trade(number, positions)
             else:
-                group.weight.copy_(shared)
+                self._optimizer.groups[number].weight.copy_(shared)
         return self._moved
 
     def _param_versions(self) -> list[int]:

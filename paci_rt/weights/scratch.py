@@ -15,8 +15,8 @@ _LARGE_BLOCK = 1 << 23
 
 
 class ScratchWeights:
-    """Brings a stage's weights back after they were moved in place: from fp32 masters where there are any, else from a
-    scratch copy.
+    """Brings a stage's weights back after they were moved in place: from fp32 masters where this replica has all of
+    them, else from a scratch copy.
 
     Args:
         optimizer: the stage's optimizer.
@@ -25,7 +25,7 @@ class ScratchWeights:
     def __init__(self, optimizer: StageOptimizer) -> None:
         self._optimizer = optimizer
         self.kept: list[Tensor | None] = [
-            torch.zeros_like(group.weight) if optimizer.master(number) is None else None
+            torch.zeros_like(group.weight) if optimizer.shards is not None or optimizer.master(number) is None else None
             for number, group in enumerate(optimizer.groups)
         ]
         """Scratch copy of each flat group, to be filled before its weights move; None where there are masters."""

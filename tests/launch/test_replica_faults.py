@@ -22,7 +22,7 @@ OPTIONS = ["--stages", "2", "--replicas", "2", "--batch-size", "8", "--accumulat
 OPTIONS += ["--eval-batches", "1", "--eval-interval", "0", "--save-interval", "5", "--steps", "4000"]
 SCHEDULES = {
     "paci": ["--schedule", "paci"],
-    "paci, ZeRO-1": ["--schedule", "paci", "--zero1", "--no-lookahead"],
+    "paci, ZeRO-1": ["--schedule", "paci", "--zero1"],
     "1f1b, ZeRO-1": ["--schedule", "1f1b", "--zero1"],
 }
 

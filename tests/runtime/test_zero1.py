@@ -88,7 +88,6 @@ def test_state_moves_between_sharded_and_whole(workers: Any, schedule: str) -> N
 REFUSED = {
     "shard_optimizer=True with Muon": {"optimizer": "muon"},
     "shard_optimizer=True with AdamW": {"optimizer": "torch-adamw"},
-    "with look-ahead": {"schedule": "paci", "lookahead": True},
     "policy 'predict'": {"schedule": "paci", "policy": "predict"},
 }
 

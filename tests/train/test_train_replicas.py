@@ -51,8 +51,7 @@ def test_replicas_are_one_pipeline_with_all_micro_batches(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("schedule", ["1f1b", "paci"])
 def test_resumed_equals_never_stopped_and_zero1_equals_whole(tmp_path: Path, schedule: str) -> None:
-    options = {"schedule": schedule, "steps": 6, "eval_interval": 3, "lookahead": False if schedule == "paci" else None}
-    options["lr_steps"], options["warmup_steps"] = 6, 1
+    options = {"schedule": schedule, "steps": 6, "eval_interval": 3, "lr_steps": 6, "warmup_steps": 1}
     whole = run(**options, save_interval=3, out=str(tmp_path / "whole"))
     shards = run(**options, zero1=True, save_interval=3, out=str(tmp_path / "shards"), keep_checkpoints=3)
     assert shards.params_sha256 == whole.params_sha256
@@ -72,7 +71,6 @@ def test_resumed_equals_never_stopped_and_zero1_equals_whole(tmp_path: Path, sch
         ({"transport": "local"}, "--transport local, which has one process"),
         ({"zero1": True, "optimizer": "muon"}, "--zero1 with --optimizer muon"),
         ({"zero1": True, "optimizer": "torch-adamw"}, "--zero1 with --optimizer torch-adamw"),
-        ({"zero1": True, "schedule": "paci"}, "--no-lookahead"),
         ({"zero1": True, "replicas": 1}, "--zero1 is for several replicas"),
         ({"overlap": 1}, "--overlap 1 under 1f1b"),
         ({"overlap": 2, "schedule": "paci"}, "give 0 to 1"),
