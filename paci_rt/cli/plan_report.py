@@ -14,7 +14,7 @@ from paci_rt.planner import AS_FAST, Candidate, Plan, Prediction, Profile, Token
 from paci_rt.planner.token_overhead import NONE
 from paci_rt.report import text
 from paci_rt.report.machine import machine
-from paci_rt.schedules import policies
+from paci_rt.schedules import Placement, policies
 from paci_rt.schedules.slack import slack_text
 from paci_rt.train.families import MODELS
 
@@ -138,7 +138,8 @@ def _ms(value_s: float) -> str:
 
 def _plan_text(profile: Profile, plan: Plan) -> str:
     chosen, found = plan.chosen, _predicted(plan.chosen)
-    ranks, seconds = len(plan.device_speeds), _seconds(profile, plan)
+    ranks, pieces = len(plan.device_speeds), _piece_seconds(profile, plan)
+    seconds = [sum(one) for one in pieces]
     mean_s = sum(seconds) / ranks
     sequences = chosen.accumulation * profile.profiled["rows"]
     tokens_per_s = found.micro_batches_per_s * profile.profiled["rows"] * profile.profiled["seq_len"]
@@ -155,7 +156,7 @@ def _plan_text(profile: Profile, plan: Plan) -> str:
         f"  balance     the busiest device computes {_ms(max(seconds))} per micro-batch, all of them {_ms(mean_s)} "
         f"on average: {text.share(mean_s / max(seconds))}",
     ]
-    return "\n".join(lines) + "\n\n" + _devices_table(profile, plan, seconds)
+    return "\n".join(lines) + "\n\n" + _devices_table(profile, plan, pieces)
 
 
 def _overhead_lines(plan: Plan) -> list[str]:
@@ -217,28 +218,37 @@ def _options(one: Candidate) -> str:
     return ", ".join(parts)
 
 
-def _seconds(profile: Profile, plan: Plan) -> list[float]:
-    """Compute time of a micro-batch on each device."""
-    assert plan.chosen.partition is not None
-    costs = stage_costs(profile, plan.chosen.partition, device_speeds=plan.device_speeds)
-    stages, ranks = len(plan.chosen.partition), len(plan.device_speeds)
-    parts = [costs.per_stage(name, stages) for name in ("forward_s", "input_grad_s", "weight_grad_s")]
-    parts.append(np.where(plan.chosen.recomputing(ranks), parts[0], 0.0))
-    return [float(sum(part[rank::ranks].sum() for part in parts)) for rank in range(ranks)]
+def _places(plan: Plan) -> Placement:
+    """Which device holds which pieces."""
+    shape = plan.chosen.shape(len(plan.device_speeds))
+    return Placement(num_stages=shape.num_stages, chunks=shape.chunks, name=shape.placement)
 
 
-def _devices_table(profile: Profile, plan: Plan, seconds: Sequence[float]) -> str:
-    """A row per device: what it holds, computes and keeps."""
+def _piece_seconds(profile: Profile, plan: Plan) -> list[list[float]]:
+    """Compute time of a micro-batch on each piece of each device."""
     assert plan.chosen.partition is not None
-    bounds, ranks = profile.bounds(plan.chosen.partition), len(plan.device_speeds)
+    places, speeds = _places(plan), plan.device_speeds
+    costs = stage_costs(profile, plan.chosen.partition, device_speeds=speeds, placement=places.name)
+    names = ("forward_s", "input_grad_s", "weight_grad_s")
+    parts = [costs.per_stage(name, places.num_stages) for name in names]
+    parts.append(np.where(plan.chosen.recomputing(places.ranks), parts[0], 0.0))
+    total = np.sum(parts, axis=0)
+    return [[float(total[stage]) for stage in places.stages_of(rank)] for rank in range(places.ranks)]
+
+
+def _devices_table(profile: Profile, plan: Plan, seconds: Sequence[Sequence[float]]) -> str:
+    """A row per device: what it holds, computes and keeps; of several pieces how long each takes."""
+    assert plan.chosen.partition is not None
+    bounds, places = profile.bounds(plan.chosen.partition), _places(plan)
     rows = []
     for rank, need in enumerate(_predicted(plan.chosen).peak_memory_bytes):
-        mine = bounds[rank::ranks]
+        mine, times = [bounds[stage] for stage in places.stages_of(rank)], seconds[rank]
         held = "; ".join(_names(profile, *bound) for bound in mine)
         limit = plan.limits.memory_bytes[rank]
         share = text.share(need / limit) if math.isfinite(limit) else text.NOTHING
         weights = sum(block.parameter_bytes for start, end in mine for block in profile.blocks[start:end])
-        cells = (f"{plan.device_speeds[rank]:g}", _ms(seconds[rank]), text.size(weights), text.size(need), share)
+        taken = _ms(sum(times)) + (f" ({' + '.join(map(_ms, times))})" if len(times) > 1 else "")
+        cells = (f"{plan.device_speeds[rank]:g}", taken, text.size(weights), text.size(need), share)
         rows.append((str(rank), held, *cells))
     header = ("device", "blocks", "speed", "per micro-batch", "weights", "peak memory", "of its limit")
     return text.table(header, rows)

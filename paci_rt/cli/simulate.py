@@ -95,7 +95,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option(group, "--profile", str, "FILE", "take the costs from a file of paci-rt plan --profile; options given "
            "here replace its values")  # fmt: skip
     option(group, "--partition", integers, "N,N,...", "blocks of the profile per stage, or per piece with --chunks "
-           "(default: balanced by time)")  # fmt: skip
+           "(default: balanced by the time of each stage, or of all its pieces)")  # fmt: skip
     group = parser.add_argument_group("results")
     option(group, "--plot", str, "FILE.png", "draw the timeline")
     group.add_argument("--frontier", action="store_true", help="of paci-v: print what more and fewer activations buy, "
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     family = schedules.get(args.schedule)
     shape = _shape(args, family)
     policy = policies.resolve(family, shape, args.policy)
-    costs, partition = _costs(args, shape)
+    costs, partition = _costs(args, family, shape, policy)
     if args.slack == AUTO:
         shape = replace(shape, slack=_planned(costs, family, shape, policy))
         policies.resolve(family, shape, policy)
@@ -191,14 +191,16 @@ def _shape(args: argparse.Namespace, family: ScheduleFamily) -> Shape:
     return shape
 
 
-def _costs(args: argparse.Namespace, shape: Shape) -> tuple[Costs, tuple[int, ...] | None]:
+def _costs(
+    args: argparse.Namespace, family: ScheduleFamily, shape: Shape, policy: str
+) -> tuple[Costs, tuple[int, ...] | None]:
     """What the options and the profile say, with a value for every stage; and the partition."""
     values: dict[str, Any] = {"forward_s": (MS,), "input_grad_s": (MS,), "weight_grad_s": (MS,)}
     if args.profile is None:
         values = {name: tuple(value / shape.chunks for value in given) for name, given in values.items()}
         base, partition = Costs(**values), None
     else:
-        base, partition = _profiled(args, shape)
+        base, partition = _profiled(args, family, shape, policy)
     given: dict[str, Any] = {"noise": _in_range("--noise", args.noise, "noise"), "seed": args.seed}
     for flag, field, unit, shared, *_ in _COSTS:
         value = getattr(args, flag[2:].replace("-", "_"))
@@ -240,28 +242,29 @@ def _per_stage(flag: str, values: Sequence[float], shape: Shape, *, shared: bool
     return tuple(values[one] / cut for one in at)
 
 
-def _profiled(args: argparse.Namespace, shape: Shape) -> tuple[Costs, tuple[int, ...]]:
-    import numpy as np
-
+def _profiled(
+    args: argparse.Namespace, family: ScheduleFamily, shape: Shape, policy: str
+) -> tuple[Costs, tuple[int, ...]]:
     from paci_rt import planner
-    from paci_rt.planner.partition import best_partition
-    from paci_rt.planner.stage_costs import Spans
+    from paci_rt.planner.candidate import Limits
+    from paci_rt.planner.evaluate import Evaluator
 
     profile = planner.load_profile(args.profile)
     partition = args.partition
     if partition is None:
-        spans = Spans(profile=profile, stages=shape.num_stages)
-
-        def seconds(stage: int) -> Any:
-            times = sum(spans.total(name, stage) for name in ("forward_s", "input_grad_s", "weight_grad_s"))
-            return np.where(spans.allowed(), times, np.inf)
-
-        partition = best_partition(seconds, shape.num_stages, profile.middle)
-        if partition is None:
+        if shape.num_stages > profile.middle:
             raise ValueError(
                 f"--stages is {shape.ranks}: the profile has only {profile.middle} blocks to cut"
                 f"{f' into {shape.num_stages} pieces' if shape.chunks > 1 else ''}; use fewer"
             )
+        limits = Limits(memory_bytes=(math.inf,) * shape.ranks, measured=False)
+        judge = Evaluator(profile=profile, speeds=(1.0,) * shape.ranks, limits=limits)
+        window = min(shape.accumulation, 4 * shape.num_stages)
+        one = planner.Candidate(schedule=family.name, policy=policy, accumulation=window, chunks=shape.chunks)
+        found = judge.best_cut(one, family) if shape.chunks > 1 else judge.prepare(one, family)
+        if found.partition is None:
+            raise ValueError(str(found.rejected))
+        partition = found.partition
     return planner.stage_costs(profile, partition), partition
 
 

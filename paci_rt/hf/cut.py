@@ -15,6 +15,7 @@ from paci_rt.hf.adapters import check_adapters, inner
 from paci_rt.hf.layout import Layout, layout_of, parts_of
 from paci_rt.hf.load import from_folder, model_on_meta, whole_model
 from paci_rt.hf.stage_module import StageOfModel, own_copy
+from paci_rt.schedules import Placement
 from paci_rt.schedules.lowering import TiedWeight
 from paci_rt.wording import shown
 
@@ -22,7 +23,12 @@ CHECKED_ROWS, CHECKED_TOKENS = 2, 8
 
 
 def split(
-    model: Any, num_stages: int, *, partition: Sequence[int] | None = None, check: bool = True
+    model: Any,
+    num_stages: int,
+    *,
+    partition: Sequence[int] | None = None,
+    placement: Placement | None = None,
+    check: bool = True,
 ) -> list[StageOfModel]:
     """Cut a causal or masked language model of ``transformers`` into stages, without copying it.
 
@@ -35,6 +41,7 @@ def split(
         model: GPT-2, Llama, Qwen, Mistral, Mixtral, BERT, ModernBERT, or another one with one list of layers.
         num_stages: at most as many as it has layers.
         partition: layers of each stage; None balances their parameters, those of the head included.
+        placement: which rank holds which stages, where it holds several: what is balanced is a rank, not a stage.
         check: compare stages and model once, on 16 random tokens.
 
     Returns:
@@ -54,7 +61,7 @@ def split(
         >>> stages[0].tied_weights[0].owner, stages[0].tied_weights[0].reader
         ('transformer.wte.weight', 'lm_head.weight')
     """
-    _, stages = _stages_of(model, num_stages, partition)
+    _, stages = _stages_of(model, num_stages, partition, placement)
     if check:
         _check(model, stages)
     return stages
@@ -67,6 +74,7 @@ def stage(
     device: torch.device | str = "cpu",
     *,
     partition: Sequence[int] | None = None,
+    placement: Placement | None = None,
     dtype: torch.dtype | None = None,
 ) -> StageOfModel:
     """One stage of a model, for the process that runs it; otherwise as :func:`split`.
@@ -77,7 +85,7 @@ def stage(
         stage_index: 0 ... ``num_stages - 1``.
         num_stages: stages of the whole pipeline.
         device: where the stage's tensors are to be.
-        partition: as in :func:`split`; the same on all ranks.
+        partition, placement: as in :func:`split`; the same on all ranks.
         dtype: of the parameters; None is that of the model or the folder.
 
     Raises:
@@ -87,11 +95,11 @@ def stage(
     if isinstance(stage_index, bool) or not isinstance(stage_index, int) or not 0 <= stage_index < num_stages:
         raise ValueError(f"stage_index is {stage_index!r}: give an integer from 0 to {num_stages - 1}")
     if isinstance(model_or_path, nn.Module):
-        found = split(model_or_path, num_stages, partition=partition)[stage_index]
+        found = split(model_or_path, num_stages, partition=partition, placement=placement)[stage_index]
     else:
         folder = Path(model_or_path)
         model = model_on_meta(folder, dtype)
-        layout, stages = _stages_of(model, num_stages, partition)
+        layout, stages = _stages_of(model, num_stages, partition, placement)
         found, why = stages[stage_index], ""
         if not layout.sure:
             why = (
@@ -106,11 +114,13 @@ def stage(
         if why:
             warnings.warn(why, stacklevel=2)
             model = whole_model(model, folder, dtype)
-            found = split(model, num_stages, partition=partition)[stage_index]
+            found = split(model, num_stages, partition=partition, placement=placement)[stage_index]
     return found.to(device=device, dtype=dtype) if dtype is not None else found.to(device)
 
 
-def _stages_of(model: Any, num_stages: int, partition: Sequence[int] | None) -> tuple[Layout, list[StageOfModel]]:
+def _stages_of(
+    model: Any, num_stages: int, partition: Sequence[int] | None, placement: Placement | None
+) -> tuple[Layout, list[StageOfModel]]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{shown(model, 60)} is no model of transformers: give one, such as a LlamaForCausalLM")
     check_adapters(model)
@@ -121,7 +131,7 @@ def _stages_of(model: Any, num_stages: int, partition: Sequence[int] | None) -> 
             f"{type(base).__name__} has no head that gives logits of tokens: give a causal or masked language model of "
             "transformers, such as a LlamaForCausalLM"
         )
-    return layout, _cut(model, layout, parts_of(model, layout, num_stages, partition))
+    return layout, _cut(model, layout, parts_of(model, layout, num_stages, partition, placement))
 
 
 def _cut(model: Any, layout: Layout, counts: Sequence[int]) -> list[StageOfModel]:

@@ -10,7 +10,12 @@ import numpy as np
 from torch import nn
 
 from paci_rt.hf.probe import probe
+from paci_rt.planner import BlockProfile, Profile
 from paci_rt.planner.partition import best_partition
+from paci_rt.planner.profile import BYTES
+from paci_rt.planner.rank_loads import RankLoads
+from paci_rt.planner.rank_partition import best_by_rank
+from paci_rt.schedules import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +98,32 @@ def _beside(part: nn.Module, path: str, layers: str, before: list[str], after: l
             after.append(full)  # what has no parameters, such as rotary tables, every stage may need
 
 
-def parts_of(model: nn.Module, layout: Layout, num_stages: int, partition: Sequence[int] | None) -> tuple[int, ...]:
+def parts_of(
+    model: nn.Module,
+    layout: Layout,
+    num_stages: int,
+    partition: Sequence[int] | None,
+    placement: Placement | None = None,
+) -> tuple[int, ...]:
     """Layers of each stage.
 
     Args:
         model, layout: what is cut.
         num_stages: into so many stages.
         partition: layers of each stage; None balances parameters that take part in products: all but embeddings.
+        placement: which rank holds which stages; what is balanced is a rank then. None is one stage a rank.
 
     Raises:
-        ValueError: more stages than layers, or a partition that is none.
+        ValueError: more stages than layers, a partition that is none, or a placement of other stages.
     """
     if isinstance(num_stages, bool) or not isinstance(num_stages, int) or num_stages < 1:
         raise ValueError(f"num_stages is {num_stages!r}: give an integer of at least 1")
     if num_stages > layout.count:
         raise ValueError(f"num_stages is {num_stages}, and the model has {layout.count} layers: give at most as many")
+    if placement is not None and not (isinstance(placement, Placement) and placement.num_stages == num_stages):
+        raise ValueError(
+            f"placement is {placement!r}: give a paci_rt.schedules.Placement of {num_stages} stages, or None"
+        )
     if partition is not None:
         counts = tuple(partition)
         if len(counts) != num_stages or any(one < 1 for one in counts) or sum(counts) != layout.count:
@@ -117,15 +133,28 @@ def parts_of(model: nn.Module, layout: Layout, num_stages: int, partition: Seque
         return counts
     layers = [sum(param.numel() for param in layer.parameters()) for layer in _list(model, layout)]
     head = sum(param.numel() for name in layout.after for param in model.get_submodule(name).parameters())
-    sums = np.concatenate([[0.0], np.cumsum(np.array(layers, dtype=np.float64))])
+    return _balanced(layers, head, placement or Placement(num_stages=num_stages))
+
+
+def _balanced(layers: Sequence[int], head: int, places: Placement) -> tuple[int, ...]:
+    """Layers of each stage, by what each and the head cost; with several stages a rank their sum is balanced."""
+    stages, sums = places.num_stages, np.concatenate([[0.0], np.cumsum(np.array(layers, dtype=np.float64))])
 
     def cost_of(stage: int) -> Any:
-        cost = sums[None, :] - sums[:, None] + (head if stage == num_stages - 1 else 0.0)
+        cost = sums[None, :] - sums[:, None] + (head if stage == stages - 1 else 0.0)
         return np.where(np.arange(len(sums))[:, None] < np.arange(len(sums))[None, :], cost, np.inf)
 
-    found = best_partition(cost_of, num_stages, layout.count)
+    found = best_partition(cost_of, stages, len(layers))
     assert found is not None
-    return found
+    if places.chunks == 1:
+        return found
+    none: dict[str, Any] = dict.fromkeys((*BYTES, "input_grad_s", "weight_grad_s"), 0)
+    work = [*(("middle", one) for one in layers), ("last", head)]
+    blocks = tuple(BlockProfile(name=role, role=role, forward_s=float(one), **none) for role, one in work)
+    speeds, again = (1.0,) * places.ranks, (False,) * stages
+    best = best_by_rank(RankLoads(profile=Profile(blocks=blocks), places=places, speeds=speeds, again=again), found)
+    assert best is not None, "without a limit of memory there is one"
+    return best
 
 
 def _list(model: nn.Module, layout: Layout) -> nn.ModuleList:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from paci_rt.planner.candidate import Candidate, Prediction
-from paci_rt.planner.choose import AS_FAST, Plan, plan
+from paci_rt.planner.candidate import AS_FAST, Candidate, Prediction
+from paci_rt.planner.choose import Plan, plan
 from paci_rt.planner.frontier import FrontierPoint, frontier
 from paci_rt.planner.profile import BlockProfile, Profile, load_profile, parse_profile
 from paci_rt.planner.stage_costs import stage_costs, step_costs

@@ -10,6 +10,9 @@ from paci_rt.planner.token_overhead import NONE, TokenOverhead
 from paci_rt.schedules import Shape, Slack, StepCosts, policies
 from paci_rt.schedules.slack import slack_text
 
+AS_FAST = 0.01
+"""Rates within this share of the best count as equal: a simulation is no more exact than that."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:

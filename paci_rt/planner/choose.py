@@ -3,11 +3,13 @@
 Every combination of schedule, policy, accumulation and chunks is a candidate, with no slack and, where messages take
 time, with as much by stage as hides some or all of it (:mod:`paci_rt.schedules.slack`). For each, an exact dynamic
 program (:mod:`paci_rt.planner.partition`) cuts the model so that the slowest stage is as fast as possible within the
-memory of each device; the simulator then says how fast the pipeline would run. Candidates that break a limit come back
-with the reason. Memory counts what a stage keeps: weights, optimizer state, one accumulator, further weight versions,
-activations in flight and stashes. The workspace of a kernel and the process itself come on top.
+memory of each device; the simulator then says how fast the pipeline would run. Where a device has several stages, what
+counts is their sum: a few partitions (:mod:`paci_rt.planner.rank_cuts`) are simulated, and the best of them is kept.
+Candidates that break a limit come back with the reason. Memory counts what a stage keeps: weights, optimizer state, one
+accumulator, further weight versions, activations in flight and stashes. The workspace of a kernel and the process
+itself come on top.
 
-Searched schedules (``zb-1p``, ``zb-2p``) are fitted to the stages of the partition, see
+Searched schedules (``zb-1p``, ``zb-2p``, ``paci-v``) are fitted to the stages of the partition, see
 :func:`paci_rt.planner.stage_costs.step_costs`.
 """
 
@@ -20,7 +22,7 @@ from typing import Any
 
 from paci_rt import schedules as families
 from paci_rt.planner.arguments import check_choices, check_limit, memory_limits, need_list
-from paci_rt.planner.candidate import MEMORY, OVERHEAD, Candidate, Limits, mib
+from paci_rt.planner.candidate import AS_FAST, MEMORY, OVERHEAD, Candidate, Limits, mib
 from paci_rt.planner.evaluate import Evaluator
 from paci_rt.planner.profile import Profile
 from paci_rt.planner.stage_costs import device_speeds_of
@@ -31,9 +33,6 @@ from paci_rt.wording import shown
 
 MEASURED = "measured"
 """In place of a limit of delay: schedules whose token overhead was measured, or others near them, compete by it."""
-
-AS_FAST = 0.01
-"""Rates within this share of the best count as equal: a simulation is no more exact than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +248,7 @@ def _evaluate(
         elif choose_slack and family.takes_slack:
             prepared += evaluator.with_slack(one, family)
         else:
-            prepared += [evaluator.prepare(one, family)]
+            prepared += evaluator.with_cuts(one, family)
     fitting: list[Candidate] = []
     rejected = [one for one in prepared if one.rejected is not None]
     bounds = [(_bound(evaluator, one, family), one) for one in prepared if one.rejected is None]
@@ -264,7 +263,19 @@ def _evaluate(
         fitting.append(simulated)
         assert simulated.predicted is not None
         best = max(best, simulated.predicted.progress_per_s)
-    return fitting, rejected
+    return _one_cut_each(fitting, rejected)
+
+
+def _one_cut_each(fitting: list[Candidate], rejected: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """Of candidates that differ in their partition alone, the best that fits, or else the nearest miss."""
+    found: dict[Candidate, Candidate] = {}
+    for one in (*_ranked(fitting), *sorted(rejected, key=lambda one: one.severity)):
+        options = replace(
+            one, partition=None, step_costs=None, predicted=None, rejected=None, needs_bytes=None, severity=(0, 0.0)
+        )
+        found.setdefault(options, one)
+    kept = set(map(id, found.values()))
+    return [one for one in fitting if id(one) in kept], [one for one in rejected if id(one) in kept]
 
 
 def _bound(evaluator: Evaluator, one: Candidate, family: families.ScheduleFamily) -> float:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from paci_rt.planner.candidate import MEMORY, OVERHEAD, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
+from paci_rt.planner.candidate import AS_FAST, MEMORY, OVERHEAD, SHAPE, VERSIONS, Candidate, Limits, Prediction, mib
 from paci_rt.planner.frontier import limits_to_try
 from paci_rt.planner.memory import Keeps, copies_beside, needs, peak_bytes, what_is_kept
 from paci_rt.planner.partition import best_partition
 from paci_rt.planner.profile import Profile
+from paci_rt.planner.rank_cuts import cuts_by_rank
 from paci_rt.planner.stage_costs import Spans, loops, stage_costs, step_costs
 from paci_rt.planner.token_overhead import OverheadTable, TokenOverhead, packaged
 from paci_rt.schedules import ScheduleFamily, Shape, Slack, policies, v_search
@@ -47,6 +48,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         self._partitions: dict[Any, tuple[int, ...] | None] = {}
+        self._cuts: dict[Any, list[tuple[int, ...]]] = {}
 
     @property
     def ranks(self) -> int:
@@ -55,7 +57,8 @@ class Evaluator:
     def prepare(self, one: Candidate, family: ScheduleFamily) -> Candidate:
         """``one`` with its partition, or with the reason why it is rejected.
 
-        A searched schedule gets the partition that no memory limit narrows down: :meth:`simulate` sees to the limits.
+        A searched schedule gets the partition that no memory limit narrows down, and several stages a device the one
+        that is best for stages, see :meth:`with_cuts`: :meth:`simulate` sees to the limits.
         """
         shape = one.shape(self.ranks)
         if shape.num_stages > self.profile.middle:
@@ -94,18 +97,57 @@ class Evaluator:
         return list(found.values())
 
     def with_limits(self, one: Candidate, family: ScheduleFamily) -> list[Candidate]:
-        """``one`` fitted to its partition, without a limit of activations and with some: see :meth:`prepare`."""
-        one = self.prepare(one, family)
-        if one.rejected is not None:
+        """``one`` on the best of its partitions, fitted to that, without a limit of activations and with some: see
+        :meth:`prepare`."""
+        one = replace(self.best_cut(one, family), predicted=None)
+        if one.step_costs is None:
             return [one]
-        fitted = replace(one, step_costs=step_costs(self._costs(one), one.recomputing(self.ranks)))
-        assert fitted.step_costs is not None
-        try:
-            limits = limits_to_try(self.ranks, fitted.step_costs)
-        except ValueError as error:
-            return [replace(one, rejected=str(error), severity=(SHAPE, 0.0))]
-        found = [replace(fitted, activation_limit=limit) for limit in limits]
+        one = replace(one, rejected=None, needs_bytes=None, severity=(0, 0.0))  # a limit may help
+        assert one.step_costs is not None
+        limits = limits_to_try(self.ranks, one.step_costs)
+        found = [replace(one, activation_limit=limit) for limit in limits]
         return [self._broken(each, family, each.shape(self.ranks)) or each for each in found]
+
+    def best_cut(self, one: Candidate, family: ScheduleFamily) -> Candidate:
+        """``one`` on the best of its partitions, simulated: the one with the least memory of those that are about as
+        fast as the fastest. Where none fits, the nearest miss."""
+        try:
+            cuts = self.with_cuts(one, family)
+            if family.takes_costs and one.step_costs is None:
+                cuts = [cut if cut.rejected else self._to_its_stages(cut) for cut in cuts]
+            found = [cut if cut.rejected else self.simulate(cut, family) for cut in cuts]
+        except ValueError as error:
+            return replace(one, rejected=str(error), severity=(SHAPE, 0.0))
+        fitting = [(cut, cut.predicted) for cut in found if cut.rejected is None and cut.predicted is not None]
+        if not fitting:
+            return min(found, key=lambda cut: cut.severity)
+        fastest = max(predicted.micro_batches_per_s for _, predicted in fitting)
+        equal = [pair for pair in fitting if pair[1].micro_batches_per_s >= (1 - AS_FAST) * fastest]
+        return min(equal, key=lambda pair: max(pair[1].peak_memory_bytes))[0]
+
+    def _to_its_stages(self, one: Candidate) -> Candidate:
+        return replace(one, step_costs=step_costs(self._costs(one), one.recomputing(self.ranks)))
+
+    def with_cuts(self, one: Candidate, family: ScheduleFamily) -> list[Candidate]:
+        """``one`` on the partitions that may be best, where a device has several stages: see :meth:`prepare`.
+
+        Raises:
+            ValueError: no order can be fitted to them.
+        """
+        one = self.prepare(one, family)
+        if one.partition is None or one.chunks == 1:
+            return [one]
+        key = (one.accumulation, one.policy, one.schedule, one.chunks, one.lookahead)
+        if key not in self._cuts:
+            self._cuts[key] = cuts_by_rank(
+                self.profile,
+                one,
+                family,
+                speeds=self.speeds,
+                limits_bytes=self.limits.memory_bytes,
+                by_stage=one.partition,
+            )
+        return [replace(one, partition=cut) for cut in self._cuts[key]]
 
     def _broken(
         self, one: Candidate, family: ScheduleFamily, shape: Shape, *, order_known: bool = True
@@ -188,15 +230,14 @@ class Evaluator:
     def _fitted(self, one: Candidate, family: ScheduleFamily) -> Candidate:
         """``one`` with a searched schedule fitted to its partition, and a partition that keeps within the memory.
 
-        The two depend on each other, so this takes a few rounds. With several stages a device it is the partition that
-        was found without limits.
+        The two depend on each other, so this takes a few rounds. With several stages a device the partition stays as
+        it is.
         """
         if one.chunks > 1:
-            again = one.recomputing(self.ranks)
-            return one if one.step_costs else replace(one, step_costs=step_costs(self._costs(one), again))
+            return one if one.step_costs else self._to_its_stages(one)
         spans = Spans(profile=self.profile, stages=self.ranks)
         for _ in range(FITTING_ROUNDS):
-            one = replace(one, step_costs=step_costs(self._costs(one), one.recomputing(self.ranks)))
+            one = self._to_its_stages(one)
             shape = one.shape(self.ranks)
             keeps = [what_is_kept(self.profile, one, family, shape, rank) for rank in range(self.ranks)]
             assert one.partition is not None
@@ -216,8 +257,7 @@ class Evaluator:
     def _partition(self, one: Candidate, keeps: list[Keeps] | None) -> tuple[int, ...] | None:
         """The best cut within the memory limits, or without limits where ``keeps`` is None.
 
-        It is None with several chunks per device: what a stage may take then depends on the other stages of its
-        device, so the limits are left to the simulation.
+        With several chunks per device ``keeps`` is None: see :meth:`with_cuts`.
         """
         if not any(map(math.isfinite, self.limits.memory_bytes)):
             keeps = None

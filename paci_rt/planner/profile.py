@@ -43,7 +43,7 @@ FORMAT, VERSION = "paci-rt profile", 1
 MOST_BLOCKS = 4096
 ROLES = ("first", "middle", "last")
 _SECONDS = ("forward_s", "input_grad_s", "weight_grad_s")
-_BYTES = ("parameter_bytes", "activation_bytes", "stash_bytes", "boundary_bytes")
+BYTES = ("parameter_bytes", "activation_bytes", "stash_bytes", "boundary_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ def _parse_block(reader: JsonReader) -> BlockProfile:
             f"{reader.where} has {shown(unknown[0], 40)}, which is unknown: a block has {', '.join(sorted(known))}"
         )
     name = reader.get("name", "a word", lambda value: isinstance(value, str) and value)
-    numbers = {key: reader.number(key) for key in _SECONDS} | {key: reader.number(key, whole=True) for key in _BYTES}
+    numbers = {key: reader.number(key) for key in _SECONDS} | {key: reader.number(key, whole=True) for key in BYTES}
     role = reader.get("role", "one of " + ", ".join(ROLES), lambda value: value in ROLES)
     return BlockProfile(name=name, role=role, measured_as=str(reader.data.get("measured_as", "")), **numbers)
 

@@ -15,14 +15,13 @@ from paci_rt.runtime.safety import Safety, check_positive, resolve_safety
 from paci_rt.schedules import limits, policies
 from paci_rt.schedules.base import check_takes
 from paci_rt.schedules.evaluation import goes_among
-from paci_rt.train import devices
+from paci_rt.train import cut, devices
 from paci_rt.train.check_replicas import check_replicas
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
-from paci_rt.train.model import ModelShape, default_partition
+from paci_rt.train.model import ModelShape
 from paci_rt.train.option_checks import (
     check_dtype,
     check_known,
-    check_pieces,
     check_recompute_blocks,
     check_switch,
     check_text,
@@ -70,12 +69,12 @@ class TrainConfig:
             state. overlap: micro-batches that run while they add up gradients; half a window under paci.
         recompute_blocks: each block keeps only what goes into it, and runs again in its backward. Weights must be those
             of the forward then, or under ``policy="recompute"`` the whole forward runs again before.
-        step_costs: what zb-1p, zb-2p and paci-v are fitted to; equal times and no hop.
+        step_costs: what zb-1p, zb-2p and paci-v are fitted to; equal times and no hop, for paci-v by multiply-adds.
         activation_limit: what a rank may hold under paci-v, in whole stages; the least at full rate.
         accumulation: micro-batches per window; 4, and always 1 for ``async-1f1b``.
         model: a name in ``paci_rt.train.families.MODELS``; ``gpt-tiny``, or the first of ``family``.
         layers, heads, kv_heads, width, ffn_width, vocab_size, context, rope_base, tied: what is different in it.
-        partition: its blocks by stage; balanced by cost.
+        partition: its blocks by stage; balanced by multiply-adds of each process, see ``paci_rt.train.cut``.
         data: text file, folder of text files, ``.bin``, or folder with train.bin and val.bin; Python's own library.
         steps: local updates of every stage, counted from the very first one also after ``resume``.
         batch_size: sequences per window, whatever the accumulation. seq_len: tokens per sequence; 128 or the context.
@@ -337,19 +336,22 @@ class TrainConfig:
         self._fill("eval_drained", True, always=not goes_among(shape, flush=family.flush))
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
-        check_pieces(self.stages, self.chunks, model.layers, model.name)
-        default = default_partition(model, pieces, seq_len=seq_len)
-        if self.partition is not None and not (
-            isinstance(self.partition, (list, tuple)) and all(type(size) is int for size in self.partition)
-        ):
-            raise ValueError(f"--partition is {shown(self.partition)}: give blocks per stage, such as {default}")
-        sizes = tuple(self.partition) if self.partition is not None else default
-        if len(sizes) != pieces or sum(sizes) != model.layers or min(sizes) < 1:
-            raise ValueError(
-                f"--partition {','.join(map(str, sizes))} must give each of {pieces} stages at least one block "
-                f"and add up to the {model.layers} of {model.name}; for example {','.join(map(str, default))}"
-            )
-        object.__setattr__(self, "partition", sizes)
+        run = cut.Run(
+            shape=model,
+            schedule=family.name,
+            policy=self.policy if self.policy in family.policies else family.policies[0],
+            accumulation=accumulation,
+            rows=self.batch_size // parts,
+            seq_len=seq_len,
+            ranks=self.stages,
+            chunks=self.chunks,
+            element_bytes=self.torch_dtype.itemsize,
+        )
+        self._fill("partition", cut.checked(self.partition, run), always=True)
+        if family.takes_activation_limit:
+            self._fill("step_costs", cut.costs_of(run, self.partition))
+            shape = replace(shape, costs=self.step_costs or shape.costs)
+            family.check(shape)
         shape = self._with_slack(family, shape)
         self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
         resolve_safety(Safety(on_nonfinite=self.on_nonfinite), (True,), family, shape, self.policy or "", ())

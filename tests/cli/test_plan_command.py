@@ -89,6 +89,24 @@ def test_the_plan_explains_itself(capsys, stored):
     assert re.search(r"looped-bfs \(.*accumulation 1\): needs [0-9.]+ MiB on device 0, .* MiB over its limit", rejected)
 
 
+@pytest.mark.parametrize("name", ["zb-v", "v-min", "interleaved-1f1b"])
+def test_the_plan_says_what_each_rank_holds(capsys, stored, name):
+    argv = ["plan", "--profile", stored, "--stages", "2", "--schedules", name, "--delay-limit", "none"]
+    assert cli.main([*argv, "--json", "plan.json"]) == 0
+    sizes = json.loads(Path("plan.json").read_text())["partition"]
+    places = schedules.Placement(num_stages=4, chunks=2, name=schedules.get(name).placement)
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"^[01] +(embedding, )?h\.", line)]
+    for rank, row in enumerate(rows):
+        pieces = re.split(r" {2,}", row)[1].split("; ")
+        blocks = [part.replace("embedding, ", "").replace(", head", "") for part in pieces]
+        firsts = [sum(sizes[:stage]) for stage in places.stages_of(rank)]
+        assert [int(part[2:].split(",")[0].split(" ")[0]) for part in blocks] == firsts, row
+        assert ("embedding" in pieces[0], "head" in pieces[1]) == (rank == 0, rank == places.last_rank), row
+        times = [float(one) for one in re.search(r"\(([\d.]+) ms \+ ([\d.]+) ms\)", row).groups()]
+        assert times == pytest.approx([30 * sizes[stage] for stage in places.stages_of(rank)], rel=0.03), row
+    assert len(rows) == 2
+
+
 @pytest.mark.parametrize("name", schedules.FAMILIES)
 def test_train_takes_the_command_of_every_schedule(capsys, stored, name):
     for policy in schedules.get(name).policies:

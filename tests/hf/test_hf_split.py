@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import paci_rt
+from paci_rt.schedules import Placement
 from support.plain import same
+from support.profiles import cuts
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install paci-rt[test]")
 
@@ -226,6 +228,27 @@ def test_a_stage_reads_its_own_tensors_from_a_folder(
     assert torch.equal(ours[0] if isinstance(ours, tuple) else ours, theirs)
 
 
+@pytest.mark.parametrize("name", [None, "v"])
+@pytest.mark.parametrize("layers", [7, 9, 10])
+def test_ranks_with_two_stages_are_balanced_and_not_stages(name: str | None, layers: int) -> None:
+    options = {**GROUPED, "num_hidden_layers": layers, "vocab_size": 700}  # a head of about three layers
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+    places = Placement(num_stages=4, chunks=2, name=name)
+    layer, head = (sum(param.numel() for param in one.parameters()) for one in (model.model.layers[0], model.lm_head))
+
+    def largest(counts: Any) -> int:
+        held = [layer * count + head * (stage == 3) for stage, count in enumerate(counts)]
+        return max(sum(held[stage] for stage in places.stages_of(rank)) for rank in range(2))
+
+    def counts_of(stages: Any) -> list[int]:
+        return [len({key.split(".")[2] for key, _ in one.named_parameters() if ".layers." in key}) for one in stages]
+
+    found = counts_of(paci_rt.hf.split(model, 4, placement=places))
+    assert sum(found) == layers and largest(found) == min(map(largest, cuts(layers, 4)))
+    if (name, layers) == (None, 7):
+        assert largest(found) < largest(counts_of(paci_rt.hf.split(model, 4)))
+
+
 class TwoLists(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -241,6 +264,9 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
         paci_rt.hf.split(model, 0)
     with pytest.raises(ValueError, match=r"partition is \(1, 1\): give 2 numbers .* add up to 5"):
         paci_rt.hf.split(model, 2, partition=[1, 1])
+    for placement in ("v", Placement(num_stages=2)):
+        with pytest.raises(ValueError, match=r"placement is .*: give a paci_rt.schedules.Placement of 4 stages"):
+            paci_rt.hf.split(model, 4, placement=placement)
     with pytest.raises(ValueError, match=r"TwoLists has not one list of layers \(first, second\)"):
         paci_rt.hf.split(TwoLists(), 1)
     with pytest.raises(ValueError, match=r"stage_index is 2: give an integer from 0 to 1"):
