@@ -189,8 +189,8 @@ def add_pipeline(options: ConfigOptions) -> None:
                 "two pieces each (default: the least at full rate)")
     options.add("step_costs", _step_costs, "F,I,W[,HOP[,STASH]]", "what zb-1p, zb-2p and paci-v are fitted to: times "
                 "of F, I, W and a message in any one unit, and the share of the activations that stays after I; F, I "
-                "and W may be a:b:c, one per stage (default: F, I and W equal, no hop; for paci-v by the multiply-adds of "
-                "every piece)")
+                "and W may be a:b:c, one per stage (default: F, I and W equal, no hop; for paci-v by the multiply-adds "
+                "of every piece)")
     options.add("replicas", int, "N", "pipelines that train together, each on its share of --batch-size; N times P "
                 "processes (default: 1)")
     options.switch("zero1", "replicas share the optimizer's state (ZeRO-1)")

@@ -356,7 +356,7 @@ class TrainConfig:
         self._fill("policy", policies.resolve(family, shape, self.policy), always=True)
         resolve_safety(Safety(on_nonfinite=self.on_nonfinite), (True,), family, shape, self.policy or "", ())
         self._fill("lookahead", lookahead_of(self, family), always=True)
-        check_recompute_blocks(self, family)
+        check_recompute_blocks(self, family, shape)
         check_replicas(self)
         if self.save_interval and self.out is None:
             raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")

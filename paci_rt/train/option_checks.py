@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from paci_rt.schedules import ScheduleFamily, policies
+from paci_rt.schedules import ScheduleFamily, Shape, policies
 from paci_rt.wording import shown, unknown
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ def lookahead_of(config: TrainConfig, family: ScheduleFamily) -> bool:
     return ahead and not torchs and not still
 
 
-def check_recompute_blocks(config: TrainConfig, family: ScheduleFamily) -> None:
+def check_recompute_blocks(config: TrainConfig, family: ScheduleFamily, shape: Shape) -> None:
     """Raise ValueError where blocks would run again at other weights than their forward had, without a word of it."""
-    if not config.recompute_blocks or family.flush or config.stages == 1:
+    if not config.recompute_blocks or not any(family.drift_bound(shape, rank) for rank in range(shape.ranks)):
         return
     if config.policy not in (*KEEP_WEIGHTS, "recompute"):
         known = [name for name in ("recompute", *KEEP_WEIGHTS) if name in family.policies]
