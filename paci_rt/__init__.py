@@ -32,9 +32,9 @@ from paci_rt.errors import (
     TransportError,
     TritonMissingError,
 )
-from paci_rt.local_pipeline import LocalPipeline
 from paci_rt.optim import SGD, AdamW, Lion, Muon, NAdam
 from paci_rt.pipelining import (
+    LocalPipeline,
     PipelineScheduleMulti,
     PipelineScheduleSingle,
     Schedule1F1B,
@@ -57,11 +57,11 @@ from paci_rt.pipelining import (
     ScheduleZBH2,
     ScheduleZBVZeroBubble,
     get_schedule_class,
+    register_with_torch,
 )
 from paci_rt.runtime.loss_scale import LossScaler
 from paci_rt.runtime.stage import PipelineStage
 from paci_rt.runtime.state_dict import params_sha256
-from paci_rt.schedule_base import register_with_torch
 from paci_rt.schedules import FAMILIES, StepCosts, plan_slack
 from paci_rt.schedules.lowering import TiedWeight
 

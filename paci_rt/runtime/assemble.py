@@ -18,7 +18,6 @@ from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.optim.update_stream import UpdateStream
 from paci_rt.runtime.argument_types import check_types
 from paci_rt.runtime.audit import RankAudit, StageAudit
-from paci_rt.runtime.executor import StageRuntime
 from paci_rt.runtime.guard import Guard
 from paci_rt.runtime.module_checks import check_parameters, check_wrappers
 from paci_rt.runtime.replica_checks import check_replicas, overlap_of
@@ -26,6 +25,7 @@ from paci_rt.runtime.replicas import Replicas
 from paci_rt.runtime.safety import SKIPPING, Safety, resolve_safety
 from paci_rt.runtime.shared_memory import check_memory
 from paci_rt.runtime.stage import LossFn, PipelineStage
+from paci_rt.runtime.stage_runtime import StageRuntime
 from paci_rt.runtime.tied_weights import TiedExchange
 from paci_rt.schedules import ScheduleFamily, Shape, Slack, StepCosts, limits, policies
 from paci_rt.schedules.base import check_takes

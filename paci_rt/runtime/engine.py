@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,33 +11,30 @@ from torch import Tensor
 from paci_rt.action import Action
 from paci_rt.clock import HostClock
 from paci_rt.errors import PaciError, StageError
-from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.runtime import trees
 from paci_rt.runtime.assemble import Setup, bind, make_setup, ranks_here, unbind
-from paci_rt.runtime.audit import RankAudit, StageAudit
+from paci_rt.runtime.audit import RankAudit
 from paci_rt.runtime.batch import Batch, batch_results, bind_loss, cut_batch
 from paci_rt.runtime.beside import leave
 from paci_rt.runtime.caller_memory import gradients_set_aside, keep_safe
 from paci_rt.runtime.device_clock import clock_for
 from paci_rt.runtime.evaluation import Evaluation, PipelineEvaluation
-from paci_rt.runtime.executor import Executor, StageRuntime
-from paci_rt.runtime.guard import Guard
+from paci_rt.runtime.executor import Executor
 from paci_rt.runtime.late_forwards import LateForwards
 from paci_rt.runtime.module_watch import ModuleWatch
-from paci_rt.runtime.replicas import Replicas, reset_reduce_stats
+from paci_rt.runtime.replicas import Replicas
 from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.schedulers import Follower, check_schedulers
 from paci_rt.runtime.split_merge import ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
-from paci_rt.runtime.stats import pipeline_stats
+from paci_rt.runtime.stage_runtime import StageRuntime
 from paci_rt.runtime.streams import joined
 from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules.lowering import TiedWeight
 from paci_rt.schedules.placement import V
 from paci_rt.schedules.validate import validate
 from paci_rt.status import IN_A_V, board
-from paci_rt.trace import Event
-from paci_rt.transport import DEFAULT_TIMEOUT_S, Transport, hand_over
+from paci_rt.transport import Transport, hand_over
 
 
 class Pipeline(PipelineEvaluation):
@@ -174,52 +170,6 @@ class Pipeline(PipelineEvaluation):
 
     # --- running ---
 
-    @property
-    def loss_fn(self) -> LossFn | None:
-        """``loss_fn(output, target)``, as it was given."""
-        return self._loss_fn
-
-    @property
-    def n_microbatches(self) -> int:
-        """Micro-batches that a step cuts its batch into."""
-        return self._n_microbatches
-
-    @property
-    def stages(self) -> list[PipelineStage]:
-        """The stages of this process."""
-        return [runtime.stage for runtime in self._executor.runtimes.values()]
-
-    @property
-    def ranks(self) -> list[int]:
-        """The ranks that this process runs: its own, or all of them."""
-        return list(self._ranks)
-
-    @property
-    def transfer_timeout_s(self) -> float:
-        """Deadline of a wait for another stage, in seconds."""
-        return float(getattr(self._executor.transport, "timeout_s", DEFAULT_TIMEOUT_S))
-
-    @property
-    def replicas(self) -> Replicas | None:
-        """The replicas of this process's stages; None where it was given none."""
-        return self.asked_for.replicas
-
-    @property
-    def has_first(self) -> bool:
-        """Whether this process takes the inputs."""
-        return self.stages[0].is_first
-
-    @property
-    def has_last(self) -> bool:
-        """Whether this process takes the targets and holds losses and outputs."""
-        return self.stages[-1].is_last
-
-    @property
-    def events(self) -> list[Event]:
-        """Compute actions executed so far, with ``trace=True``."""
-        self._executor.settle()
-        return self._executor.events
-
     def step(
         self,
         *args: Any,
@@ -339,55 +289,7 @@ class Pipeline(PipelineEvaluation):
             self.replicas.group.close()
         leave(self, failed=self._failure is not None)
 
-    @property
-    def audits(self) -> list[StageAudit]:
-        """What was counted, stage by stage."""
-        return [runtime.audit for runtime in self._executor.runtimes.values()]
-
-    @property
-    def _optimizers(self) -> list[StageOptimizer]:
-        return [runtime.optimizer for runtime in self._executor.runtimes.values()]
-
-    @property
-    def guards(self) -> dict[int, Guard | None]:
-        return {at: runtime.guard for at, runtime in self._executor.runtimes.items()}
-
-    # --- looking ---
-
-    def stats(self) -> dict[str, Any]:
-        """Counted facts about this process's stages since the start or the last :meth:`reset_stats`.
-
-        Keys: ``schedule policy transport transport_stats stages chunks accumulation slack windows micro_batches wall_s
-        compute_s utilization evaluation_s exposed_comm_s replicas reduce_s exposed_reduce_s exposed_gather_s drift
-        max_drift drift_bound delay max_delay peak_in_flight peak_pending peak_rank_in_flight copied_input_bytes
-        lookahead_s lookahead_forwards memory peak_bytes saving_wait_s``; of gradients, by stage, ``grad_norm
-        nonfinite_windows spiked_windows skipped_windows taken_back_windows clipped_windows norm_lags``
-        (:class:`paci_rt.runtime.audit.StageAudit`). ``transport_stats`` is what transports for GPUs say
-        (:meth:`paci_rt.transport.device.transport.DeviceTransport.stats`). Seconds and bytes; ``utilization`` is
-        ``compute_s / (wall_s * ranks of this process)``; ``drift`` and ``delay`` (:mod:`paci_rt.schedules.policies`)
-        map stage to a histogram over micro-batches; ``peak_pending`` counts micro-batches between I and W;
-        ``evaluation_s`` are seconds of evaluation within steps, which are in no other; ``copied_input_bytes`` is what
-        was copied of the caller's batches because :meth:`step` returned before their backwards; ``lookahead_s`` is the
-        part of ``compute_s`` that went into look-ahead; ``memory`` maps stage to bytes of weights, masters, optimizer,
-        accumulators, versions (extra weights), activations (peak), temporaries (of a backward, by its graph), messages
-        (of the process; under its first stage), snapshot (of a checkpoint that is written beside training, peak) and
-        total; ``saving_wait_s`` is what a save waited for the one before. ``reduce_s`` is what sums over replicas took,
-        ``exposed_reduce_s`` and ``exposed_gather_s`` what stages waited for them and for weights of other replicas.
-        """
-        self._executor.settle()
-        replicas = 1 if self.replicas is None else self.replicas.count
-        found = pipeline_stats(self._lowering, self._policy, self._executor, self._optimizers, replicas)
-        return {**found, "saving_wait_s": self.saving_wait_s}
-
-    def reset_stats(self) -> None:
-        """Start counting anew, for example after the first window."""
-        self._executor.settle()
-        for runtime in self._executor.runtimes.values():
-            runtime.audit.reset()
-            runtime.weights.reset_stats()
-            reset_reduce_stats(runtime.optimizer)
-        self._executor.first_start_s = self._executor.last_end_s = time.perf_counter()
-        self._executor.copied_input_bytes = 0
+    # --- inside ---
 
     def _follow_modules(self) -> None:
         """Bind what changed in the modules since the last step."""
@@ -397,8 +299,6 @@ class Pipeline(PipelineEvaluation):
         """The pipeline is empty, and every stage holds ``version``."""
         for runtime in self._executor.runtimes.values():
             runtime.restart(version)
-
-    # --- inside ---
 
     def _bind_loss(self, loss_kwargs: dict[str, Any] | None) -> LossFn | None:
         return bind_loss(self._loss_fn, loss_kwargs)

@@ -15,15 +15,13 @@ from torch import Tensor
 from paci_rt.action import Action
 from paci_rt.clock import HostClock
 from paci_rt.runtime.batch import Batch, batch_results, cut_batch
-from paci_rt.runtime.executor import Executor
 from paci_rt.runtime.modes import Settings, modules_of, settings_now
-from paci_rt.runtime.pipeline_state import PipelineState
+from paci_rt.runtime.pipeline_view import PipelineView
 from paci_rt.runtime.random_state import RandomState, generators_of
 from paci_rt.runtime.split_merge import ChunkSpecs
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.trees import map_tensors
 from paci_rt.schedules.evaluation import evaluation_forwards, goes_among, prove, with_evaluation
-from paci_rt.schedules.lowering import Lowering
 
 
 @dataclass(kw_only=True)
@@ -114,15 +112,11 @@ def evaluating(stages: Sequence[PipelineStage]) -> Iterator[None]:
             state.put(device)
 
 
-class PipelineEvaluation(PipelineState):
+class PipelineEvaluation(PipelineView):
     """The part of :class:`paci_rt.runtime.engine.Pipeline` that evaluates."""
 
     _clocks: dict[torch.device, HostClock]
-    _executor: Executor
     _has_backward: bool
-    _lowering: Lowering
-    _n_microbatches: int
-    _ranks: list[int]
     _specs: ChunkSpecs
     _queued: list[Evaluation]
     _proved: set[int]

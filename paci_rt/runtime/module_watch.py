@@ -10,9 +10,9 @@ from torch import nn
 from paci_rt.errors import StageError
 from paci_rt.runtime.assemble import Setup, bind
 from paci_rt.runtime.bound_facts import BoundFacts
-from paci_rt.runtime.executor import StageRuntime
 from paci_rt.runtime.module_checks import check_wrappers
 from paci_rt.runtime.shared_memory import check_memory
+from paci_rt.runtime.stage_runtime import StageRuntime
 
 
 class ModuleWatch:

@@ -336,17 +336,7 @@ class TrainConfig:
         self._fill("eval_drained", True, always=not goes_among(shape, flush=family.flush))
         if self.step_costs is not None and not family.takes_costs:
             raise ValueError(f"--step-costs are for the searched schedules, and {family.name} is not: leave them out")
-        run = cut.Run(
-            shape=model,
-            schedule=family.name,
-            policy=self.policy if self.policy in family.policies else family.policies[0],
-            accumulation=accumulation,
-            rows=self.batch_size // parts,
-            seq_len=seq_len,
-            ranks=self.stages,
-            chunks=self.chunks,
-            element_bytes=self.torch_dtype.itemsize,
-        )
+        run = cut.run_of(self, family)
         self._fill("partition", cut.checked(self.partition, run), always=True)
         if family.takes_activation_limit:
             self._fill("step_costs", cut.costs_of(run, self.partition))

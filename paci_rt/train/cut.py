@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,9 @@ from paci_rt.schedules import StepCosts
 from paci_rt.train.model import ModelShape, default_partition
 from paci_rt.train.option_checks import check_pieces
 from paci_rt.wording import shown
+
+if TYPE_CHECKING:
+    from paci_rt.train.config import TrainConfig
 
 KEPT = 16
 """Numbers that a block keeps of a token between forward and backward, over its width, about."""
@@ -48,6 +51,21 @@ class Run(NamedTuple):
     ranks: int
     chunks: int
     element_bytes: int
+
+
+def run_of(config: TrainConfig, family: schedules.ScheduleFamily) -> Run:
+    """What a cut of this configuration depends on, whose numbers have been checked."""
+    return Run(
+        shape=config.shape,
+        schedule=family.name,
+        policy=config.policy if config.policy in family.policies else family.policies[0],
+        accumulation=config.accumulation,
+        rows=config.batch_size // (config.accumulation * config.replicas),
+        seq_len=config.seq_len,
+        ranks=config.stages,
+        chunks=config.chunks,
+        element_bytes=config.torch_dtype.itemsize,
+    )
 
 
 def checked(given: Any, run: Run) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paci_rt.runtime import trees
-from paci_rt.runtime.executor import moved
+from paci_rt.runtime.stage_runtime import moved
 from paci_rt.transport.base import Message
 
 GPU = torch.device("cuda", 0)

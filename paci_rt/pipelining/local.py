@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from paci_rt.optim.backend import usable
+from paci_rt.pipelining.base import chunk_specs, one_each
 from paci_rt.runtime.argument_types import as_device, check_modules
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.loss_scale import LossScaler
@@ -16,7 +17,6 @@ from paci_rt.runtime.safety import Safety
 from paci_rt.runtime.stage import LossFn, PipelineStage
 from paci_rt.runtime.tied_weights import declared_ties
 from paci_rt.runtime.torch_stages import check_replicated, from_one_pipe
-from paci_rt.schedule_base import chunk_specs, one_each
 from paci_rt.schedules import Slack, StepCosts
 from paci_rt.schedules import get as get_family
 from paci_rt.schedules.lowering import TiedWeight

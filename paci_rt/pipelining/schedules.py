@@ -1,4 +1,4 @@
-"""The schedules, with the interface of ``torch.distributed.pipelining``."""
+"""The schedules whose stages lie in a line or in a circle, and all of them by name."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from paci_rt import schedules
-from paci_rt.runtime.stage import LossFn, PipelineStage
-from paci_rt.schedule_base import (
+from paci_rt.pipelining.base import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
     _PipelineSchedule,
     register_with_torch,
 )
-from paci_rt.v_pipelining import ScheduleDualPipeV as ScheduleDualPipeV
-from paci_rt.v_pipelining import SchedulePACIV as SchedulePACIV
-from paci_rt.v_pipelining import ScheduleVHalf as ScheduleVHalf
-from paci_rt.v_pipelining import ScheduleVMin as ScheduleVMin
-from paci_rt.v_pipelining import ScheduleZBVZeroBubble as ScheduleZBVZeroBubble
+from paci_rt.pipelining.in_a_v import (
+    ScheduleDualPipeV,
+    ScheduleZBVZeroBubble,
+)
+from paci_rt.runtime.stage import LossFn, PipelineStage
 
 
 class SchedulePACI(PipelineScheduleSingle):

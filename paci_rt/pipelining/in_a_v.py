@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paci_rt.schedule_base import PipelineScheduleMulti
+from paci_rt.pipelining.base import PipelineScheduleMulti
 
 
 class ScheduleZBVZeroBubble(PipelineScheduleMulti):
