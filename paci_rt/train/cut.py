@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,6 @@ from paci_rt.schedules import StepCosts
 from paci_rt.train.model import ModelShape, default_partition
 from paci_rt.train.option_checks import check_pieces
 from paci_rt.wording import shown
-
-if TYPE_CHECKING:
-    from paci_rt.train.config import TrainConfig
 
 KEPT = 16
 """Numbers that a block keeps of a token between forward and backward, over its width, about."""
@@ -53,7 +50,7 @@ class Run(NamedTuple):
     element_bytes: int
 
 
-def run_of(config: TrainConfig, family: schedules.ScheduleFamily) -> Run:
+def run_of(config: Any, family: schedules.ScheduleFamily) -> Run:
     """What a cut of this configuration depends on, whose numbers have been checked."""
     return Run(
         shape=config.shape,

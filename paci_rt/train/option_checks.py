@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paci_rt.schedules import ScheduleFamily, Shape, policies
 from paci_rt.wording import shown, unknown
-
-if TYPE_CHECKING:
-    from paci_rt.train.config import TrainConfig
 
 KEEP_WEIGHTS = ("stash", "2bw")
 """Policies under which a backward has the weights of its forward."""
@@ -67,7 +64,7 @@ def check_dtype(dtype: str, optimizer: str, on_nonfinite: str) -> None:
         )
 
 
-def lookahead_of(config: TrainConfig, family: ScheduleFamily) -> bool:
+def lookahead_of(config: Any, family: ScheduleFamily) -> bool:
     """Whether forwards look ahead: as asked, by default where schedule, policy and optimizer can.
 
     Raises:
@@ -86,7 +83,7 @@ def lookahead_of(config: TrainConfig, family: ScheduleFamily) -> bool:
     return ahead and not torchs and not still
 
 
-def check_recompute_blocks(config: TrainConfig, family: ScheduleFamily, shape: Shape) -> None:
+def check_recompute_blocks(config: Any, family: ScheduleFamily, shape: Shape) -> None:
     """Raise ValueError where blocks would run again at other weights than their forward had, without a word of it."""
     if not config.recompute_blocks or not any(family.drift_bound(shape, rank) for rank in range(shape.ranks)):
         return
