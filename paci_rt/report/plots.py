@@ -6,6 +6,7 @@ optional (``pip install "paci-rt[plot]"``) and used without its global state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -141,7 +142,11 @@ def timeline(path: str | Path, lanes: Sequence[Lane], *, span_s: float, width_in
         used |= _lane(axis, lane, span_s, scale)
     axes[-1].set_xlabel(unit)
     chunks = max(-(-lane.stages // lane.rows) for lane in lanes)
-    _timeline_legend(figure, [op for op in ACTION_COLOURS if op in used], chunks=chunks, left=left)
+    lines = _timeline_legend(figure, [op for op in ACTION_COLOURS if op in used], chunks=chunks, left=left)
+    if lines > 1:
+        height = figure.get_figheight() + 0.2 * (lines - 1)
+        figure.set_figheight(height)
+        figure.subplots_adjust(bottom=(0.85 + 0.2 * (lines - 1)) / height, top=0.99 - 0.42 / height)
     _save(figure, path)
 
 
@@ -279,12 +284,16 @@ def _lighter(colour: str, chunk: int, chunks: int) -> str:
     return "#" + "".join(f"{round(part + (255 - part) * share):02X}" for part in parts)
 
 
-def _timeline_legend(figure: Figure, ops: Sequence[str], *, chunks: int, left: float) -> None:
+def _timeline_legend(figure: Figure, ops: Sequence[str], *, chunks: int, left: float) -> int:
+    """Put the legend below the lanes; the lines that it takes in a picture of this width."""
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Patch(facecolor=ACTION_COLOURS[op], label=f"{op}  {ACTION_NAMES[op]}") for op in ops]
     handles.append(Patch(facecolor=IDLE_COLOUR, label="idle"))
     if chunks > 1:
         handles.append(Patch(facecolor="white", edgecolor="#AAAAAA", label="lighter: later stages of the rank"))
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (left - 0.008, 0.0), "ncols": len(handles)}
-    figure.legend(handles=handles, frameon=False, fontsize=8.5, **place)
+    wide_inch = sum(0.6 + 0.07 * len(handle.get_label()) for handle in handles)
+    lines = math.ceil(wide_inch / (figure.get_figwidth() * (1 - left)))
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (left - 0.008, 0.0)}
+    figure.legend(handles=handles, frameon=False, fontsize=8.5, ncols=math.ceil(len(handles) / lines), **place)
+    return lines
