@@ -83,7 +83,7 @@ docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(DOCS_STAMP): pyproject.toml constraints.txt | $(STAMP)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[docs]"
+	$(BIN)/python tools/install.py docs
 	@touch $@
 
 sdist: venv

@@ -43,6 +43,18 @@ def requirements() -> list[Requirement]:
     return [Requirement(text) for text in importlib.metadata.requires("paci-rt") or []]
 
 
+def test_an_extra_is_added_without_building_the_package_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    installer, asked = load_installer(), list[str]()
+    monkeypatch.setattr(installer, "pip", lambda *arguments: asked.extend(arguments))
+    installer.add_extra("docs")
+    docs = {one.name for one in requirements() if one.marker is not None and one.marker.evaluate({"extra": "docs"})}
+    plain = {one.name for one in requirements() if one.marker is None or one.marker.evaluate({"extra": ""})}
+    assert {Requirement(text).name for text in asked} == docs - plain
+    assert "mkdocs" in docs
+    with pytest.raises(SystemExit, match="no extra 'dcs'"):
+        installer.add_extra("dcs")
+
+
 def test_constraints_pin_versions_inside_the_declared_ranges() -> None:
     pins: dict[str, list[Version]] = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():

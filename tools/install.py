@@ -1,8 +1,8 @@
 """Puts paci_rt and everything that its tests and its demo need into the environment that runs this file.
 
-Called by ``make venv``. Versions come from constraints.txt. On a machine without an NVIDIA GPU it makes sure that no
-CUDA packages are downloaded: where the default index would bring them along with torch, torch comes from PyTorch's
-index of CPU wheels instead.
+Called by ``make venv``; ``tools/install.py docs`` adds what one extra of the installed package needs. Versions come
+from constraints.txt. On a machine without an NVIDIA GPU it makes sure that no CUDA packages are downloaded: where the
+default index would bring them along with torch, torch comes from PyTorch's index of CPU wheels instead.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def torch_report() -> dict[str, Any]:
     return loaded
 
 
+def add_extra(extra: str) -> None:
+    """Install what an extra of the installed package needs, and leave the package, which takes minutes, as it is."""
+    wanted = [text.partition(";") for text in requires("paci-rt") or ()]
+    named = re.compile(rf"""extra\s*==\s*['"]{re.escape(extra)}['"]""")
+    found = [requirement.strip() for requirement, _, marker in wanted if named.search(marker)]
+    if not found:
+        raise SystemExit(f"paci_rt has no extra {extra!r}")
+    pip(*found)
+
+
 def main() -> None:
     """Install torch, the build tools, then the package itself in place."""
     if sys.version_info < (3, 10):  # noqa: UP036 - this check is what tells users of older ones
@@ -91,4 +102,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        add_extra(sys.argv[1])
+    else:
+        main()
