@@ -27,6 +27,7 @@ from paci_rt.train.option_checks import (
     check_text,
     flag_of,
     lookahead_of,
+    plain,
 )
 from paci_rt.transport import DEFAULT_TIMEOUT_S, check_transport
 from paci_rt.transport.base import MOST_TIMEOUT_S
@@ -186,6 +187,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         open_ones = [one.name for one in fields(self) if one.default is None and getattr(self, one.name) is None]
+        for one in fields(self):
+            self._fill(one.name, plain(getattr(self, one.name)), always=True)
         self._fill("model", model_of(self.family, self.model))
         self._check_names()
         self._fill("family", self.shape.family)

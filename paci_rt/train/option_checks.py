@@ -24,6 +24,18 @@ def check_known(flag: str, value: str, choices: Collection[str]) -> None:
         raise unknown(flag, value, choices)
 
 
+def plain(value: Any) -> Any:
+    """A number or text of a class of somebody else's, such as ``numpy.float64`` or an ``Enum`` with values of ``str``,
+    as Python's own; files could not hold it otherwise."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(plain(one) for one in value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
+    return str.__str__(value) if isinstance(value, str) else value  # str() of an Enum would give its name
+
+
 def check_text(flag: str, value: Any) -> None:
     """Raise ValueError for what is neither None nor a name or path that the system can have."""
     if value is None:

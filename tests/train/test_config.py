@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import paci_rt
+from paci_rt.train import config_file
 from paci_rt.train.build import make_optimizer
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.gpt import build_stage
@@ -25,6 +29,34 @@ def test_defaults_follow_from_the_other_options() -> None:
     assert TrainConfig(schedule="ASYNC-1F1B").accumulation == 1
     assert TrainConfig(model="gpt2").seq_len == 128
     assert TrainConfig(warmup_steps=0, steps=5).lr_factor(0) == 1.0
+
+
+class Name(str, enum.Enum):
+    PACI = "paci"
+
+
+class Count(enum.IntEnum):
+    THREE = 3
+
+
+def test_numbers_and_names_of_other_classes_are_as_pythons_own_and_go_through_a_file(tmp_path: Path) -> None:
+    others: dict[str, Any] = {
+        "schedule": Name.PACI,
+        "stages": Count.THREE,
+        "slack": (Count.THREE, 1, 0),
+        "lr": np.float64(2e-3),
+        "min_lr": np.float64(2e-4),
+        "data": np.str_("text.txt"),
+    }
+    owns = {"schedule": "paci", "stages": 3, "slack": (3, 1, 0), "lr": 2e-3, "min_lr": 2e-4, "data": "text.txt"}
+    config = TrainConfig(**others)
+    assert config == TrainConfig(**owns)
+    assert {name: type(getattr(config, name)) for name in owns} == {name: type(one) for name, one in owns.items()}
+    file = tmp_path / "config.toml"
+    file.write_text(config_file.text_of(config))
+    read = config_file.read(file)
+    assert set(read.pop("derived")) == set(config.derived)
+    assert TrainConfig(**read) == config
 
 
 def test_options_follow_the_optimizer() -> None:
