@@ -26,9 +26,7 @@ BUILD_TOOLS = ["setuptools", "wheel", "pybind11", "cmake", "ninja"]
 
 def pip(*arguments: str, remedy: str = "pip's messages above say why") -> None:
     """Run pip under the project's constraints, or end the set-up with a remedy."""
-    # Python compiles what is imported, and that is a small part of what is installed.
-    options = ["--disable-pip-version-check", "--no-compile", "-c", "constraints.txt"]
-    command = [sys.executable, "-m", "pip", "install", *options]
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-c", "constraints.txt"]
     if subprocess.run([*command, *arguments], cwd=ROOT).returncode != 0:
         raise SystemExit(f"set-up failed at `pip install {' '.join(arguments)}`: {remedy}")
 
