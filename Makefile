@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Hundreds of processes import the package in a test run.
+unexport PYTHONDONTWRITEBYTECODE
 STAMP := $(VENV)/.paci_rt-installed
 DOCS_STAMP := $(VENV)/.paci_rt-docs-installed
 CXX_HEADERS := $(wildcard csrc/*/*.hpp)
