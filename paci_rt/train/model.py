@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,20 @@ class ModelShape(ABC):
         return x, y
 
 
+class _Kept(torch.autograd.Function):
+    """The identity, whose node in autograd's graph has its input: what a checkpoint keeps stands in no graph, so that
+    the table of memory would not have it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0]
+
+
 class Blocks(nn.ModuleDict):
     """Consecutive blocks by their number in the uncut model, one behind the other.
 
@@ -116,7 +130,7 @@ class Blocks(nn.ModuleDict):
         """Hidden ``[batch, seq, width]`` in and out; ``others`` go to every block."""
         for block in self.values():
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, _Kept.apply(x), *others, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, *others)
         return x

@@ -107,3 +107,11 @@ def test_where_they_stand_still_it_is_taken(options: dict[str, Any]) -> None:
 def test_it_is_a_switch() -> None:
     with pytest.raises(ValueError, match="--recompute-blocks is 1: give True or False"):
         TrainConfig(recompute_blocks=1)  # type: ignore[arg-type]
+
+
+def test_what_goes_into_blocks_is_counted() -> None:
+    _, _, peak = train(SHAPES["llama"], True, "1f1b", None)
+    rows, tokens, width = 2, 24, 32
+    kept_by_a_block = 4 * rows * tokens * width
+    blocks, in_flight = 4, (2, 1)
+    assert peak >= kept_by_a_block * blocks * sum(in_flight)
