@@ -29,11 +29,12 @@ def checked(slack: Any, family: ScheduleFamily, num_stages: int) -> Slack:
     Raises:
         ValueError: no such slack, or a schedule that takes none.
     """
+    auto = isinstance(slack, str) and slack == AUTO
     try:
-        value = 0 if slack == AUTO else check_slack(slack, num_stages)
+        value = 0 if auto else check_slack(slack, num_stages)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
-    check_takes(family, slack=AUTO if slack == AUTO else value, prefix="--")
+    check_takes(family, slack=AUTO if auto else value, prefix="--")
     return value
 
 

@@ -32,6 +32,11 @@ def check_replicas(config: Any) -> None:
             f"--zero1 with --optimizer {config.optimizer}, whose state cannot be cut at any element: use "
             f"{', '.join(SHARDABLE)}"
         )
+    if config.zero1 and config.policy == "predict":
+        raise ValueError(
+            "--zero1 with --policy predict, which needs the momentum of all parameters on each replica: use another "
+            "policy, or leave --zero1 out"
+        )
 
 
 def _check_overlap(config: Any) -> None:

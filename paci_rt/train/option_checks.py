@@ -25,14 +25,16 @@ def check_known(flag: str, value: str, choices: Collection[str]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A number or text of a class of somebody else's, such as ``numpy.float64`` or an ``Enum`` with values of ``str``,
-    as Python's own; files could not hold it otherwise."""
+    """A number, text or path of another class, such as ``numpy.float64``, ``Path`` or an ``Enum`` with values of
+    ``str``, as Python's own; files could not hold it otherwise."""
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(plain(one) for one in value)
     if isinstance(value, bool):
         return value
     if isinstance(value, (int, float)):
         return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return str.__str__(value) if isinstance(value, str) else value  # str() of an Enum would give its name
 
 

@@ -47,8 +47,17 @@ def test_numbers_and_names_of_other_classes_are_as_pythons_own_and_go_through_a_
         "lr": np.float64(2e-3),
         "min_lr": np.float64(2e-4),
         "data": np.str_("text.txt"),
+        "out": Path("runs/a"),
     }
-    owns = {"schedule": "paci", "stages": 3, "slack": (3, 1, 0), "lr": 2e-3, "min_lr": 2e-4, "data": "text.txt"}
+    owns = {
+        "schedule": "paci",
+        "stages": 3,
+        "slack": (3, 1, 0),
+        "lr": 2e-3,
+        "min_lr": 2e-4,
+        "data": "text.txt",
+        "out": "runs/a",
+    }
     config = TrainConfig(**others)
     assert config == TrainConfig(**owns)
     assert {name: type(getattr(config, name)) for name in owns} == {name: type(one) for name, one in owns.items()}
@@ -57,6 +66,25 @@ def test_numbers_and_names_of_other_classes_are_as_pythons_own_and_go_through_a_
     read = config_file.read(file)
     assert set(read.pop("derived")) == set(config.derived)
     assert TrainConfig(**read) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", np.float32(1e-3)),
+        ("lr", torch.tensor(1e-3)),
+        ("lr", np.float64("nan")),
+        ("stages", np.int64(2)),
+        ("stages", True),
+        ("trace", np.bool_(True)),
+        ("slack", np.array([1, 0])),
+        ("slack", (np.int64(1), 0)),
+        ("partition", np.array([4, 4])),
+    ],
+)
+def test_what_files_cannot_hold_is_refused_in_one_line(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^--{name} is [^\n]*give [^\n]*$"):
+        TrainConfig(**{name: value})
 
 
 def test_options_follow_the_optimizer() -> None:

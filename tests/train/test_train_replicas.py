@@ -71,6 +71,7 @@ def test_resumed_equals_never_stopped_and_zero1_equals_whole(tmp_path: Path, sch
         ({"transport": "local"}, "--transport local, which has one process"),
         ({"zero1": True, "optimizer": "muon"}, "--zero1 with --optimizer muon"),
         ({"zero1": True, "optimizer": "torch-adamw"}, "--zero1 with --optimizer torch-adamw"),
+        ({"zero1": True, "schedule": "paci", "policy": "predict"}, "--zero1 with --policy predict"),
         ({"zero1": True, "replicas": 1}, "--zero1 is for several replicas"),
         ({"overlap": 1}, "--overlap 1 under 1f1b"),
         ({"overlap": 2, "schedule": "paci"}, "give 0 to 1"),
