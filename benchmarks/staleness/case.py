@@ -84,6 +84,7 @@ METHODS: dict[str, Method] = {
     "look-ahead once": replace(AHEAD, variant="once"),
     "look-ahead each": replace(AHEAD, variant="each"),
     "look-ahead one older": replace(AHEAD, variant="one older"),
+    "look-ahead half newest": replace(AHEAD, variant="half newest"),
     "look-ahead blended": replace(AHEAD, variant="blended"),
     "look-ahead momentum first": replace(AHEAD, variant="momentum first"),
     "look-ahead joined": replace(AHEAD, joined=0.0),

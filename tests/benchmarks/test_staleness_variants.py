@@ -136,6 +136,10 @@ def one_older(at: Moment, accumulation: int) -> Tensor | None:
     return mean_of(at.before) if at.before else at.past
 
 
+def half_newest(at: Moment, accumulation: int) -> Tensor | None:
+    return (mean_of(at.grads) + at.grads[-1].double()) / 2 if at.grads else plain(at, accumulation)
+
+
 def blended(at: Moment, accumulation: int) -> Tensor | None:
     if not at.grads or at.past is None:
         return plain(at, accumulation)
@@ -149,6 +153,7 @@ def momentum_first(at: Moment, accumulation: int) -> Tensor | None:
 EXPECTED: dict[str | None, Callable[[Moment, int], Tensor | None]] = {
     None: plain,
     "one older": one_older,
+    "half newest": half_newest,
     "blended": blended,
     "momentum first": momentum_first,
 }
