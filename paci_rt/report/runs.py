@@ -93,6 +93,11 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         raise DataError(f"{path} does not exist: give files of train --json or compare --json, or folders of --out")
     known = [path / name for name in (RESULT, COMPARISON) if (path / name).is_file()]
+    if not known and (path / "index.json").is_file():
+        raise DataError(
+            f"{path} has a checkpoint of a run that has not ended, so there is no {RESULT}: let it end, or go on with "
+            f"paci-rt train --resume {path} --out {path}"
+        )
     if not known:
         raise DataError(f"{path} has neither {RESULT} nor {COMPARISON}: give a folder of train --out or compare --out")
     yield from known

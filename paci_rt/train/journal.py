@@ -8,7 +8,7 @@ reports of all together and writes. A line has ``step`` and either the keys of a
 - ``grad_norm``: 2-norm of the mean gradient, all stages, each of its last update;
 - ``memory``: bytes by stage and part, at their peak.
 
-Of several replicas the first one reports, with the tokens of all.
+Of several replicas the first one reports, with the loss and the tokens of all.
 
 A log belongs to the checkpoint beside it: a run that goes on from one keeps the lines up to it, and one that begins
 anew in the folder of another replaces the log when it replaces the checkpoint, not before.
