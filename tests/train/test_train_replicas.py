@@ -203,6 +203,9 @@ def test_a_restart_repeats_what_all_replicas_reported(tmp_path: Path, monkeypatc
     assert again.train_loss == plain.train_loss
     clock = [one.elapsed_s for one in again.curve]
     assert clock == sorted(clock)
+    lines = [json.loads(text) for text in (tmp_path / "plain" / "log.jsonl").read_text().splitlines()]
+    norms = [line["grad_norm"] for line in lines if "loss" in line]
+    assert norms[0] is None and all(norm > 0 for norm in norms[1:])  # the first update comes in the second window
     kept, wanted = ((tmp_path / name / "config.toml").read_text().splitlines() for name in ("again", "plain"))
     changed = [line for line in kept if line not in wanted]
     assert [line.split(" = ")[0] for line in changed] == ["out", "max_restarts"]  # as given, without a resume
