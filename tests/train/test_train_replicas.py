@@ -79,11 +79,34 @@ def test_resumed_equals_never_stopped_and_zero1_equals_whole(tmp_path: Path, sch
         ({"overlap": 1}, "--overlap 1 under 1f1b"),
         ({"overlap": 2, "schedule": "paci"}, "give 0 to 1"),
         ({"replicas": 0}, "replicas"),
+        (
+            {"schedule": "paci", "buffers": 1},
+            "--buffers 1 with --replicas 2 under paci.* use --buffers 2, or --overlap 0",
+        ),
+        (
+            {"schedule": "paci", "tied": True, "on_nonfinite": "skip-window"},
+            "with tied embeddings and skip-window under paci.* use --on-nonfinite skip-local or raise, --no-tied",
+        ),
+        (
+            {"schedule": "paci", "tied": True, "dtype": "fp16"},
+            "--dtype fp16, which needs .* use --dtype bf16, --no-tied",
+        ),
     ],
 )
 def test_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text.replace("(", r"\(")):
         TrainConfig(**{**BASE, **options})
+
+
+def test_what_is_near_to_the_refused() -> None:
+    for options in (
+        {"buffers": 1, "overlap": 0},
+        {"buffers": 1, "policy": "predict"},  # waits at once
+        {"schedule": "1f1b", "tied": True, "dtype": "fp16"},
+        {"stages": 1, "tied": True, "on_nonfinite": "skip-window"},
+        {"tied": True, "on_nonfinite": "skip-local"},
+    ):
+        TrainConfig(**{**BASE, "schedule": "paci", **options})
 
 
 def _victim(ctx: Any, config: TrainConfig, rank: int) -> None:
