@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +12,7 @@ from paci_rt.cli.options import given_options
 from paci_rt.train import config_file
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.recipes import recipe
+from paci_rt.wording import shown
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,7 @@ def resolved(args: argparse.Namespace, *, beneath: dict[str, Any], more: dict[st
     typed = given_options(args) | more
     stored = {} if args.config is None else config_file.read(args.config)
     derived = stored.pop(config_file.DERIVED, ())
+    _check_derived(args.config, stored, derived, typed)
     if typed:
         stored = {name: value for name, value in stored.items() if name not in derived}
     named = stored.pop(config_file.RECIPE, None) if args.recipe is None else args.recipe
@@ -59,6 +62,24 @@ def resolved(args: argparse.Namespace, *, beneath: dict[str, Any], more: dict[st
         return TrainConfig(**given)
     except ValueError as error:
         raise ValueError(f"{_blamed(str(error), given, source)}{error}") from None
+
+
+def _check_derived(path: str, stored: dict[str, Any], derived: Collection[str], typed: Collection[str]) -> None:
+    """Raise ValueError for a file of a run that was changed by hand in what followed from the rest, or in what it
+    followed from: one of the two would be lost without a word."""
+    rest = {name: value for name, value in stored.items() if name not in derived and name != config_file.RECIPE}
+    try:
+        anew = TrainConfig(**{name: value for name, value in rest.items() if not _is_default(value)})
+    except ValueError:
+        return  # of another machine, or said again with the whole
+    for name in derived:
+        value, follows = stored.get(name), getattr(anew, name)
+        if value is None or _is_default(value) or name in typed or value == follows:
+            continue
+        raise ValueError(
+            f"--config {path}: {name} is {shown(value)}, but {shown(follows)} follows from the other options, as its "
+            f"place in derived promises: take its name out of derived to keep it, or its line out to have it follow"
+        )
 
 
 def _recipe(name: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from paci_rt.cli import outputs
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """``paci-rt report``."""
     from paci_rt.report import figures, plots
     from paci_rt.report.page import page
-    from paci_rt.report.runs import find_runs, grouped
+    from paci_rt.report.runs import differences, find_runs, grouped
     from paci_rt.report.spread import thresholds
 
     plots.require_matplotlib()
@@ -75,5 +76,7 @@ def run(args: argparse.Namespace) -> int:
         told = [{"label": one.label, "seed": one.seed, "file": str(one.where)} for one in runs]
         value = {"runs": told, "thresholds": losses, "baseline": baseline, "files": list(NAMES)}
         outputs.ready(args.json).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    if found := differences(runs):
+        print(f"paci-rt: these runs differ in more than their schedules: {', '.join(found)}", file=sys.stderr)
     print(f"{folder / NAMES[-1]} shows {len(runs)} runs of {', '.join(labels)}, with {', '.join(NAMES[:-1])} beside it")
     return 0

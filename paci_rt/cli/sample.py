@@ -105,6 +105,8 @@ def _decoded(decode: Any, tokens: list[int], name: str) -> str:
 def _check(args: argparse.Namespace) -> None:
     if not args.prompt:
         raise ValueError("--prompt is empty: give at least one character")
+    if any("\ud800" <= one <= "\udfff" for one in args.prompt):
+        raise ValueError(f"--prompt {args.prompt!r} is no Unicode text: give it as UTF-8")
     if not 1 <= args.tokens <= MOST_TOKENS:
         raise ValueError(f"--tokens is {args.tokens}: give an integer from 1 to {MOST_TOKENS}")
     if not 0 <= args.temperature <= 1e6 or 0 < args.temperature < 1e-6:

@@ -114,8 +114,11 @@ def find_source(names: Sequence[str], text_key: str = "text") -> Source:
         held_back |= for_validation
     if not files:
         raise DataError(f"--data {' '.join(names)} holds no file: give text, JSON lines or parquet")
+    places: dict[Path, Path] = {}
     for file in files:
         refuse_foreign(file)
+        if (first := places.setdefault(file.resolve(), file)) is not file:
+            raise DataError(f"--data has {file} twice, the first time as {first}: leave one of them out")
     held_back |= parts_by_name(named, None)[0]
     held_back = frozenset() if held_back >= set(files) else held_back & set(files)
     return Source(files=tuple(files), text_key=text_key, held_back=held_back, tests=tuple(tests), others=tuple(others))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from paci_rt.files import reason
 from paci_rt.wording import shown
 
 MANIFEST = "manifest.json"
+_SHARD_NAME = re.compile(r"(train|val)-[0-9]{5,}\.bin")
 FORMAT, VERSION = "paci_rt tokens", 1
 DTYPES = ("uint16", "uint32")
 PARTS = ("train", "val")
@@ -99,6 +101,16 @@ class Joined:
 def is_prepared(path: Path) -> bool:
     """Whether ``path`` is a folder of ``paci-rt prepare``, or its manifest."""
     return path.is_file() if path.name == MANIFEST else (path / MANIFEST).is_file()
+
+
+def refuse_orphan(file: Path) -> None:
+    """Raise DataError for a shard of ``paci-rt prepare`` whose manifest is not beside it: without that, nothing says
+    how many bytes a token has, and which files there must be."""
+    if _SHARD_NAME.fullmatch(file.name) and not is_prepared(file.parent):
+        raise DataError(
+            f"{file} has the name of a shard of paci-rt prepare, and no {MANIFEST} is beside it, which says what its "
+            "bytes are: copy that too; or rename the file, if it is nanoGPT's or llm.c's"
+        )
 
 
 def folder_of(shard: Path) -> Path | None:

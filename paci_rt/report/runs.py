@@ -15,6 +15,10 @@ from paci_rt.trace import Event
 from paci_rt.wording import shown
 
 RESULT, COMPARISON = "result.json", "comparison.json"
+ALIKE = ("model", "layers", "heads", "kv_heads", "width", "ffn_width", "vocab_size", "context", "rope_base", "tied")
+ALIKE += ("data", "seq_len", "batch_size", "eval_batches", "optimizer", "lr", "min_lr", "lr_steps", "warmup_steps")
+ALIKE += ("weight_decay", "beta1", "beta2", "momentum", "clip_grad_norm", "dtype", "steps", "stages", "replicas")
+"""Options in which runs should agree that are compared: what they train, on what, and how many processes do it."""
 _NEEDED = ("schedule", "stages", "accumulation", "steps", "evals", "config")
 
 
@@ -81,9 +85,18 @@ def find_runs(names: Sequence[str]) -> tuple[list[FoundRun], list[FoundTrace]]:
                 runs += [_run(file, one, found.get("machine")) for one in found["runs"]]
             else:
                 runs.append(_run(file, found, found.get("machine") if isinstance(found, dict) else None))
+    _refuse_twice(runs)
     if not runs:
         raise DataError(f"{', '.join(names)} holds no run: give files of train --json or compare --json")
     return runs, traces
+
+
+def _refuse_twice(runs: Sequence[FoundRun]) -> None:
+    """Raise DataError for a run that stands in two files: a median and a spread would count it as two."""
+    for at, one in enumerate(runs):
+        again = next((other for other in runs[:at] if other.facts == one.facts and one.facts.get("wall_s")), None)
+        if again is not None:
+            raise DataError(f"{again.where} and {one.where} are the same run: give one of them")
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -93,6 +106,11 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         raise DataError(f"{path} does not exist: give files of train --json or compare --json, or folders of --out")
     known = [path / name for name in (RESULT, COMPARISON) if (path / name).is_file()]
+    if not known and (path / "index.json").is_file():
+        raise DataError(
+            f"{path} has a checkpoint of a run that has not ended, so there is no {RESULT}: let it end, or go on with "
+            f"paci-rt train --resume {path} --out {path}"
+        )
     if not known:
         raise DataError(f"{path} has neither {RESULT} nor {COMPARISON}: give a folder of train --out or compare --out")
     yield from known
@@ -160,9 +178,8 @@ def grouped(runs: Sequence[FoundRun]) -> dict[str, list[FoundRun]]:
 
 def differences(runs: Sequence[FoundRun]) -> dict[str, list[str]]:
     """Options in which runs differ that should be alike, with their values."""
-    names = ("model", "data", "seq_len", "batch_size", "eval_batches", "optimizer", "lr", "dtype", "steps")
     found = {}
-    for name in names:
+    for name in ALIKE:
         values = list(dict.fromkeys(str(run.facts["config"].get(name)) for run in runs))
         if len(values) > 1:
             found[name] = values

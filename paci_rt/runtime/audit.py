@@ -53,7 +53,8 @@ class StageAudit:
         clipped_windows: whose gradients were clipped.
         norm_lags: for each norm of another stage that clipping used, how many windows it was old; -1 where none had
             come yet.
-        nonfinite_gradients, grad_norm: non-finite elements of all updates' gradients; 2-norm of the last one's.
+        nonfinite_gradients, grad_norm: non-finite elements of all updates' gradients; 2-norm of the last one's,
+            None before the first one.
         evaluation_s: seconds inside E, which are in none of the others.
         snapshot_bytes: a copy of its state that is being written.
         compute_s: seconds inside F, B, I, W and U; exposed_comm_s: seconds in receives and in starting sends.
@@ -86,7 +87,7 @@ class StageAudit:
     clipped_windows: int = 0
     norm_lags: Counter[int] = field(default_factory=Counter)
     nonfinite_gradients: Any = 0
-    grad_norm: Any = 0.0
+    grad_norm: Any = None
 
     def forward(self, micro_batch: int, version: int, kept_bytes: int, full_bytes: int) -> None:
         """A forward used ``version`` and keeps ``kept_bytes`` until its backward, which needs ``full_bytes``."""

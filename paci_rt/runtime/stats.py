@@ -80,7 +80,7 @@ def pipeline_stats(
         "lookahead_s": sum(runtime.weights.ahead_s for runtime in runtimes),
         "lookahead_forwards": sum(runtime.weights.ahead_forwards for runtime in runtimes),
         "nonfinite_gradients": sum(int(audit.nonfinite_gradients) for audit in audits),
-        "grad_norm": {audit.stage: float(audit.grad_norm) for audit in audits},
+        "grad_norm": {audit.stage: None if audit.grad_norm is None else float(audit.grad_norm) for audit in audits},
         **{key: {audit.stage: getattr(audit, key) for audit in audits} for key in WINDOW_COUNTS},
         "norm_lags": {audit.stage: dict(sorted(audit.norm_lags.items())) for audit in audits},
         "memory": memory,

@@ -22,9 +22,11 @@ from paci_rt.train.model import ModelShape
 from paci_rt.train.option_checks import (
     check_dtype,
     check_known,
+    check_predict,
     check_recompute_blocks,
     check_switch,
     check_text,
+    check_tied,
     flag_of,
     lookahead_of,
     plain,
@@ -350,6 +352,8 @@ class TrainConfig:
         resolve_safety(Safety(on_nonfinite=self.on_nonfinite), (True,), family, shape, self.policy or "", ())
         self._fill("lookahead", lookahead_of(self, family), always=True)
         check_recompute_blocks(self, family, shape)
+        check_predict(self, family, shape)
+        check_tied(self, family)
         check_replicas(self)
         if self.save_interval and self.out is None:
             raise ValueError(f"--save-interval {self.save_interval} needs a folder to save to: give --out DIR")

@@ -93,7 +93,9 @@ def _not_toml(path: str | os.PathLike[str], text: str, error: Exception) -> str:
     found = re.search(r"\(at line (\d+)", said)
     lines = text.splitlines()
     line = ""
-    if found is not None and int(found[1]) <= len(lines):
+    if "(at end of document)" in said and lines:
+        line = lines[-1].strip()
+    elif found is not None and int(found[1]) <= len(lines):
         line = lines[int(found[1]) - 1].strip()
     key = re.match(r"([A-Za-z0-9_-]+)\s*=", line)
     if "overwrite" in said.lower() and key is not None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from paci_rt.data.formats import refuse_tables
-from paci_rt.data.shards import Joined, folder_of, is_prepared, open_prepared
+from paci_rt.data.shards import Joined, folder_of, is_prepared, open_prepared, refuse_orphan
 from paci_rt.data.token_files import SCAN_TOKENS, open_tokens, vocab_text
 from paci_rt.errors import DataError
 
@@ -135,6 +135,7 @@ def _load_parts(path: Path | None, vocab_size: int) -> tuple[Tokens, Tokens]:
         if path.suffix == ".bin":
             if folder := folder_of(path):
                 raise DataError(f"--data {path} is one shard of {folder}: give that folder")
+            refuse_orphan(path)
             return _split(open_tokens(path, vocab_size, scan_tokens=_SCAN_TOKENS))
         _require_bytes(path)
         refuse_tables(path, [path])
@@ -144,7 +145,7 @@ def _load_parts(path: Path | None, vocab_size: int) -> tuple[Tokens, Tokens]:
             )
         return _split(np.memmap(path, dtype=np.uint8, mode="r"))
     if not path.is_dir():
-        raise DataError(f"--data {path} does not exist")
+        raise DataError(f"--data {path} does not exist: give a text file, a folder, or a .bin file of tokens")
     train_files = sorted(path.glob("*train*.bin"))
     parts = {"train": train_files, "val": [file for file in sorted(path.glob("*val*.bin")) if file not in train_files]}
     missing = [f"{part}.bin" for part, found in parts.items() if not found]
@@ -163,6 +164,8 @@ def _load_parts(path: Path | None, vocab_size: int) -> tuple[Tokens, Tokens]:
 
 
 def _joined(files: list[Path], vocab_size: int) -> Tokens:
+    for file in files:
+        refuse_orphan(file)
     found = [open_tokens(file, vocab_size, scan_tokens=_SCAN_TOKENS) for file in files]
     others = [file for file, tokens in zip(files, found, strict=True) if tokens.dtype != found[0].dtype]
     if others:

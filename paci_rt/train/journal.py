@@ -5,10 +5,11 @@ reports of all together and writes. A line has ``step`` and either the keys of a
 
 - ``step tokens elapsed_s loss lr tokens_per_s utilization``: the window, as ``paci-rt train --json`` has them;
 - ``max_drift drift_bound exposed_comm_s lookahead_s skipped_windows``: of all stages, since the run began;
-- ``grad_norm``: 2-norm of the mean gradient, all stages, each of its last update;
+- ``grad_norm``: 2-norm of the mean gradient, all stages, each of its last update; null until each has made one since
+  the run began or was resumed, which may be a window late;
 - ``memory``: bytes by stage and part, at their peak.
 
-Of several replicas the first one reports, with the tokens of all.
+Of several replicas the first one reports, with the loss and the tokens of all.
 
 A log belongs to the checkpoint beside it: a run that goes on from one keeps the lines up to it, and one that begins
 anew in the folder of another replaces the log when it replaces the checkpoint, not before.
@@ -105,7 +106,7 @@ def merged(step: dict[str, Any], stages: list[dict[str, Any]]) -> dict[str, Any]
         line |= {
             "lr": stages[0]["lr"],
             "utilization": sum(one["utilization"] for one in stages) / len(stages),
-            "grad_norm": math.hypot(*norms.values()),
+            "grad_norm": None if None in norms.values() else math.hypot(*norms.values()),
             **{key: max(one[key] for one in stages) for key in ("max_drift", "drift_bound", "skipped_windows")},
             **{key: sum(one[key] for one in stages) for key in ("exposed_comm_s", "lookahead_s")},
         }

@@ -67,7 +67,7 @@ def logged(folder: str | None, ctx: launch.Context, stages: list[int]) -> Iterat
 
     def report(values: dict[str, Any]) -> None:
         ctx.report(values)
-        if values["kind"] == "stage":  # for the log of the run
+        if values["kind"] in ("stage", "share"):  # for the log of the run
             return
         log.write(values["kind"], **{key: value for key, value in values.items() if key not in ("kind", "steps")})
 

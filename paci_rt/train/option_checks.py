@@ -12,6 +12,9 @@ from paci_rt.wording import shown, unknown
 KEEP_WEIGHTS = ("stash", "2bw")
 """Policies under which a backward has the weights of its forward."""
 
+FORESEEN = ("adamw", "sgd", "torch-adamw", "torch-sgd")
+"""Optimizers whose next steps policy ``predict`` can tell."""
+
 
 def flag_of(name: str) -> str:
     """``--batch-size`` of ``batch_size``."""
@@ -95,6 +98,40 @@ def lookahead_of(config: Any, family: ScheduleFamily) -> bool:
         raise ValueError("--lookahead with --momentum 0: nothing tells where sgd is going; use a momentum above 0")
     ahead = policies.looks_ahead(family, config.policy or "", config.lookahead)
     return ahead and not torchs and not still
+
+
+def check_predict(config: Any, family: ScheduleFamily, shape: Shape) -> None:
+    """Raise ValueError for policy ``predict`` with an optimizer whose next steps do not follow from its momentum."""
+    late = (policies.bounds("predict", family, shape, rank)[1] for rank in range(shape.ranks))
+    if config.policy != "predict" or not any(late):
+        return
+    if config.optimizer not in FORESEEN:
+        raise ValueError(
+            f"--policy predict with --optimizer {config.optimizer}, whose next steps do not follow from its momentum: "
+            f"use {', '.join(FORESEEN)}, or another policy"
+        )
+    if config.optimizer.endswith("sgd") and config.momentum == 0:
+        raise ValueError(
+            f"--policy predict with --optimizer {config.optimizer} and --momentum 0: nothing tells where it is going; "
+            "use a momentum above 0, or another policy"
+        )
+
+
+def check_tied(config: Any, family: ScheduleFamily) -> None:
+    """Raise ValueError where the embedding's copy at the head could not be the one that a policy wants."""
+    places = config.places
+    if not config.shape.tied or places.num_stages == 1 or config.policy not in KEEP_WEIGHTS:
+        return
+    if config.policy == "2bw":
+        raise ValueError(
+            f"--policy 2bw of {family.name} with tied embeddings: the head's copy has one version, not two; use "
+            "--no-tied, or another policy or schedule such as paci"
+        )
+    if places.chunks > 1 and places.rank_of(0) == places.last_rank:
+        raise ValueError(
+            f"--policy stash under {family.name} with tied embeddings: the last stage has several micro-batches in "
+            "flight, and the head's copy one version; use --no-tied, or --policy bounded"
+        )
 
 
 def check_recompute_blocks(config: Any, family: ScheduleFamily, shape: Shape) -> None:

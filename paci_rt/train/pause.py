@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -12,13 +14,18 @@ from torch import Tensor
 
 import paci_rt
 from paci_rt import checkpoint, status
+from paci_rt.report.runs import RESULT
 from paci_rt.runtime.beside import settle
 from paci_rt.runtime.checkpoint_save import first_lost
 from paci_rt.runtime.engine import Pipeline
+from paci_rt.schedules import limits
 from paci_rt.train import config_file, journal
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.progress import Context, Log, TrainingClock
 from paci_rt.train.validation import evaluate
+
+SECONDS = "elapsed_s"
+"""In a checkpoint's ``extra``: seconds of training behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +33,14 @@ class Pause:
     """Validates and saves, as it is asked to.
 
     Attributes:
+        given: the options as they were given; after a restart ``config`` resumes from somewhere else.
         validates: whether this process has a part in validations.
         group: of the pipeline, beside the one for its messages.
         ties: tied weights. held_back: inputs and targets, int64 ``[sequences, seq]``.
     """
 
     config: TrainConfig
+    given: TrainConfig
     ctx: Context
     pipeline: Pipeline
     validates: bool
@@ -66,7 +75,7 @@ class Pause:
 
     def _save(self, step: int, out: str, *, beside: bool) -> None:
         config, ctx = self.config, self.ctx
-        extra = {"config": config.to_json(), "run": run_id(ctx)}
+        extra = {"config": self.given.to_json(), "run": run_id(ctx), SECONDS: self.log.seconds()}
         how: dict[str, Any] = {"keep": config.keep_checkpoints, "gathered": config.gather_checkpoints}
         how |= {"extra": extra, "tied_weights": self.ties, "group": self.group, "blocking": not beside}
         settle(self.pipeline)
@@ -86,11 +95,19 @@ class Pause:
                 self._tell(step, self.config.out)
 
     def _tell(self, step: int, out: str) -> None:
-        config, ctx = self.config, self.ctx
-        if ctx.rank == 0 and not (restarts(ctx) and config.resume == out):  # whose options are there
-            config_file.save(config, out)
+        ctx = self.ctx
+        if ctx.rank == 0:  # both belong to the checkpoint that is there now
+            config_file.save(self.given, out)
+            with suppress(OSError):
+                Path(out, RESULT).unlink()
         if ctx.rank == 0 and isinstance(ctx, journal.Heard):
             ctx.report({"kind": "saved", "step": step})
+
+
+def seconds_in(extra: Mapping[str, Any]) -> float:
+    """Seconds of training that a checkpoint has behind it, by its ``extra``; 0 where it does not say."""
+    value = extra.get(SECONDS)
+    return float(value) if limits.is_number(value, 1e12) else 0.0
 
 
 def require_finite(pipeline: Pipeline, step: int, val_loss: float | None) -> None:

@@ -73,21 +73,36 @@ class TrainingClock:
 
 class Log:
     """Keeps what this process saw and reports it from the last stage. Stages on a GPU are asked once in ``LATE`` steps,
-    since asking waits for them."""
+    since asking waits for them.
+
+    Args:
+        earlier_s: seconds of training behind the checkpoint that the run went on from; points of the curves have them
+            too, as they have its steps and tokens.
+    """
 
     LATE = 10
 
     def __init__(
-        self, config: TrainConfig, ctx: Context, pipeline: Pipeline, clock: TrainingClock, windows: Prefetch[Window]
+        self,
+        config: TrainConfig,
+        ctx: Context,
+        pipeline: Pipeline,
+        clock: TrainingClock,
+        windows: Prefetch[Window],
+        earlier_s: float = 0.0,
     ) -> None:
         self._config, self._ctx, self._pipeline, self._clock = config, ctx, pipeline, clock
-        self._windows = windows
+        self._windows, self._earlier_s = windows, earlier_s
         self._steps: list[StepPoint] = []
         self._evals: list[EvalPoint] = []
         self._mark: tuple[float, float, int] | None = None  # clock, seconds of computing and tokens after one window
         # Steps, what the clock showed then, and losses of the step, or that of a validation.
         self._late: deque[tuple[int, float, list[Tensor] | Tensor | float]] = deque()
         self._every = 1 if pipeline.stages[0].device.type == "cpu" else self.LATE
+
+    def seconds(self) -> float:
+        """Seconds of training since the very first step."""
+        return self._earlier_s + self._clock.seconds()
 
     def stepped(self, step: int, losses: list[Tensor]) -> None:
         """``step`` windows have run; ``losses`` gets one per micro-batch, on the last stage; in a V some come later."""
@@ -107,7 +122,8 @@ class Log:
                 self._read(step, elapsed_s, losses)
             else:
                 tokens, val_loss = step * self._config.tokens_per_window, float(losses)
-                self._evals.append(EvalPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, val_loss=val_loss))
+                at_s = self._earlier_s + elapsed_s
+                self._evals.append(EvalPoint(step=step, tokens=tokens, elapsed_s=at_s, val_loss=val_loss))
                 self._ctx.report({"kind": "eval", "steps": self._config.steps, **asdict(self._evals[-1])})
 
     def _known(self, losses: list[Tensor] | Tensor | float) -> bool:
@@ -131,7 +147,7 @@ class Log:
         if not self._pipeline.has_last:
             return
         loss = float(torch.stack(losses).mean())
-        self._steps.append(StepPoint(step=step, tokens=tokens, elapsed_s=elapsed_s, loss=loss))
+        self._steps.append(StepPoint(step=step, tokens=tokens, elapsed_s=self._earlier_s + elapsed_s, loss=loss))
         more = {"skipped_windows": max(stats["skipped_windows"].values()), "data_stall_s": self._windows.stall_s}
         self._ctx.report({"kind": "step", "steps": self._config.steps, **asdict(self._steps[-1]), **rates, **more})
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -48,21 +50,60 @@ class Place:
         return {"replica_group": self.others, "shard_optimizer": self.zero1, "overlap": self.overlap}
 
     def reports(self, ctx: Any) -> Any:
-        """The context for the log: of the first replica alone."""
-        return ctx if self.first else Silent()
+        """The context for the log: the first replica tells everything, the others their losses alone."""
+        return ctx if self.first else LossOnly(ctx)
 
     def own_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """This replica's part of the global batch, in the order of the replicas."""
         return tuple(tensor.tensor_split(self.replicas)[self.replica] for tensor in tensors)
 
 
-class Silent:
-    """Reports to nobody: the first replica does."""
+class LossOnly:
+    """Of a replica that is not the first: its part of a window's loss is reported, for :class:`Together`."""
 
     rank = -1
 
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
     def report(self, obj: dict[str, Any]) -> None:
-        pass
+        if obj["kind"] == "step":
+            self._ctx.report({"kind": "share", "step": obj["step"], "loss": obj["loss"]})
+
+
+class Together:
+    """Passes the reports of a run on, in order; the loss of a step becomes the mean of all replicas.
+
+    A step waits for the shares of all, and so does what its process said after it. What is still incomplete when a run
+    fails is dropped: the next start trains it again.
+    """
+
+    def __init__(self, replicas: int, on_report: Callable[[dict[str, Any]], None]) -> None:
+        self._others, self._on_report = replicas - 1, on_report
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._shares: dict[int, list[float]] = {}
+
+    def __call__(self, report: dict[str, Any]) -> None:
+        kind = report["kind"]
+        if kind == "restart":
+            self._waiting.clear()
+            self._shares.clear()
+        if kind == "share":
+            self._shares.setdefault(report["step"], []).append(report["loss"])
+        elif self._others and kind in ("step", "eval"):
+            self._waiting.append(report)
+        else:
+            self._on_report(report)
+        while self._waiting and self._complete(self._waiting[0]):
+            self._on_report(self._whole(self._waiting.popleft()))
+
+    def _complete(self, report: dict[str, Any]) -> bool:
+        return report["kind"] == "eval" or len(self._shares.get(report["step"], [])) == self._others
+
+    def _whole(self, report: dict[str, Any]) -> dict[str, Any]:
+        if report["kind"] == "eval":
+            return report
+        return report | {"loss": mean_loss([report["loss"], *self._shares.pop(report["step"])])}
 
 
 def find_place(config: TrainConfig, rank: int, *, local: bool) -> Place:
@@ -109,4 +150,9 @@ def of_first_replica(config: TrainConfig, results: list[StageResult]) -> list[St
 
 
 def _mean(points: tuple[StepPoint, ...]) -> StepPoint:
-    return replace(points[0], loss=float(torch.tensor([one.loss for one in points], dtype=torch.float64).mean()))
+    return replace(points[0], loss=mean_loss([one.loss for one in points]))
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """Of equal parts; the same bits in any order of them."""
+    return (math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)) / len(losses)

@@ -16,7 +16,8 @@ TRAIN_LOSS_WINDOWS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPoint:
-    """One window: ``step`` local updates and ``tokens`` since the first one, the training clock, nats per token."""
+    """One window: ``step`` local updates, ``tokens`` and seconds of training since the very first one, whichever run of
+    those that resumed one another made it; nats per token."""
 
     step: int
     tokens: int
@@ -192,16 +193,13 @@ def with_earlier(result: RunResult, steps: Sequence[StepPoint], evals: Sequence[
     """
     first = result.curve[0].step if result.curve else result.steps + 1
     before: dict[int, StepPoint] = {point.step: point for point in steps if point.step < first}
-    at_s = max((point.elapsed_s for point in before.values()), default=0.0)
-    later = tuple(replace(point, elapsed_s=at_s + point.elapsed_s) for point in result.curve)
-    curve = (*(before[step] for step in sorted(before)), *later)
+    curve = (*(before[step] for step in sorted(before)), *result.curve)
     seen = {point.step: point for point in evals if not result.evals or point.step < result.evals[0].step}
-    late_evals = tuple(replace(point, elapsed_s=at_s + point.elapsed_s) for point in result.evals)
     recent = [point.loss for point in curve[-TRAIN_LOSS_WINDOWS:]]
     return replace(
         result,
         curve=curve,
-        evals=(*(seen[step] for step in sorted(seen)), *late_evals),
+        evals=(*(seen[step] for step in sorted(seen)), *result.evals),
         train_loss=sum(recent) / len(recent) if recent else result.train_loss,
     )
 

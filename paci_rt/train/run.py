@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -20,8 +21,9 @@ from paci_rt.train.clocks import offset_to_first, shifted
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.journal import Heard, Journal
 from paci_rt.train.logs import logged
-from paci_rt.train.replicas import of_first_replica
+from paci_rt.train.replicas import Together, of_first_replica
 from paci_rt.train.results import EvalPoint, RunResult, StageResult, StepPoint, merge, with_earlier
+from paci_rt.train.saved import changed_options
 from paci_rt.train.trainer import preflight, train
 
 MEMORY_PARTS = (*PARTS, "total")
@@ -41,7 +43,10 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
         RunStopped: SIGTERM ended it; what was trained has been saved into ``out``, if there is one.
         PaciError: the run failed.
     """
+    check_start(config)
     preflight(config)
+    if config.resume is not None and os.environ.get("RANK", "0") == "0" and (changed := changed_options(config)):
+        print(f"paci-rt: --resume {config.resume} goes on with other options: {changed}", file=sys.stderr, flush=True)
     with Journal(config) as journal:
         return _execute(config, journal, on_report)
 
@@ -60,15 +65,15 @@ def _execute(config: TrainConfig, journal: Journal, on_report: OnReport | None) 
         if on_report is not None:
             on_report(report)
 
-    common: dict[str, Any] = {"threads": config.threads, "on_report": hear, "grace_s": config.grace_s}
+    told = Together(config.replicas, hear)
+    common: dict[str, Any] = {"threads": config.threads, "on_report": told, "grace_s": config.grace_s}
     common |= {"transfer_timeout_s": config.transfer_timeout, "dumps": dumps}
     if launch.under_torchrun():
-        check_torchrun(config)
         results = launch.run_under_torchrun(_stage_under_torchrun, (config,), **common)
-    elif config.transport == "local" or (config.transport == "auto" and config.stages * config.replicas == 1):
+    elif in_this_process(config):
         torch.set_num_threads(config.threads)
         with launch.alone(config.grace_s):
-            results = [_stage(launch.Context(local=True, on_report=hear), config)]
+            results = [_stage(launch.Context(local=True, on_report=told), config)]
     else:
         more: dict[str, Any] = {"port": config.port, "max_restarts": config.max_restarts}
         results = launch.run(_stage, config.stages * config.replicas, (config,), **common, **more)
@@ -118,9 +123,30 @@ def _stage_under_torchrun(ctx: launch.Context, config: TrainConfig) -> StageResu
     return replace(result, events=shifted(result.events, offset_to_first(config.transfer_timeout)))
 
 
+def in_this_process(config: TrainConfig) -> bool:
+    """Whether a run that torchrun did not start starts no process."""
+    return config.transport == "local" or (config.transport == "auto" and config.stages * config.replicas == 1)
+
+
+def check_start(config: TrainConfig) -> None:
+    """Raise ValueError where the options do not fit the processes that there will be."""
+    if launch.under_torchrun():
+        check_torchrun(config)
+    elif config.max_restarts and in_this_process(config):
+        raise ValueError(
+            f"--max-restarts {config.max_restarts} where all stages run in one process, which nothing starts again: "
+            "leave it out, or use several stages and another transport than local"
+        )
+
+
 def check_torchrun(config: TrainConfig) -> None:
     """Raise ValueError where the options do not fit what torchrun started."""
     processes = int(os.environ["WORLD_SIZE"])
+    if config.max_restarts:
+        raise ValueError(
+            f"--max-restarts {config.max_restarts} under torchrun, which starts processes again itself: give it to "
+            "torchrun, in front of the program"
+        )
     if config.transport == "local":
         raise ValueError("--transport local runs all stages in one process: start it without torchrun")
     wanted = config.stages * config.replicas

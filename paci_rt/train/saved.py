@@ -17,9 +17,15 @@ from paci_rt.runtime.checkpoint_index import KINDS, index_file, names_in
 from paci_rt.train.config import DTYPES, TrainConfig
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, difference, shape_of
 from paci_rt.train.model import ModelShape, parameter_shapes
+from paci_rt.train.option_checks import flag_of
+from paci_rt.wording import shown
 
 TAKEN = ("batch_size", "accumulation", "seq_len", "eval_batches", "data", "dtype")
 """Options of a run that its evaluation takes over, beside those of the model."""
+
+DECIDE = ("data", "seed", "batch_size", "seq_len", "lr", "min_lr", "lr_steps", "warmup_steps", "weight_decay", "beta1")
+DECIDE += ("beta2", "momentum", "clip_grad_norm", "on_nonfinite", "skip_spikes")
+"""Options that decide what is trained, whatever the stages and the schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,26 @@ def saved_shape(path: str | os.PathLike[str], saved: Mapping[str, Any]) -> Model
         return shape_of(model, saved)
     except ValueError as error:
         raise CheckpointError(f"{path} is a checkpoint of an impossible model: {error}") from None
+
+
+def changed_options(config: TrainConfig) -> str:
+    """In which options that decide numbers a run differs from the one whose checkpoint it resumes; empty in none."""
+    saved = checkpoint.read_index(str(config.resume))["extra"]["config"]
+    found = []
+    for name in DECIDE:
+        ours, theirs = (_comparable(name, value) for value in (getattr(config, name), saved.get(name)))
+        if name in saved and ours != theirs:
+            found.append(f"{_said(name, getattr(config, name))} (it had {_said(name, saved[name])})")
+    return ", ".join(found)
+
+
+def _comparable(name: str, value: Any) -> Any:
+    return os.path.realpath(value) if name == "data" and isinstance(value, str) else value
+
+
+def _said(name: str, value: Any) -> str:
+    flag = flag_of(name)
+    return f"no {flag}" if value is None else f"{flag} {shown(value, 80)[1:-1] if isinstance(value, str) else value}"
 
 
 def check_same_shape(config: TrainConfig, saved: Mapping[str, Any]) -> None:

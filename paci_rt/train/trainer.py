@@ -27,7 +27,7 @@ from paci_rt.train.config import TrainConfig
 from paci_rt.train.data import Corpus, load_corpus
 from paci_rt.train.gather import gathered_sha256
 from paci_rt.train.model import HELD_BACK, parameter_shapes, tied_weights
-from paci_rt.train.pause import Pause, after_restart, restarts
+from paci_rt.train.pause import Pause, after_restart, restarts, seconds_in
 from paci_rt.train.prefetch import Prefetch
 from paci_rt.train.progress import Context, Log, TrainingClock, Window
 from paci_rt.train.replicas import Place, find_place
@@ -48,10 +48,10 @@ def train(config: TrainConfig, ctx: Context) -> StageResult:
         ActionError, PeerLostError, TransferTimeoutError, DriftBoundError: the pipeline failed.
     """
     with ExitStack() as held:
-        return _train(after_restart(config, ctx), ctx, held)
+        return _train(after_restart(config, ctx), ctx, held, config)
 
 
-def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
+def _train(config: TrainConfig, ctx: Context, held: ExitStack, given: TrainConfig) -> StageResult:
     corpus, first_step = preflight(config, after_restart=config.resume is not None and restarts(ctx) > 0)
     board, timeout_s = status.board(), config.transfer_timeout
     board.enter("meeting the other stages")
@@ -66,20 +66,22 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack) -> StageResult:
     if config.out is not None:
         gathered = config.gather_checkpoints
         held.enter_context(checkpoint.hold(config.out, pipeline, group=group, gathered=gathered))
+    earlier_s = 0.0
     if config.resume is not None:
         board.enter("loading the checkpoint")
-        given = own_options(lr_schedulers)
-        checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
-        set_options(lr_schedulers, given, config, first_step)
+        options = own_options(lr_schedulers)
+        earlier_s = seconds_in(checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group))
+        set_options(lr_schedulers, options, config, first_step)
     clock = TrainingClock(
         barrier=lambda: None if world is None else meet(world, timeout_s), left_out=lambda: pipeline.evaluation_s
     )
     windows = held.enter_context(batches(config, corpus, pipeline, first_step, place))
-    log = Log(config, place.reports(ctx), pipeline, clock, windows)
+    log = Log(config, place.reports(ctx), pipeline, clock, windows, earlier_s)
     held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
     held_back = config.shape.examples(*held_back, HELD_BACK)
     pause = Pause(
         config=config,
+        given=given,
         ctx=ctx,
         pipeline=pipeline,
         validates=place.first,

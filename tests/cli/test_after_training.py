@@ -172,6 +172,7 @@ def test_bad_samples_end_in_one_line(runs: Path, capsys: pytest.CaptureFixture[s
     assert "required: --prompt" in error_of(capsys, "sample", run)
     for options, words in (
         (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "\udcff"], "--prompt '\\udcff' is no Unicode text: give it as UTF-8"),
         (["--prompt", "a", "--tokens", "0"], "--tokens is 0: give an integer from 1"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature is nan"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature is -1.0: give 0, or a number"),

@@ -125,6 +125,12 @@ def test_bad_files_end_in_one_line(capsys: pytest.CaptureFixture[str], text: str
     assert sorted(os.listdir()) == before
 
 
+def test_an_option_twice_where_the_file_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.toml").write_bytes(b"steps = 3\nsteps = 4")  # no newline
+    assert cli.main(["train", "--config", "run.toml"]) == 2
+    assert "steps stands there twice, the second time as 'steps = 4': leave one" in capsys.readouterr().err
+
+
 def test_files_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     Path("latin.toml").write_bytes(b'data = "\xe9"')
     Path("large.toml").write_bytes(b"#" * (2 << 20))
@@ -229,3 +235,36 @@ def test_a_recipe_without_data_says_what_it_trains_on(
     assert "--recipe gpt2 has no data: without --data the bytes of Python's own library" in capsys.readouterr().err
     assert cli.main(["train", "--recipe", "gpt2", "--device", "cpu", "--data", "text.txt"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("min_lr = 0.0001", "min_lr = 0.0005", "min_lr is 0.0005, but 0.0001 follows from the other options"),
+        ("steps = 100\nb", "steps = 1000\nb", "lr_steps is 100, but 1000 follows from the other options"),
+        ("partition = [4, 4]", "partition = [5, 3]", "partition is (5, 3), but (4, 4) follows"),
+        ("lookahead = true", "lookahead = false", "lookahead is False, but True follows"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--out", "b")])
+def test_a_saved_file_that_was_edited_is_never_taken_by_halves(
+    capsys: pytest.CaptureFixture[str], old: str, new: str, words: str, more: tuple[str, ...]
+) -> None:
+    """What followed from other options is found anew once the command line changes any: an edit would be lost."""
+    path = config_file.save(TrainConfig(steps=100), ".")
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    assert cli.main(["train", "--config", str(path), *more]) == 2
+    err = capsys.readouterr().err
+    assert words in err and "take its name out of derived to keep it" in err and err.count("\n") == 1
+    name = words.split()[0]
+    path.write_text(re.sub(rf'"{name}"(, )?', "", text.replace(old, new), count=1))
+    if "steps" not in name:
+        assert f"{name} = {new.split(' = ')[1]}" in config_file.text_of(resolved("--config", str(path), *more))
+
+
+def test_an_option_of_the_command_line_goes_over_an_edited_one() -> None:
+    path = config_file.save(TrainConfig(steps=100), ".")
+    path.write_text(path.read_text().replace("min_lr = 0.0001", "min_lr = 0.0005"))
+    assert resolved("--config", str(path), "--min-lr", "0.0002").min_lr == 0.0002

@@ -394,3 +394,13 @@ def test_a_run_on_prepared_bytes_and_its_resume_see_the_same_batches(tmp_path: P
     losses = [[point["loss"] for point in one["curve"]] for one in results]
     assert losses[0] == losses[1] + losses[2]
     assert all(one["data_stall_s"] >= 0 for one in results)
+
+
+def test_a_file_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    """Its documents would be trained on and held back."""
+    (tmp_path / "in").mkdir()
+    file = jsonl(tmp_path / "in" / "a.jsonl", TEXTS)
+    (tmp_path / "link.jsonl").symlink_to(file)
+    for names in ([file, file], [file.parent, file], [file, tmp_path / "link.jsonl"]):
+        with pytest.raises(DataError, match=r"--data has .*\.jsonl twice, the first time as .*: leave one"):
+            find_source([str(name) for name in names])

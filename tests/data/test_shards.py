@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed": (lambda one: flip(one / "train-00001.bin"), "train-00001.bin has changed: its sha256"),
     "changed val": (lambda one: flip(one / "val-00000.bin"), "val-00000.bin has changed"),
     "swapped": (lambda one: os.replace(one / "train-00000.bin", one / "train-00001.bin"), "missing"),
+    "no manifest": (lambda one: (one / MANIFEST).unlink(), "train-00000.bin has the name of a shard.*copy that too"),
     "no JSON": (lambda one: (one / MANIFEST).write_text("{"), "cannot read .*manifest.json"),
     "another format": (lambda one: change_manifest(one, format="x"), "not written by paci-rt prepare"),
     "another version": (lambda one: change_manifest(one, version=2), "has version 2: this one reads 1"),
@@ -149,6 +151,17 @@ def test_another_vocabulary_is_refused(folder: Path) -> None:
 def test_a_single_shard_is_sent_to_its_folder(folder: Path) -> None:
     with pytest.raises(DataError, match=r"is one shard of .*out: give that folder"):
         load_corpus(folder / "train-00000.bin", vocab_size=256, seq_len=32)
+
+
+def test_a_shard_that_lost_its_manifest_is_refused_and_nanogpts_files_are_not(folder: Path, tmp_path: Path) -> None:
+    """Its tokens may have four bytes, which nanoGPT's never have."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(folder / "train-00000.bin", alone)
+    with pytest.raises(DataError, match=r"no manifest\.json is beside it"):
+        load_corpus(alone / "train-00000.bin", vocab_size=256, seq_len=32)
+    (alone / "train-00000.bin").rename(alone / "train.bin")
+    assert load_corpus(alone / "train.bin", vocab_size=256, seq_len=32).train.dtype == np.uint16
 
 
 def test_large_folders_are_hashed_once_and_again_when_they_change(

@@ -116,12 +116,28 @@ def test_runs_are_found_in_comparisons_and_folders(tmp_path: Path) -> None:
     assert "zb-1p (simulated)" in page and "Not all on one machine" in page
 
 
-def test_runs_that_differ_in_more_are_told_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("lr", 0.5, "--lr: 0.001, 0.5"), ("layers", 4, "--layers: None, 4"), ("replicas", 2, "--replicas: None, 2")],
+)
+def test_runs_that_differ_in_more_are_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: Any, words: str
+) -> None:
     one, other = facts("paci", 0, 50.0), facts("1f1b", 0, 60.0)
-    other["config"]["lr"] = 0.5
+    other["config"][name] = value
     files = [written(tmp_path / "a.json", one), written(tmp_path / "b.json", other)]
     assert main(["report", *files, "--out", str(tmp_path / "out")]) == 0
-    assert "differ in more than their schedules: --lr: 0.001, 0.5" in (tmp_path / "out" / "report.html").read_text()
+    assert f"differ in more than their schedules: {words}" in (tmp_path / "out" / "report.html").read_text()
+    assert capsys.readouterr().err == f"paci-rt: these runs differ in more than their schedules: {name}\n"
+
+
+def test_a_run_in_two_files_is_not_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = facts("paci", 0, 50.0, wall_s=50.0)
+    files = [written(tmp_path / "a.json", one), written(tmp_path / "run" / "result.json", one)]
+    assert main(["report", files[0], str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
+    assert f"{files[0]} and {files[1]} are the same run: give one of them" in capsys.readouterr().err
+    again = written(tmp_path / "again.json", facts("paci", 0, 51.0, wall_s=51.0))  # of the same seed, but run again
+    assert len(find_runs([files[0], again])[0]) == 2
 
 
 def test_a_diverged_run_has_its_place(tmp_path: Path) -> None:

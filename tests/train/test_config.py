@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 
 import paci_rt
+from paci_rt import launch, schedules
 from paci_rt.train import config_file
-from paci_rt.train.build import make_optimizer
+from paci_rt.train.build import build_pipeline, make_optimizer
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.gpt import build_stage
 from support.small_gpt import SMALL
@@ -175,4 +178,38 @@ def test_only_matrices_decay(name: str, kind: type) -> None:
 )
 def test_bad_options_name_value_and_remedy(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize("schedule", list(schedules.FAMILIES))
+def test_what_options_accept_can_be_built(schedule: str) -> None:
+    """What a pipeline refuses is refused with the options, in one line, before any process is started."""
+    family, built = schedules.get(schedule), 0
+    small: dict[str, Any] = {"layers": 8, "width": 8, "heads": 2, "seq_len": 8, "transport": "local", "steps": 1}
+    optimizers = (("adamw", True), *((name, False) for name in ("adamw", "nadam", "torch-sgd", "muon")))
+    for policy, (optimizer, tied) in itertools.product(family.policies, optimizers):
+        more: dict[str, Any] = {"momentum": 0.0} if optimizer == "torch-sgd" else {}
+        try:
+            config = TrainConfig(
+                **small, **more, schedule=schedule, stages=3, policy=policy, optimizer=optimizer, tied=tied
+            )
+        except ValueError:
+            continue
+        pipeline, _ = build_pipeline(config, launch.Context(local=True))
+        pipeline.close()
+        built += 1
+    assert built >= 4  # of at least 5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"policy": "predict", "optimizer": "nadam"}, "--policy predict with --optimizer nadam, whose next steps"),
+        ({"policy": "predict", "optimizer": "torch-sgd", "momentum": 0.0}, "torch-sgd and --momentum 0: nothing tells"),
+        ({"schedule": "pipedream-2bw", "tied": True}, "--policy 2bw of pipedream-2bw with tied embeddings"),
+        ({"schedule": "paci-v", "policy": "stash", "tied": True}, "--policy stash under paci-v with tied embeddings"),
+    ],
+)
+def test_policies_that_cannot_be_kept_are_refused_with_the_options(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
         TrainConfig(**options)

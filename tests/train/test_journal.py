@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,58 @@ def test_what_is_not_installed_is_refused(capsys: pytest.CaptureFixture[str], mo
     assert cli.main(["train", "--data", "text.txt", "--tensorboard"]) == 2
     assert "--tensorboard needs a folder for its files: give --out DIR or --log DIR" in capsys.readouterr().err
     assert os.listdir() == ["text.txt"]
+
+
+def test_seconds_of_training_go_on_where_the_checkpoint_was(capfd: pytest.CaptureFixture[str]) -> None:
+    first = run.execute(config(out="run", steps=4, lr_steps=8, warmup_steps=1))
+    assert first is not None and capfd.readouterr().err == ""
+    on = run.execute(config(out="run", steps=8, lr_steps=8, warmup_steps=1, resume="run"))
+    assert on is not None and capfd.readouterr().err == ""  # the same run, so there is nothing to say
+    clock = [point.elapsed_s for point in (*first.curve, *on.curve)]
+    assert clock == sorted(clock)
+    assert on.curve[0].elapsed_s > first.wall_s > 0
+    assert [line["elapsed_s"] for line in lines()] == sorted(line["elapsed_s"] for line in lines())
+    assert on.wall_s < on.curve[-1].elapsed_s  # of this run alone
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": 0.5, "min_lr": 0.001}, "--lr 0.5 (it had --lr 0.01)"),
+        ({"data": None}, "no --data (it had --data text.txt)"),
+        ({"clip_grad_norm": 1.0, "seed": 3}, "--seed 3 (it had --seed 0), --clip-grad-norm 1.0 (it had no --clip"),
+    ],
+)
+def test_what_a_resumed_run_does_otherwise_is_said(
+    capfd: pytest.CaptureFixture[str], options: dict[str, Any], words: str
+) -> None:
+    run.execute(config(out="run", steps=1, lr_steps=2, warmup_steps=0))
+    run.execute(config(**{"steps": 2, "lr_steps": 2, "warmup_steps": 0, "resume": "run", "stages": 1} | options))
+    err = capfd.readouterr().err
+    assert err.startswith("paci-rt: --resume run goes on with other options: ") and err.count("\n") == 1
+    assert words in err and "stages" not in err
+
+
+def test_a_result_goes_with_the_checkpoint_that_it_is_of(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    assert cli.main(["train", *small, "--data", "text.txt", "--out", "run"]) == 0
+    result = Path("run/result.json").read_bytes()
+    with pytest.raises(Exception, match="is not finite"):  # and saves nothing
+        run.execute(config(out="run", lr=1e20, optimizer="sgd", steps=50))
+    assert Path("run/result.json").read_bytes() == result
+    run.execute(config(out="run", steps=4, seed=1))  # as if killed before its result is written
+    capsys.readouterr()
+    assert cli.main(["report", "run", "--out", "page"]) == 2
+    assert "run has a checkpoint of a run that has not ended" in capsys.readouterr().err
+
+
+def test_restarts_that_nothing_would_make_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = config(stages=1, transport="auto", schedule="1f1b")
+    for options in (config(), alone):
+        with pytest.raises(ValueError, match="--max-restarts 2 where all stages run in one process"):
+            run.execute(replace(options, max_restarts=2))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "x")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ValueError, match=r"--max-restarts 2 under torchrun.*: give it to torchrun"):
+        run.execute(config(transport="gloo", max_restarts=2))
