@@ -39,6 +39,8 @@ class _Left(Exception):  # no error: what a forward leaves with
 class _Absent(nn.Module):
     """Stands where an embedding was: zeros of its shape, which nobody reads and which take no memory."""
 
+    nothing: Tensor
+
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self._width = width
@@ -47,12 +49,12 @@ class _Absent(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Some models ask for its dtype."""
-        return self.nothing  # type: ignore[return-value]
+        return self.nothing
 
     def forward(self, ids: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         given = next(value for value in (ids, *args, *kwargs.values()) if isinstance(value, Tensor))
         shape = given.shape if given.dim() < 3 else given.shape[:-1]
-        return torch.zeros((), dtype=self.weight.dtype, device=given.device).expand(*shape, self._width)
+        return torch.zeros((), dtype=self.nothing.dtype, device=given.device).expand(*shape, self._width)
 
 
 class _Skipped(nn.Module):
