@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from paci_rt.errors import ParityError
 from paci_rt.hf.adapters import check_adapters, inner
 from paci_rt.hf.layout import Layout, layout_of, parts_of
-from paci_rt.hf.load import from_folder, model_on_meta, whole_model
+from paci_rt.hf.load import cast, from_folder, model_on_meta, whole_model
+from paci_rt.hf.probe import other_heads
 from paci_rt.hf.stage_module import StageOfModel, own_copy
 from paci_rt.schedules import Placement
 from paci_rt.schedules.lowering import TiedWeight
@@ -94,28 +96,29 @@ def stage(
     """
     if isinstance(stage_index, bool) or not isinstance(stage_index, int) or not 0 <= stage_index < num_stages:
         raise ValueError(f"stage_index is {stage_index!r}: give an integer from 0 to {num_stages - 1}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}: give one of torch with a point, such as torch.bfloat16, or None")
     if isinstance(model_or_path, nn.Module):
         found = split(model_or_path, num_stages, partition=partition, placement=placement)[stage_index]
-    else:
-        folder = Path(model_or_path)
-        model = model_on_meta(folder, dtype)
-        layout, stages = _stages_of(model, num_stages, partition, placement)
-        found, why = stages[stage_index], ""
-        if not layout.sure:
-            why = (
-                f"a {type(model).__name__} does not run without values, so its cut has to be compared: transformers "
-                "reads the whole model, of which one stage is kept"
-            )
-        elif not from_folder(found, model, folder):
-            why = (
-                f"the files of {folder} have other names than a {type(model).__name__}: transformers reads the whole "
-                "model, of which one stage is kept; to read one stage only, write it with paci_rt.hf.save_pretrained"
-            )
-        if why:
-            warnings.warn(why, stacklevel=2)
-            model = whole_model(model, folder, dtype)
-            found = split(model, num_stages, partition=partition, placement=placement)[stage_index]
-    return found.to(device=device, dtype=dtype) if dtype is not None else found.to(device)
+        if dtype is not None:
+            cast(found, dtype, inner(model_or_path))
+            found.follow_dtype(dtype)
+        return found.to(device)
+    if not isinstance(model_or_path, (str, os.PathLike)):
+        raise ValueError(f"{shown(model_or_path, 60)} is neither a model nor a folder that save_pretrained() wrote")
+    folder = Path(model_or_path)
+    model = model_on_meta(folder, dtype)
+    layout, stages = _stages_of(model, num_stages, partition, placement)
+    found, why = stages[stage_index], ""
+    if not layout.sure:
+        why = f"a {type(model).__name__} does not run without values, so its cut has to be compared"
+    why = why or from_folder(found, model, folder)
+    if why:
+        remedy = "; to read one stage only, write it with paci_rt.hf.save_pretrained" if "other names" in why else ""
+        warnings.warn(f"{why}: transformers reads the whole model, of which one stage is kept{remedy}", stacklevel=2)
+        model = whole_model(model, folder, dtype)
+        found = split(model, num_stages, partition=partition, placement=placement)[stage_index]
+    return found.to(device)
 
 
 def _stages_of(
@@ -123,6 +126,9 @@ def _stages_of(
 ) -> tuple[Layout, list[StageOfModel]]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{shown(model, 60)} is no model of transformers: give one, such as a LlamaForCausalLM")
+    for name in ("module", "_orig_mod"):
+        if name in model._modules:
+            raise ValueError(f"{type(model).__name__} wraps a model: give what it wraps, its .{name}, and wrap stages")
     check_adapters(model)
     layout = layout_of(model)
     base: Any = inner(model)
@@ -180,7 +186,7 @@ def _check(model: Any, stages: Sequence[StageOfModel]) -> None:
     for one in stages:
         one.eval()
     try:
-        logits = model(ids, use_cache=False).logits if _caches(model) else model(ids).logits
+        logits = _logits(model, ids)
         value = _through(model, stages, ids)
     finally:
         for part, was in training:
@@ -194,6 +200,21 @@ def _check(model: Any, stages: Sequence[StageOfModel]) -> None:
             f"the {len(stages)} stages of {type(model).__name__} do not give the model's logits (largest difference "
             f"{worst:.3g}): cut it with torch's pipeline() frontend or by hand, and see paci_rt.check_against"
         )
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    kind = type(model).__name__
+    try:
+        output = model(ids, use_cache=False) if _caches(model) else model(ids)
+    except Exception as error:  # of any kind, out of code of any kind
+        raise ValueError(
+            f"the uncut {kind} does not run on token ids ({type(error).__name__}: {shown(str(error), 120)}): make it "
+            "run before it is cut"
+        ) from error
+    wrong = other_heads(output) or ("" if hasattr(output, "logits") else "its forward returns no logits")
+    if wrong:
+        raise ValueError(f"{kind} cannot be cut: {wrong}; give a causal or masked language model with one head")
+    return output.logits  # type: ignore[no-any-return]
 
 
 def _through(model: Any, stages: Sequence[StageOfModel], ids: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from paci_rt.planner.profile import BYTES
 from paci_rt.planner.rank_loads import RankLoads
 from paci_rt.planner.rank_partition import best_by_rank
 from paci_rt.schedules import Placement
+from paci_rt.wording import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ def layout_of(model: nn.Module) -> Layout:
     """Find the parts of a model, and the order in which they run.
 
     Raises:
-        ValueError: no list of layers, or several, such as those of an encoder and a decoder; or a forward that cannot
-            be cut between two layers.
+        ValueError: no list of layers, or several, such as those of an encoder and a decoder; a forward that cannot be
+            cut between two layers, or that a stage would not run as the uncut model does.
     """
     lists = {
         name: part
@@ -58,6 +60,7 @@ def layout_of(model: nn.Module) -> Layout:
             "whose stages paci_rt takes too"
         )
     layers = outer[0]
+    _check_forward(model, layers)
     before: list[str] = []
     after: list[str] = []
     _beside(model, "", layers, before, after)
@@ -80,6 +83,36 @@ def layout_of(model: nn.Module) -> Layout:
         returns=probed.returns,
         sure=True,
     )
+
+
+def _check_forward(model: nn.Module, layers: str) -> None:
+    """Refuse what a stage would not do as the uncut model does it.
+
+    Args:
+        layers: name of the list of layers; the modules on the way to it run in every stage.
+
+    Raises:
+        ValueError: layers that are left out at random, a forward that was replaced, or a hook around the whole model.
+    """
+    path = layers.split(".")
+    for at in range(len(path)):
+        name = ".".join(path[:at])
+        part = model.get_submodule(name)
+        where = f"{name!r} of {type(model).__name__}" if name else type(model).__name__
+        if "forward" in part.__dict__:
+            raise ValueError(
+                f"the forward of {where} was replaced on the object, and stages run that of its class: cut the model "
+                "before it is patched or given to accelerate (accelerate.hooks.remove_hook_from_module)"
+            )
+        if dropped := getattr(part, "layerdrop", 0):
+            raise ValueError(
+                f"{where} leaves out layers at random while it trains (layerdrop is {dropped}), which stages cannot: "
+                "set its attribute layerdrop to 0 first"
+            )
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise ValueError(
+            f"{type(model).__name__} has a forward hook, which no stage would call: remove it, or put it on a layer"
+        )
 
 
 def _beside(part: nn.Module, path: str, layers: str, before: list[str], after: list[str]) -> None:
@@ -125,15 +158,24 @@ def parts_of(
             f"placement is {placement!r}: give a paci_rt.schedules.Placement of {num_stages} stages, or None"
         )
     if partition is not None:
-        counts = tuple(partition)
+        counts = _integers(partition)
         if len(counts) != num_stages or any(one < 1 for one in counts) or sum(counts) != layout.count:
+            given = counts or shown(partition, 60)
             raise ValueError(
-                f"partition is {counts}: give {num_stages} numbers of at least 1 that add up to {layout.count} layers"
+                f"partition is {given}: give {num_stages} numbers of at least 1 that add up to {layout.count} layers"
             )
         return counts
     layers = [sum(param.numel() for param in layer.parameters()) for layer in _list(model, layout)]
     head = sum(param.numel() for name in layout.after for param in model.get_submodule(name).parameters())
     return _balanced(layers, head, placement or Placement(num_stages=num_stages))
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    """Empty if they are none."""
+    try:
+        return tuple(operator.index(one) for one in values)
+    except TypeError:
+        return ()
 
 
 def _balanced(layers: Sequence[int], head: int, places: Placement) -> tuple[int, ...]:

@@ -145,11 +145,19 @@ def probe(model: Any, layers: str, beside: list[str]) -> Probed | None:
         return None
     if len(seen.order) < len(seen.returns):
         seen.wrong = seen.wrong or f"it calls {len(seen.order)} of its {len(seen.returns)} layers"
+    seen.wrong = seen.wrong or other_heads(output)
     if _made_of_ids(getattr(output, "logits", None)):
         seen.wrong = seen.wrong or "it reads the token ids again behind its layers"
     return Probed(
         before=frozenset(seen.before), after=frozenset(seen.after), returns=tuple(seen.returns), wrong=seen.wrong
     )
+
+
+def other_heads(output: Any) -> str:
+    """What a model's forward returns that stages would not: heads beside the one that gives ``logits``."""
+    heads = [name for name in getattr(output, "keys", tuple)() if name.endswith("logits")]
+    others = [name for name in heads if name not in ("logits", "router_logits")]
+    return f"it has a head of its own for {others[0]}" if others else ""
 
 
 def _watch(part: nn.Module, name: str, seen: _Seen) -> None:
@@ -188,4 +196,4 @@ def _text(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
-__all__ = ["Probed", "probe"]
+__all__ = ["Probed", "other_heads", "probe"]

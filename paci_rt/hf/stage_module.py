@@ -19,6 +19,14 @@ from paci_rt.hf.adapters import inner
 from paci_rt.hf.layout import Layout
 from paci_rt.schedules.lowering import TiedWeight
 
+_UNANSWERED = {
+    "labels": "computes no loss: give step(target=labels), and let loss_fn compute it from the logits",
+    "output_hidden_states": "returns logits only: leave it out",
+    "output_attentions": "returns logits only: leave it out",
+    "past_key_values": "keeps no cache: leave it out",
+    "use_cache": "keeps no cache: leave it out",
+}
+
 
 class _Left(Exception):  # no error: what a forward leaves with
     """Ends the model's forward after this stage's last layer."""
@@ -31,15 +39,22 @@ class _Left(Exception):  # no error: what a forward leaves with
 class _Absent(nn.Module):
     """Stands where an embedding was: zeros of its shape, which nobody reads and which take no memory."""
 
+    nothing: Tensor
+
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self._width = width
-        self.weight = torch.empty(0, dtype=dtype)  # some models ask for its dtype
+        self.register_buffer("nothing", torch.empty(0, dtype=dtype), persistent=False)  # follows .to()
+
+    @property
+    def weight(self) -> Tensor:
+        """Some models ask for its dtype."""
+        return self.nothing
 
     def forward(self, ids: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         given = next(value for value in (ids, *args, *kwargs.values()) if isinstance(value, Tensor))
         shape = given.shape if given.dim() < 3 else given.shape[:-1]
-        return torch.zeros((), dtype=self.weight.dtype, device=given.device).expand(*shape, self._width)
+        return torch.zeros((), dtype=self.nothing.dtype, device=given.device).expand(*shape, self._width)
 
 
 class _Skipped(nn.Module):
@@ -135,8 +150,15 @@ class StageOfModel(nn.Module):
         """Give the model's own flag the value of the stage's."""
         self._model[0].training = self.training
 
+    def follow_dtype(self, dtype: torch.dtype) -> None:
+        """Give the zeros in place of absent embeddings the dtype that the parameters have got."""
+        for part in self.modules():
+            if isinstance(part, _Absent):
+                part.to(dtype)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the class."""
+        self._check_arguments(kwargs)
         kwargs["use_cache"] = False
         earlier: tuple[Tensor, ...] = ()
         if self._is_first:
@@ -156,8 +178,30 @@ class StageOfModel(nn.Module):
             finally:
                 if not self._is_first:
                     self._entry.__dict__["given"] = None
+        if not self._is_last:
+            raise RuntimeError(
+                f"the model left out layer {self._owned.stop}, in front of which this stage ends, so its output would "
+                "be wrong: turn off what leaves out layers, or cut the model by hand"
+            )
         logits = output.logits
         return logits if self._router is None else (logits, self._auxiliary((*earlier, *routed), kwargs))
+
+    def _check_arguments(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for what the model would return besides logits, and a stage would not."""
+        for name, remedy in _UNANSWERED.items():
+            value = kwargs.get(name)
+            if value is not None and value is not False:
+                raise ValueError(f"{name} is given, and a stage {remedy}")
+        if kwargs.get("return_dict") is False:
+            raise ValueError("return_dict is False, and a stage returns tensors in any case: leave it out")
+        wanted = kwargs.get("output_router_logits")
+        if wanted is not None and bool(wanted) != (self._router is not None):
+            raise ValueError(
+                f"output_router_logits is {wanted}, and the model was cut with {self._router is not None}: set "
+                "config.output_router_logits of the model before it is cut, and leave it out here"
+            )
+        if kwargs.get("inputs_embeds") is not None and not (self._is_first and self._is_last):
+            raise ValueError("inputs_embeds is given, and several stages take token ids only: give these")
 
     @contextmanager
     def _routers(self) -> Iterator[list[Tensor]]:

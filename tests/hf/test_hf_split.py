@@ -217,6 +217,7 @@ def test_a_stage_reads_its_own_tensors_from_a_folder(
     for at in range(3):
         reads.clear()
         with warnings.catch_warnings():
+            warnings.simplefilter("error")
             warnings.filterwarnings("ignore" if renamed else "error", message=".*have other names than")
             stages.append(paci_rt.hf.stage(tmp_path, at, 3).eval())
         if not renamed:
