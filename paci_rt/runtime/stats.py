@@ -75,7 +75,7 @@ def pipeline_stats(
         "memory": memory,
         "peak_bytes": max(
             rank.peak_held_bytes
-            + sum(part["total"] - part["activations"] for stage, part in memory.items() if shape.rank_of(stage) == at)
+            + _beside_activations([memory[stage] for stage in memory if shape.rank_of(stage) == at])
             for at, rank in ranks.items()
         ),
     }
@@ -96,3 +96,9 @@ def _memory(executor: Executor, bounds: Sequence[StageOptimizer]) -> dict[int, d
             parts[part] += held_bytes
         memory[audit.stage] = {**parts, "total": sum(parts.values())}
     return memory
+
+
+def _beside_activations(of_rank: Sequence[dict[str, int]]) -> int:
+    """Bytes of a rank's stages without activations; of their backwards one runs at a time."""
+    kept = sum(part["total"] - part["activations"] - part["temporaries"] for part in of_rank)
+    return kept + max(part["temporaries"] for part in of_rank)
