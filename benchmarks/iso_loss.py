@@ -72,6 +72,8 @@ class Plan:
     corpus: str | None = None
 
     def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"--optimizer is {self.optimizer}: choose from {', '.join(OPTIMIZERS)}")
         common = sorted(set(self.seeds) & set(self.pilot_seeds))
         if common:
             raise ValueError(f"seed {common[0]} is in --seeds and --pilot-seeds: no row may use one that chose a rate")
@@ -145,9 +147,9 @@ class Plan:
             values = json.loads(path.read_text(encoding="utf-8"))
             names = {one.name for one in fields(cls)}
             if set(values) - names:
-                raise ValueError(f"it has {sorted(set(values) - names)[0]!r}")
+                raise TypeError(f"it has {sorted(set(values) - names)[0]!r}")
             return cls(**{name: tuple(one) if isinstance(one, list) else one for name, one in values.items()})
-        except (OSError, TypeError, AttributeError) as error:
+        except (OSError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no plan ({error}): write one with --write-plan") from error
 
 

@@ -188,20 +188,7 @@ def run(case: Case, *, points: int = POINTS, on_point: Callable[[int, float], No
         for stage, (optimizer, module) in enumerate(zip(optimizers, modules, strict=True))
     ]
     start, seen = time.perf_counter(), 0
-    with replaced(method.variant) if method.variant else nullcontext():
-        pipeline = paci_rt.LocalPipeline(
-            modules,
-            schedule=method.schedule,
-            policy=method.policy,
-            lookahead=method.lookahead,
-            n_microbatches=case.accumulation,
-            loss_fn=task.loss,
-            optimizer=optimizers,
-            lr_scheduler=recorders,
-            max_grad_norm=case.clip,
-        )
-    if method.joined is not None:
-        join_windows(pipeline, pipeline._optimizers, case.accumulation)
+    pipeline = _pipeline(case, method, task, modules, optimizers, recorders)
     worst = 2 * evaluator.curve[0][1]
     for update in range(case.updates):
         x, y = (tensor.to(case.device) for tensor in task.batch(update, case.seed))
@@ -224,6 +211,32 @@ def run(case: Case, *, points: int = POINTS, on_point: Callable[[int, float], No
         lookahead_share=stats["lookahead_s"] / stats["compute_s"],
         seconds=time.perf_counter() - start,
     )
+
+
+def _pipeline(
+    case: Case,
+    method: Method,
+    task: Task,
+    modules: list[nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    recorders: list[StageRecorder],
+) -> paci_rt.LocalPipeline:
+    """All stages in this process, under ``method``."""
+    with replaced(method.variant) if method.variant else nullcontext():
+        pipeline = paci_rt.LocalPipeline(
+            modules,
+            schedule=method.schedule,
+            policy=method.policy,
+            lookahead=method.lookahead,
+            n_microbatches=case.accumulation,
+            loss_fn=task.loss,
+            optimizer=optimizers,
+            lr_scheduler=recorders,
+            max_grad_norm=case.clip,
+        )
+    if method.joined is not None:
+        join_windows(pipeline, pipeline._optimizers, case.accumulation)
+    return pipeline
 
 
 def stage_rate(case: Case, method: Method, stage: int) -> Callable[[int], float]:

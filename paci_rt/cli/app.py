@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -49,6 +50,10 @@ Pipeline-parallel training without bubbles, on stock PyTorch.
 
 class _Parser(argparse.ArgumentParser):
     """Errors are one line; for a misspelt option or command it names the most similar one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # also -1,0 is a value and no option, as in Python 3.14
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: command"):

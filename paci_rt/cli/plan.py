@@ -147,7 +147,17 @@ def _overheads(args: argparse.Namespace) -> planner.OverheadTable | None:
 
     check_known("--optimizer", args.optimizer, OPTIMIZERS)
     _lookahead(args)
-    return None if args.token_overhead is None else planner.load_overheads(args.token_overhead)
+    if args.token_overhead is None:
+        return None
+    table = planner.load_overheads(args.token_overhead)
+    for at, row in enumerate(table.rows):
+        if row.optimizer not in OPTIMIZERS or row.optimizer.startswith("torch-"):
+            known = ", ".join(name for name in OPTIMIZERS if not name.startswith("torch-"))
+            raise ValueError(
+                f"token overhead {args.token_overhead}: rows[{at}].optimizer is {row.optimizer!r}: no plan would use "
+                f"that row; give one of {known}"
+            )
+    return table
 
 
 def _plan(args: argparse.Namespace, profile: Profile) -> planner.Plan:

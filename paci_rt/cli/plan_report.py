@@ -210,11 +210,12 @@ def _slack_lines(plan: Plan) -> list[str]:
 
 
 def _options(one: Candidate) -> str:
-    """Policy, slack and chunks, as far as the schedule has a choice."""
+    """Policy, slack, chunks and limit of activations, as far as the schedule has a choice."""
     parts = [f"policy {one.policy}"]
     parts += ["look-ahead"] if one.lookahead else []
     parts += [f"slack {slack_text(one.slack)}"] if schedules.get(one.schedule).takes_slack else []
     parts += [f"{one.chunks} chunks per device"] if one.chunks > 1 else []
+    parts += [f"activation limit {one.activation_limit:g}"] if one.activation_limit is not None else []
     return ", ".join(parts)
 
 
@@ -301,6 +302,8 @@ def _row(profile: Profile, one: Candidate, chosen: Candidate) -> tuple[str, ...]
     found, name = _predicted(one), one.schedule
     if one.chunks > 1:
         name += f" x{one.chunks}"
+    if one.activation_limit is not None:
+        name += f", limit {one.activation_limit:g}"
     return (
         name + (" (plan)" if one is chosen else ""),
         one.policy + (", look-ahead" if one.lookahead else ""),

@@ -45,7 +45,7 @@ _COSTS: tuple[tuple[str, str, float, bool, str, str, str], ...] = (
     ("--input-grad", "input_grad_s", MS, True, "MS,...", "1", "input-gradient half of its backward"),
     ("--weight-grad", "weight_grad_s", MS, True, "MS,...", "1", "weight-gradient half; a whole backward takes both"),
     ("--update", "update_s", MS, True, "MS,...", "0", "local update"),
-    ("--predict", "predict_s", MS, False, "MS,...", "0", "predicting the weights of an early forward"),
+    ("--predict", "predict_s", MS, True, "MS,...", "0", "predicting the weights of an early forward"),
     ("--comm", "hop_s", MS, False, "MS", "0", "latency of a message between stages"),
     ("--bandwidth", "bandwidth_bytes_per_s", 1.0, False, "BYTES/S", "no limit", "of a link, one way, such as 25e9"),
     ("--message-bytes", "message_bytes", 1.0, False, "N,...", "0", "size of a stage's output"),
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         shape = replace(shape, costs=_step_costs(costs, family, shape, policy))
         check_shape(family, shape)
     if args.frontier:
-        return simulate_frontier.run(args, family, shape, costs)
+        return simulate_frontier.run(args, family, shape, costs, line=_line_costs(args, shape))
     windows = _windows(args, family, shape)
     _check_size(args, family, shape, windows)
     if args.plot is not None:
@@ -222,6 +222,15 @@ def _costs(
         )
     fields = {name: getattr(base, name) for name in Costs.__dataclass_fields__}
     return Costs(**(fields | given)), partition
+
+
+def _line_costs(args: argparse.Namespace, shape: Shape) -> Costs | None:
+    """What the options and the profile say of a line of as many stages; None where they speak of every piece."""
+    given = [getattr(args, flag[2:].replace("-", "_")) for flag, field, *_ in _COSTS if field not in _SINGLE]
+    if args.partition is not None or any(len(values) == shape.num_stages for values in given if values is not None):
+        return None
+    line = Shape(num_stages=shape.ranks, accumulation=shape.accumulation)
+    return _costs(args, schedules.get("paci"), line, "bounded")[0]
 
 
 def _in_range(flag: str, value: float, field: str, unit: float = 1.0) -> float:

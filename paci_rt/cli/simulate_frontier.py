@@ -13,14 +13,14 @@ from paci_rt.simulate import Costs
 _OF_ONE = ("plot", "trace", "activation_limit", "policy", "lookahead", "grid")
 
 
-def run(args: argparse.Namespace, family: ScheduleFamily, shape: Shape, costs: Costs) -> int:
-    """Print the table and write ``--json``: ``rows``, ``ranks`` and ``accumulation``."""
+def run(args: argparse.Namespace, family: ScheduleFamily, shape: Shape, costs: Costs, *, line: Costs | None) -> int:
+    """Print the table and write ``--json``: ``rows``, ``ranks`` and ``accumulation``. ``line``: costs of its stages."""
     if not family.takes_activation_limit:
         raise ValueError(f"--frontier is of schedules with an activation limit, and {family.name} has none: use paci-v")
     for name in _OF_ONE:
         if getattr(args, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')} is for one order and --frontier shows many: leave one out")
-    points = frontier(shape.ranks, shape.accumulation, costs, windows=args.windows)
+    points = frontier(shape.ranks, shape.accumulation, costs, line=line, windows=args.windows)
     outputs.write_json(
         args.json,
         {"ranks": shape.ranks, "accumulation": shape.accumulation, "rows": [one.to_json() for one in points]},
@@ -46,4 +46,6 @@ def table(points: tuple[FrontierPoint, ...]) -> str:
         for one in points
     ]
     note = "activations and stashes in whole stages (a rank's share of the model); * nothing else is better in both"
+    if not all(one.steady for one in points):
+        note += "\nnumbers of the whole run, where it had no steady part: give more --windows, or leave it out"
     return text.table(header, rows) + "\n" + note

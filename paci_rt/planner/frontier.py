@@ -29,7 +29,8 @@ class FrontierPoint:
         slack: of ``paci``; 0 for the others.
         activations: forwards without their backward on the fullest rank, in whole stages: a rank's share of the model.
         stashes: likewise between I and W.
-        utilization, micro_batches_per_s: in the steady state.
+        utilization, micro_batches_per_s: in the steady state; of the whole run where it had none, see ``steady``.
+        steady: there were enough windows for a steady state.
         drift, delay: largest of any micro-batch, in updates.
         dominated: another point needs no more activations and is no slower, and better in one of them.
 
@@ -51,6 +52,7 @@ class FrontierPoint:
     drift: int
     delay: int
     dominated: bool = False
+    steady: bool = True
 
     @property
     def label(self) -> str:
@@ -66,13 +68,16 @@ class FrontierPoint:
         return {**values, "slack": list(self.slack) if isinstance(self.slack, tuple) else self.slack}
 
 
-def frontier(ranks: int, accumulation: int, costs: Costs, *, windows: int | None = None) -> tuple[FrontierPoint, ...]:
+def frontier(
+    ranks: int, accumulation: int, costs: Costs, *, line: Costs | None = None, windows: int | None = None
+) -> tuple[FrontierPoint, ...]:
     """Points by activations, those of the V and those of the line.
 
     Args:
         ranks: processes.
         accumulation: micro-batches an update.
-        costs: of the ``2 * ranks`` pieces of the V. In the line, each rank has two neighbouring pieces as one stage.
+        costs: of the ``2 * ranks`` pieces of the V.
+        line: of the ``ranks`` stages of the line; by default, each is two neighbouring pieces of the V.
         windows: to simulate; enough to reach the steady state by default.
 
     Raises:
@@ -87,7 +92,7 @@ def frontier(ranks: int, accumulation: int, costs: Costs, *, windows: int | None
         2.0
     """
     points: dict[tuple[Any, ...], FrontierPoint] = {}
-    for family, shape, of_shape in _orders(ranks, accumulation, costs):
+    for family, shape, of_shape in _orders(ranks, accumulation, costs, merged(costs, ranks) if line is None else line):
         found = simulate(family, shape, of_shape, windows=windows or _windows(family, shape))
         point = _point(shape, found)
         # Of limits that lead to the same, the tightest says it.
@@ -114,12 +119,11 @@ def merged(costs: Costs, ranks: int) -> Costs:
     return Costs(**values)
 
 
-def _orders(ranks: int, accumulation: int, costs: Costs) -> Iterator[tuple[ScheduleFamily, Shape, Costs]]:
+def _orders(ranks: int, accumulation: int, costs: Costs, line: Costs) -> Iterator[tuple[ScheduleFamily, Shape, Costs]]:
     fitted = _fitted(costs, 2 * ranks)
     in_a_v = Shape(num_stages=2 * ranks, accumulation=accumulation, chunks=2, placement="v", costs=fitted)
     for limit in limits_to_try(ranks, fitted):
         yield schedules.get("paci-v"), replace(in_a_v, activation_limit=limit), costs
-    line = merged(costs, ranks)
     choices = loops(_spread(line, ranks), [False] * ranks, split=False).choices()
     for slack in choices[:: math.ceil(len(choices) / POINTS)] + choices[-1:]:
         yield schedules.get("paci"), Shape(num_stages=ranks, accumulation=accumulation, slack=slack), line
@@ -163,6 +167,7 @@ def _point(shape: Shape, found: Simulation) -> FrontierPoint:
         micro_batches_per_s=found.micro_batches_per_s,
         drift=found.max_drift,
         delay=found.max_delay,
+        steady=found.steady_windows > 0,
     )
 
 

@@ -118,36 +118,26 @@ def make_setup(
     )
     check_takes(family, slack=shape.slack, activation_limit=activation_limit)
     forward_only = loss_fn is None and all(optimizer is None for optimizer in optimizers)
-    if loss_fn is None and stages[-1].is_last and not forward_only:
-        raise ValueError(
-            "loss_fn is None, and an optimizer was given: the last stage needs loss_fn(output, target) to start the "
-            "backward; to run forward only, leave the optimizer out"
-        )
     if not forward_only:
+        if loss_fn is None and stages[-1].is_last:
+            raise ValueError(
+                "loss_fn is None, and an optimizer was given: the last stage needs loss_fn(output, target) to start "
+                "the backward; to run forward only, leave the optimizer out"
+            )
         _check_optimizers(family, optimizers, tied_weights)
     policy = policies.resolve(family, shape, policy)
     safety = resolve_safety(safety, optimizers, family, shape, policy, tied_weights)
     settles = safety.settles(family, shape.num_stages)
     check_replicas(replicas, family, shape, policy, buffers, safety, optimizers, tied_weights)
-    both = 2 if shape.overlap else 1
     lowering = Lowering(family=family, shape=shape, ties=tuple(tied_weights), settles=settles)
-    if tied_weights and policy == "2bw":
-        raise ValueError(
-            "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, "
-            "or use policy 'stash' or 'bounded'"
-        )
-    if tied_weights and policy == "stash" and shape.places.rank_of(0) == shape.places.last_rank and shape.chunks > 1:
-        raise ValueError(
-            f"tied_weights under policy 'stash' and {family.name}: the last stage has several micro-batches in flight, "
-            "and the copy that follows one version; untie the weights, or use policy 'bounded'"
-        )
+    _check_ties(tied_weights, policy, family, shape)
     return Setup(
         lowering=lowering,
         policy=policy,
         lookahead=policies.looks_ahead(family, policy, lookahead),
         lookahead_required=bool(lookahead),
         divisor=accumulation * (1 if replicas is None else replicas.count) if scale_grads else 1,
-        buffers=both if buffers is None else buffers,
+        buffers=(2 if shape.overlap else 1) if buffers is None else buffers,
         forward_only=forward_only,
         loss_fn=loss_fn,
         safety=safety,
@@ -168,6 +158,19 @@ def _check_optimizers(
         )
     if tied_weights:
         raise ValueError("tied_weights need optimizer=: their update is part of the schedule")
+
+
+def _check_ties(tied_weights: Sequence[TiedWeight], policy: str, family: ScheduleFamily, shape: Shape) -> None:
+    if tied_weights and policy == "2bw":
+        raise ValueError(
+            "tied_weights under policy '2bw': the copy that follows has one version, not two; untie the weights, "
+            "or use policy 'stash' or 'bounded'"
+        )
+    if tied_weights and policy == "stash" and shape.places.rank_of(0) == shape.places.last_rank and shape.chunks > 1:
+        raise ValueError(
+            f"tied_weights under policy 'stash' and {family.name}: the last stage has several micro-batches in flight, "
+            "and the copy that follows one version; untie the weights, or use policy 'bounded'"
+        )
 
 
 def ranks_here(stages: Sequence[PipelineStage], shape: Shape) -> list[int]:
@@ -236,18 +239,7 @@ def bind(
         optimizer, named, buffers=setup.buffers, asynchronous=asynchronous, ignored=ignored, shard_among=among
     )
     try:
-        if setup.replicas is not None:
-            sharded = setup.replicas.shard_optimizer
-            bound.replicas = ReplicaSums(bound, setup.replicas.group, stage=stage.stage_index, sharded=sharded)
-        bound.compute_products_by(stage.wgrad)
-        if stage.update_stream is not None and isinstance(bound.order, UpdateStream):
-            bound.order.move_to(stage.update_stream)
-        weights = make_weights(setup, bound, rank.rank, clock, stage.stage_index)
-        if setup.lookahead_required:
-            require_look_ahead(bound)
-        if ties is not None:
-            ties.bind(bound)
-        stage.attach(ties if ties is not None else bound)
+        weights = _connect(setup, stage, rank, bound, ties, clock)
     except BaseException:
         bound.unbind()
         raise
@@ -268,6 +260,30 @@ def bind(
         guard=_guard(setup, stage, bound, weights, ties, audit),
         clock=clock,
     )
+
+
+def _connect(
+    setup: Setup,
+    stage: PipelineStage,
+    rank: RankAudit,
+    bound: StageOptimizer,
+    ties: TiedExchange | None,
+    clock: HostClock,
+) -> StageWeights:
+    """Connect a bound optimizer with replicas, streams, tied weights and its stage; returns the stage's weights."""
+    if setup.replicas is not None:
+        sharded = setup.replicas.shard_optimizer
+        bound.replicas = ReplicaSums(bound, setup.replicas.group, stage=stage.stage_index, sharded=sharded)
+    bound.compute_products_by(stage.wgrad)
+    if stage.update_stream is not None and isinstance(bound.order, UpdateStream):
+        bound.order.move_to(stage.update_stream)
+    weights = make_weights(setup, bound, rank.rank, clock, stage.stage_index)
+    if setup.lookahead_required:
+        require_look_ahead(bound)
+    if ties is not None:
+        ties.bind(bound)
+    stage.attach(ties if ties is not None else bound)
+    return weights
 
 
 def _guard(

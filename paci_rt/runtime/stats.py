@@ -36,18 +36,7 @@ def pipeline_stats(
     start_s = executor.first_start_s
     wall_s = 0.0 if start_s is None else executor.last_end_s - start_s
     compute_s = sum(audit.compute_s for audit in audits)
-    memory: dict[int, dict[str, int]] = {}
-    for runtime, bound in zip(runtimes, bounds, strict=True):
-        audit = runtime.audit
-        versions = runtime.weights.extra_bytes + (0 if runtime.guard is None else runtime.guard.extra_bytes)
-        sink = bound if runtime.ties is None else runtime.ties
-        parts = {**bound.memory, "versions": versions, "activations": audit.peak_activation_bytes}
-        parts["temporaries"] = sink.backward_bytes
-        parts["messages"] = 0 if memory else getattr(executor.transport, "message_bytes", 0)  # of the whole process
-        parts["snapshot"] = audit.peak_snapshot_bytes
-        for part, held_bytes in (runtime.ties.memory if runtime.ties is not None else {}).items():
-            parts[part] += held_bytes
-        memory[audit.stage] = {**parts, "total": sum(parts.values())}
+    memory = _memory(executor, bounds)
     shape = lowering.shape
     ranks = {audit.rank.rank: audit.rank for audit in audits}
     return {
@@ -86,7 +75,30 @@ def pipeline_stats(
         "memory": memory,
         "peak_bytes": max(
             rank.peak_held_bytes
-            + sum(part["total"] - part["activations"] for stage, part in memory.items() if shape.rank_of(stage) == at)
+            + _beside_activations([memory[stage] for stage in memory if shape.rank_of(stage) == at])
             for at, rank in ranks.items()
         ),
     }
+
+
+def _memory(executor: Executor, bounds: Sequence[StageOptimizer]) -> dict[int, dict[str, int]]:
+    """Peak bytes of each stage by part, and their total."""
+    memory: dict[int, dict[str, int]] = {}
+    for runtime, bound in zip(executor.runtimes.values(), bounds, strict=True):
+        audit = runtime.audit
+        versions = runtime.weights.extra_bytes + (0 if runtime.guard is None else runtime.guard.extra_bytes)
+        sink = bound if runtime.ties is None else runtime.ties
+        parts = {**bound.memory, "versions": versions, "activations": audit.peak_activation_bytes}
+        parts["temporaries"] = sink.backward_bytes
+        parts["messages"] = 0 if memory else getattr(executor.transport, "message_bytes", 0)  # of the whole process
+        parts["snapshot"] = audit.peak_snapshot_bytes
+        for part, held_bytes in (runtime.ties.memory if runtime.ties is not None else {}).items():
+            parts[part] += held_bytes
+        memory[audit.stage] = {**parts, "total": sum(parts.values())}
+    return memory
+
+
+def _beside_activations(of_rank: Sequence[dict[str, int]]) -> int:
+    """Bytes of a rank's stages without activations; of their backwards one runs at a time."""
+    kept = sum(part["total"] - part["activations"] - part["temporaries"] for part in of_rank)
+    return kept + max(part["temporaries"] for part in of_rank)

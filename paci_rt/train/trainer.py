@@ -10,16 +10,19 @@ under schedules that flush; under the others each stage goes by the newest norms
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 import paci_rt
 from paci_rt import checkpoint, status
 from paci_rt.errors import CheckpointError
 from paci_rt.runtime.engine import Pipeline
 from paci_rt.runtime.replicas import require_same_weights
+from paci_rt.schedules.lowering import TiedWeight
 from paci_rt.train import config_file
 from paci_rt.train.agree import agree_on_run
 from paci_rt.train.build import build_pipeline, own_options, set_options
@@ -69,16 +72,14 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack, given: TrainConfi
     earlier_s = 0.0
     if config.resume is not None:
         board.enter("loading the checkpoint")
-        options = own_options(lr_schedulers)
-        earlier_s = seconds_in(checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group))
-        set_options(lr_schedulers, options, config, first_step)
+        earlier_s = resume(config, pipeline, lr_schedulers, ties, group, first_step)
     clock = TrainingClock(
         barrier=lambda: None if world is None else meet(world, timeout_s), left_out=lambda: pipeline.evaluation_s
     )
     windows = held.enter_context(batches(config, corpus, pipeline, first_step, place))
     log = Log(config, place.reports(ctx), pipeline, clock, windows, earlier_s)
-    held_back = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq]
-    held_back = config.shape.examples(*held_back, HELD_BACK)
+    rows = corpus.validation(config.eval_batches * config.batch_size, config.seq_len)  # int64 [sequences, seq], both
+    held_back = config.shape.examples(*rows, HELD_BACK)
     pause = Pause(
         config=config,
         given=given,
@@ -100,9 +101,7 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack, given: TrainConfi
         if should_stop(step):
             pause(step, validate=False, save=True)
             return ended(log.result(None, stopped=step), pipeline, world)
-        validate = config.eval_interval > 0 and step % config.eval_interval == 0
-        validate = validate or (config.eval_interval > 0 and step == first_step and not restarts(ctx))
-        save = config.save_interval > 0 and step % config.save_interval == 0 and step > first_step
+        validate, save = due(config, step, first=step == first_step, restarted=restarts(ctx) > 0)
         within = validate and not config.eval_drained and not save  # a checkpoint drains anyway
         if save or (validate and not within):
             pause(step, validate=validate, save=save, beside=config.async_checkpoint)
@@ -121,6 +120,32 @@ def _train(config: TrainConfig, ctx: Context, held: ExitStack, given: TrainConfi
         require_same_weights(pipeline.replicas, pipeline.stages)
     digest = params_sha256(config, pipeline, ctx, group) if place.first else None
     return ended(log.result(digest), pipeline, world)
+
+
+def resume(
+    config: TrainConfig,
+    pipeline: Pipeline,
+    lr_schedulers: Sequence[LambdaLR],
+    ties: Sequence[TiedWeight],
+    group: dist.ProcessGroup | None,
+    first_step: int,
+) -> float:
+    """Load the checkpoint of ``config.resume``; learning rates go on as these options say, from ``first_step``.
+
+    Returns:
+        Seconds of training that are behind it.
+    """
+    assert config.resume is not None
+    given = own_options(lr_schedulers)
+    extra = checkpoint.load(config.resume, pipeline, tied_weights=ties, group=group)
+    set_options(lr_schedulers, given, config, first_step)
+    return seconds_in(extra)
+
+
+def due(config: TrainConfig, step: int, *, first: bool, restarted: bool) -> tuple[bool, bool]:
+    """Whether a validation, and whether a checkpoint, comes before window ``step``, which may be the run's first."""
+    validate = config.eval_interval > 0 and (step % config.eval_interval == 0 or (first and not restarted))
+    return validate, config.save_interval > 0 and step % config.save_interval == 0 and not first
 
 
 def ended(result: StageResult, pipeline: Pipeline, group: dist.ProcessGroup | None) -> StageResult:

@@ -133,6 +133,36 @@ def test_bad_plans_are_refused_in_one_line(
     assert said in last and last.startswith("iso_loss.py: error:"), last
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "plan.json is no plan (Expecting property name"),
+        (b"\xff", "plan.json is no plan ('utf-8' codec"),
+        (b'{"x": 1}', "plan.json is no plan (it has 'x')"),
+        (b"[]", "plan.json is no plan ("),
+        ({"optimizer": "magic"}, "--optimizer is magic: choose from adamw"),
+        ({"stages": "2"}, "plan.json is no plan ("),
+    ],
+)
+def test_plan_files_that_are_none_are_named(
+    content: bytes | dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "plan.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        monkeypatch.setattr("sys.argv", ["iso_loss.py", *SMALL, "--write-plan", str(path)])
+        iso_loss.main()
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    assert call(["--plan", str(path), "--report-only"], monkeypatch) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in last and last.startswith("iso_loss.py: error:"), last
+
+
 def test_another_text_is_named_by_its_content_not_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,12 +49,21 @@ def test_a_calibration_decides_a_plan(capsys: pytest.CaptureFixture[str], stored
     assert [row["optimizer"] for row in json.loads(Path("own.json").read_text())["rows"]] == ["sgd"] * 2 + ["lion"] * 2
 
 
+def table(optimizer: str) -> str:
+    """A file of one row."""
+    row = {"optimizer": optimizer, "policy": "bounded", "lookahead": True, "delay": 1, "share": 0.4}
+    row |= {"f": 1.1, "f_low": 1.0, "f_high": 1.2}
+    return json.dumps({"format": "paci-rt token overhead", "version": 1, "rows": [row]})
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "token overhead bad.json is not JSON"),
         ('{"format": "paci-rt profile"}', "format is 'paci-rt profile'"),
         ('{"format": "paci-rt token overhead", "version": 1, "rows": [{}]}', "rows[0].optimizer is missing"),
+        (table("adamwx"), "token overhead bad.json: rows[0].optimizer is 'adamwx': no plan would use that row"),
+        (table("torch-adamw"), "rows[0].optimizer is 'torch-adamw': no plan would use that row"),
     ],
 )
 def test_bad_tables_are_one_line(text: str, said: str, stored: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,8 +134,28 @@ def test_slack_has_its_price_beside_it(capsys, stored):
     assert f"drift {found['predicted']['drift']} instead of {found['without_slack']['drift']}" in out
     assert cli.main([*argv, "--hop-ms", "5", "--slack", "1,1,0,0"]) == 0
     assert json.loads(Path("plan.json").read_text())["slack"] == [1, 1, 0, 0]
+    assert cli.main([*argv, "--slack", "-2,-1,0,0"]) == 0  # below 0
+    found = json.loads(Path("plan.json").read_text())
+    assert train_config(found["command"]).slack == tuple(found["slack"]) == (-2, -1, 0, 0)
     assert cli.main(argv) == 0  # no hop
     assert "strict order" not in capsys.readouterr().out.split("slack 1,1,0,0")[-1].split("Run it")[1]
+
+
+def test_an_activation_limit_is_shown_as_it_is_chosen(capsys, stored):
+    profile = json.loads(Path(stored).read_text())
+    profile["blocks"] = [block | {"activation_bytes": 64 << 20, "stash_bytes": 0} for block in profile["blocks"]]
+    Path(stored).write_text(json.dumps(profile))
+    argv = ["plan", "--profile", stored, "--stages", "4", "--batch-size", "16", "--schedules", "paci-v"]
+    argv += ["--policies", "bounded", "--lookahead", "--json", "plan.json"]
+    assert cli.main(argv) == 0
+    capsys.readouterr()
+    most = max(json.loads(Path("plan.json").read_text())["predicted"]["peak_memory_bytes"])
+    assert cli.main([*argv, "--memory-limit", str(int(0.7 * most))]) == 0
+    out, found = capsys.readouterr().out, json.loads(Path("plan.json").read_text())
+    limit = found["activation_limit"]
+    assert limit is not None and max(found["predicted"]["peak_memory_bytes"]) <= 0.7 * most
+    assert f"activation limit {limit:g}\n" in out and f"paci-v x2, limit {limit:g} (plan)" in out
+    assert train_config(found["command"]).activation_limit == limit
 
 
 def test_train_plans_slack_from_a_profile(capsys, stored):

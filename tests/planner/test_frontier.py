@@ -53,6 +53,41 @@ def test_the_command_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(row.keys() >= keys | {"drift", "delay", "dominated"} for row in written["rows"])
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("activations", "utilization", "max drift", "max delay", "paci, slack 0"))
+    assert all(row["steady"] for row in written["rows"]) and "of the whole run" not in printed
+    assert main([*arguments, "--windows", "1", "--json", str(path)]) == 0
+    assert "of the whole run" in capsys.readouterr().out
+    assert not any(row["steady"] for row in json.loads(path.read_text())["rows"])
+
+
+@pytest.mark.parametrize(
+    ("costs", "cut_as_the_v"),
+    [
+        ("--forward 1,2,3,4 --comm 0.1", False),
+        ("--forward 1,1,1,4 --update 1,2,1,3 --predict 0.5 --message-bytes 8 --bandwidth 1e5", False),
+        ("--forward 1,2,3,4,5,6,7,8 --comm 0.1", True),  # of every piece: the line has two neighbours as a stage
+    ],
+)
+def test_its_line_is_that_of_the_same_options(tmp_path: Path, costs: str, cut_as_the_v: bool) -> None:
+    path = tmp_path / "found.json"
+    options = [*costs.split(), "--stages", "4", "--json", str(path)]
+    assert main(["simulate", "--schedule", "paci-v", "--frontier", *options]) == 0
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["schedule"] == "paci"]
+    of_line = ["--forward", "3,7,11,15", "--comm", "0.1", *options[4:]] if cut_as_the_v else options
+    for row in rows:
+        slack = ",".join(map(str, row["slack"])) if isinstance(row["slack"], list) else str(row["slack"])
+        assert main(["simulate", "--schedule", "paci", "--windows", "24", "--slack", slack, *of_line]) == 0
+        alone = json.loads(path.read_text())
+        assert row["micro_batches_per_s"] == pytest.approx(alone["micro_batches_per_s"], rel=1e-3)  # of fewer windows
+        assert row["activations"] == max(alone["peak_activations"])
+
+
+def test_what_a_stage_takes_to_predict_is_cut_with_it(tmp_path: Path) -> None:
+    path, makespans = tmp_path / "found.json", []
+    for each in ("3,1", "1.5,0.5,0.5,1.5", "0"):
+        arguments = ["simulate", "--schedule", "paci-v", "--stages", "2", "--micro-batches", "2", "--predict", each]
+        assert main([*arguments, "--json", str(path)]) == 0
+        makespans.append(json.loads(path.read_text())["makespan"])
+    assert makespans[0] == makespans[1] > makespans[2]
 
 
 @pytest.mark.parametrize(

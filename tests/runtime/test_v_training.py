@@ -27,6 +27,19 @@ def test_these_are_all_there_are() -> None:
     assert sorted(IN_A_V) == sorted((*FLUSHED, "paci-v"))
 
 
+def test_of_the_backwards_of_a_rank_one_at_a_time_is_in_its_peak() -> None:
+    modules = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)]
+    pipe = paci_rt.LocalPipeline(
+        modules, schedule="zb-v", n_microbatches=2, loss_fn=nn.functional.mse_loss, optimizer=paci_rt.AdamW
+    )
+    pipe.step(torch.ones(4, 8), target=torch.zeros(4, 8))
+    stats = pipe.stats()
+    first, second = stats["memory"].values()
+    assert min(first["temporaries"], second["temporaries"]) > 0
+    at_once = first["total"] + second["total"] - min(first["temporaries"], second["temporaries"])
+    assert stats["peak_bytes"] <= at_once  # activations of both stages need not be most at one moment
+
+
 # --- replicas ---
 
 
