@@ -128,7 +128,7 @@ def timed(tables: list[Table], costs_file: str | None) -> tuple[list[TimeRow], d
     rows, costs = [], {}
     for table in tables:
         study = table.study
-        if study.name in TIMED and table.row("look-ahead", TIMED_ACCUMULATION) is not None:
+        if study.name in TIMED and table.ahead(TIMED_ACCUMULATION) is not None:
             if costs_file is None:
                 found = measure_costs(
                     study.task, layers=study.layers, stages=study.stages, accumulation=TIMED_ACCUMULATION
@@ -145,7 +145,7 @@ def slow(rows: list[TimeRow]) -> list[str]:
     return [
         f"{row.study}: {row.method} {name} {speedup:.2f} times as fast as {row.over}, asked {LEAST_SPEEDUP}"
         for row in rows
-        if row.method == "look-ahead" and row.over == "1f1b"
+        if row.method.startswith("look-ahead") and row.over == "1f1b"
         for name, speedup in (("early", row.speedups[0]), ("late", row.speedups[-1]))
         if speedup < LEAST_SPEEDUP
     ]

@@ -29,7 +29,7 @@ from staleness.run import run
 STUCK = 3.25
 """Nats per token."""
 SEEDS = (21, 24, 30, 31, 32, 33, 34, 35, 36, 37)
-WAYS = ("flush", "look-ahead", "look-ahead each", "look-ahead half newest")
+WAYS = ("flush", "look-ahead shared", "look-ahead", "look-ahead half newest")
 
 
 class _Enough(Exception):

@@ -57,6 +57,7 @@ def rows_of(path: Path) -> list[OverheadRow]:
         shape = Shape(num_stages=row["stages"], accumulation=row["accumulation"])
         plan = document["plan"]
         width = f", width {plan['width']}" if plan.get("width") else ""
+        clip = f", clipped at {plan['clip']:g}" if plan.get("clip") else ""
         found.append(
             OverheadRow(
                 optimizer=row["optimizer"],
@@ -72,7 +73,7 @@ def rows_of(path: Path) -> list[OverheadRow]:
                 seeds=row["seeds"],
                 stages=row["stages"],
                 accumulation=row["accumulation"],
-                model=f"{row['task']}{width}, {plan['shape']}",
+                model=f"{row['task']}{width}, {plan['shape']}{clip}",
                 updates=row["updates"],
                 why=row.get("why", ""),
                 source=f"benchmarks/results/{path.name}" + (", plan not complete" if row.get("partial") else ""),
@@ -82,15 +83,21 @@ def rows_of(path: Path) -> list[OverheadRow]:
 
 
 def one_length_rows(folder: Path) -> list[OverheadRow]:
-    """Rows that runs of one length give, which are less than those of :func:`rows_of`."""
+    """Rows that runs of one length give, which are less than those of :func:`rows_of`. Look-ahead as it was, with
+    shared passes, stands in where look-ahead as it is has none."""
     family, found = schedules.get("paci"), []
-    for one in one_lengths(folder):
+    all_of_them = one_lengths(folder)
+    now = {(one.task, one.stages, one.accumulation) for one in all_of_them if one.method == "look-ahead"}
+    for one in all_of_them:
+        shared = one.method == "look-ahead shared"
+        if shared and (one.task, one.stages, one.accumulation) in now:
+            continue
         shape = Shape(num_stages=one.stages, accumulation=one.accumulation)
         main = one.task == "gpt-nano" and one.stages == 8
         found.append(
             OverheadRow(
                 optimizer="adamw",
-                lookahead=one.method == "look-ahead",
+                lookahead=one.method != "paci",
                 delay=max(policies.bounds("bounded", family, shape, rank)[1] for rank in range(one.stages)),
                 share=early_share("bounded", family, shape),
                 f=round(one.f(), 4),
@@ -101,7 +108,7 @@ def one_length_rows(folder: Path) -> list[OverheadRow]:
                 seeds=one.seeds,
                 stages=one.stages,
                 accumulation=one.accumulation,
-                model=f"{one.task}, cosine",
+                model=f"{one.task}, cosine" + (", shared passes" if shared else ""),
                 updates=one.updates,
                 source=ONE_LENGTH,
             )

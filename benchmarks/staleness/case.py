@@ -48,7 +48,8 @@ STASH = Method(policy="stash")
 
 def _each(*optimizers: str) -> dict[str, Method]:
     """Flush, PACI and PACI with look-ahead under other optimizers than AdamW."""
-    kinds = {"flush": FLUSH, "paci": PACI, "look-ahead": AHEAD}
+    shared = replace(AHEAD, variant="shared")
+    kinds = {"flush": FLUSH, "paci": PACI, "look-ahead": AHEAD, "look-ahead shared": shared}
     return {f"{kind} {name}": replace(method, optimizer=name) for name in optimizers for kind, method in kinds.items()}
 
 
@@ -73,16 +74,16 @@ METHODS: dict[str, Method] = {
     "flush rotated": replace(FLUSH, optimizer="rotated-adamw"),
     "delay-scaled rate": Method(rates="delay-scaled"),
     "flush 30 then paci": replace(PACI, flush_updates=30),
-    "flush 30 then look-ahead": replace(AHEAD, flush_updates=30),
+    "flush 30 then look-ahead shared": replace(AHEAD, flush_updates=30, variant="shared"),
     "flush beta1 0.95": replace(FLUSH, beta1=0.95),
     "paci beta1 0.95": replace(PACI, beta1=0.95),
-    "look-ahead beta1 0.95": replace(AHEAD, beta1=0.95),
-    "look-ahead beta1 0.98": replace(AHEAD, beta1=0.98),
+    "look-ahead shared beta1 0.95": replace(AHEAD, beta1=0.95, variant="shared"),
+    "look-ahead shared beta1 0.98": replace(AHEAD, beta1=0.98, variant="shared"),
     # Look-ahead made cheaper, or otherwise: replay.variants.
     "look-ahead every 2nd": replace(AHEAD, variant="every 2nd"),
     "look-ahead every 4th": replace(AHEAD, variant="every 4th"),
     "look-ahead once": replace(AHEAD, variant="once"),
-    "look-ahead each": replace(AHEAD, variant="each"),
+    "look-ahead shared": replace(AHEAD, variant="shared"),
     "look-ahead one older": replace(AHEAD, variant="one older"),
     "look-ahead half newest": replace(AHEAD, variant="half newest"),
     "look-ahead blended": replace(AHEAD, variant="blended"),

@@ -8,7 +8,7 @@ Cells = tuple[tuple[str, tuple[int, ...]], ...]
 
 RATES = (1e-3, 2e-3)
 THREE_SEEDS = (0, 1, 2)
-THREE: Cells = (("flush", (8,)), ("paci", (8,)), ("look-ahead", (8,)))
+THREE: Cells = (("flush", (8,)), ("paci", (8,)), ("look-ahead shared", (8,)))
 
 
 def _study(name: str, question: str, *, cells: Cells = THREE, updates: int = 120, **options: object) -> Study:
@@ -19,23 +19,29 @@ def _study(name: str, question: str, *, cells: Cells = THREE, updates: int = 120
 
 def _deep(stages: int, accumulations: tuple[int, ...], **options: object) -> Study:
     """One block per stage, so that every stage of a deep pipeline has weights of its own."""
-    cells = (("flush", (8,)), ("paci", accumulations), ("look-ahead", accumulations))
+    cells = (("flush", (8,)), ("paci", accumulations), ("look-ahead shared", accumulations))
     question = f"Does look-ahead hold over {stages} stages?"
     return _study(f"depth-{stages}", question, cells=cells, layers=stages, stages=stages, **options)  # type: ignore[arg-type]
 
 
 def _optimizer(name: str) -> Study:
-    cells = tuple((f"{kind} {name}", (8,)) for kind in ("flush", "paci", "look-ahead"))
+    cells = tuple((f"{kind} {name}", (8,)) for kind in ("flush", "paci", "look-ahead shared"))
     return _study(f"optimizer-{name}", f"Does it hold under {name}?", cells=cells, rates=RATES)
 
 
 _RIVALS = (
     *("stash", "2bw", "spectrain", "pipemare", "async nadam", "async nadam stash", "error feedback", "rotated"),
-    *("flush error feedback", "flush rotated", "delay-scaled rate", "flush 30 then paci", "flush 30 then look-ahead"),
+    *(
+        "flush error feedback",
+        "flush rotated",
+        "delay-scaled rate",
+        "flush 30 then paci",
+        "flush 30 then look-ahead shared",
+    ),
 )
 _CHEAPER = tuple(
-    f"look-ahead {variant}"
-    for variant in ("each", "every 2nd", "every 4th", "once", "one older", "blended", "momentum first")
+    f"look-ahead {variant}".strip()
+    for variant in ("", "every 2nd", "every 4th", "once", "one older", "blended", "momentum first")
 )
 
 STUDIES: dict[str, Study] = {
@@ -44,7 +50,7 @@ STUDIES: dict[str, Study] = {
         _study(
             "main",
             "What does an asynchronous update cost over 8 stages, and what does look-ahead give back?",
-            cells=(("flush", (8,)), ("paci", (8, 16)), ("look-ahead", (8, 16)), ("look-ahead each", (8,))),
+            cells=(("flush", (8,)), ("paci", (8, 16)), ("look-ahead shared", (8, 16)), ("look-ahead", (8,))),
             rates=RATES,
             seeds=(0, 1, 2, 3, 4),
             all_seeds=True,
@@ -53,7 +59,7 @@ STUDIES: dict[str, Study] = {
         _study(
             "main-4",
             "And with fewer micro-batches than stages?",
-            cells=(("flush", (8,)), ("paci", (4,)), ("look-ahead", (4,)), ("look-ahead each", (4,))),
+            cells=(("flush", (8,)), ("paci", (4,)), ("look-ahead shared", (4,)), ("look-ahead", (4,))),
             rates=RATES,
             seeds=THREE_SEEDS,
             all_seeds=True,
@@ -74,8 +80,11 @@ STUDIES: dict[str, Study] = {
             "And where several updates come before a backward?",
             cells=(
                 *(("flush", (8,)), ("flush beta1 0.95", (8,)), ("paci", (4,)), ("paci beta1 0.95", (4,))),
-                *((name, (4,)) for name in ("look-ahead", "look-ahead beta1 0.95", "look-ahead beta1 0.98")),
-                *((name, (4,)) for name in ("look-ahead each", "look-ahead momentum first", "look-ahead damped")),
+                *(
+                    (name, (4,))
+                    for name in ("look-ahead shared", "look-ahead shared beta1 0.95", "look-ahead shared beta1 0.98")
+                ),
+                *((name, (4,)) for name in ("look-ahead", "look-ahead momentum first", "look-ahead damped")),
                 *((name, (4,)) for name in ("look-ahead joined", "look-ahead joined sqrt", "look-ahead joined linear")),
             ),
             updates=150,
@@ -96,7 +105,7 @@ STUDIES: dict[str, Study] = {
             "accumulation",
             "What does the number of micro-batches decide, from 1 to 8 P?",
             task="gpt-nano-64x32",
-            cells=(("flush", (8,)), ("paci", (1, 2, 8, 32, 64)), ("look-ahead", (1, 2, 8, 32, 64))),
+            cells=(("flush", (8,)), ("paci", (1, 2, 8, 32, 64)), ("look-ahead shared", (1, 2, 8, 32, 64))),
         ),
         _study(
             "gpt-tiny",
@@ -109,6 +118,7 @@ STUDIES: dict[str, Study] = {
         _study(
             "quick",
             "Does look-ahead take the cost of delay away?",
+            cells=(("flush", (8,)), ("paci", (8,)), ("look-ahead", (8,))),
             updates=80,
             seeds=THREE_SEEDS,
         ),

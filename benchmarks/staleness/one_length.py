@@ -19,7 +19,7 @@ from pathlib import Path
 from paci_rt.planner.iso_loss import LEAST_SEEDS, student_t
 
 RUNS = ("convergence_runs.jsonl", "iso_loss_runs.jsonl")
-METHODS = ("look-ahead", "paci")
+METHODS = ("look-ahead", "look-ahead shared", "paci")
 SLOPES = (("gpt-nano", 0.001), ("gpt-nano", 0.002))
 SHORT, LONG = 120, 200
 """Updates of flush's runs that tell how its final loss falls."""

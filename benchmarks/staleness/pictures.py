@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours.
-COLOURS = {"flush": "#0072B2", "paci": "#D55E00", "look-ahead": "#009E73"}
-OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS = {"flush": "#0072B2", "paci": "#D55E00", "look-ahead": "#009E73", "look-ahead shared": "#56B4E9"}
+OTHERS = ("#CC79A7", "#E69F00", "#0F4C5C", "#000000", "#999999")
 LINES = ("-", "--", ":", "-.")
 DPI = 140
 
@@ -83,7 +83,7 @@ def _points(row: Row) -> list[tuple[int, list[float]]]:
 def _delays(axes: Axes, tables: Sequence[Table]) -> bool:
     """Overhead at the early threshold over the pipeline's largest delay, for AdamW; whether there was anything."""
     shown = False
-    for method, marker in (("paci", "o"), ("look-ahead", "s")):
+    for method, marker in (("paci", "o"), ("look-ahead", "s"), ("look-ahead shared", "D")):
         for filled, short in ((True, False), (False, True)):
             points = []
             for table in tables:

@@ -92,6 +92,10 @@ class Table:
                 return row
         return None
 
+    def ahead(self, accumulation: int | None = None) -> Row | None:
+        """The row of look-ahead as it is, else of that which shared its passes; None if neither is there (yet)."""
+        return self.row("look-ahead", accumulation) or self.row("look-ahead shared", accumulation)
+
     def to_json(self) -> dict[str, Any]:
         study = self.study
         return {
@@ -177,7 +181,7 @@ class Asked:
 
     def missed(self, table: Table) -> list[str]:
         """A line for each threshold at which the bound does not hold."""
-        ahead, paci = table.row("look-ahead", self.accumulation), table.row("paci", self.accumulation)
+        ahead, paci = table.ahead(self.accumulation), table.row("paci", self.accumulation)
         if ahead is None or paci is None:
             return [f"{self.study}, a={self.accumulation}: not run"]
         lines = []

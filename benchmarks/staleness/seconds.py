@@ -166,11 +166,11 @@ FLUSH_SCHEDULES = ("1f1b", "zb-h1", "zb-2p")
 
 
 def time_rows(table: Table, costs: Costs, accumulation: int) -> list[TimeRow]:
-    """PACI with and without look-ahead over each of FLUSH_SCHEDULES, which all make the same updates."""
+    """PACI without look-ahead, with it, and as it was, over each of FLUSH_SCHEDULES: all make the same updates."""
     study, flush = table.study, table.row("flush")
     clock = Clock(costs=costs, stages=study.stages, accumulation=accumulation, updates=study.updates)
     rows: list[TimeRow] = []
-    for method in ("paci", "look-ahead"):
+    for method in ("paci", "look-ahead", "look-ahead shared"):
         mine = table.row(method, accumulation)
         if flush is None or mine is None:
             continue

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from paci_rt.schedules.policies import shares_pass
 from paci_rt.weights.lookahead import SHARED_UNTIL
+from staleness.variants import shares_pass
 
 Vector = NDArray[np.float64]
 
-PREDICTORS = ("none", "momentum", "look-ahead each", "look-ahead once", "look-ahead")
+PREDICTORS = ("none", "momentum", "look-ahead", "look-ahead once", "look-ahead shared")
 MOST, GROWTH, BISECTIONS = 64.0, 1.03, 30  # of the search for the largest step
 ROUNDING = 1e-9
 
@@ -75,7 +75,7 @@ class StageModel:
     @property
     def _shares(self) -> int:
         """How many times as many gradients must be known for early forwards to run somewhere else."""
-        if self.predictor == "look-ahead" and shares_pass(self.accumulation, self.behind):
+        if self.predictor == "look-ahead shared" and shares_pass(self.accumulation, self.behind):
             return SHARED_UNTIL
         return self.accumulation if self.predictor == "look-ahead once" else 1
 

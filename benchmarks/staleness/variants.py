@@ -1,6 +1,7 @@
 """Other ways to look ahead than paci_rt's own, to be measured beside it.
 
-Each is a subclass that stands in for :class:`paci_rt.weights.lookahead.LookAhead` while a pipeline is built.
+Each of ``VARIANTS`` is a subclass that stands in for :class:`paci_rt.weights.lookahead.LookAhead` while a pipeline is
+built; ``SHARED`` is paci_rt's own, which makes weights ahead less often.
 """
 
 from __future__ import annotations
@@ -20,14 +21,23 @@ from paci_rt.weights.lookahead import AheadWeights, LookAhead
 Known = tuple[bool, ...]
 
 
-class Each(LookAhead):
-    """Makes new weights ahead for every early forward, on every stage."""
+def shares_pass(accumulation: int, early: int) -> bool:
+    """Whether a stage's first early forward knows at most 3/8 of a window of ``accumulation`` gradients, but at least
+    one of them, where ``early`` forwards run ahead of its backwards."""
+    known = accumulation - early
+    return known >= 1 and 8 * known <= 3 * accumulation
 
-    def __init__(self, bound: StageOptimizer, **options: Any) -> None:
-        super().__init__(bound, **{**options, "shares": False})
+
+class _SharingWeights(AheadWeights):
+    """Weights ahead serve until four times as many gradients are known, where the first of a window knows few: what
+    paci_rt did before."""
+
+    @staticmethod
+    def shares(accumulation: int, early: int, overlap: int) -> bool:
+        return overlap > 0 or shares_pass(accumulation, early)
 
 
-class _Told(Each):
+class _Told(LookAhead):
     """Is told of each backward before it begins, of which paci_rt's own need not know."""
 
     def backward_begins(self, micro_batches: int) -> None:
@@ -41,7 +51,7 @@ class _TellingWeights(AheadWeights):
         return super().for_backward(at_forward, current)
 
 
-class _Every(Each):
+class _Every(LookAhead):
     """Makes new weights ahead for every ``k``-th forward, after each update, and where more updates or fewer are
     to come than the last time; other forwards reuse them."""
 
@@ -198,7 +208,7 @@ class Blended(_OwnSums):
         return blended, known
 
 
-class MomentumFirst(Each):
+class MomentumFirst(LookAhead):
     """As long as the window has no gradient, momentum alone has to do, and not the window before."""
 
     @contextmanager
@@ -209,7 +219,7 @@ class MomentumFirst(Each):
             yield
 
 
-class Damped(Each):
+class Damped(LookAhead):
     """Goes only a part of the way where several updates come before the backward: 0.7 to the power of those beyond
     the first."""
 
@@ -224,8 +234,8 @@ class Damped(Each):
             yield
 
 
+SHARED = "shared"
 VARIANTS: dict[str, type[LookAhead]] = {
-    "each": Each,
     "every 2nd": EverySecond,
     "every 4th": EveryFourth,
     "once": Once,
@@ -244,8 +254,12 @@ def replaced(name: str) -> Iterator[None]:
     Raises:
         ValueError: no variant has that name.
     """
+    if name == SHARED:
+        with mock.patch("paci_rt.runtime.assemble.AheadWeights", _SharingWeights):
+            yield
+        return
     if name not in VARIANTS:
-        raise ValueError(f"unknown variant {name!r} of look-ahead: choose from {', '.join(VARIANTS)}")
+        raise ValueError(f"unknown variant {name!r} of look-ahead: choose from {', '.join((SHARED, *VARIANTS))}")
     with (
         mock.patch("paci_rt.weights.lookahead.LookAhead", VARIANTS[name]),
         mock.patch("paci_rt.runtime.assemble.AheadWeights", _TellingWeights),

@@ -70,21 +70,6 @@ def looks_ahead(family: ScheduleFamily, policy: str, asked: bool | None) -> bool
     return asked
 
 
-def shares_pass(accumulation: int, early: int) -> bool:
-    """Whether early forwards of a stage share the weights ahead, until four times as many gradients are known.
-
-    That is where its first early forward knows at most 3/8 of the window's gradients, but at least one of them: below
-    that, early points that differ from each other feed that difference into the next window's
-    (``docs/method/look-ahead.md``).
-
-    Args:
-        accumulation: micro-batches per window.
-        early: forwards that the stage runs ahead of its backwards.
-    """
-    known = accumulation - early
-    return known >= 1 and 8 * known <= 3 * accumulation
-
-
 def versions_held(policy: str, family: ScheduleFamily, shape: Shape, rank: int) -> int:
     """Whole versions of its weights that ``rank`` keeps, the current one among them."""
     if policy == "stash":
@@ -98,13 +83,12 @@ def copies_held(
     """Copies of its weights that ``rank`` keeps besides the current ones.
 
     These are further versions, or a scratch copy where early forwards run at other weights. That one has the true
-    weights meanwhile, and between those forwards the weights ahead where they share them. With fp32 ``masters``, which
-    bring the true ones back, only sharing takes it.
+    weights meanwhile. With fp32 ``masters``, which bring the true ones back, there is none, but where an update comes
+    later than its window ends: weights ahead that were made there wait in it.
     """
     if lookahead or policy == "predict":
         early = early_forwards(family, shape, rank)
-        shared = lookahead and (shape.overlap > 0 or shares_pass(shape.accumulation, early))
-        return int(early > 0 and (shared or not masters))
+        return int(early > 0 and (not masters or (lookahead and shape.overlap > 0)))
     return versions_held(policy, family, shape, rank) - 1
 
 

@@ -7,9 +7,9 @@ runs at the weights that ``d`` updates with the mean of those ``c`` would give; 
 the window before, which the accumulator still holds. Neither weights nor optimizer state change, the backward runs at
 the then current weights, and no version is kept.
 
-A stage most of whose forwards are early makes the weights ahead with what the first of a window knows, and the next
-ones run there too, until four times as many gradients are known: that is both steadier and cheaper than to make them
-anew each time. Why all this works: ``docs/method/look-ahead.md``.
+Every early forward has weights ahead of its own, but where an update comes later than its window ends: there the sums
+are on their way among the replicas, so forwards share what was made before. Why all this works:
+``docs/method/look-ahead.md``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from paci_rt.clock import HostClock
 from paci_rt.optim import SGD
 from paci_rt.optim.fused import FusedStageOptimizer
 from paci_rt.optim.stage_optimizer import StageOptimizer
-from paci_rt.schedules import policies
 from paci_rt.weights.base import StageWeights
 from paci_rt.weights.scratch import ScratchWeights
 
@@ -234,12 +233,11 @@ class AheadWeights(StageWeights):
         replicas: int = 1,
         overlap: int = 0,
     ) -> None:
-        shares = bool(overlap) or policies.shares_pass(accumulation, early)
         self._look_ahead = LookAhead(
             optimizer,
             accumulation=accumulation,
             divisor=divisor,
-            shares=shares,
+            shares=self.shares(accumulation, early, overlap),
             careful=careful,
             clock=clock,
             replicas=replicas,
@@ -248,6 +246,11 @@ class AheadWeights(StageWeights):
         self._warm_up = early - overlap
         self.extra_bytes = self._look_ahead.nbytes
         self._micro_batches = 0  # of the window in the making
+
+    @staticmethod
+    def shares(accumulation: int, early: int, overlap: int) -> bool:
+        """Whether early forwards share weights ahead."""
+        return overlap > 0
 
     def for_forward(self, window: int, current: int, start: int) -> tuple[int, AbstractContextManager[None]]:
         ahead = window - current

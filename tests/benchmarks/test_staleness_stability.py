@@ -46,7 +46,7 @@ def iterate(model: StageModel, step: float, windows: int, noise: np.ndarray) -> 
 
 
 def test_the_map_of_a_window_is_the_window() -> None:
-    model = StageModel(behind=5, accumulation=4, predictor="look-ahead each")
+    model = StageModel(behind=5, accumulation=4, predictor="look-ahead")
     noise = np.random.default_rng(0).normal(size=(6, 4))
     through, added = model.window(2.0)
     state = np.array([1.0, 0.0, 0.0, *[1.0] * 5])
@@ -58,7 +58,7 @@ def test_the_map_of_a_window_is_the_window() -> None:
 
 
 def test_spread_is_the_variance_in_the_long_run() -> None:
-    model = StageModel(behind=3, accumulation=4, predictor="look-ahead each")
+    model = StageModel(behind=3, accumulation=4, predictor="look-ahead")
     noise = np.random.default_rng(0).normal(size=(20000, 4))
     weights = iterate(model, 3.0, 20000, noise)[1000:]
     # The mean of a correlated series of this length is known to about 3 %.
@@ -70,8 +70,8 @@ def test_sharing_helps_where_much_is_early_and_is_left_alone_elsewhere() -> None
     def limit(behind: int, predictor: str) -> float:
         return StageModel(behind=behind, accumulation=8, predictor=predictor).largest_step()
 
-    assert limit(7, "look-ahead") > 1.8 * limit(7, "look-ahead each")
-    assert limit(4, "look-ahead") == limit(4, "look-ahead each") > limit(4, "look-ahead once")
+    assert limit(7, "look-ahead shared") > 1.8 * limit(7, "look-ahead")
+    assert limit(4, "look-ahead shared") == limit(4, "look-ahead") > limit(4, "look-ahead once")
 
 
 def test_an_unknown_predictor_is_told() -> None:

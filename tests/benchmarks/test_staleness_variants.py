@@ -14,7 +14,7 @@ import paci_rt
 from paci_rt.optim.bind import bind_optimizer
 from paci_rt.runtime import assemble
 from paci_rt.weights.lookahead import LookAhead
-from staleness.variants import VARIANTS, Damped, EverySecond, replaced
+from staleness.variants import SHARED, VARIANTS, Damped, EverySecond, replaced, shares_pass
 from support.toy import Run, train_local
 
 BETA1, BETA2, LR, DECAY, EPS = 0.8, 0.95, 0.01, 0.1, 1e-8
@@ -195,9 +195,9 @@ def test_every_kth_pass_is_made_and_none_outlives_an_update(variant: str, k: int
     assert (reused > 0) == (shape[1] > 1)  # with windows of one micro-batch every forward follows an update
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [SHARED, *VARIANTS])
 def test_every_variant_differs_from_plain_look_ahead_somewhere(variant: str) -> None:
-    shape = (3, 4) if variant == "each" else (5, 4)  # only a stage that shares its pass can do otherwise
+    shape = (3, 4) if variant == SHARED else (5, 4)  # only a stage that knows one gradient of four shares it
     pairs = zip(moments(variant, *shape), moments(None, *shape), strict=True)
     assert max(float((one.used - other.used).abs().max()) for one, other in pairs) > 1e-3
 
@@ -208,8 +208,7 @@ PIPELINE = Run(schedule="paci", stages=5, accumulation=3, lookahead=True)
 
 
 def assert_same_run(variant: str) -> None:
-    with replaced("each"):
-        expected = train_local(PIPELINE)
+    expected = train_local(PIPELINE)
     with replaced(variant):
         result = train_local(PIPELINE)
     assert result["losses"] == expected["losses"]
@@ -225,6 +224,23 @@ def test_making_every_pass_anew_is_making_each(monkeypatch: pytest.MonkeyPatch) 
 def test_damped_all_the_way_is_not_damped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Damped, "SHARE", 1.0)
     assert_same_run("damped")
+
+
+def test_a_pass_was_shared_where_its_first_forward_knew_little() -> None:
+    shared = {a: [early for early in range(a + 3) if shares_pass(a, early)] for a in (1, 2, 4, 8, 16)}
+    assert shared == {1: [], 2: [], 4: [3], 8: [5, 6, 7], 16: [10, 11, 12, 13, 14, 15]}
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (6, 8), (5, 8)])
+def test_shared_weights_ahead_serve_until_four_times_as_much_is_known(shape: tuple[int, int]) -> None:
+    made: Moment | None = None
+    for at, now in zip(moments(SHARED, *shape), moments(None, *shape), strict=True):
+        if at.ahead <= 0 or not at.grads:
+            made = None
+            continue
+        if made is None or at.version != made.version or len(at.grads) >= 4 * len(made.grads):
+            made = now
+        assert torch.equal(at.used, made.used)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -248,5 +264,5 @@ def make_plain() -> type[LookAhead]:
 
 
 def test_an_unknown_variant_is_told() -> None:
-    with pytest.raises(ValueError, match="choose from each, every 2nd"), replaced("sideways"):
+    with pytest.raises(ValueError, match="choose from shared, every 2nd"), replaced("sideways"):
         pass

@@ -16,7 +16,6 @@ from paci_rt.optim.accumulator import GradAccumulator
 from paci_rt.optim.bind import bind_optimizer
 from paci_rt.optim.stage_optimizer import StageOptimizer
 from paci_rt.schedules import FAMILIES, Shape, policies
-from paci_rt.schedules.policies import shares_pass
 from paci_rt.weights.lookahead import LookAhead
 from paci_rt.weights.scratch import ScratchWeights
 from support.toy import make_muon
@@ -273,11 +272,6 @@ def test_unscaled_gradients_look_ahead_as_they_update() -> None:
         assert torch.equal(first.at[4], first.at[5])  # 2 early forwards, by one and by two gradients of a window
         assert torch.equal(first.at[5], first.at[6])  # and the first one after the update that they foresaw
         pipe.close()
-
-
-def test_a_pass_is_shared_where_its_first_forward_knows_little() -> None:
-    shared = {a: [early for early in range(a + 3) if shares_pass(a, early)] for a in (1, 2, 4, 8, 16)}
-    assert shared == {1: [], 2: [], 4: [3], 8: [5, 6, 7], 16: [10, 11, 12, 13, 14, 15]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
