@@ -251,7 +251,8 @@ def add_training(options: ConfigOptions) -> None:
     options.add("eval_interval", int, "N", "local updates between validations (default: a tenth of --steps)")
     options.add("eval_batches", int, "N", "held-back batches per validation")
     options.switch("eval_drained", "empty the pipeline for every validation, so that all stages have the same weights "
-                   "in any case, instead of running it among the training (exact where the accumulation is at least P)")
+                   "in any case, as paci-v always does, instead of running it among the training (exact where the "
+                   "accumulation is at least P)")
     options.add("device", str, "NAME", "cpu, cuda (one GPU per process), cuda:N, or auto (cuda if usable, else cpu)")
     options.add("transport", str, "NAME", f"{', '.join(TRANSPORTS)}; local runs all stages in one process; auto is shm "
                 "on one host, else gloo")
