@@ -15,9 +15,11 @@ from paci_rt.trace import Event
 from paci_rt.wording import shown
 
 RESULT, COMPARISON = "result.json", "comparison.json"
-ALIKE = ("model", "layers", "heads", "kv_heads", "width", "ffn_width", "vocab_size", "context", "rope_base", "tied")
-ALIKE += ("data", "seq_len", "batch_size", "eval_batches", "optimizer", "lr", "min_lr", "lr_steps", "warmup_steps")
-ALIKE += ("weight_decay", "beta1", "beta2", "momentum", "clip_grad_norm", "dtype", "steps", "stages", "replicas")
+ALIKE = (
+    "model", "layers", "heads", "kv_heads", "width", "ffn_width", "vocab_size", "context", "rope_base", "tied",
+    "data", "seq_len", "batch_size", "eval_batches", "optimizer", "lr", "min_lr", "lr_steps", "warmup_steps",
+    "weight_decay", "beta1", "beta2", "momentum", "clip_grad_norm", "dtype", "steps", "stages", "replicas",
+)  # fmt: skip
 """Options in which runs should agree that are compared: what they train, on what, and how many processes do it."""
 _NEEDED = ("schedule", "stages", "accumulation", "steps", "evals", "config")
 

@@ -106,7 +106,7 @@ class Pause:
 
 def seconds_in(extra: Mapping[str, Any]) -> float:
     """Seconds of training that a checkpoint has behind it, by its ``extra``; 0 where it does not say."""
-    value = extra.get(SECONDS)
+    value: Any = extra.get(SECONDS)
     return float(value) if limits.is_number(value, 1e12) else 0.0
 
 

@@ -23,8 +23,10 @@ from paci_rt.wording import shown
 TAKEN = ("batch_size", "accumulation", "seq_len", "eval_batches", "data", "dtype")
 """Options of a run that its evaluation takes over, beside those of the model."""
 
-DECIDE = ("data", "seed", "batch_size", "seq_len", "lr", "min_lr", "lr_steps", "warmup_steps", "weight_decay", "beta1")
-DECIDE += ("beta2", "momentum", "clip_grad_norm", "on_nonfinite", "skip_spikes")
+DECIDE = (
+    "data", "seed", "batch_size", "seq_len", "lr", "min_lr", "lr_steps", "warmup_steps", "weight_decay", "beta1",
+    "beta2", "momentum", "clip_grad_norm", "on_nonfinite", "skip_spikes",
+)  # fmt: skip
 """Options that decide what is trained, whatever the stages and the schedule."""
 
 
