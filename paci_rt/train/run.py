@@ -45,8 +45,6 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
     """
     check_start(config)
     preflight(config)
-    if config.resume is not None and os.environ.get("RANK", "0") == "0" and (changed := changed_options(config)):
-        print(f"paci-rt: --resume {config.resume} goes on with other options: {changed}", file=sys.stderr, flush=True)
     with Journal(config) as journal:
         return _execute(config, journal, on_report)
 
@@ -54,11 +52,15 @@ def execute(config: TrainConfig, *, on_report: OnReport | None = None) -> RunRes
 def _execute(config: TrainConfig, journal: Journal, on_report: OnReport | None) -> RunResult | None:
     steps: list[StepPoint] = []
     evals: list[EvalPoint] = []
+    changed = "" if config.resume is None else changed_options(config)
+    notes = [f"paci-rt: --resume {config.resume} goes on with other options: {changed}"] if changed else []
     dumps = None if config.out is None else Path(config.out) / DUMPS
     if dumps is not None and os.environ.get("RANK", "0") == "0":
         remove_dumps(dumps)
 
     def hear(report: dict[str, Any]) -> None:
+        if notes:  # once training has begun: what cannot begin ends in one line alone
+            print(notes.pop(), file=sys.stderr, flush=True)
         if config.max_restarts:
             remember(report, steps, evals)
         journal(report)

@@ -191,7 +191,7 @@ def test_what_options_accept_can_be_built(schedule: str) -> None:
         more: dict[str, Any] = {"momentum": 0.0} if optimizer == "torch-sgd" else {}
         try:
             config = TrainConfig(
-                **small, **more, schedule=schedule, stages=3, policy=policy, optimizer=optimizer, tied=tied
+                **small, **more, schedule=schedule, stages=2, policy=policy, optimizer=optimizer, tied=tied
             )
         except ValueError:
             continue
