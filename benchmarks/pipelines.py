@@ -6,6 +6,8 @@ import argparse
 import ctypes
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import paci_rt
 from common import positive
 from delayed import DelayedTransport
 from paci_rt import launch
+from paci_rt.runtime.in_flight import Graph
 from paci_rt.schedules import Slack
 from paci_rt.schedules.placement import V
 from paci_rt.schedules.slack import slack_by_stage, slack_text
@@ -181,28 +184,34 @@ class _Keep(torch.autograd.Function):
         return grad, None
 
 
+@contextmanager
+def lasting(seconds: float) -> Iterator[None]:
+    """Take so long at least, by a sleep for what is left."""
+    end = time.perf_counter() + seconds
+    yield
+    time.sleep(max(0.0, end - time.perf_counter()))
+
+
 class EmulatedPipelineStage(paci_rt.PipelineStage):
-    """Sleeps before a tiny linear layer does in earnest what it is asked to: F, I and W."""
+    """A tiny linear layer does F, I and W in earnest, and a sleep makes each last as long as it should."""
 
     def __init__(self, times_s: tuple[float, float, float], messages: Messages, kept: int, *place: Any) -> None:
         super().__init__(TinyLinear(messages, kept), *place)
         self._forward_s, self._input_grad_s, self._weight_grad_s = times_s
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        time.sleep(self._forward_s)
-        return super().forward(*args, **kwargs)
+        with lasting(self._forward_s):
+            return super().forward(*args, **kwargs)
 
-    def backward(self, *args: Any, split: bool = False) -> Any:
-        time.sleep(self._input_grad_s + (0.0 if split else self._weight_grad_s))
-        return super().backward(*args, split=split)
-
-    def _rebuild(self, again: Any) -> Any:
-        time.sleep(self._forward_s)
-        return super()._rebuild(again)
+    def backward(self, micro_batch: int, *args: Any, split: bool = False) -> Any:
+        forward_again = not isinstance(self.in_flight[micro_batch].held, Graph)
+        seconds = self._input_grad_s + (0.0 if split else self._weight_grad_s)
+        with lasting(seconds + forward_again * self._forward_s):
+            return super().backward(micro_batch, *args, split=split)
 
     def weight_gradients(self, micro_batch: int) -> None:
-        time.sleep(self._weight_grad_s)
-        super().weight_gradients(micro_batch)
+        with lasting(self._weight_grad_s):
+            super().weight_gradients(micro_batch)
 
 
 class TinyLinear(nn.Module):
