@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from common import finish, positive, print_table
@@ -26,8 +28,33 @@ from paci_rt.train import compare
 from paci_rt.train.config import TrainConfig
 from paci_rt.train.run import execute
 
+Execute = Callable[[TrainConfig], dict[str, float]]
 Taken = dict[tuple[str, int, int], dict[str, float]]
 """Final loss and seconds, by schedule, updates and seed."""
+
+
+class Kept:
+    """Trains, and keeps what came of it in a file, so that an interrupted benchmark goes on where it was.
+
+    Args:
+        path: of that file, a run a line; None keeps nothing.
+        execute: trains one, and returns its final loss and seconds.
+    """
+
+    def __init__(self, path: Path | None, execute: Execute) -> None:
+        self._path, self._execute = path, execute
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
+        self._found = {line["config"]: line["found"] for line in map(json.loads, lines)}
+
+    def __call__(self, config: TrainConfig) -> dict[str, float]:
+        key = json.dumps(asdict(config), sort_keys=True)
+        if key not in self._found:
+            self._found[key] = self._execute(config)
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"config": key, "found": self._found[key]}) + "\n")
+        found: dict[str, float] = self._found[key]
+        return found
 
 
 class Runs:
@@ -38,7 +65,7 @@ class Runs:
         execute: trains one, and returns its final loss and seconds.
     """
 
-    def __init__(self, configs: Sequence[TrainConfig], execute: Any) -> None:
+    def __init__(self, configs: Sequence[TrainConfig], execute: Execute) -> None:
         self._configs = {(one.schedule, one.seed): one for one in configs}
         self.updates = configs[0].steps
         self.seeds = sorted({one.seed for one in configs})
@@ -130,6 +157,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[TrainConfig]]:
     parser.add_argument("--baseline", default="1f1b", metavar="NAME", help="default: 1f1b")
     parser.add_argument("--seeds", type=positive, default=5, help="the first is --seed (default 5)")
     parser.add_argument("--at-least", type=float, metavar="X", help="how many times as soon PACI is asked to be")
+    parser.add_argument("--runs", type=Path, metavar="FILE", help="keeps finished runs, to go on where it was")
     parser.add_argument("--json", metavar="FILE", help="file for all numbers")
     options = ConfigOptions(parser)
     options.group("pipeline")
@@ -151,7 +179,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[TrainConfig]]:
 
 def main() -> None:
     args, configs = parse_arguments()
-    runs = Runs(configs, train)
+    runs = Runs(configs, Kept(args.runs, train))
     everyone = [args.baseline, *args.schedules]
     runs.take(everyone, [runs.updates])
     rows = [row(runs, schedule, args.baseline) for schedule in args.schedules]

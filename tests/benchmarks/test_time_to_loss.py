@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import time_to_loss
 from paci_rt.train.config import TrainConfig
-from time_to_loss import Runs, row
+from time_to_loss import Kept, Runs, row
 
 SEEDS = (1, 2, 3)
 
@@ -49,6 +50,16 @@ def test_schedules_take_turns_and_no_run_is_made_twice() -> None:
     row(made, "paci", "1f1b")
     assert len(set(known.order)) == len(known.order)
     assert {steps for name, steps, _ in known.order if name == "paci"} == {100, 110, 125}
+
+
+def test_an_interrupted_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    first, again = Known(1.2), Known(1.2)
+    found = row(runs(Kept(file, first)), "paci", "1f1b")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-2]))
+    assert row(runs(Kept(file, again)), "paci", "1f1b") == found
+    assert again.order == first.order[-2:]
 
 
 _TURNS = ("1f1b", "paci", "paci", "1f1b", "1f1b", "paci")
