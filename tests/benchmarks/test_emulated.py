@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import pipelines
+import emulated
 
 
 class Clock:
@@ -22,15 +22,15 @@ class Clock:
 @pytest.mark.parametrize(("work", "slept"), [(0.0, 3.0), (1.25, 1.75), (3.0, 0.0), (8.0, 0.0)])
 def test_a_sleep_takes_what_the_work_has_left(monkeypatch: pytest.MonkeyPatch, work: float, slept: float) -> None:
     clock = Clock()
-    monkeypatch.setattr(pipelines, "time", clock)
-    with pipelines.lasting(3.0):
+    monkeypatch.setattr(emulated, "time", clock)
+    with emulated.lasting(3.0):
         clock.now += work
     assert clock.slept == [slept]
 
 
 def test_work_that_fails_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(pipelines, "time", clock)
-    with pytest.raises(ZeroDivisionError), pipelines.lasting(3.0):
+    monkeypatch.setattr(emulated, "time", clock)
+    with pytest.raises(ZeroDivisionError), emulated.lasting(3.0):
         1 / 0  # noqa: B018
     assert clock.slept == []
