@@ -55,6 +55,35 @@ def test_an_extra_is_added_without_building_the_package_again(monkeypatch: pytes
         installer.add_extra("dcs")
 
 
+def test_what_the_package_needs_is_known_before_it_is_built() -> None:
+    installer = load_installer()
+    asked = [Requirement(text) for text in installer.own_requirements()]
+    extras = ["", *installer.EXTRAS.split(",")]
+    every = [
+        one for one in requirements() if one.marker is None or any(one.marker.evaluate({"extra": e}) for e in extras)
+    ]
+    assert {one.name for one in asked if one.marker is None or one.marker.evaluate()} == {one.name for one in every}
+    assert installer.needed(['a>=1; sys_platform == "linux" and extra == "x"', 'b; extra == "y"', "c>2"], "x", "y") == [
+        'a>=1; sys_platform == "linux"',
+        "b",
+    ]
+
+
+@pytest.mark.parametrize(("program", "printed"), [("print('bad core'); raise SystemExit(3)", "bad core"), ("", None)])
+def test_a_core_that_does_not_build_ends_the_set_up_with_its_messages(
+    program: str, printed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installer = load_installer()
+    monkeypatch.setattr(installer, "ROOT", tmp_path)
+    (tmp_path / "setup.py").write_text(program)
+    if printed is None:
+        with installer.core_in_background():
+            pass
+    else:
+        with pytest.raises(SystemExit, match=f"{printed}(.|\n)*native core"), installer.core_in_background():
+            pass
+
+
 def test_constraints_pin_versions_inside_the_declared_ranges() -> None:
     pins: dict[str, list[Version]] = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():

@@ -11,10 +11,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import requires
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import Distribution, requires
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +68,48 @@ def torch_report() -> dict[str, Any]:
     return loaded
 
 
+def needed(requirements: Sequence[str] | None, *extras: str) -> list[str]:
+    """What a package requires by its metadata: for itself, or, if ``extras`` are named, for these alone."""
+    found = []
+    for text in requirements or ():
+        extra = re.search(r"""\s*(?:;|and)\s*extra\s*==\s*['"]([^'"]+)['"]""", text)
+        if extra[1] in extras if extra else not extras:
+            found.append(text.replace(extra[0], "") if extra else text)
+    return found
+
+
 def add_extra(extra: str) -> None:
     """Install what an extra of the installed package needs, and leave the package, which takes minutes, as it is."""
-    wanted = [text.partition(";") for text in requires("paci-rt") or ()]
-    named = re.compile(rf"""extra\s*==\s*['"]{re.escape(extra)}['"]""")
-    found = [requirement.strip() for requirement, _, marker in wanted if named.search(marker)]
+    found = needed(requires("paci-rt"), extra)
     if not found:
         raise SystemExit(f"paci_rt has no extra {extra!r}")
     pip(*found)
+
+
+def own_requirements() -> list[str]:
+    """What the package in this folder and its extras need, without building it."""
+    with tempfile.TemporaryDirectory() as folder:
+        ask = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel({folder!r})"
+        subprocess.run([sys.executable, "-c", ask], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        (metadata,) = Path(folder).glob("*.dist-info")
+        wanted = Distribution.at(metadata).requires
+    return needed(wanted) + needed(wanted, *EXTRAS.split(","))
+
+
+@contextmanager
+def core_in_background() -> Iterator[None]:
+    """Compile the native core beside what the caller does, since pip uses one processor; wait for it at the end."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    with tempfile.TemporaryFile("w+") as log:
+        build = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            yield
+            if build.wait() != 0:
+                log.seek(0)
+                raise SystemExit(f"{log.read()}\nset-up failed at the native core: the lines above say why")
+        finally:
+            if build.poll() is None:
+                os.killpg(build.pid, signal.SIGKILL)
 
 
 def main() -> None:
@@ -97,6 +134,8 @@ def main() -> None:
     pip(*BUILD_TOOLS)
     # The tests need the host twin and the fake NCCL, which a wheel does not have.
     os.environ.setdefault("PACI_RT_TESTING", "on")
+    with core_in_background():
+        pip(*own_requirements())
     # With the build tools in place, the build needs no environment of its own and is incremental.
     pip("--no-build-isolation", "-e", f".[{EXTRAS}]")
 
