@@ -51,8 +51,8 @@ class StageAudit:
         nonfinite_windows: whose gradients were not finite here. spiked_windows: whose norm stood out.
         skipped_windows: without an update; taken_back_windows: those among them whose update had been made.
         clipped_windows: whose gradients were clipped.
-        norm_lags: for each norm of another stage that clipping used, how many windows it was old; -1 where none had
-            come yet.
+        norm_lags: for each other stage and window that was clipped, how many windows the newest norm was old; -1 where
+            none had come yet.
         nonfinite_gradients, grad_norm: non-finite elements of all updates' gradients; 2-norm of the last one's,
             None before the first one.
         evaluation_s: seconds inside E, which are in none of the others.

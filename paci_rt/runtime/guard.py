@@ -23,7 +23,7 @@ from paci_rt.optim.verdict import Sealed, Verdict
 from paci_rt.runtime.audit import StageAudit
 from paci_rt.runtime.flush_norms import EPS, Settlement, coefficient, in_fp32, parameter_norms, total_norm
 from paci_rt.runtime.late_flags import LateFlags
-from paci_rt.runtime.news import UNKNOWN, News
+from paci_rt.runtime.news import News
 from paci_rt.runtime.probes import MicroBatchProbe, first_parameter, nonfinite_error
 from paci_rt.runtime.safety import KNOWN_WINDOWS, Safety
 from paci_rt.runtime.stage import PipelineStage
@@ -249,12 +249,8 @@ class Guard:
             assert settled.total is not None
             return coefficient(self._limit, settled.total)
         assert self._news is not None
-        squares = 0.0
-        for at, (windows, known) in enumerate(self._news.squares()):
-            if at != self._stage:
-                self._counted.norm_lags[window + 1 - windows if known != UNKNOWN else -1] += 1
-            squares += known if known != UNKNOWN else 0.0
-        total: float = squares**0.5 + EPS
+        self._counted.norm_lags.update(self._news.lags(window))
+        total: float = self._news.squares(window) ** 0.5 + EPS
         return min(1.0, limit / total)
 
     def _spikes(self, norm: float) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paci_rt.action import Op
+from paci_rt.runtime.other_norms import OtherNorms
 from paci_rt.runtime.safety import KNOWN_WINDOWS
 from paci_rt.transport.base import Message
 
@@ -33,6 +34,7 @@ class News:
     def __init__(self, stage: int, num_stages: int) -> None:
         self.stage = stage
         self._rows: list[list[float]] = [_row(0) for _ in range(num_stages)]
+        self._norms = OtherNorms(stage, num_stages)
         self._changes = 0
         self._sent: dict[Op, int] = {}
         self._packed: Tensor | None = None
@@ -40,6 +42,7 @@ class News:
     def restart(self, windows: int) -> None:
         """The pipeline is empty after ``windows`` windows: nobody knows more than that."""
         self._rows = [_row(windows) for _ in self._rows]
+        self._norms.restart()
         self._sent.clear()
         self._changes = 0
         self._packed = None
@@ -49,6 +52,8 @@ class News:
         row = self._rows[self.stage]
         mask = ((int(row[1]) << 1) | int(bad)) & _MASK
         known = row[2] if squares is None else squares
+        if squares is not None:
+            self._norms.hear(self.stage, window, squares)
         self._rows[self.stage] = [float(window + 1), float(mask), known, row[4], row[4], row[5] + 1]
         self._changed()
 
@@ -95,6 +100,9 @@ class News:
             if at != self.stage and theirs[5] > self._rows[at][5]:
                 self._rows[at] = theirs
                 changed = True
+                window = int(theirs[0]) - 1
+                if theirs[2] != UNKNOWN and not _marks(theirs, window):
+                    self._norms.hear(at, window, theirs[2])
         if changed:
             self._changed()
         return changed
@@ -107,10 +115,14 @@ class News:
         """Windows that every other stage has decided, from the first one on."""
         return int(min(row[0] for at, row in enumerate(self._rows) if at != self.stage))
 
-    def squares(self) -> list[tuple[int, float]]:
-        """For each stage windows decided, and the sum of squares of its last mean gradient; ``UNKNOWN`` where no norm
-        has come yet."""
-        return [(int(row[0]), row[2]) for row in self._rows]
+    def lags(self, window: int) -> list[int]:
+        """For each other stage by how many windows its last norm is older than ``window``; -1 where none has come."""
+        others = (row for at, row in enumerate(self._rows) if at != self.stage)
+        return [window + 1 - int(row[0]) if row[2] != UNKNOWN else -1 for row in others]
+
+    def squares(self, window: int) -> float:
+        """Sum of squares of the mean gradient of all stages in ``window``, which this stage has decided."""
+        return self._norms.total(window)
 
 
 def _row(windows: int) -> list[float]:

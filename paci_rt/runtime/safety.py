@@ -32,8 +32,8 @@ class Safety:
             which it keeps a copy of weights and optimizer state (``versions`` of ``stats()["memory"]``).
             ``"skip-local"`` drops it on the stage that has such values alone.
         max_grad_norm: largest 2-norm of the whole model's mean gradient, all stages together. Under schedules that
-            flush it is exact, as ``torch.nn.utils.clip_grad_norm_`` on the uncut model; others clip by their own norm
-            and the newest ones of the other stages that they have heard of (``norm_lags`` of ``stats()``).
+            flush it is exact, as ``torch.nn.utils.clip_grad_norm_`` on the uncut model; others foretell the norms that
+            have not come yet (``norm_lags`` of ``stats()``) from their own.
         skip_spikes: also skip windows whose gradient norm is so many standard deviations above the mean of those
             before it (at most 64, once there are 16), as ``on_nonfinite`` says. Under a flush with clipping or
             ``skip-window`` it is the norm of all stages, otherwise each stage's own.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from paci_rt.schedules.evaluation import goes_among
 from paci_rt.train import cut, devices
 from paci_rt.train.check_replicas import check_replicas
 from paci_rt.train.families import MODELS, SHAPE_OPTIONS, model_of, shape_of
+from paci_rt.train.learning_rate import lr_factor, warmup_of
 from paci_rt.train.model import ModelShape
 from paci_rt.train.option_checks import (
     check_dtype,
@@ -83,8 +83,11 @@ class TrainConfig:
         batch_size: sequences per window, whatever the accumulation. seq_len: tokens per sequence; 128 or the context.
         optimizer: ``torch-adamw`` and ``torch-sgd`` are torch's own, the others paci_rt's fused ones; ``muon`` is for
             the matrices inside blocks, with AdamW for the rest.
-        lr: peak learning rate; it warms up over ``warmup_steps`` (``warmup_share`` of lr_steps) and falls along a
-            cosine to ``min_lr`` (a tenth of lr) at ``lr_steps`` (steps).
+        lr: peak learning rate; it warms up over ``warmup_steps`` and falls along a cosine to ``min_lr`` (a tenth of lr)
+            at ``lr_steps`` (steps).
+        warmup_share: of lr_steps, where warmup_steps is not given. Without either it is a twentieth, and where the
+            optimizer has a second moment at least the 2 / (1 - beta2) updates that this one needs (arXiv 1910.04209),
+            up to a fifth.
         weight_decay: of parameters with two or more dimensions.
         beta1, beta2: of all but sgd; beta2 is 0.95, for ``lion`` 0.99. momentum: of sgd, 0.9, and ``muon``, 0.95.
         dtype: ``fp32``, or ``bf16``: parameters and activations in bf16, and fp32 masters in the optimizer. Not by
@@ -155,7 +158,7 @@ class TrainConfig:
     min_lr: float = AUTO
     lr_steps: int = AUTO
     warmup_steps: int = AUTO
-    warmup_share: float = 0.05
+    warmup_share: float = AUTO
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = AUTO
@@ -203,8 +206,8 @@ class TrainConfig:
         self._fill("beta2", BETA2.get(self.optimizer, 0.95))
         self._fill("momentum", MOMENTUM.get(self.optimizer, 0.9))
         self._check_integers()
-        self._check_floats("lr", "warmup_share")
-        self._fill("warmup_steps", int(self.warmup_share * self.lr_steps))
+        self._check_floats("lr", "beta2", *(() if self.warmup_share is None else ("warmup_share",)))
+        self._fill("warmup_steps", warmup_of(self))
         self._fill("min_lr", self.lr / 10)
         self._fill("eval_interval", max(1, self.steps // 10))
         self._fill("log_interval", -(-self.steps // 10_000))
@@ -388,11 +391,7 @@ class TrainConfig:
 
     def lr_factor(self, step: int) -> float:
         """Learning rate of local update ``step`` (from 0) as a share of ``lr``: linear warm-up, then half a cosine."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        floor = self.min_lr / self.lr if self.lr else 0.0
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.lr_steps - self.warmup_steps))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        return lr_factor(self, step)
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON-ready values."""

@@ -73,9 +73,9 @@ def test_a_saved_file_gives_the_same_configuration(options: dict[str, Any]) -> N
 
 def test_what_followed_from_the_others_is_found_anew_once_something_changes() -> None:
     path = str(config_file.save(TrainConfig(steps=100, lr_steps=80), "."))
-    assert resolved("--config", path).warmup_steps == 4
+    assert resolved("--config", path).warmup_steps == 16
     longer = resolved("--config", path, "--steps", "1000")
-    assert (longer.lr_steps, longer.warmup_steps, longer.eval_interval) == (80, 4, 100)
+    assert (longer.lr_steps, longer.warmup_steps, longer.eval_interval) == (80, 16, 100)
     assert resolved("--config", path, "--stages", "4").partition == (2, 2, 2, 2)
     assert resolved("--config", path, "--schedule", "1f1b", "--lr", "1").min_lr == 0.1
 
@@ -195,9 +195,20 @@ def test_the_recipe_of_the_paper() -> None:
     assert config.clip_grad_norm is None
 
 
-def test_warm_up_is_a_twentieth_as_before() -> None:
-    for steps in (*range(1, 400), 10**6, 381_470):
+def test_warm_up_is_a_twentieth_or_what_the_second_moment_needs() -> None:
+    for steps in (1, 4, 5, 60, 199):
+        assert TrainConfig(steps=steps).warmup_steps == steps // 5
+    for steps in (200, 400, 800):
+        assert TrainConfig(steps=steps).warmup_steps == 40  # 2 / (1 - 0.95)
+    for steps in (801, 10**6, 381_470):
         assert TrainConfig(steps=steps).warmup_steps == steps // 20
+    assert TrainConfig(steps=4000, beta2=0.999).warmup_steps == 800
+    assert TrainConfig(steps=50_000, beta2=0.999).warmup_steps == 2500
+    assert TrainConfig(steps=200, beta2=0.0).warmup_steps == 10
+    for optimizer in ("sgd", "torch-sgd", "lion"):
+        assert TrainConfig(steps=200, optimizer=optimizer).warmup_steps == 10
+    assert TrainConfig(steps=200, warmup_share=0.05).warmup_steps == 10
+    assert TrainConfig(steps=200, warmup_share=0.5, warmup_steps=3).warmup_steps == 3
 
 
 @pytest.mark.parametrize("name", ["gpt2-medium-owt", "llama-1b", "encoder"])

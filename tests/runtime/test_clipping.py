@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 from typing import Any
@@ -180,7 +181,7 @@ def test_tied_weights_and_a_reader_whose_gradient_is_not_finite(how: str) -> Non
 
 @pytest.mark.parametrize(("schedule", "lags"), [("paci", (0, 1)), ("paci-split", (1, 1)), ("async-1f1b", (0, 2))])
 @pytest.mark.parametrize("stages", [2])
-def test_a_stage_goes_by_its_own_norm_and_the_newest_of_the_others(
+def test_a_stage_goes_by_its_own_norm_and_what_it_foretells_of_the_others(
     monkeypatch: pytest.MonkeyPatch, schedule: str, lags: tuple[int, int], stages: int
 ) -> None:
     """Two stages: what was clipped is computed again from the norms of all windows and the lag of each edge."""
@@ -212,9 +213,12 @@ def test_a_stage_goes_by_its_own_norm_and_the_newest_of_the_others(
     assert len(norms[first]) == count
     for at, other, lag in ((first, last, lags[0]), (last, first, lags[1])):
         for window in range(count):
-            known = norms[other][window - lag] if window >= lag else 0.0
-            # The order of the sum is that of the stages; two terms commute.
-            total = (norms[at][window] + known) ** 0.5
+            likely = norms[other][window] if lag == 0 else 0.0
+            if lag and window >= lag:
+                ratios = [math.log(theirs / own) for theirs, own in zip(norms[other], norms[at], strict=True)]
+                mean = functools.reduce(lambda mean, ratio: 0.7 * mean + (1 - 0.7) * ratio, ratios[: window + 1 - lag])
+                likely = norms[at][window] * math.exp(mean)
+            total = (norms[at][window] + likely) ** 0.5
             expected = divisor / (divisor / min(1.0, 0.7 / (total + 1e-6)))
             assert factors[at][window] == expected, (at, window)
         stage = stages - 1 if at == last else 0

@@ -27,7 +27,7 @@ from support.small_gpt import SMALL
 def test_defaults_follow_from_the_other_options() -> None:
     config = TrainConfig()
     assert (config.schedule, config.accumulation, config.seq_len, config.partition) == ("paci", 4, 128, (4, 4))
-    assert (config.lr_steps, config.warmup_steps, config.eval_interval) == (200, 10, 20)
+    assert (config.lr_steps, config.warmup_steps, config.eval_interval) == (200, 40, 20)
     assert config.min_lr == pytest.approx(1e-4)
     assert TrainConfig(schedule="ASYNC-1F1B").accumulation == 1
     assert TrainConfig(model="gpt2").seq_len == 128
