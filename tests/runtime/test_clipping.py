@@ -1,4 +1,4 @@
-"""Clipping by the norm of all stages: exact under a flush, by the newest known norms without one."""
+"""Clipping by the norm of all stages: exact under a flush, by norms that are known or foretold without one."""
 
 from __future__ import annotations
 
