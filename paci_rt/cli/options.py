@@ -235,7 +235,7 @@ def add_training(options: ConfigOptions) -> None:
     options.add("min_lr", float, "X", "learning rate at the end of the cosine (default: a tenth of --lr)")
     options.add("lr_steps", int, "N", "local updates until the end of the cosine (default: --steps)")
     options.add("warmup_steps", int, "N", "local updates of linear warm-up (default: a twentieth of --lr-steps; "
-        "where --beta2 has a second moment at least 2 / (1 - beta2), up to a fifth)")
+        "with a second moment at least 2 / (1 - beta2), up to a fifth)")
     options.add("warmup_share", float, "X", "share of --lr-steps that warms up, in place of that")
     options.add("weight_decay", float, "X", "weight decay of parameters with two or more dimensions")
     options.add("beta1", float, "X", "first beta of all optimizers but SGD")

@@ -1,8 +1,8 @@
 """How large the gradient of all stages is in a window that some of them have not told of yet.
 
 Norms of the stages rise and fall together: a window of rare text is large in all of them. So what is missing is
-foretold from this stage's own norm, by the ratio that theirs had to it in windows of which both are known. Taking the
-last one that was heard of instead leaves a window in that nobody else finds large, and is off by twice as much.
+foretold from this stage's own norm, by the ratio that theirs had to it in windows of which both are known. How far that
+is off, and the last norm that was heard of: ``docs/method/convergence.md``, "Old norms".
 """
 
 from __future__ import annotations

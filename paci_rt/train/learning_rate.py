@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-SHARE = 1 / 20
-MOST_SHARE = 1 / 5
-"""Of all updates, that warm up where nobody says how many."""
 WITHOUT_SECOND_MOMENT = ("sgd", "torch-sgd", "lion")
 
 
@@ -22,7 +19,7 @@ def warmup_of(config: Any) -> int:
     if config.warmup_share is not None:
         return int(config.warmup_share * updates)
     needed = 0.0 if config.optimizer in WITHOUT_SECOND_MOMENT else 2 / (1 - config.beta2)
-    return max(int(SHARE * updates), min(round(needed), int(MOST_SHARE * updates)))
+    return max(updates // 20, min(round(needed), updates // 5))
 
 
 def lr_factor(config: Any, step: int) -> float:

@@ -147,8 +147,11 @@ class LookAhead:
         return moved, kept
 
     def _moves(self, divisor: float, updates: int, *, before: bool, wanted: bool) -> list[list[int]]:
-        """Positions of the parameters that moved, in each group; none at all where it is not wanted."""
+        """Positions of the parameters that moved, in each group; none at all where it is not wanted, or where the stage
+        has nothing to train."""
         optimizer, kept = self._optimizer, self._true.kept
+        if not optimizer.groups:
+            return []
         with _without_autocast(optimizer.groups[0].device):
             if self._together:
                 true = [one for one in kept if one is not None]

@@ -40,6 +40,8 @@ RUNS = {
     "one replica": Replicated(run=replace(LONG, batch=24), replicas=1),
     "clipped": Replicated(run=LONG, clip=0.05, overlap=0),
     "clipped, overlap": Replicated(run=LONG, clip=0.05),
+    "a frozen stage": Replicated(run=LONG, overlap=0, frozen=0),
+    "a frozen stage, overlap": Replicated(run=LONG, frozen=0, clip=0.05),
     "rates that change": Replicated(run=LONG, lr_scheduler=True, scale_grads=False),
 }
 

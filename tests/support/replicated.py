@@ -28,6 +28,7 @@ class Replicated:
     spoil: tuple[int, int, int] | None = None  # replica, window, row of its part: an infinite input
     dtype: str = "float32"
     same_rows: bool = False
+    frozen: int | None = None  # a stage
 
 
 def groups_of(given: Replicated) -> list[Any]:
@@ -55,8 +56,9 @@ def make(groups: list[Any], given: Replicated, *, shift: float = 0.0, **more: An
     pipe, others = groups[replica], groups[given.replicas + rank]
     here = run.places.stages_of(rank)
     modules: list[Any] = [module(at, run).to(getattr(torch, given.dtype)) for at in here]
-    for one in modules:
+    for one, at in zip(modules, here, strict=True):
         one[0].bias.data += shift
+        one.requires_grad_(at != given.frozen)
     stages = [paci_rt.PipelineStage(one, at, run.stages, group=pipe) for one, at in zip(modules, here, strict=True)]
     optimizers = [make_optimizer(run.optimizer, stage.parameters()) for stage in stages]
     options: dict[str, Any] = {
